@@ -1,0 +1,39 @@
+"""Sphinx configuration; `make docs` builds the site and runs its examples."""
+
+import ppvae
+
+project = "ppvae"
+author = "The ppvae authors"
+copyright = "2026, The ppvae authors"
+version = release = ppvae.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = "ppvae"
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+# Examples in docstrings are run by pytest, those in {doctest} blocks of the pages by Sphinx.
+doctest_test_doctest_blocks = ""
+doctest_global_setup = """
+import pyro
+import torch
+
+pyro.set_rng_seed(0)
+"""

@@ -1,0 +1,223 @@
+"""Users' own files -> `Dataset`: `.npz`, `.csv`, folders of images. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import csv
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .arrays import from_arrays
+from .dataset import Dataset
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+
+
+def from_npz(path: str | Path, x: str = "x", y: str | None = "y", **options: Any) -> Dataset:
+    """A `Dataset` from arrays in an `.npz` file; pickled objects are refused, never loaded.
+
+    Args:
+        path: of the file.
+        x: key of the data.
+        y: key of the labels or conditions, None for none. A file without the default key "y" is
+            taken as unlabelled.
+        **options: passed on to `from_arrays`.
+
+    Raises:
+        ValueError: no such file, not an `.npz` file, a key it lacks, or pickled objects.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "mine.npz"
+    >>> np.savez(path, x=np.eye(20), y=np.arange(20) % 2)
+    >>> from_npz(path).support
+    'binary'
+    """
+    path = _existing(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"{path} is not an .npz file: save one with np.savez(path, x=x, y=y)")
+    try:
+        # a handle of our own, because numpy leaves its own open when a zip file is broken
+        with path.open("rb") as handle:
+            file = np.load(handle, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one nameless array")
+            if x not in file or (y is not None and y != "y" and y not in file):
+                raise ValueError(f"wanted x={x!r} and y={y!r}, and the keys are {list(file)}")
+            arrays = file[x], None if y is None or y not in file else file[y]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"cannot read {path}: {error}. Give the keys of plain number arrays in a file made by "
+            "np.savez; pickled objects are refused"
+        ) from error
+    return from_arrays(*arrays, **{"name": path.stem, **options})
+
+
+def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -> Dataset:
+    r"""A `Dataset` from a comma-separated table of numbers, with or without a line of names.
+
+    The first line is taken for names if any cell in it is not a number.
+
+    Args:
+        path: of the file, UTF-8.
+        label: name or index (negative from the end) of the column of labels. Labels in words are
+            numbered in alphabetical order, and `source` says which is which.
+        **options: passed on to `from_arrays`.
+
+    Raises:
+        ValueError: no such file, text or empty cells among the numbers (row and column named),
+            lines of different lengths, or no such label column.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "mine.csv"
+    >>> _ = path.write_text("a,b,kind\n" + "0.5,1.5,cat\n-1,2,dog\n" * 10)
+    >>> mine = from_csv(path, label="kind")
+    >>> mine.shape, mine.num_classes, mine.source.split(";")[-1]
+    ((2,), 2, ' labels 0=cat, 1=dog')
+    """
+    path = _existing(path)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        table = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+    if not table:
+        raise ValueError(f"{path} is empty: give a table with one row per line")
+    names = [str(j) for j in range(len(table[0]))]
+    # labels may be words, so that column does not tell a line of names from a line of data
+    skip = label % len(names) if isinstance(label, int) else None
+    if any(not _is_number(cell) for j, cell in enumerate(table[0]) if j != skip):
+        names, table = table[0], table[1:]
+    for i, row in enumerate(table):
+        if len(row) != len(names):
+            raise ValueError(
+                f"{path}: data row {i} has {len(row)} cells and the first line {len(names)}: make "
+                "them the same"
+            )
+    words: np.ndarray | None = None
+    if label is not None:
+        column = _column(label, names, path)
+        words = np.array([row.pop(column) for row in table])
+        names = names[:column] + names[column + 1 :]
+    for i, row in enumerate(table):
+        for name, cell in zip(names, row, strict=True):
+            if not _is_number(cell):
+                raise ValueError(
+                    f"{path}: data row {i}, column {name!r} holds {cell!r}, not a number: drop or "
+                    "code text columns, fill empty cells, separate by commas, or name the column "
+                    "as label="
+                )
+    x = np.array(table, dtype=np.float64).reshape(len(table), len(names))
+    options = {"name": path.stem, **options}
+    if words is None or all(_is_number(word) for word in words):
+        return from_arrays(x, None if words is None else words.astype(np.float64), **options)
+    return _with_named_labels(x, words, **options)
+
+
+def from_images(
+    folder: str | Path, size: tuple[int, int] = (28, 28), grey: bool = True, **options: Any
+) -> Dataset:
+    """A `Dataset` from a folder of 8-bit images, `(N, C, H, W)` with pixels / 255 in [0, 1].
+
+    Images are turned upright (EXIF), converted to grey or RGB (transparency is dropped) and
+    resized to `size` with a bilinear filter, without keeping the aspect ratio. Images in
+    sub-folders are labelled by sub-folder, numbered in alphabetical order and named in `source`.
+    Files that are not images by their suffix, and hidden ones, are left out.
+
+    Args:
+        folder: of images, or of one folder of images per class.
+        size: height and width in pixels.
+        grey: one channel if True, else the three of RGB.
+        **options: passed on to `from_arrays`.
+
+    Raises:
+        ValueError: no such folder, no images, images both beside and inside sub-folders, a file
+            that cannot be read, or more than 8 bits per channel.
+        ImportError: pillow is not installed.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for i in range(10):
+    ...     Image.new("L", (40, 30), color=20 * i).save(folder / f"{i}.png")
+    >>> from_images(folder).shape
+    (1, 28, 28)
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: check the path")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size={size!r}: give (height, width) in pixels, each 1 or more")
+    beside, inside = _images_in(folder), []
+    for sub in sorted(folder.iterdir()):
+        if sub.is_dir() and not sub.name.startswith("."):
+            inside += _images_in(sub)
+    if beside and inside:
+        raise ValueError(
+            f"{folder} has {len(beside)} images beside sub-folders with {len(inside)}: put every "
+            "image in a sub-folder (labels) or none"
+        )
+    paths = beside or inside
+    if not paths:
+        raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)}")
+    x = np.stack([_pixels(path, size, grey) for path in paths]) / np.float32(255)
+    options = {"name": folder.name, **options}
+    if beside:
+        return from_arrays(x, **options)
+    return _with_named_labels(x, np.array([path.parent.name for path in paths]), **options)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def _pixels(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
+    """One image as uint8 `(C, H, W)`."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError("reading images needs pillow: pip install pillow") from error
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # convert would clip these to white
+                raise ValueError(f"mode {image.mode!r} has more than 8 bits per channel")
+            upright = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
+            small = upright.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}. Save it anew as 8-bit PNG") from error
+    pixels = np.asarray(small, dtype=np.uint8)
+    return pixels[None] if grey else pixels.transpose(2, 0, 1)
+
+
+def _with_named_labels(x: Any, words: np.ndarray, **options: Any) -> Dataset:
+    """`from_arrays` for labels in words, numbered in alphabetical order and named in `source`."""
+    kinds, codes = np.unique(words, return_inverse=True)
+    dataset = from_arrays(x, codes.reshape(-1), **options)
+    named = ", ".join(f"{code}={kind}" for code, kind in enumerate(kinds))
+    return replace(dataset, source=f"{dataset.source}; labels {named}")
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no file {path}: check the path")
+    return path
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _column(label: str | int, names: list[str], path: Path) -> int:
+    if isinstance(label, int) and -len(names) <= label < len(names):
+        return label % len(names)
+    if label in names:
+        return names.index(str(label))
+    raise ValueError(f"{path} has no column label={label!r}: the columns are {names}")

@@ -1,0 +1,66 @@
+"""The variational autoencoder's model: p(z) p(x | z)."""
+
+from __future__ import annotations
+
+import pyro
+from torch import Tensor, nn
+
+from ppvae.conditionals import StandardNormal
+from ppvae.program import Program, data_plate
+
+
+class VAE(Program):
+    r"""A latent-variable model with a neural likelihood.
+
+    .. math:: z \sim p(z),\qquad x \sim p_\theta(x \mid z)
+
+    Args:
+        likelihood: the conditional p(x | z), e.g. ``conditionals.Bernoulli(nets.mlp(16, 256, 64))``.
+        latent_dim: the size of z, for the standard normal prior.
+        prior: another prior in its place, called without arguments, e.g.
+            ``conditionals.Mixture(10, 16)`` or ``conditionals.VampPrior(...)``.
+
+    Raises:
+        ValueError: neither or both of ``latent_dim`` and ``prior`` are given.
+
+    Source: Kingma & Welling, Auto-Encoding Variational Bayes, 2014.
+
+    Example:
+        >>> from ppvae import conditionals, models, nets
+        >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(16, 256, 64)), latent_dim=16)
+        >>> model(size=5).shape  # five images from the prior
+        torch.Size([5, 64])
+    """
+
+    def __init__(
+        self,
+        likelihood: nn.Module,
+        latent_dim: int | None = None,
+        prior: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.likelihood = likelihood
+        self.prior = choose_prior(prior, latent_dim)
+
+    def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+        """Observe ``x``, ``(N, ...)``; or draw ``size`` new rows if x is None. Returns x.
+
+        With both, x is a minibatch of a data set of ``size`` rows, and Pyro scales the plate's
+        terms by size / N.
+        """
+        with data_plate(x, size=size):
+            z = pyro.sample("z", self.prior())
+            value: Tensor = pyro.sample("x", self.likelihood(z), obs=x)
+        return value
+
+
+def choose_prior(prior: nn.Module | None, latent_dim: int | None) -> nn.Module:
+    """The given prior, or the standard normal of the given size; exactly one must be given."""
+    if prior is not None and latent_dim is None:
+        return prior
+    if prior is None and latent_dim is not None:
+        return StandardNormal(latent_dim)
+    raise ValueError(
+        "give either latent_dim (a standard normal prior of that size) or prior (a conditional), "
+        f"got latent_dim={latent_dim}, prior={prior}"
+    )

@@ -1,0 +1,461 @@
+r"""Networks: tensor in, tensor out, for any number of leading dimensions.
+
+Particles ``K``, enumeration ``C`` and plates only ever add *leading* dimensions. Every network here
+folds them into one batch dimension before a layer sees them, and restores them afterwards, so an
+input ``(N, D)``, ``(K, N, D)`` or ``(C, K, N, D)`` gives the same rows. Put :func:`flat_batch`
+around your own module to get the same.
+
+Several inputs are broadcast over their leading dimensions and concatenated, so a decoder of
+``z (K, N, Z)`` and a condition ``y (N, Y)`` is called as ``net(z, y)``.
+
+**Batch norm** in training mode takes its statistics over the *folded* batch: over all ``K * N``
+rows when there are ``K`` particles. So ``K`` particles at once differ from a loop over ``K``
+(each with its own statistics). In ``eval`` mode the two agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "MLP",
+    "ConvDecoder",
+    "ConvEncoder",
+    "FlatBatch",
+    "OneHot",
+    "concatenate",
+    "conv_decoder",
+    "conv_encoder",
+    "flat_batch",
+    "mlp",
+    "residual",
+]
+
+Activation = Callable[[], nn.Module]
+
+
+def _broadcast_leading(inputs: Sequence[Tensor], event_dims: Sequence[int]) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(
+            *(x.shape[: x.dim() - n] for x, n in zip(inputs, event_dims, strict=True))
+        )
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ValueError(
+            f"the leading dimensions of inputs {shapes} do not broadcast (the last "
+            f"{list(event_dims)} dimensions are not leading ones); give a condition one row per "
+            "datapoint, (N, D), to go with z of (K, N, Z)"
+        ) from None
+
+
+def concatenate(*inputs: Tensor) -> Tensor:
+    """Broadcasts inputs over their leading dimensions and joins them along the last one.
+
+    Args:
+        *inputs: tensors ``(..., D_i)``.
+
+    Returns:
+        A tensor ``(..., sum D_i)``; a single input is returned as it is.
+
+    Raises:
+        ValueError: if the leading dimensions do not broadcast.
+
+    Example:
+        >>> concatenate(torch.zeros(5, 10, 2), torch.ones(10, 3)).shape
+        torch.Size([5, 10, 5])
+    """
+    if len(inputs) == 1:
+        return inputs[0]
+    leading = _broadcast_leading(inputs, (1,) * len(inputs))
+    return torch.cat([x.expand(leading + x.shape[-1:]) for x in inputs], dim=-1)
+
+
+class FlatBatch(nn.Module):
+    """What :func:`flat_batch` returns.
+
+    Args:
+        net: any module whose layers want exactly one batch dimension.
+        event_dim: as in :func:`flat_batch`.
+    """
+
+    def __init__(self, net: nn.Module, event_dim: int | tuple[int, ...] = 1) -> None:
+        super().__init__()
+        self.net = net
+        self.event_dim = event_dim
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Folds the leading dimensions, calls the network, restores them."""
+        event_dims = self.event_dim
+        if isinstance(event_dims, int):
+            event_dims = (event_dims,) * len(inputs)
+        leading = _broadcast_leading(inputs, event_dims)
+        flat = []
+        for x, n in zip(inputs, event_dims, strict=True):
+            event = x.shape[x.dim() - n :]
+            # Not Size.numel(): that bakes the batch size into a symbolic trace.
+            flat.append(x.expand(leading + event).reshape((math.prod(leading), *event)))
+        out = self.net(*flat)
+        if isinstance(out, tuple):
+            return tuple(y.reshape(leading + y.shape[1:]) for y in out)
+        return out.reshape(leading + out.shape[1:])
+
+
+def flat_batch(net: nn.Module, event_dim: int | tuple[int, ...] = 1) -> FlatBatch:
+    """Makes any module see exactly one batch dimension.
+
+    Without it a convolution fails on ``z (K, N, Z)``, and ``BatchNorm1d(K or N)`` runs and silently
+    normalises over the wrong axis.
+
+    Args:
+        net: a module ``(B, ...) -> (B, ...)``, or to a tuple of those. Several inputs are
+            broadcast over their leading dimensions and handed over separately.
+        event_dim: how many trailing dimensions are not leading ones: 1 for vectors, 3 for images;
+            a tuple gives one number per input.
+
+    Raises:
+        ValueError: when called, if the leading dimensions of several inputs do not broadcast.
+
+    Example:
+        >>> net = flat_batch(nn.Sequential(nn.Linear(2, 7), nn.BatchNorm1d(7)))
+        >>> net(torch.randn(5, 7, 2)).shape
+        torch.Size([5, 7, 7])
+    """
+    return FlatBatch(net, event_dim)
+
+
+class MLP(nn.Module):
+    """Layers on vectors: concatenates its inputs and checks their width.
+
+    Args:
+        layers: a module ``(..., in_features) -> (..., out)``.
+        in_features: the total width of the inputs.
+    """
+
+    def __init__(self, layers: nn.Module, in_features: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.in_features = in_features
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Maps inputs ``(..., D_i)``, with ``sum D_i = in_features``, to ``(..., out)``."""
+        x = concatenate(*inputs)
+        if x.shape[-1] != self.in_features:
+            shapes = ", ".join(str(tuple(i.shape)) for i in inputs)
+            raise ValueError(
+                f"this network expects inputs of total width {self.in_features}, but saw shapes "
+                f"{shapes} of total width {x.shape[-1]}; flatten images with x.flatten(-3), or "
+                "build the network with the total width of all the inputs it is called with"
+            )
+        return self.layers(x)
+
+
+def _hidden(
+    width: int, activation: Activation, batch_norm: bool, dropout: float
+) -> list[nn.Module]:
+    layers: list[nn.Module] = [nn.BatchNorm1d(width)] if batch_norm else []
+    layers.append(activation())
+    return [*layers, nn.Dropout(dropout)] if dropout else layers
+
+
+def mlp(
+    *sizes: int,
+    activation: Activation = nn.ReLU,
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> MLP:
+    r"""A multi-layer perceptron: linear layers with activations between them.
+
+    .. math:: h_0 = x, \quad h_{l+1} = a(W_l h_l + b_l), \quad y = W_L h_L + b_L
+
+    Args:
+        *sizes: widths, input first, output last; at least two.
+        activation: makes an activation module, as ``nn.Tanh`` or ``lambda: nn.LeakyReLU(0.1)``.
+        batch_norm: normalise each hidden layer before its activation; see the module's note.
+        dropout: probability in [0, 1) of dropping a hidden unit.
+
+    Raises:
+        ValueError: for fewer than two sizes; when called, for inputs of the wrong total width.
+
+    Example:
+        >>> mlp(16, 256, 64)(torch.zeros(5, 10, 16)).shape
+        torch.Size([5, 10, 64])
+        >>> mlp(16, 256, 64)(torch.zeros(5, 10, 13), torch.zeros(10, 3)).shape
+        torch.Size([5, 10, 64])
+    """
+    if len(sizes) < 2:
+        raise ValueError(f"mlp needs an input and an output size, as mlp(16, 64); got {sizes}")
+    layers: list[nn.Module] = []
+    for width_in, width_out in pairwise(sizes[:-1]):
+        layers.append(nn.Linear(width_in, width_out))
+        layers += _hidden(width_out, activation, batch_norm, dropout)
+    layers.append(nn.Linear(sizes[-2], sizes[-1]))
+    net: nn.Module = nn.Sequential(*layers)  # nn.Linear folds leading dimensions by itself
+    return MLP(FlatBatch(net) if batch_norm else net, sizes[0])
+
+
+class _Residual(nn.Sequential):
+    """x + layers(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def residual(
+    width_in: int,
+    hidden: int,
+    width_out: int,
+    blocks: int = 2,
+    activation: Activation = nn.ReLU,
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> MLP:
+    r"""A residual MLP with pre-activation blocks (He et al., 2016, arXiv:1603.05027).
+
+    .. math:: h_0 = W_0 x, \quad h_{l+1} = h_l + B_l\, a(A_l\, a(h_l)), \quad y = W_1 a(h_L)
+
+    Args:
+        width_in: total width of the inputs.
+        hidden: width of every block.
+        width_out: width of the output.
+        blocks: number of residual blocks.
+        activation: makes an activation module.
+        batch_norm: normalise before each activation; see the module's note.
+        dropout: probability in [0, 1) of dropping a unit after each activation.
+
+    Raises:
+        ValueError: when called, for inputs of the wrong total width.
+
+    Example:
+        >>> residual(16, 32, 8)(torch.zeros(5, 10, 16)).shape
+        torch.Size([5, 10, 8])
+    """
+
+    def half() -> list[nn.Module]:
+        return [*_hidden(hidden, activation, batch_norm, dropout), nn.Linear(hidden, hidden)]
+
+    net: nn.Module = nn.Sequential(
+        nn.Linear(width_in, hidden),
+        *(_Residual(*half(), *half()) for _ in range(blocks)),
+        *_hidden(hidden, activation, batch_norm, dropout),
+        nn.Linear(hidden, width_out),
+    )
+    return MLP(FlatBatch(net) if batch_norm else net, width_in)
+
+
+def _conv_hidden(width: int, activation: Activation, batch_norm: bool) -> list[nn.Module]:
+    return [nn.BatchNorm2d(width), activation()] if batch_norm else [activation()]
+
+
+def _conv_residuals(
+    width: int, blocks: int, activation: Activation, batch_norm: bool
+) -> list[nn.Module]:
+    def half() -> list[nn.Module]:
+        conv = nn.Conv2d(width, width, 3, padding=1)
+        return [*_conv_hidden(width, activation, batch_norm), conv]
+
+    return [_Residual(*half(), *half()) for _ in range(blocks)]
+
+
+def _halved(size: int, times: int) -> int:
+    return -(-size // 2**times)  # ceil, as a stride-2 convolution with kernel 3, padding 1 gives
+
+
+class ConvEncoder(nn.Module):
+    """What :func:`conv_encoder` returns.
+
+    Args:
+        features: a module ``(..., C, H, W) -> (..., F)``.
+        head: a network of ``(..., F)`` and the context vectors.
+        shape: the image shape ``(C, H, W)``.
+    """
+
+    def __init__(self, features: nn.Module, head: MLP, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.features = features
+        self.head = head
+        self.shape = tuple(shape)
+
+    def forward(self, image: Tensor, *context: Tensor) -> Tensor:
+        """Maps an image ``(..., C, H, W)`` and vectors ``(..., D_i)`` to ``(..., out_dim)``."""
+        if image.shape[-3:] != self.shape:
+            want = ", ".join(map(str, self.shape))
+            raise ValueError(
+                f"conv_encoder expects images of shape (..., {want}), channels first, but saw "
+                f"{tuple(image.shape)}; for channels last use x.movedim(-1, -3), for flat pixels "
+                f"x.unflatten(-1, ({want})), for images without a channel x.unsqueeze(-3)"
+            )
+        return self.head(self.features(image), *context)
+
+
+def conv_encoder(
+    out_dim: int,
+    shape: tuple[int, int, int] = (1, 28, 28),
+    channels: Sequence[int] = (32, 64),
+    hidden: Sequence[int] = (256,),
+    context_dim: int = 0,
+    activation: Activation = nn.ReLU,
+    batch_norm: bool = False,
+    residual_blocks: int = 0,
+) -> ConvEncoder:
+    """A convolutional encoder: stride-2 convolutions, then an MLP on the features and the context.
+
+    The image is encoded once, whatever the particles of the context: features ``(N, F)`` meet a
+    context ``(K, N, D)`` only in the MLP.
+
+    Args:
+        out_dim: width of the output.
+        shape: image shape ``(C, H, W)``, any ``H, W >= 1``.
+        channels: output channels of each convolution; each halves ``H`` and ``W`` (rounding up).
+        hidden: widths of the hidden layers between the features and the output.
+        context_dim: total width of the extra vectors the encoder is called with.
+        activation: makes an activation module.
+        batch_norm: normalise before each activation; see the module's note.
+        residual_blocks: residual blocks after each convolution.
+
+    Raises:
+        ValueError: when called, for an image of another shape (channels last, flat, no channel),
+            or a context of another width.
+
+    Example:
+        >>> net = conv_encoder(32, shape=(1, 28, 20), context_dim=10)
+        >>> net(torch.zeros(6, 1, 28, 20), torch.zeros(5, 6, 10)).shape
+        torch.Size([5, 6, 32])
+    """
+    layers: list[nn.Module] = []
+    for width_in, width in pairwise((shape[0], *channels)):
+        layers.append(nn.Conv2d(width_in, width, 3, stride=2, padding=1))
+        layers += _conv_residuals(width, residual_blocks, activation, batch_norm)
+        layers += _conv_hidden(width, activation, batch_norm)
+    h, w = (_halved(size, len(channels)) for size in shape[1:])
+    flat = (shape[0], *channels)[-1] * h * w
+    head = mlp(flat + context_dim, *hidden, out_dim, activation=activation, batch_norm=batch_norm)
+    features = FlatBatch(nn.Sequential(*layers, nn.Flatten()), event_dim=3)
+    return ConvEncoder(features, head, shape)
+
+
+class ConvDecoder(nn.Module):
+    """What :func:`conv_decoder` returns.
+
+    Args:
+        stem: a network of the inputs to flat features ``(..., F)``.
+        upsample: a module ``(..., F) -> (..., C, H', W')`` with ``H' >= H`` and ``W' >= W``.
+        shape: the image shape ``(C, H, W)``; the surplus is cropped.
+    """
+
+    def __init__(self, stem: MLP, upsample: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stem = stem
+        self.upsample = upsample
+        self.shape = tuple(shape)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Maps vectors ``(..., D_i)`` to an image ``(..., C, H, W)``."""
+        image = self.upsample(self.stem(*inputs))
+        return image[..., : self.shape[1], : self.shape[2]]
+
+
+def conv_decoder(
+    in_dim: int,
+    shape: tuple[int, int, int] = (1, 28, 28),
+    channels: Sequence[int] = (64, 32),
+    hidden: Sequence[int] = (256,),
+    activation: Activation = nn.ReLU,
+    batch_norm: bool = False,
+    residual_blocks: int = 0,
+) -> ConvDecoder:
+    """A convolutional decoder: an MLP, then stride-2 transposed convolutions, then a crop.
+
+    Args:
+        in_dim: total width of the inputs, as latent and condition.
+        shape: the output shape ``(C, H, W)``, returned exactly for any ``H, W >= 1``. For a head
+            that predicts two numbers per value, as ``conditionals.Normal(net, event_dim=3)``, give
+            ``(2 * C, H, W)``.
+        channels: input channels of each transposed convolution; each doubles ``H`` and ``W``.
+        hidden: widths of the hidden layers between the inputs and the first feature map.
+        activation: makes an activation module.
+        batch_norm: normalise before each activation; see the module's note.
+        residual_blocks: residual blocks before each transposed convolution.
+
+    Raises:
+        ValueError: for no channels; when called, for inputs of the wrong total width.
+
+    Example:
+        >>> conv_decoder(16, shape=(3, 9, 7))(torch.zeros(5, 10, 16)).shape
+        torch.Size([5, 10, 3, 9, 7])
+    """
+    if not channels:
+        raise ValueError("conv_decoder needs at least one channel width, as channels=(64, 32)")
+    h, w = (_halved(size, len(channels)) for size in shape[1:])
+    start = (channels[0], h, w)
+    stem = mlp(in_dim, *hidden, channels[0] * h * w, activation=activation, batch_norm=batch_norm)
+    layers: list[nn.Module] = [nn.Unflatten(1, start)]
+    for width, width_out in pairwise((*channels, shape[0])):
+        layers += _conv_residuals(width, residual_blocks, activation, batch_norm)
+        layers += _conv_hidden(width, activation, batch_norm)
+        layers.append(nn.ConvTranspose2d(width, width_out, 4, stride=2, padding=1))
+    return ConvDecoder(stem, FlatBatch(nn.Sequential(*layers)), shape)
+
+
+class OneHot(nn.Module):
+    r"""Integer labels ``(...,)`` to one-hot vectors ``(..., num_classes)`` of the default dtype.
+
+    .. math:: y \mapsto (1[y = 0], \dots, 1[y = C - 1])
+
+    It is one comparison, so it can be traced, takes enumerated labels, and copies nothing to the
+    host. A label outside the range therefore gives a row of zeros: :meth:`check` your data once.
+
+    Args:
+        num_classes: number of classes, ``C >= 1``.
+
+    Raises:
+        ValueError: when called with labels that are not integers.
+
+    Example:
+        >>> OneHot(3)(torch.tensor([0, 2]))
+        tensor([[1., 0., 0.],
+                [0., 0., 1.]])
+    """
+
+    classes: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.register_buffer("classes", torch.arange(num_classes), persistent=False)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Maps labels ``(...,)`` to ``(..., num_classes)``."""
+        if y.is_floating_point() or y.dtype == torch.bool:
+            raise ValueError(
+                f"OneHot expects integer labels, got {y.dtype} of shape {tuple(y.shape)}; use "
+                "y.long(), or leave OneHot out if y is one-hot already"
+            )
+        return (y.unsqueeze(-1) == self.classes).to(torch.get_default_dtype())
+
+    def check(self, y: Tensor) -> None:
+        """Checks a data set's labels; it reads their values, so call it once, not in a loop.
+
+        Args:
+            y: labels of shape ``(N,)``, integers in ``0 .. num_classes - 1``.
+
+        Raises:
+            ValueError: for another rank, dtype or range.
+
+        Example:
+            >>> OneHot(3).check(torch.tensor([0, 2]))
+        """
+        if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
+            raise ValueError(
+                f"labels must be integers of shape (N,), got {y.dtype} of shape {tuple(y.shape)}; "
+                "use y.squeeze(-1) for (N, 1), y.argmax(-1) for one-hot rows, y.long() for floats"
+            )
+        if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
+            raise ValueError(
+                f"labels must lie in 0 .. {self.num_classes - 1}, got {int(y.min())} .. "
+                f"{int(y.max())}; renumber them, or set num_classes={int(y.max()) + 1}"
+            )

@@ -1,0 +1,148 @@
+"""A program: an ``nn.Module`` whose ``forward`` is a Pyro program.
+
+Parameters live in modules. Pyro's global parameter store is touched only when a *stock* Pyro
+engine runs a :class:`Program` and listens for ``param`` sites; ppvae's own path runs inside
+:func:`local_parameters` and leaves the store empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pyro
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor, nn
+
+_parameters_are_local: ContextVar[bool] = ContextVar("_parameters_are_local", default=False)
+# Keyed by the module itself, so that a deep copy gets a name of its own and two equal programs in
+# one process never meet in Pyro's store.
+_store_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_count = itertools.count()
+
+
+class Program(nn.Module):
+    r"""An ``nn.Module`` whose ``forward`` is a Pyro program: a model or a guide.
+
+    Calling it runs ``forward`` under whatever Pyro handlers are active. When one of Pyro's own
+    engines (``pyro.infer.SVI`` with ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``TraceEnum_ELBO``,
+    ``RenyiELBO``) is listening, the parameters are announced to it under a name unique to this
+    object, so every ppvae pair also trains there. Subclass it and write ``forward``.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, ppvae
+        >>> class Coin(ppvae.Program):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.logit = torch.nn.Parameter(torch.zeros(()))
+        ...     def forward(self, x):
+        ...         with pyro.plate("data", len(x)):
+        ...             return pyro.sample("x", dist.Bernoulli(logits=self.logit), obs=x)
+        >>> trace = pyro.poutine.trace(Coin()).get_trace(torch.ones(3))
+        >>> round(trace.log_prob_sum().item(), 4)  # 3 log(1/2) nats
+        -2.0794
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if am_i_wrapped() and not _parameters_are_local.get():
+            _announce_parameters(self)
+        return super().__call__(*args, **kwargs)
+
+
+def _announce_parameters(program: Program) -> None:
+    """Run one ``pyro.param`` statement per trainable parameter, in the order of the module."""
+    if program not in _store_names:
+        _store_names[program] = f"{type(program).__name__}_{next(_count)}"
+    prefix = _store_names[program]
+    store = pyro.get_param_store()
+    for name, parameter in program.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        full_name = f"{prefix}$$${name}"
+        if full_name in store and store[full_name].unconstrained() is not parameter:
+            del store[full_name]  # the module's parameter was replaced: the store follows it
+        pyro.param(full_name, parameter)
+        if store[full_name].unconstrained() is not parameter:
+            raise ValueError(
+                f"parameter {name!r} of {type(program).__name__} is not contiguous, so Pyro's store "
+                "would train a copy of it; make it contiguous: "
+                "module.weight.data = module.weight.data.contiguous()"
+            )
+
+
+class _RefuseStore(Messenger):
+    """Keep Pyro's global store empty: parameters of modules stay there, a bare one raises."""
+
+    def _pyro_param(self, msg: Any) -> None:
+        if getattr(msg["fn"], "__self__", None) is not pyro.get_param_store():
+            return  # a PyroModule's own parameter: already local
+        if "$$$" in msg["name"] and isinstance(msg["args"][-1], nn.Parameter):
+            msg["value"], msg["done"] = msg["args"][-1], True  # pyro.module(...) of a network
+        else:
+            raise ValueError(
+                f"pyro.param({msg['name']!r}) lives in Pyro's global store, which ppvae does not "
+                "use: two programs would share it, and it would be neither optimised nor saved. "
+                "Make it an attribute of the program: self.theta = torch.nn.Parameter(...), or "
+                "PyroParam(...) on a PyroModule"
+            )
+
+
+def module_of(program: Any) -> nn.Module | None:
+    """The module whose parameters a program uses: itself, or the owner of a bound method."""
+    owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def data_plate(*data: Tensor | None, size: int | None = None) -> Any:
+    """The plate ``"data"``, rightmost, over the rows of the first tensor that is given.
+
+    Args:
+        *data: tensors with N rows each, or None, e.g. ``x, y``.
+        size: with no tensor, how many rows to draw; with one, the size of the data set of which
+            the rows are a minibatch (Pyro then scales the plate's terms by size / N).
+
+    Raises:
+        ValueError: neither a tensor nor ``size`` is given.
+
+    Example:
+        >>> import torch, ppvae
+        >>> plate = ppvae.program.data_plate(torch.zeros(20, 3), size=100)
+        >>> plate.size, plate.subsample_size, plate.dim
+        (100, 20, -1)
+    """
+    rows = next((tensor for tensor in data if tensor is not None), None)
+    if rows is None:
+        if size is None:
+            raise ValueError("nothing says how many rows to draw: pass data, or size=100")
+        return pyro.plate("data", size, dim=-1)
+    if size is None:
+        return pyro.plate("data", len(rows), dim=-1)
+    return pyro.plate("data", size, subsample=rows, dim=-1)
+
+
+@contextmanager
+def local_parameters() -> Iterator[None]:
+    """Run programs with parameters in their modules only; Pyro's store stays untouched.
+
+    ppvae enters it wherever it runs a pair itself. Inside, a :class:`Program` announces nothing, a
+    ``PyroModule`` keeps its parameters local, and a bare ``pyro.param`` raises ``ValueError``.
+
+    Example:
+        >>> import pyro, ppvae, torch
+        >>> with ppvae.program.local_parameters():
+        ...     pyro.param("theta", torch.zeros(1))
+        Traceback (most recent call last):
+        ...
+        ValueError: pyro.param('theta') lives in Pyro's global store, which ppvae does not use: ...
+    """
+    token = _parameters_are_local.set(True)
+    try:
+        with pyro.settings.context(module_local_params=True), _RefuseStore():
+            yield
+    finally:
+        _parameters_are_local.reset(token)

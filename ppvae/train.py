@@ -1,0 +1,315 @@
+"""fit: one visible training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ppvae.check import PairError, check_tensors, names, outside_support
+from ppvae.elbo import Estimator
+from ppvae.svi import SVI
+from ppvae.weights import evaluation_mode
+
+Batch = tuple[Tensor, ...]
+
+
+@dataclass
+class History:
+    """What :func:`fit` saw, one row per epoch.
+
+    Attributes:
+        name: what the numbers are, e.g. ``"IWELBO-8"``.
+        rows: per epoch: ``epoch`` (from 1), ``step`` (updates so far), ``train_objective`` (the
+            mean over the epoch of what is maximised, any weight on the KL included),
+            ``valid_bound`` (the bound on log p(x), its weight always 1; absent without validation
+            data), ``lr``, ``seconds`` (training only). Nats per datapoint, larger is better.
+        best_epoch: the epoch with the largest validation bound after warm-up, or None.
+        stopped_early: whether patience ran out.
+
+    Example:
+        >>> from ppvae import History
+        >>> history = History("ELBO", [dict(epoch=1, step=10, train_objective=-9.5, seconds=0.1)])
+        >>> print(history.table())
+        ELBO [nats per datapoint]
+        epoch  step  train_objective  seconds
+            1    10            -9.50     0.10
+    """
+
+    name: str
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int | None = None
+    stopped_early: bool = False
+
+    def column(self, name: str) -> list[float]:
+        """One column, e.g. ``history.column("valid_bound")``; NaN where a row lacks it."""
+        return [row.get(name, math.nan) for row in self.rows]
+
+    def table(self, last: int = 10) -> str:
+        """The last rows, and the best, as text."""
+        chosen = self.rows[-last:]
+        if self.best_epoch is not None and self.best_epoch < chosen[0]["epoch"]:
+            chosen = [self.rows[self.best_epoch - 1], *chosen]
+        if not chosen:
+            return f"{self.name}: no epoch yet"
+        heads = list(chosen[-1])
+        cells = [
+            [f"{row[h]:.2e}" if h == "lr" else f"{row[h]:.2f}" if h not in ("epoch", "step")
+             else str(int(row[h])) for h in heads]
+            for row in chosen
+        ]
+        widths = [max(len(h), *(len(row[i]) for row in cells)) for i, h in enumerate(heads)]
+        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in [heads, *cells]]
+        for i, row in enumerate(chosen):
+            if row["epoch"] == self.best_epoch:
+                lines[i + 1] += "  (best)"
+        return "\n".join([f"{self.name} [nats per datapoint]", *lines])
+
+    def plot(self, ax: Any = None) -> Any:
+        """Training and validation curve, see :func:`ppvae.plots.training_curve`."""
+        from ppvae import plots
+
+        valid = self.column("valid_bound") if "valid_bound" in self.rows[-1] else None
+        return plots.training_curve(self.column("train_objective"), valid, ax=ax, name=self.name)
+
+    def __repr__(self) -> str:
+        return self.table()
+
+
+def fit(
+    svi: SVI,
+    data: Any,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    valid: Any = None,
+    patience: int | None = None,
+    lr_scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    on_epoch_end: Callable[[SVI, History], bool | None] | None = None,
+) -> History:
+    """Train a pair for some epochs: shuffle, step, validate, repeat.
+
+    The whole batch, shuffling and validation are a function of ``seed``; the particles follow
+    ``torch.manual_seed``. Weights that change with the step (``elbo.LinearWarmup``) belong to the
+    estimator, clipping to :class:`ppvae.SVI`.
+
+    Args:
+        svi: a :class:`ppvae.SVI`.
+        data: a ``ppvae.data.Dataset`` (trains on ``train``, validates on ``valid``) or one of its
+            splits; a tensor ``(N, ...)``; a tuple of tensors for ``model(x, y)``; or a
+            ``DataLoader`` that yields such batches.
+        epochs: passes over the data, >= 1.
+        batch_size: datapoints per step, >= 1; the last batch may be smaller.
+        valid: validation data, as ``data``; overrides the data set's own.
+        patience: stop when the validation bound has not improved for so many epochs, and return to
+            the best parameters. It counts only after the warm-up of a scheduled beta.
+        lr_scheduler: from the optimiser to a ``torch.optim`` scheduler, stepped once per epoch
+            (``ReduceLROnPlateau`` sees the validation bound; use ``mode="max"``).
+        device: where to train: ``"auto"`` (CUDA if there is one), ``"cpu"``, ``"cuda"``; None
+            leaves model and data where they are.
+        seed: of shuffling, binarisation order and the validation draws.
+        progress: show a progress bar.
+        on_epoch_end: called with ``(svi, history)`` after each epoch; return True to stop. Saving
+            ``svi.state_dict()`` here is a checkpoint.
+
+    Returns:
+        :class:`History`, whose repr is a table; ``history.plot()`` draws it.
+
+    Raises:
+        PairError, ValueError: before the first step: bad data, values outside the likelihood's
+            support, a pair that does not fit together, CUDA asked for but absent.
+        FloatingPointError: the loss became NaN or infinite.
+
+    Example:
+        >>> import torch, ppvae
+        >>> from ppvae import conditionals, data, elbo, guides, models, nets
+        >>> digits = data.load("digits")
+        >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(8, 64, 64)), latent_dim=8)
+        >>> guide = guides.Normal(nets.mlp(64, 64, 2 * 8))
+        >>> svi = ppvae.SVI(model, guide, torch.optim.Adam, elbo.ELBO())
+        >>> history = ppvae.fit(svi, digits, epochs=2, progress=False)
+        >>> [row["epoch"] for row in history.rows]
+        [1, 2]
+    """
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
+    if valid is None:
+        valid = getattr(data, "valid", None)
+    if patience is not None and valid is None:
+        raise ValueError("patience needs a validation bound: pass valid=..., or a data.Dataset")
+    target = resolve_device(device) if device is not None else None
+    train_data = _Source(getattr(data, "train", data), batch_size, target)
+    valid_data = _Source(valid, batch_size, target) if valid is not None else None
+    if target is not None:
+        _move(svi, target)
+    supports = svi.prepare(*train_data.first())
+    for source in filter(None, (train_data, valid_data)):
+        source.check(svi, supports)
+
+    assert svi.optimizer is not None
+    scheduler = lr_scheduler(svi.optimizer) if lr_scheduler is not None else None
+    warm_up = getattr(getattr(svi.elbo, "beta", None), "steps", 0)
+    history = History(_name(svi.elbo))
+    best, best_state = -math.inf, None
+    with tqdm(range(1, epochs + 1), unit="epoch", disable=not progress) as bar:
+        for epoch in bar:
+            started = time.perf_counter()
+            total, count = torch.zeros((), device=target), 0
+            for batch in train_data.epoch(seed, epoch):
+                total = total - svi.update(*batch)
+                count += len(batch[0])
+            row = {"epoch": epoch, "step": svi.num_steps, "train_objective": float(total) / count}
+            seconds = time.perf_counter() - started  # float(total) has waited for the device
+            if not math.isfinite(row["train_objective"]):
+                raise FloatingPointError(
+                    f"the loss became {-row['train_objective']} in epoch {epoch}; lower the learning "
+                    "rate, clip the gradient (SVI(clip_norm=...)), or bound the predicted scale"
+                )
+            if valid_data is not None:
+                row["valid_bound"] = mean_bound(svi, valid_data.epoch(None, 0), seed)
+            row |= {"lr": svi.optimizer.param_groups[0]["lr"], "seconds": seconds}
+            history.rows.append(row)
+            if scheduler is not None:
+                plateau = isinstance(scheduler, ReduceLROnPlateau)
+                scheduler.step(*([row.get("valid_bound", row["train_objective"])] if plateau else []))
+            shown = {k: f"{row[k]:.2f}" for k in ("train_objective", "valid_bound") if k in row}
+            bar.set_description(history.name)
+            bar.set_postfix(shown | {"": "nats"})
+
+            stop = bool(on_epoch_end(svi, history)) if on_epoch_end is not None else False
+            if valid_data is not None and svi.num_steps >= warm_up:
+                if row["valid_bound"] > best:
+                    best, history.best_epoch = row["valid_bound"], epoch
+                    if patience is not None:
+                        state = svi.objective.state_dict()
+                        best_state = {
+                            k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()
+                        }
+                elif patience is not None and epoch - (history.best_epoch or epoch) >= patience:
+                    history.stopped_early = stop = True
+            if stop:
+                break
+    if best_state is not None:
+        svi.objective.load_state_dict(best_state)
+    return history
+
+
+def mean_bound(svi: SVI, batches: Iterator[Batch], seed: int) -> float:
+    """The bound on log p(x) over batches, nats per datapoint, in evaluation mode, same draws."""
+    device = next((p.device for p in svi.objective.parameters()), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    with evaluation_mode(svi.objective), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        total, count = 0.0, 0
+        for batch in batches:
+            if isinstance(svi.elbo, Estimator):
+                total += svi.elbo.evaluate(svi.model, svi.guide, *batch).sum().item()
+            else:
+                total -= svi.evaluate_loss(*batch)
+            count += len(batch[0])
+    return total / count
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """``"auto"`` is CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: CUDA is asked for but absent.
+
+    Example:
+        >>> from ppvae.train import resolve_device
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f'device={str(device)!r} was asked for, but this PyTorch sees no CUDA device; use '
+            '"auto" or "cpu", or install a CUDA build of torch'
+        )
+    return resolved
+
+
+class _Source:
+    """Batches from whatever :func:`fit` takes as data."""
+
+    def __init__(self, data: Any, batch_size: int, device: torch.device | None) -> None:
+        self.batch_size, self.device = batch_size, device
+        if isinstance(data, Tensor):
+            data = (data,)
+        known = isinstance(data, DataLoader) or hasattr(data, "batch")
+        tensors = isinstance(data, (tuple, list)) and all(isinstance(t, Tensor) for t in data)
+        if not known and not (tensors and data):
+            raise TypeError(
+                f"data must be a data.Dataset or one of its splits, a tensor, a tuple of tensors or "
+                f"a DataLoader, got {type(data).__name__}; wrap arrays with data.from_arrays(x, y)"
+            )
+        self.data = data.to(device) if hasattr(data, "batch") and device is not None else data
+
+    def whole(self, epoch: int) -> Batch:
+        """All rows as tensors (not for a DataLoader)."""
+        tensors = self.data.batch(epoch) if hasattr(self.data, "batch") else self.data
+        return self._place(tensors)
+
+    def epoch(self, seed: int | None, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch, shuffled by (seed, epoch), or in order if seed is None."""
+        if isinstance(self.data, DataLoader):
+            for batch in self.data:
+                yield self._place((batch,) if isinstance(batch, Tensor) else tuple(batch))
+            return
+        tensors = self.whole(epoch)
+        rows = len(tensors[0])
+        if seed is None:
+            order = torch.arange(rows)
+        else:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order = torch.randperm(rows, generator=generator)
+        for index in order.to(tensors[0].device).split(self.batch_size):
+            yield tuple(tensor.index_select(0, index) for tensor in tensors)
+
+    def first(self) -> Batch:
+        """One batch to check the pair on."""
+        if isinstance(self.data, DataLoader):
+            return next(self.epoch(None, 0))
+        return tuple(tensor[: self.batch_size] for tensor in self.whole(0))
+
+    def check(self, svi: SVI, supports: dict[int, Any]) -> None:
+        """All rows: finite, of one length, in the likelihood's support (not for a DataLoader)."""
+        if isinstance(self.data, DataLoader):
+            return
+        tensors = self.whole(0)
+        check_tensors(svi.model, tensors)
+        for position, support in supports.items():
+            label = f"argument {names(svi.model, tensors)[position]!r}"
+            fault = outside_support(tensors[position], support, label)
+            if fault:
+                raise PairError(fault)
+
+    def _place(self, tensors: Batch) -> Batch:
+        if self.device is None:
+            return tuple(tensors)
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+
+def _move(svi: SVI, device: torch.device) -> None:
+    svi.objective.to(device)
+    if svi.optimizer is not None:  # loading casts the optimiser's state to the parameters' device
+        svi.optimizer.load_state_dict(svi.optimizer.state_dict())
+
+
+def _name(elbo: Any) -> str:
+    K = elbo.num_particles
+    return f"{type(elbo).__name__}-{K}" if K > 1 else type(elbo).__name__

@@ -1,0 +1,38 @@
+"""What every test shares: a clean slate, one seed, and the markers."""
+
+import os
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ["MPLBACKEND"] = "Agg"  # no windows
+torch.set_num_threads(2)
+# A kernel's first call is slow, and a random draw must not decide whether `make test` passes.
+settings.register_profile("ppvae", deadline=None, derandomize=True)
+settings.load_profile("ppvae")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def clean_slate() -> None:
+    """Start each test with an empty param store and the same random state."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Make float64 the default for one test: an exact oracle deserves exact arithmetic."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -1,0 +1,477 @@
+"""Conditionals: densities against closed forms, shapes under plates, precision, tracing."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+from torch.distributions import kl_divergence
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ppvae import conditionals, nets
+
+K, N, Z, D = 3, 4, 2, 5
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    with pyro.validation_enabled(True):
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+def _posterior():
+    return conditionals.Normal(nets.mlp(D, 8, 2 * Z))
+
+
+def _real(*shape):
+    return torch.randn(shape)
+
+
+def _binary(*shape):
+    return torch.randint(2, shape).to(torch.get_default_dtype())
+
+
+def _counts(*shape):
+    return torch.randint(5, shape).to(torch.get_default_dtype())
+
+
+# name of an export -> variants: (make a conditional, draw a value of its support, event shape)
+LIKELIHOODS = {
+    "Normal": [
+        (lambda: conditionals.Normal(nets.mlp(Z, 8, 2 * D)), _real, (D,)),
+        (
+            lambda: conditionals.Normal(nets.mlp(Z, 2 * D), positive=nn.functional.softplus),
+            _real,
+            (D,),
+        ),
+        (lambda: conditionals.Normal(nets.mlp(Z, 8, D), scale=0.3), _real, (D,)),
+        (
+            lambda: conditionals.Normal(
+                nets.conv_decoder(Z, (4, 6, 5), (3,), hidden=()), event_dim=3
+            ),
+            _real,
+            (2, 6, 5),
+        ),
+    ],
+    "Scale": [
+        (lambda: conditionals.Normal(nets.mlp(Z, 8, D), conditionals.Scale(0.7)), _real, (D,)),
+        (
+            lambda: conditionals.Normal(nets.mlp(Z, 8, D), conditionals.Scale(0.7, (D,))),
+            _real,
+            (D,),
+        ),
+        (
+            lambda: conditionals.Normal(
+                nets.conv_decoder(Z, (2, 6, 5), (3,), hidden=()),
+                conditionals.Scale(0.7, (2, 1, 1)),
+                event_dim=3,
+            ),
+            _real,
+            (2, 6, 5),
+        ),
+    ],
+    "Bernoulli": [
+        (lambda: conditionals.Bernoulli(nets.mlp(Z, 8, D)), _binary, (D,)),
+        (
+            lambda: conditionals.Bernoulli(nets.mlp(Z, 8, D), grey=True),
+            lambda *shape: torch.rand(shape),
+            (D,),
+        ),
+        (
+            lambda: conditionals.Bernoulli(
+                nets.conv_decoder(Z, (1, 6, 5), (3,), hidden=()), event_dim=3
+            ),
+            _binary,
+            (1, 6, 5),
+        ),
+    ],
+    "Categorical": [
+        (
+            lambda: conditionals.Categorical(nets.mlp(Z, 8, D * 7), 7),
+            lambda *shape: torch.randint(7, shape),
+            (D,),
+        ),
+        (
+            lambda: conditionals.Categorical(nets.mlp(Z, 8, 7), 7, event_dim=0),
+            lambda *shape: torch.randint(7, shape),
+            (),
+        ),
+        (
+            lambda: conditionals.Categorical(
+                nets.conv_decoder(Z, (2 * 7, 6, 5), (3,), hidden=()), 7, event_dim=3
+            ),
+            lambda *shape: torch.randint(7, shape),
+            (2, 6, 5),
+        ),
+    ],
+    "BagOfWords": [
+        (lambda: conditionals.BagOfWords(nets.mlp(Z, 8, D), total_count=9), _counts, (D,))
+    ],
+}
+PRIORS = {
+    "StandardNormal": [
+        (lambda: conditionals.StandardNormal(Z), _real, (Z,)),
+        (lambda: conditionals.StandardNormal((2, 3, 3)), _real, (2, 3, 3)),
+    ],
+    "Mixture": [(lambda: conditionals.Mixture(6, Z), _real, (Z,))],
+    "VampPrior": [
+        (lambda: conditionals.VampPrior(_posterior(), 6, D, mean=0.5), _real, (Z,)),
+        (lambda: conditionals.VampPrior(_posterior(), 6, (D,), support="real"), _real, (Z,)),
+    ],
+}
+NOT_CONDITIONALS = {"Conditional", "DiagonalNormal", "WordCounts"}
+
+
+def _variants(table):
+    return [
+        pytest.param(*variant, id=f"{name}-{i}")
+        for name, variants in table.items()
+        for i, variant in enumerate(variants)
+    ]
+
+
+likelihoods = pytest.mark.parametrize(("make", "draw", "event"), _variants(LIKELIHOODS))
+priors = pytest.mark.parametrize(("make", "draw", "event"), _variants(PRIORS))
+everything = pytest.mark.parametrize(("make", "draw", "event"), _variants(LIKELIHOODS | PRIORS))
+
+
+def test_every_export_is_tested():
+    assert set(LIKELIHOODS) | set(PRIORS) | NOT_CONDITIONALS == set(conditionals.__all__)
+
+
+# ---------------------------------------------------------------- laws of every conditional
+
+
+@likelihoods
+@pytest.mark.parametrize("leading", [(N,), (K, N), (2, K, N)])
+def test_batch_shape_is_the_leading_dimensions(make, draw, event, leading):
+    p = make()(torch.randn(*leading, Z))
+    assert (p.batch_shape, p.event_shape) == (leading, event)
+    assert p.log_prob(draw(N, *event)).shape == leading
+    assert p.sample().shape == leading + event
+
+
+@likelihoods
+def test_particles_equal_a_loop(make, draw, event):
+    conditional, z, x = make(), torch.randn(K, N, Z), draw(N, *event)
+    together = conditional(z).log_prob(x)
+    loop = torch.stack([conditional(row).log_prob(x) for row in z])
+    torch.testing.assert_close(together, loop)
+
+
+@everything
+def test_shapes_inside_plates(make, draw, event):
+    """A particle plate and a data plate expand an unexpanded distribution to (K, N)."""
+    conditional = make()
+
+    def program():
+        with pyro.plate("particles", K, dim=-2), pyro.plate("data", N, dim=-1):
+            pyro.sample("free", conditional(torch.randn(Z)))
+            return pyro.sample("x", conditional(torch.ones(Z)), obs=draw(N, *event))
+
+    trace = pyro.poutine.trace(program).get_trace()
+    trace.compute_log_prob()
+    assert trace.nodes["free"]["value"].shape == (K, N, *event)
+    values = trace.nodes["free"]["value"].flatten(0, 1)
+    assert len(values.unique(dim=0)) > 1 or event == ()
+    assert trace.nodes["free"]["log_prob"].shape == (K, N)
+    assert trace.nodes["x"]["log_prob"].shape == (K, N)
+    expected = conditional(torch.ones(Z)).expand((N,)).log_prob(trace.nodes["x"]["value"])
+    torch.testing.assert_close(trace.nodes["x"]["log_prob"], expected.expand(K, N))
+
+
+@everything
+def test_every_parameter_gets_a_gradient(make, draw, event):
+    conditional, z = make(), torch.randn(N, Z)
+    value = conditional(z).log_prob(draw(N, *event)).sum()
+    assert value.requires_grad or not list(conditional.parameters())
+    if value.requires_grad:
+        value.backward()
+    for key, parameter in conditional.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().sum() > 0, key
+
+
+@everything
+def test_log_prob_is_float32_under_bf16(make, draw, event):
+    torch.set_default_dtype(torch.float32)
+    conditional, x = make(), draw(N, *event)
+    z = torch.randn(N, Z)
+    full = conditional(z).expand((N,)).log_prob(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        p = conditional(z).expand((N,))
+        mixed = p.log_prob(x)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, full, rtol=0.1, atol=0.3)
+    low = conditional.bfloat16()(z.bfloat16()).expand((N,)).log_prob(x)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, full, rtol=0.1, atol=0.3)
+
+
+@everything
+def test_modules_convert_to_float64(make, draw, event):
+    torch.set_default_dtype(torch.float32)
+    conditional = make().double()
+    p = conditional(torch.randn(N, Z, dtype=torch.float64)).expand((N,))
+    assert p.log_prob(draw(N, *event).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("make", "draw", "event"),  # one of each, and a convolutional one
+    _variants({name: variants[:1] for name, variants in (LIKELIHOODS | PRIORS).items()})
+    + _variants({"image": LIKELIHOODS["Bernoulli"][2:]}),
+)
+def test_log_prob_and_gradient_trace_with_symbolic_shapes(make, draw, event):
+    conditional = make()
+    parameters, buffers = dict(conditional.named_parameters()), dict(conditional.named_buffers())
+
+    def log_prob(parameters, buffers, z, x):
+        p = torch.func.functional_call(conditional, parameters | buffers, (z,))
+        value = p.expand(x.shape[:1]).log_prob(x).sum() + 0 * z.sum()
+        return value, torch.autograd.grad(value, [z, *parameters.values()])
+
+    def inputs(n):
+        return parameters, buffers, torch.randn(n, Z, requires_grad=True), draw(n, *event)
+
+    with pyro.validation_enabled(False):
+        graph = make_fx(log_prob, tracing_mode="symbolic")(*inputs(N))
+        other = inputs(7)
+        torch.testing.assert_close(graph(*other), log_prob(*other))
+
+
+@priors
+def test_priors_ignore_their_context(make, draw, event):
+    prior, z = make(), draw(K, N, *event)
+    bare, given = prior(), prior(torch.randn(N, 9))
+    assert bare.batch_shape == given.batch_shape == ()
+    torch.testing.assert_close(bare.log_prob(z), given.log_prob(z))
+    torch.testing.assert_close(bare.expand((K, N)).log_prob(z), bare.log_prob(z))
+    assert bare.expand((K, N)).log_prob(z).shape == (K, N)
+
+
+# ---------------------------------------------------------------- densities
+
+
+def test_normal_predicted_scale_is_exp_of_log_sigma():
+    conditional = _posterior()
+    x, z = torch.randn(N, D), torch.randn(N, Z)
+    loc, raw = conditional.net(x).detach().chunk(2, -1)
+    expected = stats.norm(loc.numpy(), raw.exp().numpy()).logpdf(z.numpy()).sum(-1)
+    torch.testing.assert_close(conditional(x).log_prob(z).detach(), torch.tensor(expected))
+    conditional.positive = nn.functional.softplus
+    torch.testing.assert_close(conditional(x).stddev, nn.functional.softplus(raw))
+
+
+def test_normal_splits_images_on_channels():
+    net = nets.conv_decoder(Z, (4, 6, 5), (3,), hidden=())
+    z = torch.randn(N, Z)
+    p = conditionals.Normal(net, event_dim=3)(z)
+    torch.testing.assert_close(p.mean, net(z)[:, :2])
+    torch.testing.assert_close(p.stddev, net(z)[:, 2:].exp())
+
+
+@pytest.mark.parametrize("event_dim", [1, 2, 3])
+@pytest.mark.parametrize("scale_shape", ["float", (), (5,), (1, 5), (2, 1, 1), (4, 2, 3, 5)])
+@pytest.mark.parametrize("batch", [None, (4,), (6, 4)])
+def test_diagonal_normal_is_independent_normal(event_dim, scale_shape, batch):
+    loc = torch.randn(4, 2, 3, 5)
+    scale = 0.7 if scale_shape == "float" else torch.rand(scale_shape) + 0.5
+    p = conditionals.DiagonalNormal(loc, scale, event_dim)
+    expected = dist.Normal(loc, scale).to_event(event_dim)
+    if batch is not None:
+        batch = torch.Size(batch) + loc.shape[1 : 4 - event_dim]
+        p, expected = p.expand(batch), expected.expand(batch)
+    assert p.shape() == expected.shape()
+    assert p.batch_shape == expected.batch_shape
+    value = torch.randn(6, 4, 2, 3, 5)
+    torch.testing.assert_close(p.log_prob(value), expected.log_prob(value))
+    torch.testing.assert_close(p.log_prob(value[0]), expected.log_prob(value[0]))
+    torch.testing.assert_close(p.entropy(), expected.entropy())
+    torch.manual_seed(1)
+    draw = p.rsample((2,))
+    torch.manual_seed(1)
+    torch.testing.assert_close(draw, expected.rsample((2,)))
+
+
+def test_diagonal_normal_has_the_closed_form_kl():
+    loc, scale = torch.randn(N, Z), torch.rand(N, Z) + 0.1
+    q = conditionals.DiagonalNormal(loc, scale).expand((K, N))
+    kl = kl_divergence(q, conditionals.StandardNormal(Z)().expand((K, N)))
+    expected = 0.5 * (scale**2 + loc**2 - 1 - 2 * scale.log()).sum(-1)
+    torch.testing.assert_close(kl, expected.expand(K, N))
+
+
+def test_bernoulli_and_its_grey_form():
+    net, z = nets.mlp(Z, D), torch.randn(N, Z)
+    probs = net(z).sigmoid()
+    x, grey = _binary(N, D), torch.rand(N, D)
+
+    def cross_entropy(x):
+        return (x * probs.log() + (1 - x) * (1 - probs).log()).sum(-1)
+
+    torch.testing.assert_close(conditionals.Bernoulli(net)(z).log_prob(x), cross_entropy(x))
+    p = conditionals.Bernoulli(net, grey=True)(z)
+    torch.testing.assert_close(p.log_prob(grey), cross_entropy(grey))
+    torch.testing.assert_close(p.expand((K, N)).log_prob(grey)[1], cross_entropy(grey))
+    # Not a density over [0, 1]: it does not integrate to one.
+    grid = torch.linspace(0, 1, 1001).unsqueeze(-1)
+    single = conditionals.Bernoulli(nn.Identity(), grey=True)(torch.ones(1))
+    assert abs(torch.trapezoid(single.log_prob(grid).exp(), dx=1e-3) - 1) > 0.3
+
+
+def test_categorical_logits_of_a_value_are_side_by_side():
+    net, z, x = nets.mlp(Z, D * 7), torch.randn(N, Z), torch.randint(7, (N, D))
+    table = net(z).reshape(N, D, 7).log_softmax(-1)
+    expected = sum(table[torch.arange(N), d, x[:, d]] for d in range(D))
+    torch.testing.assert_close(conditionals.Categorical(net, 7)(z).log_prob(x), expected)
+
+
+def test_categorical_image_classes_are_on_the_channel_dimension():
+    net = nets.conv_decoder(Z, (2 * 7, 6, 5), (3,), hidden=())
+    z, x = torch.randn(N, Z), torch.randint(7, (N, 2, 6, 5))
+    p = conditionals.Categorical(net, 7, event_dim=3)(z)
+    logits = net(z).reshape(N, 2, 7, 6, 5)
+    expected = -nn.functional.cross_entropy(logits.movedim(2, 1), x, reduction="none")
+    torch.testing.assert_close(p.log_prob(x), expected.sum((1, 2, 3)))
+
+
+def test_bag_of_words_is_the_multinomial_less_its_coefficient():
+    net, z, counts = nets.mlp(Z, D), torch.randn(N, Z), _counts(N, D)
+    log_prob = conditionals.BagOfWords(net)(z).log_prob(counts)
+    for i in range(N):
+        n = int(counts[i].sum())
+        full = torch.distributions.Multinomial(n, logits=net(z)[i]).log_prob(counts[i])
+        coefficient = math.lgamma(n + 1) - torch.lgamma(counts[i] + 1).sum()
+        torch.testing.assert_close(log_prob[i], full - coefficient)
+
+
+def test_word_counts_samples():
+    logits = torch.randn(2, 1, D)
+    n = torch.tensor([0, 3, 4000])
+    p = conditionals.WordCounts(logits, n).expand((2, 3))
+    draw = p.sample((7,))
+    assert draw.shape == (7, 2, 3, D)
+    torch.testing.assert_close(draw.sum(-1), n.to(draw).expand(7, 2, 3))
+    torch.testing.assert_close(
+        draw[..., 2, :].mean(0) / 4000, logits[:, 0].softmax(-1), atol=0.02, rtol=0
+    )
+    torch.testing.assert_close(p.mean[:, 1], 3 * logits[:, 0].softmax(-1))
+    with pytest.raises(ValueError, match=r"total_count=.*obs="):
+        conditionals.WordCounts(logits).sample()
+
+
+def test_mixture_integrates_to_one():
+    prior = conditionals.Mixture(5, 2, spread=2.0)
+    nn.init.normal_(prior.logits)
+    nn.init.normal_(prior.log_scale, std=0.3)
+    axis = torch.linspace(-14, 14, 561)
+    grid = torch.cartesian_prod(axis, axis)
+    total = prior().log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2
+    assert abs(total.item() - 1) < 1e-6
+
+
+def test_mixture_is_the_weighted_sum_and_can_be_initialised():
+    prior = conditionals.Mixture(2, Z)
+    assert not torch.equal(prior.loc[0], prior.loc[1])
+    weights, loc, scale = torch.tensor([0.25, 0.75]), torch.randn(2, Z), torch.rand(2, Z) + 0.1
+    prior.initialise(2 * weights, loc, scale)
+    z = torch.randn(K, N, Z)
+    expected = sum(
+        weights[c] * dist.Normal(loc[c], scale[c]).log_prob(z).sum(-1).exp() for c in (0, 1)
+    )
+    torch.testing.assert_close(prior().log_prob(z), expected.log())
+    torch.testing.assert_close(prior.weights().probs, weights)
+    with pytest.raises(ValueError, match="log_scale has shape"):
+        prior.initialise(weights, loc, scale[:, :1])
+
+
+@pytest.mark.parametrize("support", ["unit_interval", "real"])
+def test_vamp_prior_is_the_mixture_of_posteriors(support):
+    posterior = _posterior()
+    prior = conditionals.VampPrior(posterior, 6, D, mean=0.5, std=1.0, support=support)
+    u = prior.pseudo_inputs.clamp(0, 1) if support == "unit_interval" else prior.pseudo_inputs
+    z = torch.randn(K, N, Z)
+    each = torch.stack([posterior(row).log_prob(z) for row in u])
+    torch.testing.assert_close(prior().log_prob(z), each.exp().mean(0).log())
+
+
+def test_vamp_prior_calls_the_shared_encoder_once():
+    posterior = _posterior()
+    prior = conditionals.VampPrior(posterior, 6, D)
+    calls = []
+    posterior.net.register_forward_hook(lambda *args: calls.append(args[1][0].shape))
+    prior().expand((K, N)).log_prob(torch.randn(K, N, Z))
+    assert calls == [(6, D)]
+    assert prior.posterior is posterior
+
+
+def test_vamp_prior_from_binary_data_still_trains():
+    """At exactly 0 and 1 hardtanh has gradient 0, so rows of binary data must be moved inside."""
+    data = _binary(20, D)
+    prior = conditionals.VampPrior(_posterior(), 6, D, data=data)
+    rows = {tuple(row) for row in data.tolist()}
+    assert all(tuple(row) in rows for row in prior.pseudo_inputs.round().tolist())
+    prior().log_prob(torch.randn(N, Z)).sum().backward()
+    assert (prior.pseudo_inputs.grad != 0).all()
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("make", "bad"),
+    [
+        (lambda: conditionals.Bernoulli(nets.mlp(Z, D)), torch.full((N, D), 0.5)),
+        (lambda: conditionals.Bernoulli(nets.mlp(Z, D), grey=True), torch.full((N, D), 1.1)),
+        (lambda: conditionals.Categorical(nets.mlp(Z, D * 7), 7), torch.full((N, D), 7)),
+        (lambda: conditionals.Categorical(nets.mlp(Z, D * 7), 7), torch.full((N, D), 0.5)),
+        (lambda: conditionals.BagOfWords(nets.mlp(Z, D)), torch.full((N, D), -1.0)),
+        (lambda: conditionals.BagOfWords(nets.mlp(Z, D)), torch.full((N, D), 0.5)),
+        (lambda: conditionals.Normal(nets.mlp(Z, D), 1.0), torch.full((N, D), math.nan)),
+        (lambda: conditionals.StandardNormal(D), torch.full((N, D), math.nan)),
+        (lambda: conditionals.Mixture(3, D), torch.full((N, D), math.nan)),
+    ],
+)
+def test_supports_are_validated_only_when_pyro_validates(make, bad):
+    conditional, z = make(), torch.randn(N, Z)
+    with pytest.raises(ValueError, match="support"):
+        conditional(z).log_prob(bad)
+    with pytest.raises(ValueError, match="support"):
+        conditional(z).expand((N,)).log_prob(bad)
+    if bad.max() != 7:  # an out-of-range class is an index error whatever the flag
+        with pyro.validation_enabled(False):
+            conditional(z).log_prob(bad)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: conditionals.Normal(nets.mlp(Z, 5))(torch.zeros(N, Z)), "2 \\* D"),
+        (lambda: conditionals.Normal(nets.mlp(Z, 5), scale=-1.0), "positive"),
+        (lambda: conditionals.Scale(0.0), "positive"),
+        (lambda: conditionals.Categorical(nets.mlp(Z, 5), 3)(torch.zeros(N, Z)), "D \\* 3"),
+        (lambda: conditionals.DiagonalNormal(torch.zeros(3), 1.0, event_dim=0), "event_dim"),
+        (lambda: conditionals.VampPrior(_posterior(), 3, D, support="unit"), "unit_interval"),
+        (lambda: conditionals.VampPrior(_posterior(), 3, D, data=torch.zeros(2, D)), "at least 3"),
+        (
+            lambda: conditionals.VampPrior(
+                conditionals.Bernoulli(nn.Linear(D, D), event_dim=2), 3, D
+            )(),
+            "event_dim",
+        ),
+    ],
+)
+def test_errors_say_what_to_do(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_a_conditional_needs_forward():
+    with pytest.raises(NotImplementedError, match="forward"):
+        conditionals.Conditional(nn.Identity())(torch.zeros(1))

@@ -1,0 +1,488 @@
+"""Every plot: what it draws, where it draws it, what it refuses."""
+
+import subprocess
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from ppvae import plots
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+X = torch.linspace(0, 1, 6 * 12).reshape(6, 12)  # six images of 3 x 4 pixels, no two alike
+HIDDEN = torch.where(torch.arange(12) < 4, torch.nan, X)
+GRID = torch.tensor([-1.5, 0.0, 1.5])
+
+# One call of every public function, as (function, arguments); all torch tensors.
+CALLS = {
+    "training_curve": ([torch.tensor([-3.0, -1.0, -2.0]), torch.tensor([-4.0, -2.0, -3.0])], {}),
+    "image_grid": ([X, (3, 4)], {"title": "six"}),
+    "reconstructions": ([X, 1 - X, (3, 4), X**2], {}),
+    "class_grid": ([X.reshape(2, 3, 12), (3, 4)], {}),
+    "quadrant_completion": ([HIDDEN, torch.stack([1 - X, X**2]), X, (3, 4)], {}),
+    "manifold": ([torch.linspace(0, 1, 9 * 12).reshape(9, 12), (3, 4), GRID], {}),
+    "interpolation": ([X.reshape(2, 3, 12), (3, 4)], {}),
+    "latent_scatter": ([X[:, :2], torch.tensor([0, 1, 2, 0, 1, 2])], {}),
+    "khat": ([torch.tensor([0.1, 0.9, 0.6, 0.3])], {}),
+}
+assert sorted(CALLS) == sorted(plots.__all__)
+
+
+@pytest.fixture(autouse=True)
+def agg():
+    """Draw without a display, in the default style, and leave no figure open."""
+    before = mpl.get_backend()
+    plt.switch_backend("Agg")
+    with plt.style.context("default"):
+        yield
+    plt.close("all")
+    plt.switch_backend(before)
+
+
+@pytest.fixture
+def ax():
+    return Figure(figsize=(6, 4), layout="constrained").subplots()
+
+
+def ticks(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def picture(ax):
+    """The tiled array as plain floats, NaN where missing."""
+    (image,) = ax.images
+    return np.ma.filled(image.get_array().astype(float), np.nan)
+
+
+def tile(ax, row, column, height=3, width=4):
+    return picture(ax)[row * height : (row + 1) * height, column * width : (column + 1) * width]
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def assert_image(drawn, image, shape=(3, 4)):
+    np.testing.assert_allclose(drawn, image.reshape(shape), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CALLS)
+class TestEveryPlot:
+    def test_draws_on_the_axes_given_and_makes_no_figure(self, name, ax):
+        args, options = CALLS[name]
+        assert getattr(plots, name)(*args, ax=ax, **options) is ax
+        assert ax.has_data()
+        assert plt.get_fignums() == []
+        assert ax.figure.axes == [ax]
+
+    def test_makes_one_figure_without_axes(self, name):
+        args, options = CALLS[name]
+        made = getattr(plots, name)(*args, **options)
+        assert [plt.figure(number) for number in plt.get_fignums()] == [made.figure]
+
+    def test_nothing_is_clipped(self, name):
+        """All text, legend included, lies inside the figure that the function makes."""
+        args, options = CALLS[name]
+        made = getattr(plots, name)(*args, **options)
+        made.figure.canvas.draw()
+        box, whole = made.get_tightbbox(), made.figure.bbox
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= whole.x1
+        assert box.y1 <= whole.y1
+
+    def test_same_picture_from_numpy_lists_and_gradients(self, name):
+        args, options = CALLS[name]
+
+        def render(convert):
+            figure = Figure(figsize=(6, 4))
+            converted = [convert(a) if isinstance(a, torch.Tensor) else a for a in args]
+            getattr(plots, name)(*converted, ax=figure.subplots(), **options)
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            return np.asarray(canvas.buffer_rgba())
+
+        def with_gradient(a):
+            return a.clone().requires_grad_() if a.is_floating_point() else a
+
+        expected = render(lambda a: a)
+        for convert in (torch.Tensor.numpy, torch.Tensor.tolist, list, with_gradient):
+            np.testing.assert_array_equal(render(convert), expected)
+
+    def test_leaves_arguments_and_rcparams_alone(self, name, ax):
+        args, options = CALLS[name]
+        copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        settings = mpl.rcParams.copy()
+        getattr(plots, name)(*args, ax=ax, **options)
+        assert mpl.rcParams == settings
+        for a, copy in zip(args, copies, strict=True):
+            if isinstance(a, torch.Tensor):
+                torch.testing.assert_close(a, copy, equal_nan=True, rtol=0, atol=0)
+
+
+def test_import_leaves_matplotlib_alone():
+    code = "import sys, ppvae.plots; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestTrainingCurve:
+    def test_lines_start_at_epoch_one(self, ax):
+        plots.training_curve([-3.0, -1.0, -2.0], [-4.0, -3.5, -3.0], ax=ax, name="IWELBO-8")
+        train, valid, best = ax.lines
+        np.testing.assert_array_equal(train.get_xdata(), [1, 2, 3])
+        np.testing.assert_array_equal(train.get_ydata(), [-3, -1, -2])
+        np.testing.assert_array_equal(valid.get_ydata(), [-4, -3.5, -3])
+        assert (best.get_xdata()[0], best.get_ydata()[0]) == (3, -3)  # validation decides
+        best_label = "best validation: \N{MINUS SIGN}3.00 at epoch 3"
+        assert legend(ax) == ["training IWELBO-8", "validation IWELBO-8", best_label]
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "bound [nats per datapoint]")
+        assert 0 < ax.get_xlim()[0] < 1
+        assert ax.get_xlim()[1] > 3
+
+    def test_training_decides_alone(self, ax):
+        plots.training_curve([-3.0, -1.0, -2.0], ax=ax, ylabel="bits per dimension")
+        best = ax.lines[-1]
+        assert best.get_xdata()[0] == 2
+        assert ax.get_ylabel() == "bits per dimension"
+
+    def test_epochs_without_validation_are_bridged(self, ax):
+        plots.training_curve([-5.0, -4, -3, -2], [torch.nan, -4.5, -torch.inf, -3.5], ax=ax)
+        np.testing.assert_array_equal(ax.lines[1].get_xdata(), [2, 4])
+        assert ax.lines[2].get_xdata()[0] == 4
+
+    def test_early_epochs_do_not_squash_the_rest(self, ax):
+        curve = -100 - 1e4 * np.exp(-np.arange(50.0))
+        plots.training_curve(curve, ax=ax)
+        low, high = ax.get_ylim()
+        assert high > curve.max()
+        assert low > -101
+        hidden = int((curve < low).sum())
+        assert 0 < hidden <= 10
+        assert ax.get_legend().get_title().get_text() == f"{hidden} values below the axis"
+
+    @pytest.mark.parametrize("curve", [[-60.0, -45, -40, -38], list(range(30)), [-1.0] * 30, [2.0]])
+    def test_an_even_curve_is_shown_whole(self, curve, ax):
+        plots.training_curve(curve, ax=ax)
+        low, high = ax.get_ylim()
+        assert low < min(curve)
+        assert high > max(curve)
+        assert ax.get_legend().get_title().get_text() == ""
+
+    @pytest.mark.parametrize(
+        ("train", "valid", "argument"),
+        [
+            ([], None, "train"),
+            (X, None, "train"),
+            (-1.0, None, "train"),
+            ([torch.nan, -torch.inf], None, "train"),
+            ([1.0, 2.0], [1.0], "valid"),
+            ([1.0, 2.0], [torch.nan] * 2, "valid"),
+        ],
+    )
+    def test_refuses(self, train, valid, argument):
+        with pytest.raises(ValueError, match=rf"^{argument} must be .* got shape \("):
+            plots.training_curve(train, valid)
+        assert plt.get_fignums() == []
+
+
+class TestImageGrid:
+    def test_fills_row_by_row_and_leaves_the_rest_empty(self, ax):
+        plots.image_grid(X[:5], (3, 4), ax=ax, columns=2)
+        assert picture(ax).shape == (9, 8)
+        for k in range(5):
+            assert_image(tile(ax, k // 2, k % 2), X[k])
+        (image,) = ax.images
+        assert (image.to_rgba(tile(ax, 2, 1))[..., 3] == 0).all()  # transparent
+        assert image.get_clim() == (0, 1)
+        np.testing.assert_allclose(
+            image.to_rgba(np.array([[0.0, 1.0]]))[0, :, :3], [[0] * 3, [1] * 3]
+        )
+
+    def test_rows_and_columns_with_labels(self, ax):
+        plots.image_grid(
+            X.reshape(2, 3, 12),
+            (1, 3, 4),
+            ax=ax,
+            row_labels=["a", "b"],
+            column_labels=["u", "v", "w"],
+            title="title",
+        )
+        for k in range(6):
+            assert_image(tile(ax, k // 3, k % 3), X[k])
+        assert ticks(ax.yaxis) == ["a", "b"]
+        assert ticks(ax.xaxis) == ["u", "v", "w"]
+        np.testing.assert_allclose(ax.get_yticks(), [1, 4])  # the middle of each row of pixels
+        np.testing.assert_allclose(ax.get_xticks(), [1.5, 5.5, 9.5])
+        assert ax.get_title() == "title"
+        assert ax.xaxis.get_ticks_position() == "top"
+
+    def test_separators_lie_between_images(self, ax):
+        plots.image_grid(X, (3, 4), ax=ax, columns=3)
+        vertical, horizontal = (np.array(c.get_segments()) for c in ax.collections)
+        np.testing.assert_allclose(vertical[:, :, 0], [[3.5, 3.5], [7.5, 7.5]])
+        np.testing.assert_allclose(horizontal[:, :, 1], [[2.5, 2.5]])
+        assert ax.get_xlim() == (-0.5, 11.5)
+        assert ax.get_ylim() == (5.5, -0.5)
+
+    @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (4, 2, 2), (5, 3, 2)])
+    def test_near_square_by_default(self, count, columns, rows, ax):
+        plots.image_grid(X[:count], (3, 4), ax=ax)
+        assert picture(ax).shape == (3 * rows, 4 * columns)
+
+    def test_colour(self, ax):
+        images = torch.rand(3, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+        plots.image_grid(images.flatten(1), torch.Size([3, 2, 5]), ax=ax, columns=2)
+        assert picture(ax).shape == (4, 10, 4)
+        drawn = tile(ax, 1, 0, 2, 5)
+        np.testing.assert_allclose(drawn[..., :3], images[2].permute(1, 2, 0), atol=1e-7)
+        assert (drawn[..., 3] == 1).all()
+        assert (tile(ax, 1, 1, 2, 5)[..., 3] == 0).all()
+
+    @pytest.mark.parametrize("shape", [(2, 2), (3, 2, 2)])
+    def test_missing_pixels_are_tinted(self, shape, ax):
+        images = np.zeros((1, *shape))
+        images[..., 0, 1] = np.nan
+        plots.image_grid(images.reshape(1, -1), shape, ax=ax)
+        (image,) = ax.images
+        colours = image.to_rgba(image.get_array())
+        np.testing.assert_allclose(colours[0, 1], to_rgba(plots.MISSING))
+        np.testing.assert_allclose(colours[1, 1], [0, 0, 0, 1])
+        red, green, blue, _ = to_rgba(plots.MISSING)
+        assert max(red, green, blue) - min(red, green, blue) > 0.2  # unlike any grey
+
+    def test_rounding_beyond_the_unit_interval_is_forgiven(self, ax):
+        plots.image_grid([[1 + 5e-7, -5e-7]], (1, 2), ax=ax)
+        np.testing.assert_array_equal(picture(ax), [[1, 0]])
+
+    def test_low_precision(self, ax):
+        plots.image_grid(X.bfloat16(), (3, 4), ax=ax, columns=2)
+        assert_image(tile(ax, 2, 1), X[5].bfloat16().float())
+
+    @pytest.mark.parametrize(
+        ("images", "shape", "options", "message"),
+        [
+            (X, (3, 5), {}, r"^images must be \(M, D\) with D = 15.*got shape \(6, 12\).*Flatten"),
+            (X[0], (3, 4), {}, r"^images must be \(M, D\).*got shape \(12,\)"),
+            (X.reshape(6, 3, 4), (3, 4), {}, r"^images must be \(R, C, D\).*\(6, 3, 4\)\. Flatten"),
+            (X[:0], (3, 4), {}, r"^images must .* got shape \(0, 12\)"),
+            (X, (12,), {}, r"^shape must be .* got \(12,\)"),
+            (X, (2, 2, 3), {}, r"^shape must be .* got \(2, 2, 3\)"),
+            (X * 255, (3, 4), {}, r"^images must be in \[0, 1\].* 0 to 255\. Rescale"),
+            (X - 0.001, (3, 4), {}, r"^images must be in \[0, 1\]"),
+            (X / 0, (3, 4), {}, r"^images must be in \[0, 1\]"),
+            (X, (3, 4), {"columns": 0}, "^columns must be >= 1.*columns=0"),
+            (
+                X[None],
+                (3, 4),
+                {"columns": 6},
+                r"^columns must .* shape \(1, 6, 12\)\. Leave it out",
+            ),
+            (X, (3, 4), {"columns": 2, "row_labels": ["a"]}, "^row_labels has 1 labels for 3"),
+            (X, (3, 4), {"column_labels": ["a"]}, "^column_labels has 1 labels for 3"),
+        ],
+    )
+    def test_refuses(self, images, shape, options, message):
+        with pytest.raises(ValueError, match=message):
+            plots.image_grid(images, shape, **options)
+        assert plt.get_fignums() == []
+
+
+class TestPicturesOfAModel:
+    def test_reconstructions(self, ax):
+        plots.reconstructions(X, 1 - X, (3, 4), X**2, ax=ax)
+        assert ticks(ax.yaxis) == ["original", "reconstruction", "sample"]
+        for k in range(6):
+            assert_image(tile(ax, 0, k), X[k])
+            assert_image(tile(ax, 1, k), 1 - X[k])
+            assert_image(tile(ax, 2, k), X[k] ** 2)
+
+    def test_reconstructions_without_samples(self, ax):
+        plots.reconstructions(X, 1 - X, (3, 4), ax=ax)
+        assert ticks(ax.yaxis) == ["original", "reconstruction"]
+        assert picture(ax).shape == (6, 24)
+
+    def test_class_grid(self, ax):
+        plots.class_grid(X.reshape(3, 2, 12), (3, 4), ax=ax)
+        assert ticks(ax.yaxis) == ["0", "1", "2"]
+        assert ax.get_ylabel() == "class"
+        assert_image(tile(ax, 2, 1), X[5])
+
+    def test_class_grid_with_names(self, ax):
+        plots.class_grid(X.reshape(3, 2, 12), (3, 4), ["cat", "dog", "owl"], ax=ax)
+        assert ticks(ax.yaxis) == ["cat", "dog", "owl"]
+
+    def test_quadrant_completion(self, ax):
+        plots.quadrant_completion(HIDDEN, torch.stack([1 - X, X**2]), X, (3, 4), ax=ax)
+        assert ticks(ax.yaxis) == ["visible", "completion 1", "completion 2", "original"]
+        for k in range(6):
+            assert_image(tile(ax, 0, k), HIDDEN[k])
+            assert_image(tile(ax, 1, k), 1 - X[k])
+            assert_image(tile(ax, 2, k), X[k] ** 2)
+            assert_image(tile(ax, 3, k), X[k])
+        assert np.isnan(tile(ax, 0, 5)[0]).all()
+        assert not np.isnan(tile(ax, 0, 5)[1:]).any()
+
+    def test_manifold_puts_each_latent_where_its_ticks_say(self, ax):
+        """Decode z to two pixels that are z itself: every tile then states its own place."""
+        images = (torch.cartesian_prod(GRID, GRID) + 1.5) / 3
+        plots.manifold(images, (1, 2), GRID, ax=ax)
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("$z_1$", "$z_2$")
+        number = [float(t.replace("\N{MINUS SIGN}", "-")) for t in ticks(ax.xaxis)]
+        assert number == GRID.tolist()
+        assert ticks(ax.yaxis) == ticks(ax.xaxis)
+        for x, z1 in zip(ax.get_xticks(), GRID, strict=True):
+            for y, z2 in zip(ax.get_yticks(), GRID, strict=True):
+                drawn = picture(ax)[round(y), round(x - 0.5) : round(x + 0.5) + 1]
+                np.testing.assert_allclose(drawn * 3 - 1.5, [z1, z2], atol=1e-6)
+        bottom, top = ax.transData.transform([(0, y) for y in ax.get_yticks()[[0, -1]]])[:, 1]
+        assert bottom < top  # z2 grows upwards
+
+    def test_manifold_thins_its_ticks(self, ax):
+        plots.manifold(torch.zeros(400, 4), (2, 2), torch.linspace(-2, 2, 20), ax=ax)
+        labels = ticks(ax.xaxis)
+        assert len(labels) == 5
+        assert labels[0] == "\N{MINUS SIGN}2"
+        assert labels[-1] == "2"
+
+    def test_interpolation(self, ax):
+        plots.interpolation(X.reshape(2, 3, 12), (3, 4), ax=ax)
+        assert ticks(ax.xaxis) == ["start", "", "end"]
+        for k in range(6):
+            assert_image(tile(ax, k // 3, k % 3), X[k])
+
+    @pytest.mark.parametrize(
+        ("draw", "message"),
+        [
+            (lambda: plots.reconstructions(X, X[:5], (3, 4)), r"^reconstructions .*6.*\(5, 12\)"),
+            (lambda: plots.reconstructions(X, X, (3, 4), X[:5]), r"^samples .*6.*\(5, 12\)"),
+            (lambda: plots.reconstructions(X, X + 1, (3, 4)), r"^reconstructions must be in"),
+            (lambda: plots.reconstructions(X[None], X, (3, 4)), r"^originals must be \(M, D\)"),
+            (lambda: plots.class_grid(X, (3, 4)), r"^samples must be \(C, S, D\).*\(6, 12\)"),
+            (lambda: plots.class_grid(X[None], (3, 4), ["a", "b"]), r"^class_names has 2.* 1 "),
+            (lambda: plots.quadrant_completion(X[:5], X[None], X, (3, 4)), r"^visible .*\(5, 12\)"),
+            (lambda: plots.quadrant_completion(X, X, X, (3, 4)), r"^completions .*\(S, M, D\)"),
+            (
+                lambda: plots.quadrant_completion(X, X.reshape(6, 1, 12), X, (3, 4)),
+                r"^completions must hold 6 images.*\(6, 1, 12\)",
+            ),
+            (lambda: plots.manifold(X, (3, 4), GRID), r"^images must be \(G \* G, D\).*6 .*\(3,\)"),
+            (lambda: plots.manifold(X[:1], (3, 4), GRID[:1, None]), r"^images .*shape \(1, 1\)"),
+            (lambda: plots.interpolation(X, (3, 4)), r"^images must be \(R, S, D\)"),
+            (lambda: plots.interpolation(X[:, None], (3, 4)), r"^images .*S >= 2.*\(6, 1, 12\)"),
+        ],
+    )
+    def test_refuses(self, draw, message):
+        with pytest.raises(ValueError, match=message):
+            draw()
+        assert plt.get_fignums() == []
+
+
+class TestLatentScatter:
+    def test_every_class_has_its_points_colour_and_marker(self, ax):
+        labels = np.arange(40) % 10
+        z = np.random.default_rng(0).normal(size=(40, 2))
+        plots.latent_scatter(z, labels, ax=ax)
+        assert legend(ax) == [str(k) for k in range(10)]
+        for k, points in enumerate(ax.collections):
+            np.testing.assert_array_equal(points.get_offsets(), z[labels == k])
+        assert len({tuple(c.get_facecolor()[0]) for c in ax.collections}) == 10
+        assert len({c.get_paths()[0].vertices.tobytes() for c in ax.collections}) == 10
+        assert ax.get_aspect() == 1
+        assert np.ptp(ax.get_xlim()) == pytest.approx(np.ptp(ax.get_ylim()))
+        for (low, high), column in zip((ax.get_xlim(), ax.get_ylim()), z.T, strict=True):
+            assert low < column.min()
+            assert column.max() < high
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("$z_1$", "$z_2$")
+
+    def test_legend_stands_outside_the_axes_and_inside_the_figure(self):
+        """Also in a plain 6 x 4 figure without a layout engine."""
+        figure = Figure(figsize=(6, 4))
+        ax = figure.subplots()
+        plots.latent_scatter(X[:, :2], range(6), ax=ax, class_names=["T-shirt/top"] * 6)
+        FigureCanvasAgg(figure).draw()
+        box = ax.get_legend().get_window_extent()
+        assert box.x0 >= ax.bbox.x1
+        assert box.x1 <= figure.bbox.x1
+
+    def test_a_label_looks_the_same_in_every_figure(self):
+        def look(labels):
+            made = plots.latent_scatter(X[:2, :2], labels, ax=Figure().subplots(),
+                                        class_names=["cat", "dog", "owl"])  # fmt: skip
+            last = made.collections[-1]
+            return (
+                legend(made)[-1],
+                tuple(last.get_facecolor()[0]),
+                last.get_paths()[0].vertices.tobytes(),
+            )
+
+        assert look([0, 2]) == look([1, 2]) != look([0, 1])
+
+    def test_many_classes_stay_distinct(self, ax):
+        plots.latent_scatter(np.random.default_rng(0).normal(size=(100, 2)), np.arange(100), ax=ax)
+        looks = {
+            (tuple(c.get_facecolor()[0]), c.get_paths()[0].vertices.tobytes())
+            for c in ax.collections
+        }
+        assert len(looks) == 100
+
+    def test_without_labels(self, ax):
+        plots.latent_scatter(X[:, :2], ax=ax)
+        assert ax.get_legend() is None
+        assert len(ax.collections) == 1
+
+    @pytest.mark.parametrize(
+        ("z", "labels", "names", "message"),
+        [
+            (
+                X,
+                None,
+                None,
+                r"^z must be \(N, 2\) and finite; got shape \(6, 12\)\. Pass two columns.*proj",
+            ),
+            (X[0], None, None, r"^z must be \(N, 2\) and finite; got shape \(12,\)"),
+            (X[:0, :2], None, None, r"^z must be \(N, 2\).* got shape \(0, 2\)"),
+            (X[:, :2] / 0, None, None, r"^z must be \(N, 2\) and finite"),
+            (X[:, :2], [0, 1], None, r"^labels must be \(6,\).*got shape \(2,\)"),
+            (X[:, :2], torch.eye(6), None, r"^labels .*got shape \(6, 6\).*argmax"),
+            (X[:, :2], [0.5] * 6, None, r"^labels .*integers"),
+            (X[:, :2], [-1] * 6, None, r"^labels .*>= 0"),
+            (X[:, :2], [0, 1, 2] * 2, ["a", "b"], r"^class_names has 2 .*up to 2; give 3"),
+        ],
+    )
+    def test_refuses(self, z, labels, names, message):
+        with pytest.raises(ValueError, match=message):
+            plots.latent_scatter(z, labels, class_names=names)
+        assert plt.get_fignums() == []
+
+
+class TestKhat:
+    def test_sorted_points_thresholds_and_share(self, ax):
+        plots.khat([0.1, 0.9, 0.5, 0.7, 0.6, 0.71, 0.2, 0.3], ax=ax)
+        good, usable, unreliable = ax.collections
+        np.testing.assert_allclose(good.get_offsets(), [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.5)])
+        np.testing.assert_allclose(usable.get_offsets(), [(5, 0.6), (6, 0.7)])
+        np.testing.assert_allclose(unreliable.get_offsets(), [(7, 0.71), (8, 0.9)])
+        assert legend(ax) == ["good (4)", "usable (2)", "unreliable (2)"]
+        assert [line.get_ydata()[0] for line in ax.lines] == [0.5, 0.7]
+        assert [text.get_text() for text in ax.texts] == ["0.5", "0.7"]
+        assert ax.get_title() == r"25.0% of 8 datapoints have $\hat{k}$ > 0.7"
+
+    def test_infinite_counts_as_unreliable_and_nan_as_unknown(self, ax):
+        plots.khat([0.1, torch.inf, torch.nan, 0.2, 0.3], ax=ax)
+        assert ax.get_title().startswith("25.0% of 4 datapoints")
+        assert legend(ax) == ["good (3)", "usable (0)", "unreliable (1)"]
+        assert ax.get_xlabel() == "datapoint, sorted (2 infinite or NaN, not drawn)"
+        assert sum(len(points.get_offsets()) for points in ax.collections) == 3
+
+    @pytest.mark.parametrize("values", [[], X, 0.3, [torch.nan, torch.inf]])
+    def test_refuses(self, values):
+        with pytest.raises(ValueError, match=r"^khat_values must be \(N,\).*got shape \("):
+            plots.khat(values)
+        assert plt.get_fignums() == []
