@@ -63,7 +63,9 @@ def check_pair(
         for name, site in model_sites.items():
             if site["is_observed"]:
                 position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
-                label = f"argument {names(model, args)[position]!r}" if position is not None else "obs"
+                label = (
+                    f"argument {names(model, args)[position]!r}" if position is not None else "obs"
+                )
                 fault = _observation_fault(site, label)
                 faults += [fault] if fault else []
                 if position is not None:
@@ -76,7 +78,9 @@ def check_pair(
 def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
     """Raise :class:`PairError` unless the tensors are finite, not empty and of equal length."""
     labels = names(program, args)
-    tensors = {label: arg for label, arg in zip(labels, args, strict=True) if isinstance(arg, Tensor)}
+    tensors = {
+        label: arg for label, arg in zip(labels, args, strict=True) if isinstance(arg, Tensor)
+    }
     for label, tensor in tensors.items():
         if tensor.dim() == 0 or tensor.numel() == 0:
             raise PairError(
@@ -84,14 +88,18 @@ def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
                 "the datapoints, and there must be at least one"
             )
         if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
-            rows = (~finite).flatten(1).any(1).nonzero() if tensor.dim() > 1 else (~finite).nonzero()
+            rows = (
+                (~finite).flatten(1).any(1).nonzero() if tensor.dim() > 1 else (~finite).nonzero()
+            )
             raise PairError(
                 f"argument {label!r} has {int((~finite).sum())} NaN or infinite values in "
                 f"{len(rows)} rows, the first is row {int(rows[0])}; drop or impute them"
             )
     if len({len(tensor) for tensor in tensors.values()}) > 1:
         seen = ", ".join(f"{label}: {tuple(t.shape)}" for label, t in tensors.items())
-        raise PairError(f"the arguments differ in length ({seen}); each needs one row per datapoint")
+        raise PairError(
+            f"the arguments differ in length ({seen}); each needs one row per datapoint"
+        )
 
 
 def outside_support(values: Tensor, support: Any, label: str) -> str | None:
@@ -101,10 +109,16 @@ def outside_support(values: Tensor, support: Any, label: str) -> str | None:
         return None
     elementwise = support.base_constraint if hasattr(support, "base_constraint") else support
     bad = ~elementwise.check(values)
-    shown = [round(v, 4) for v in values[bad].unique()[:3].tolist()] if bad.shape == values.shape else []
+    shown = (
+        [round(v, 4) for v in values[bad].unique()[:3].tolist()]
+        if bad.shape == values.shape
+        else []
+    )
     return (
         f"{int(bad.sum())} of {bad.numel()} values of {label} lie outside the likelihood's "
-        f"support, {_describe(elementwise)}" + (f", e.g. {shown}" if shown else "") + ". Rescale or "
+        f"support, {_describe(elementwise)}"
+        + (f", e.g. {shown}" if shown else "")
+        + ". Rescale or "
         "binarise the data (data.load(..., binarize='dynamic')), or choose a likelihood that fits"
     )
 

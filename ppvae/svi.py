@@ -67,7 +67,9 @@ class SVI(pyro.infer.SVI):
                 f"{type(loss).__name__}; for pyro.infer.RenyiELBO use elbo.RenyiELBO or elbo.IWELBO"
             )
         if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, got {clip_norm}; use None for no clipping")
+            raise ValueError(
+                f"clip_norm must be positive, got {clip_norm}; use None for no clipping"
+            )
         self.model, self.guide, self.elbo, self.clip_norm = model, guide, loss, clip_norm
         self.objective: nn.Module = loss(model, guide)  # type: ignore[arg-type]
         self.optim = optim

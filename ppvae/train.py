@@ -62,12 +62,21 @@ class History:
             return f"{self.name}: no epoch yet"
         heads = list(chosen[-1])
         cells = [
-            [f"{row[h]:.2e}" if h == "lr" else f"{row[h]:.2f}" if h not in ("epoch", "step")
-             else str(int(row[h])) for h in heads]
+            [
+                f"{row[h]:.2e}"
+                if h == "lr"
+                else f"{row[h]:.2f}"
+                if h not in ("epoch", "step")
+                else str(int(row[h]))
+                for h in heads
+            ]
             for row in chosen
         ]
         widths = [max(len(h), *(len(row[i]) for row in cells)) for i, h in enumerate(heads)]
-        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in [heads, *cells]]
+        lines = [
+            "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True))
+            for row in [heads, *cells]
+        ]
         for i, row in enumerate(chosen):
             if row["epoch"] == self.best_epoch:
                 lines[i + 1] += "  (best)"
@@ -182,7 +191,9 @@ def fit(
             history.rows.append(row)
             if scheduler is not None:
                 plateau = isinstance(scheduler, ReduceLROnPlateau)
-                scheduler.step(*([row.get("valid_bound", row["train_objective"])] if plateau else []))
+                scheduler.step(
+                    *([row.get("valid_bound", row["train_objective"])] if plateau else [])
+                )
             shown = {k: f"{row[k]:.2f}" for k in ("train_objective", "valid_bound") if k in row}
             bar.set_description(history.name)
             bar.set_postfix(shown | {"": "nats"})
@@ -237,7 +248,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     resolved = torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f'device={str(device)!r} was asked for, but this PyTorch sees no CUDA device; use '
+            f"device={str(device)!r} was asked for, but this PyTorch sees no CUDA device; use "
             '"auto" or "cpu", or install a CUDA build of torch'
         )
     return resolved

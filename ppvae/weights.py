@@ -144,9 +144,7 @@ def log_weights(
     with own_path(), particle_plate(model, guide, args, kwargs, num_particles):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = replay(model, guide_trace, args, kwargs)
-        return _weigh(
-            model_trace, guide_trace, num_particles, joint, (model, guide, args, kwargs)
-        )
+        return _weigh(model_trace, guide_trace, num_particles, joint, (model, guide, args, kwargs))
 
 
 def log_weights_at_leaves(
@@ -358,7 +356,9 @@ def plate_nesting(
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = replay(model, guide_trace, args, kwargs)
         sites = [*guide_trace.nodes.values(), *model_trace.nodes.values()]
-        dims = [frame.dim for s in sites if s["type"] == "sample" for frame in s["cond_indep_stack"]]
+        dims = [
+            frame.dim for s in sites if s["type"] == "sample" for frame in s["cond_indep_stack"]
+        ]
         by_guide[guide] = -min([dim for dim in dims if dim is not None], default=0)
     return by_guide[guide]
 

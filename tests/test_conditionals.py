@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ppvae import conditionals, nets
+from ppvae import conditionals, distributions, nets
 
 K, N, Z, D = 3, 4, 2, 5
 
@@ -125,7 +125,7 @@ PRIORS = {
         (lambda: conditionals.VampPrior(_posterior(), 6, (D,), support="real"), _real, (Z,)),
     ],
 }
-NOT_CONDITIONALS = {"Conditional", "DiagonalNormal", "WordCounts"}
+NOT_CONDITIONALS = {"Conditional"}
 
 
 def _variants(table):
@@ -282,7 +282,7 @@ def test_normal_splits_images_on_channels():
 def test_diagonal_normal_is_independent_normal(event_dim, scale_shape, batch):
     loc = torch.randn(4, 2, 3, 5)
     scale = 0.7 if scale_shape == "float" else torch.rand(scale_shape) + 0.5
-    p = conditionals.DiagonalNormal(loc, scale, event_dim)
+    p = distributions.DiagonalNormal(loc, scale, event_dim)
     expected = dist.Normal(loc, scale).to_event(event_dim)
     if batch is not None:
         batch = torch.Size(batch) + loc.shape[1 : 4 - event_dim]
@@ -301,7 +301,7 @@ def test_diagonal_normal_is_independent_normal(event_dim, scale_shape, batch):
 
 def test_diagonal_normal_has_the_closed_form_kl():
     loc, scale = torch.randn(N, Z), torch.rand(N, Z) + 0.1
-    q = conditionals.DiagonalNormal(loc, scale).expand((K, N))
+    q = distributions.DiagonalNormal(loc, scale).expand((K, N))
     kl = kl_divergence(q, conditionals.StandardNormal(Z)().expand((K, N)))
     expected = 0.5 * (scale**2 + loc**2 - 1 - 2 * scale.log()).sum(-1)
     torch.testing.assert_close(kl, expected.expand(K, N))
@@ -354,7 +354,7 @@ def test_bag_of_words_is_the_multinomial_less_its_coefficient():
 def test_word_counts_samples():
     logits = torch.randn(2, 1, D)
     n = torch.tensor([0, 3, 4000])
-    p = conditionals.WordCounts(logits, n).expand((2, 3))
+    p = distributions.WordCounts(logits, n).expand((2, 3))
     draw = p.sample((7,))
     assert draw.shape == (7, 2, 3, D)
     torch.testing.assert_close(draw.sum(-1), n.to(draw).expand(7, 2, 3))
@@ -363,7 +363,7 @@ def test_word_counts_samples():
     )
     torch.testing.assert_close(p.mean[:, 1], 3 * logits[:, 0].softmax(-1))
     with pytest.raises(ValueError, match=r"total_count=.*obs="):
-        conditionals.WordCounts(logits).sample()
+        distributions.WordCounts(logits).sample()
 
 
 def test_mixture_integrates_to_one():
@@ -456,7 +456,8 @@ def test_supports_are_validated_only_when_pyro_validates(make, bad):
         (lambda: conditionals.Normal(nets.mlp(Z, 5), scale=-1.0), "positive"),
         (lambda: conditionals.Scale(0.0), "positive"),
         (lambda: conditionals.Categorical(nets.mlp(Z, 5), 3)(torch.zeros(N, Z)), "D \\* 3"),
-        (lambda: conditionals.DiagonalNormal(torch.zeros(3), 1.0, event_dim=0), "event_dim"),
+        (lambda: distributions.DiagonalNormal(torch.zeros(3), 1.0, event_dim=0), "event_dim"),
+        (lambda: distributions.BinaryVector(torch.zeros(3), event_dim=0), "event_dim"),
         (lambda: conditionals.VampPrior(_posterior(), 3, D, support="unit"), "unit_interval"),
         (lambda: conditionals.VampPrior(_posterior(), 3, D, data=torch.zeros(2, D)), "at least 3"),
         (
@@ -475,3 +476,24 @@ def test_errors_say_what_to_do(call, match):
 def test_a_conditional_needs_forward():
     with pytest.raises(NotImplementedError, match="forward"):
         conditionals.Conditional(nn.Identity())(torch.zeros(1))
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_binary_vector_equals_pyro(grey, float64):
+    logits = 5 * torch.randn(2, 3, 4)
+    value = torch.rand(3, 4) if grey else torch.bernoulli(torch.full((3, 4), 0.5))
+    p = distributions.BinaryVector(logits, event_dim=2, grey=grey).expand((5, 2))
+    expected = -torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, value.expand(2, 3, 4), reduction="none"
+    ).sum((-1, -2))
+    torch.testing.assert_close(p.log_prob(value), expected.expand(5, 2))
+    q = distributions.BinaryVector(torch.randn(4))
+    p = distributions.BinaryVector(torch.randn(4))
+    plain = [dist.Bernoulli(logits=d.base_dist.logits).to_event(1) for d in (q, p)]
+    torch.testing.assert_close(kl_divergence(q, p), kl_divergence(*plain))
+
+
+def test_binary_vector_is_accurate_in_float32_at_large_logits():
+    logits = torch.tensor([60.0, -60.0, 60.0])
+    p = distributions.BinaryVector(logits)
+    torch.testing.assert_close(p.log_prob(torch.tensor([1.0, 0.0, 0.0])), torch.tensor(-60.0))

@@ -102,7 +102,10 @@ def to_arviz(
     }
     seen = [weights.model_trace.nodes[n]["value"] for n in observed]
     given = {
-        f"arg_{i}": (["datapoint", *(f"arg_{i}_dim_{d}" for d in range(a.dim() - 1))], a.cpu().numpy())
+        f"arg_{i}": (
+            ["datapoint", *(f"arg_{i}_dim_{d}" for d in range(a.dim() - 1))],
+            a.cpu().numpy(),
+        )
         for i, a in enumerate(args)
         if isinstance(a, Tensor) and not any(a is value for value in seen)
     }

@@ -112,7 +112,9 @@ def log_evidence(
         True
     """
     if num_particles < 2:
-        raise ValueError(f"num_particles must be at least 2 for a standard error, got {num_particles}")
+        raise ValueError(
+            f"num_particles must be at least 2 for a standard error, got {num_particles}"
+        )
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
     rows = len(next(arg for arg in args if isinstance(arg, Tensor)))

@@ -75,7 +75,9 @@ class ELBO(Estimator):
         beta = self.beta(step) if callable(self.beta) else self.beta
         if self.kl == "sampled" and not weights.site_scales and beta is self.beta == 1:
             return weights.log_w
-        closed = {} if self.kl == "sampled" else closed_form_kl(weights, strict=self.kl == "analytic")
+        closed = (
+            {} if self.kl == "sampled" else closed_form_kl(weights, strict=self.kl == "analytic")
+        )
         scales = weights.site_scales
 
         likelihood: Any = 0.0
@@ -101,7 +103,11 @@ def closed_form_kl(weights: LogWeights, strict: bool) -> dict[str, Tensor]:
     closed = {}
     for name in weights.log_q:
         q, p = weights.guide_trace.nodes[name], weights.model_trace.nodes.get(name)
-        if p is None or ("model", name) in weights.site_scales or ("guide", name) in weights.site_scales:
+        if (
+            p is None
+            or ("model", name) in weights.site_scales
+            or ("guide", name) in weights.site_scales
+        ):
             reason = "it is auxiliary, or a poutine.scale weighs it"
         elif name not in valid:
             reason = (
@@ -113,9 +119,7 @@ def closed_form_kl(weights: LogWeights, strict: bool) -> dict[str, Tensor]:
                 closed[name] = reduce_site(q, kl_divergence(q["fn"], p["fn"]), weights.joint)
                 continue
             except NotImplementedError:
-                reason = (
-                    f"no closed form is known for KL({_kind(q['fn'])} || {_kind(p['fn'])})"
-                )
+                reason = f"no closed form is known for KL({_kind(q['fn'])} || {_kind(p['fn'])})"
         if strict:
             raise ValueError(
                 f'kl="analytic" is not possible for latent {name!r}: {reason}. Use kl="mixed" '
