@@ -1,5 +1,7 @@
 """Sphinx configuration; `make docs` builds the site and runs its examples."""
 
+import doctest
+
 import ppvae
 
 project = "ppvae"
@@ -31,9 +33,12 @@ napoleon_use_ivar = True
 
 # Examples in docstrings are run by pytest, those in {doctest} blocks of the pages by Sphinx.
 doctest_test_doctest_blocks = ""
+# Not Sphinx's IGNORE_EXCEPTION_DETAIL: an error message shown is an error message checked.
+doctest_default_flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 doctest_global_setup = """
 import pyro
 import torch
 
 pyro.set_rng_seed(0)
+torch.set_num_threads(1)  # small networks: more threads are no faster, and slow on a shared machine
 """

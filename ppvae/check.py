@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -12,7 +14,19 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppvae.weights import DATA_PLATE, Site, check_latents, own_path, sample_sites, unnoticed
+from ppvae.program import local_parameters, module_of
+from ppvae.weights import (
+    DATA_PLATE,
+    LogWeights,
+    Site,
+    check_latents,
+    log_weights,
+    sample_sites,
+    unnoticed,
+)
+
+# The position of an argument, and what raises ValueError for values of it that cannot be used.
+Checks = list[tuple[int, Callable[[Tensor], None]]]
 
 
 class PairError(ValueError):
@@ -20,23 +34,30 @@ class PairError(ValueError):
 
 
 def check_pair(
-    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, joint: bool = False
-) -> dict[int, Any]:
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    joint: bool = False,
+    **kwargs: Any,
+) -> Checks:
     """Run the pair once on a batch and raise if anything about it is wrong.
 
     Checked: the data are finite, of equal length and not empty; both programs run; the guide has
     the model's latents and no others, with the same event shapes and in their support; every site
-    lies in the plate ``"data"``; the observations fit the likelihood's shape and support; the
-    log-weights are finite. Parameters, random stream and batch-norm statistics are left as they
-    were.
+    lies in the plate ``"data"`` and declares its other dimensions as event; the observations fit
+    the likelihood's shape and support; no log-probability is NaN or infinitely large. A module
+    with a method ``check(values)``, such as ``nets.OneHot``, is asked about an argument it is
+    called with. Parameters, random stream and batch-norm statistics are left as they were.
 
     Args:
         model, guide: Pyro programs.
         *args: a batch, as both are called: ``x`` or ``x, y``.
         joint: allow latents outside the data plate.
+        **kwargs: passed to both programs.
 
     Returns:
-        The support of the likelihood by the position of the argument it observes.
+        The checks of single arguments that also hold beyond this batch (support, labels), by
+        position: :func:`ppvae.fit` applies them to the whole data set.
 
     Raises:
         PairError: with one line per fault, naming the site or argument, what was seen, the cure.
@@ -50,29 +71,34 @@ def check_pair(
         >>> ppvae.check_pair(model, guide, torch.full((5, 4), 0.5))
         Traceback (most recent call last):
         ...
-        ppvae.check.PairError: site 'x': 20 of 20 values of argument 'x' lie outside the ...
+        ppvae.check.PairError: site 'x': argument 'x': 20 of 20 values lie outside the ...
     """
     check_tensors(model, args)
-    with own_path(), pyro.validation_enabled(False), unnoticed(model, guide):
-        guide_sites = sample_sites(_run("guide", guide, args))
-        model_sites = sample_sites(_run("model", model, args))  # from its own prior
+    with (
+        unnoticed(model, guide),
+        local_parameters(),
+        pyro.validation_enabled(False),
+        _module_checks(model, guide, args) as checks,
+    ):
+        guide_sites = sample_sites(_run("guide", guide, args, kwargs))
+        model_sites = sample_sites(_run("model", model, args, kwargs))  # from its own prior
         faults = _latent_faults(model_sites, guide_sites)
         if not joint:
             faults += _plate_faults("model", model_sites) + _plate_faults("guide", guide_sites)
-        supports: dict[int, Any] = {}
         for name, site in model_sites.items():
             if site["is_observed"]:
                 position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
-                label = (
-                    f"argument {names(model, args)[position]!r}" if position is not None else "obs"
-                )
-                fault = _observation_fault(site, label)
-                faults += [fault] if fault else []
-                if position is not None:
-                    supports[position] = site["fn"].support
+                label = "obs" if position is None else f"argument {names(model, args)[position]!r}"
+                fault = _observation_fault(site)
+                faults += [f"site {name!r}: {label}{fault}"] if fault else []
+                if position is not None and not fault and not _by_row(site):
+                    check = functools.partial(check_support, support=site["fn"].support)
+                    checks.append((position, check))
+        if not faults:
+            faults = _weight_faults(log_weights(model, guide, *args, joint=joint, **kwargs))
     if faults:
         raise PairError("\n".join(faults))
-    return supports
+    return checks
 
 
 def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
@@ -102,24 +128,18 @@ def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
         )
 
 
-def outside_support(values: Tensor, support: Any, label: str) -> str | None:
-    """One line saying which values lie outside a distribution's support, or None."""
-    inside = support.check(values)
-    if inside.all():
-        return None
+def check_support(values: Tensor, support: Any) -> None:
+    """Raise ``ValueError``, saying which, if values lie outside a distribution's support."""
+    if support.check(values).all():
+        return
     elementwise = support.base_constraint if hasattr(support, "base_constraint") else support
     bad = ~elementwise.check(values)
-    shown = (
-        [round(v, 4) for v in values[bad].unique()[:3].tolist()]
-        if bad.shape == values.shape
-        else []
-    )
-    return (
-        f"{int(bad.sum())} of {bad.numel()} values of {label} lie outside the likelihood's "
-        f"support, {_describe(elementwise)}"
-        + (f", e.g. {shown}" if shown else "")
-        + ". Rescale or "
-        "binarise the data (data.load(..., binarize='dynamic')), or choose a likelihood that fits"
+    examples = values[bad].unique()[:3].tolist() if bad.shape == values.shape else []
+    seen = f", e.g. {[round(value, 4) for value in examples]}" if examples else ""
+    raise ValueError(
+        f"{int(bad.sum())} of {bad.numel()} values lie outside the likelihood's support, "
+        f"{_describe(elementwise)}{seen}. Rescale or binarise the data (data.load(..., "
+        "binarize='dynamic')), or choose a likelihood that fits"
     )
 
 
@@ -134,18 +154,50 @@ def names(program: Callable[..., Any], args: Sequence[Any]) -> list[str]:
     return [known[i] if i < len(known) else f"argument {i}" for i in range(len(args))]
 
 
-def _run(role: str, program: Callable[..., Any], args: Sequence[Any]) -> Trace:
+def _run(
+    role: str, program: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Trace:
     try:
-        return poutine.trace(program).get_trace(*args)
-    except (RuntimeError, TypeError, IndexError) as error:
-        shapes = ", ".join(
-            f"{name} {tuple(arg.shape)}"
-            for name, arg in zip(names(program, args), args, strict=True)
+        return poutine.trace(program).get_trace(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = str(error).partition("\nTrace Shapes:")[0]  # which Pyro appends
+        if isinstance(error, PairError):
+            raise PairError(reason) from error
+        seen = ", ".join(
+            f"{name}: {arg.dtype} {tuple(arg.shape)}"
             if isinstance(arg, Tensor)
+            else f"{name}: {type(arg).__name__}"
+            for name, arg in [*zip(names(program, args), args, strict=True), *kwargs.items()]
         )
         raise PairError(
-            f"the {role} ({type(program).__name__}) fails when called with {shapes}: {error}"
+            f"the {role} ({type(program).__name__}) fails when called with ({seen}): {reason}"
         ) from error
+
+
+@contextmanager
+def _module_checks(model: Any, guide: Any, args: Sequence[Any]) -> Iterator[Checks]:
+    """Let each module with a ``check`` method check the arguments it is called with; note it."""
+    noted: Checks = []
+
+    def before(module: Any, inputs: tuple[Any, ...]) -> None:
+        for position, arg in enumerate(args):
+            check = (position, module.check)
+            if any(arg is value for value in inputs) and check not in noted:
+                try:
+                    module.check(arg)
+                except ValueError as error:
+                    label = names(model, args)[position]
+                    raise PairError(f"argument {label!r}: {error}") from error
+                noted.append(check)
+
+    owners = [owner for owner in (module_of(model), module_of(guide)) if owner is not None]
+    modules = {m for owner in owners for m in owner.modules() if hasattr(m, "check")}
+    handles = [module.register_forward_pre_hook(before) for module in modules]
+    try:
+        yield noted
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _latent_faults(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> list[str]:
@@ -173,25 +225,55 @@ def _latent_faults(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -
 
 
 def _plate_faults(role: str, sites: dict[str, Site]) -> list[str]:
-    return [
-        f"site {name!r} of the {role} lies outside the plate {DATA_PLATE!r}; put it inside "
-        f'`with pyro.plate("{DATA_PLATE}", len(x)):`, or pass joint=True if it is global'
-        for name, site in sites.items()
-        if DATA_PLATE not in {frame.name for frame in site["cond_indep_stack"]}
-    ]
+    faults = []
+    for name, site in sites.items():
+        plates = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+        shape = tuple(site["fn"].batch_shape)
+        if DATA_PLATE not in plates:
+            faults.append(
+                f"site {name!r} of the {role} lies outside the plate {DATA_PLATE!r}; put it inside "
+                f'`with pyro.plate("{DATA_PLATE}", len(x)):`, or pass joint=True if it is global'
+            )
+        elif any(shape[d] > 1 and d not in plates.values() for d in range(-len(shape), 0)):
+            faults.append(
+                f"site {name!r} of the {role} has batch shape {shape}, of which its plates "
+                f"{plates} declare only some dimensions; declare the others as event dimensions, "
+                "with .to_event(1) on its distribution"
+            )
+    return faults
 
 
-def _observation_fault(site: Site, label: str) -> str | None:
+def _observation_fault(site: Site) -> str | None:
     fn, value = site["fn"], site["value"]
     expected = fn.batch_shape + fn.event_shape
     if value.shape != expected:
         return (
-            f"site {site['name']!r}: {label} has shape {tuple(value.shape)}, the likelihood "
-            f"generates {tuple(expected)}; check the output size of the decoder, the likelihood's "
-            "event_dim, and that images are (N, C, H, W) or flattened as the decoder has them"
+            f" has shape {tuple(value.shape)}, the likelihood generates {tuple(expected)}; check "
+            "the output size of the decoder, the likelihood's event_dim, and that images are "
+            "(N, C, H, W) or flattened as the decoder has them"
         )
-    fault = outside_support(value, fn.support, label)
-    return f"site {site['name']!r}: {fault}" if fault else None
+    try:
+        check_support(value, fn.support)
+    except ValueError as error:
+        return f": {error}"
+    return None
+
+
+def _by_row(site: Site) -> bool:
+    """Whether the support differs by datapoint, so that it says nothing about other rows."""
+    inside = site["fn"].support.check(site["value"][:1])
+    return inside.dim() > 0 and len(inside) != 1
+
+
+def _weight_faults(weights: LogWeights) -> list[str]:
+    return [
+        f"site {name!r} of the {role}: its log-probability is NaN or infinite for "
+        f"{int(bad.sum())} of {bad.numel()} datapoints; scale the data to about unit size, and "
+        "check the initial values and that no predicted scale over- or underflows"
+        for role, terms in (("model", weights.log_p), ("guide", weights.log_q))
+        for name, term in terms.items()
+        if (bad := ~(term < torch.inf)).any()
+    ]
 
 
 def _describe(support: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyro
+from pyro.nn.module import _Context
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
@@ -73,6 +74,22 @@ def _announce_parameters(program: Program) -> None:
                 "would train a copy of it; make it contiguous: "
                 "module.weight.data = module.weight.data.contiguous()"
             )
+
+
+class _LocalState:
+    """The local parameter state of a ``PyroModule``, made when first asked for.
+
+    Pyro 1.9 makes it only for modules *built* while ``module_local_params`` is on, and otherwise
+    fails with AttributeError when one is called in that mode.
+    """
+
+    def __get__(self, context: Any, owner: type | None = None) -> Any:
+        if context is None:
+            return self
+        return vars(context).setdefault("param_state", {"params": {}, "constraints": {}})
+
+
+_Context.param_state = _LocalState()
 
 
 class _RefuseStore(Messenger):

@@ -12,7 +12,7 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
-from ppvae.check import check_pair
+from ppvae.check import Checks, check_pair
 from ppvae.elbo import ELBO
 from ppvae.program import local_parameters
 
@@ -32,7 +32,10 @@ class SVI(pyro.infer.SVI):
         loss: an estimator from :mod:`ppvae.elbo`; or a Pyro ELBO that is differentiable
             (``Trace_ELBO``, ``TraceMeanField_ELBO``, ``TraceEnum_ELBO``).
         clip_norm: largest allowed global 2-norm of the gradient of the loss (summed over the
-            batch); None for no clipping.
+            batch), over what the optimiser holds; None for no clipping.
+
+    Attributes:
+        num_steps: optimisation steps taken.
 
     Raises:
         PairError: at the first step, if the pair or the batch is wrong, before any update.
@@ -64,45 +67,44 @@ class SVI(pyro.infer.SVI):
         if not isinstance(loss, pyro.infer.ELBO) or not hasattr(loss, "differentiable_loss"):
             raise TypeError(
                 f"loss must be an estimator from ppvae.elbo, or a differentiable Pyro ELBO, got "
-                f"{type(loss).__name__}; for pyro.infer.RenyiELBO use elbo.RenyiELBO or elbo.IWELBO"
+                f"{loss!r}; for pyro.infer.RenyiELBO use elbo.RenyiELBO or elbo.IWELBO"
             )
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(
                 f"clip_norm must be positive, got {clip_norm}; use None for no clipping"
             )
         self.model, self.guide, self.elbo, self.clip_norm = model, guide, loss, clip_norm
-        self.objective: nn.Module = loss(model, guide)  # type: ignore[arg-type]
+        self.objective: nn.Module = loss(model, guide)
         self.optim = optim
         self.optimizer: torch.optim.Optimizer | None = None
+        self.num_steps = 0
 
-    @property
-    def num_steps(self) -> int:
-        """Optimisation steps taken."""
-        return int(getattr(self.objective, "step", 0))
-
-    def prepare(self, *args: Any) -> dict[int, Any]:
+    def prepare(self, *args: Any, **kwargs: Any) -> Checks:
         """Check the pair on a batch and build the optimiser; :meth:`step` does it when needed.
 
         Returns:
             What :func:`ppvae.check_pair` returns.
         """
-        supports = check_pair(self.model, self.guide, *args)
+        checks = check_pair(self.model, self.guide, *args, **kwargs)
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.optim, self.objective)
-        return supports
+        return checks
 
     def update(self, *args: Any, **kwargs: Any) -> Tensor:
         """One step; the loss as a 0-d tensor, so that nothing waits for the device."""
         if self.optimizer is None:
-            self.prepare(*args)
+            self.prepare(*args, **kwargs)
         assert self.optimizer is not None
         with local_parameters(), pyro.validation_enabled(False):  # validated once, in prepare
             self.optimizer.zero_grad()
             loss: Tensor = self.objective(*args, **kwargs)
             loss.backward()
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip_norm)
+            # only what is optimised: gradients of other parameters are never set to zero
+            optimised = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(optimised, self.clip_norm)
         self.optimizer.step()
+        self.num_steps += 1
         return loss.detach()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -118,11 +120,13 @@ class SVI(pyro.infer.SVI):
     def state_dict(self) -> dict[str, Any]:
         """Parameters, buffers, the step count and the optimiser's state; no pickled code."""
         optimizer = self.optimizer.state_dict() if self.optimizer is not None else None
-        return {"objective": self.objective.state_dict(), "optimizer": optimizer}
+        objective = self.objective.state_dict()
+        return {"objective": objective, "optimizer": optimizer, "num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state made by :meth:`state_dict` of an equal pair."""
         self.objective.load_state_dict(state["objective"])
+        self.num_steps = state["num_steps"]
         if state["optimizer"] is not None:
             if self.optimizer is None:
                 self.optimizer = build_optimizer(self.optim, self.objective)
@@ -149,7 +153,8 @@ def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
         optim = _from_pyro(optim)
     if not callable(optim):
         raise TypeError(
-            f"optim must be a torch.optim class, a factory, an optimiser or a PyroOptim, got {optim!r}"
+            "optim must be a torch.optim class, a factory, an optimiser or a PyroOptim, got "
+            f"{optim!r}"
         )
     factory = optim.func if isinstance(optim, functools.partial) else optim
     given = optim.keywords if isinstance(optim, functools.partial) else {}

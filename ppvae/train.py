@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ppvae.check import PairError, check_tensors, names, outside_support
+from ppvae.check import Checks, PairError, check_pair, check_tensors, names
 from ppvae.elbo import Estimator
 from ppvae.svi import SVI
 from ppvae.weights import evaluation_mode
@@ -60,14 +60,12 @@ class History:
             chosen = [self.rows[self.best_epoch - 1], *chosen]
         if not chosen:
             return f"{self.name}: no epoch yet"
-        heads = list(chosen[-1])
+        heads = list(dict.fromkeys(head for row in chosen for head in row))
         cells = [
             [
-                f"{row[h]:.2e}"
-                if h == "lr"
-                else f"{row[h]:.2f}"
-                if h not in ("epoch", "step")
-                else str(int(row[h]))
+                format(row[h], {"epoch": ".0f", "step": ".0f", "lr": ".2e"}.get(h, ".2f"))
+                if h in row
+                else ""
                 for h in heads
             ]
             for row in chosen
@@ -86,7 +84,8 @@ class History:
         """Training and validation curve, see :func:`ppvae.plots.training_curve`."""
         from ppvae import plots
 
-        valid = self.column("valid_bound") if "valid_bound" in self.rows[-1] else None
+        has_valid = any("valid_bound" in row for row in self.rows)
+        valid = self.column("valid_bound") if has_valid else None
         return plots.training_curve(self.column("train_objective"), valid, ax=ax, name=self.name)
 
     def __repr__(self) -> str:
@@ -109,7 +108,8 @@ def fit(
 ) -> History:
     """Train a pair for some epochs: shuffle, step, validate, repeat.
 
-    The whole batch, shuffling and validation are a function of ``seed``; the particles follow
+    Shuffling and the draws of the validation bound are a function of ``seed`` (a ``DataLoader``
+    shuffles itself), binarisation of the split's own seed; the particles follow
     ``torch.manual_seed``. Weights that change with the step (``elbo.LinearWarmup``) belong to the
     estimator, clipping to :class:`ppvae.SVI`.
 
@@ -120,14 +120,16 @@ def fit(
             ``DataLoader`` that yields such batches.
         epochs: passes over the data, >= 1.
         batch_size: datapoints per step, >= 1; the last batch may be smaller.
-        valid: validation data, as ``data``; overrides the data set's own.
+        valid: validation data, as ``data`` (of a ``Dataset``, its ``valid``); overrides the data
+            set's own.
         patience: stop when the validation bound has not improved for so many epochs, and return to
             the best parameters. It counts only after the warm-up of a scheduled beta.
         lr_scheduler: from the optimiser to a ``torch.optim`` scheduler, stepped once per epoch
-            (``ReduceLROnPlateau`` sees the validation bound; use ``mode="max"``).
+            (``ReduceLROnPlateau`` sees the validation bound; use ``mode="max"`` and
+            ``threshold_mode="abs"``, since a relative threshold on a negative number is wrong).
         device: where to train: ``"auto"`` (CUDA if there is one), ``"cpu"``, ``"cuda"``; None
             leaves model and data where they are.
-        seed: of shuffling, binarisation order and the validation draws.
+        seed: of shuffling and the validation draws.
         progress: show a progress bar.
         on_epoch_end: called with ``(svi, history)`` after each epoch; return True to stop. Saving
             ``svi.state_dict()`` here is a checkpoint.
@@ -153,18 +155,17 @@ def fit(
     """
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
-    if valid is None:
-        valid = getattr(data, "valid", None)
+    valid = getattr(data if valid is None else valid, "valid", valid)
     if patience is not None and valid is None:
         raise ValueError("patience needs a validation bound: pass valid=..., or a data.Dataset")
     target = resolve_device(device) if device is not None else None
-    train_data = _Source(getattr(data, "train", data), batch_size, target)
-    valid_data = _Source(valid, batch_size, target) if valid is not None else None
+    train_data = _Source("data", getattr(data, "train", data), batch_size, target)
+    valid_data = _Source("valid", valid, batch_size, target) if valid is not None else None
     if target is not None:
         _move(svi, target)
-    supports = svi.prepare(*train_data.first())
-    for source in filter(None, (train_data, valid_data)):
-        source.check(svi, supports)
+    train_data.check(svi, svi.prepare(*train_data.first()))
+    if valid_data is not None:
+        valid_data.check(svi, check_pair(svi.model, svi.guide, *valid_data.first()))
 
     assert svi.optimizer is not None
     scheduler = lr_scheduler(svi.optimizer) if lr_scheduler is not None else None
@@ -182,12 +183,13 @@ def fit(
             seconds = time.perf_counter() - started  # float(total) has waited for the device
             if not math.isfinite(row["train_objective"]):
                 raise FloatingPointError(
-                    f"the loss became {-row['train_objective']} in epoch {epoch}; lower the learning "
-                    "rate, clip the gradient (SVI(clip_norm=...)), or bound the predicted scale"
+                    f"the loss became {-row['train_objective']} in epoch {epoch}; lower the "
+                    "learning rate, clip the gradient (SVI(clip_norm=...)), or bound the predicted "
+                    "scale"
                 )
             if valid_data is not None:
                 row["valid_bound"] = mean_bound(svi, valid_data.epoch(None, 0), seed)
-            row |= {"lr": svi.optimizer.param_groups[0]["lr"], "seconds": seconds}
+            row |= {"lr": float(svi.optimizer.param_groups[0]["lr"]), "seconds": seconds}
             history.rows.append(row)
             if scheduler is not None:
                 plateau = isinstance(scheduler, ReduceLROnPlateau)
@@ -203,16 +205,14 @@ def fit(
                 if row["valid_bound"] > best:
                     best, history.best_epoch = row["valid_bound"], epoch
                     if patience is not None:
-                        state = svi.objective.state_dict()
-                        best_state = {
-                            k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()
-                        }
+                        state = svi.objective.state_dict()  # the step count is not a tensor
+                        best_state = {k: v.clone() for k, v in state.items() if torch.is_tensor(v)}
                 elif patience is not None and epoch - (history.best_epoch or epoch) >= patience:
                     history.stopped_early = stop = True
             if stop:
                 break
     if best_state is not None:
-        svi.objective.load_state_dict(best_state)
+        svi.objective.load_state_dict(best_state, strict=False)  # the step count goes on
     return history
 
 
@@ -257,29 +257,38 @@ def resolve_device(device: str | torch.device) -> torch.device:
 class _Source:
     """Batches from whatever :func:`fit` takes as data."""
 
-    def __init__(self, data: Any, batch_size: int, device: torch.device | None) -> None:
-        self.batch_size, self.device = batch_size, device
+    def __init__(self, label: str, data: Any, batch_size: int, device: torch.device | None) -> None:
+        self.label, self.batch_size, self.device = label, batch_size, device
         if isinstance(data, Tensor):
             data = (data,)
         known = isinstance(data, DataLoader) or hasattr(data, "batch")
         tensors = isinstance(data, (tuple, list)) and all(isinstance(t, Tensor) for t in data)
         if not known and not (tensors and data):
             raise TypeError(
-                f"data must be a data.Dataset or one of its splits, a tensor, a tuple of tensors or "
-                f"a DataLoader, got {type(data).__name__}; wrap arrays with data.from_arrays(x, y)"
+                f"{label} must be a data.Dataset or one of its splits, a tensor, a tuple of "
+                f"tensors or a DataLoader, got {type(data).__name__}; wrap arrays with "
+                "data.from_arrays(x, y)"
             )
-        self.data = data.to(device) if hasattr(data, "batch") and device is not None else data
+        if hasattr(data, "batch") and device is not None:
+            data = data.to(device)
+        self.data = self._place(data) if tensors else data
 
     def whole(self, epoch: int) -> Batch:
         """All rows as tensors (not for a DataLoader)."""
-        tensors = self.data.batch(epoch) if hasattr(self.data, "batch") else self.data
-        return self._place(tensors)
+        whole: Batch = self.data.batch(epoch) if hasattr(self.data, "batch") else self.data
+        return whole
 
     def epoch(self, seed: int | None, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, shuffled by (seed, epoch), or in order if seed is None."""
         if isinstance(self.data, DataLoader):
             for batch in self.data:
-                yield self._place((batch,) if isinstance(batch, Tensor) else tuple(batch))
+                batch = (batch,) if isinstance(batch, Tensor) else batch
+                if not isinstance(batch, (tuple, list)) or not all(map(torch.is_tensor, batch)):
+                    raise TypeError(
+                        f"{self.label}: the DataLoader must yield a tensor or a tuple of tensors, "
+                        f"as model and guide are called, got {batch!r:.200}; give it a collate_fn"
+                    )
+                yield self._place(batch)
             return
         tensors = self.whole(epoch)
         rows = len(tensors[0])
@@ -293,26 +302,33 @@ class _Source:
 
     def first(self) -> Batch:
         """One batch to check the pair on."""
-        if isinstance(self.data, DataLoader):
-            return next(self.epoch(None, 0))
-        return tuple(tensor[: self.batch_size] for tensor in self.whole(0))
+        if not isinstance(self.data, DataLoader):
+            rows = max(self.batch_size, 2)  # one row could not show what differs by row
+            return tuple(tensor[:rows] for tensor in self.whole(0))
+        with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws
+            batch = next(self.epoch(None, 0), None)
+        if batch is None:
+            raise ValueError(f"{self.label} is empty: the DataLoader yields no batch")
+        return batch
 
-    def check(self, svi: SVI, supports: dict[int, Any]) -> None:
+    def check(self, svi: SVI, checks: Checks) -> None:
         """All rows: finite, of one length, in the likelihood's support (not for a DataLoader)."""
         if isinstance(self.data, DataLoader):
             return
         tensors = self.whole(0)
         check_tensors(svi.model, tensors)
-        for position, support in supports.items():
-            label = f"argument {names(svi.model, tensors)[position]!r}"
-            fault = outside_support(tensors[position], support, label)
-            if fault:
-                raise PairError(fault)
+        for position, check in checks:
+            try:
+                check(tensors[position])
+            except ValueError as error:
+                label = names(svi.model, tensors)[position]
+                raise PairError(f"argument {label!r} in {self.label}: {error}") from error
 
-    def _place(self, tensors: Batch) -> Batch:
+    def _place(self, tensors: Sequence[Tensor]) -> Batch:
         if self.device is None:
             return tuple(tensors)
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+        cuda = self.device.type == "cuda"  # to the CPU, it would not wait for the values
+        return tuple(tensor.to(self.device, non_blocking=cuda) for tensor in tensors)
 
 
 def _move(svi: SVI, device: torch.device) -> None:

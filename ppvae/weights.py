@@ -315,12 +315,22 @@ def _scales(
 ) -> tuple[float, dict[tuple[str, str], Any]]:
     """The data plate's N_total / N, and what single sites carry beyond it."""
     sites = [(program, site) for program, by_name in programs.items() for site in by_name.values()]
+    plates = {
+        (frame.full_size, frame.size): program
+        for program, site in sites
+        for frame in site["cond_indep_stack"]
+        if frame.name == DATA_PLATE
+    }
+    if len(plates) > 1:
+        seen = ", ".join(f"{b} of {n} rows in the {p}" for (n, b), p in plates.items())
+        raise ValueError(
+            f"the plate {DATA_PLATE!r} differs between sites ({seen}), so their terms would be "
+            "scaled differently; give model and guide the same plate (size=..., subsample)"
+        )
     scale = 1.0
-    if not joint:
-        for _, site in sites:
-            for frame in site["cond_indep_stack"]:
-                if frame.name == DATA_PLATE:
-                    scale = frame.full_size / frame.size
+    for full_size, size in plates:
+        if not joint:
+            scale = full_size / size
     site_scales = {}
     for program, site in sites:
         # A tensor may hold anything: looking would stall the device, so it always counts.
@@ -401,7 +411,8 @@ def _parents(trace: Trace) -> dict[str, frozenset[str]]:
 @contextmanager
 def unnoticed(model: Callable[..., Any], guide: Callable[..., Any]) -> Iterator[None]:
     """Run a pair for its structure only: gradients, random stream, buffers and handlers unmoved."""
-    with evaluation_mode(model, guide), torch.no_grad(), torch.random.fork_rng(), poutine.block():
+    hidden = poutine.block(expose_types=["param"])  # still seen by local_parameters
+    with evaluation_mode(model, guide), torch.no_grad(), torch.random.fork_rng(), hidden:
         yield
 
 

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ppvae.check import check_tensors, names
 from ppvae.weights import (
     Site,
     evaluation_mode,
@@ -63,6 +64,9 @@ def to_arviz(
         >>> dict(idata.posterior["z"].sizes)
         {'chain': 1, 'draw': 10, 'datapoint': 5, 'latent': 2}
     """
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    check_tensors(model, args)
     cuda = sorted({arg.device.index for arg in args if isinstance(arg, Tensor) and arg.is_cuda})
     free = poutine.uncondition(model)
     with torch.no_grad(), evaluation_mode(model, guide), own_path():
@@ -76,13 +80,13 @@ def to_arviz(
 
     observed = weights.observed
     latents = [name for name in weights.latents if name in weights.log_p]
-    names = {name: "latent" if len(latents) == 1 else f"{name}_dim" for name in latents}
-    names |= {name: f"{name}_dim" for name in observed}
+    stems = {name: "latent" if len(latents) == 1 else f"{name}_dim" for name in latents}
+    stems |= {name: f"{name}_dim" for name in observed}
 
     def group(trace: Trace, keep: Any, draws: bool = True) -> dict[str, tuple[list[str], Any]]:
         sites = sample_sites(trace)
         return {
-            n: _variable(sites[n], (dims or {}).get(n), names[n], num_draws if draws else None)
+            n: _variable(sites[n], (dims or {}).get(n), stems[n], num_draws if draws else None)
             for n in sites
             if n in keep
         }
@@ -102,11 +106,8 @@ def to_arviz(
     }
     seen = [weights.model_trace.nodes[n]["value"] for n in observed]
     given = {
-        f"arg_{i}": (
-            ["datapoint", *(f"arg_{i}_dim_{d}" for d in range(a.dim() - 1))],
-            a.cpu().numpy(),
-        )
-        for i, a in enumerate(args)
+        name: (["datapoint", *(f"{name}_dim_{d}" for d in range(a.dim() - 1))], a.cpu().numpy())
+        for name, a in zip(names(model, args), args, strict=True)
         if isinstance(a, Tensor) and not any(a is value for value in seen)
     }
     if given:
@@ -146,7 +147,7 @@ def _bundle(groups: dict[str, dict[str, Any]], coords: dict[str, Any]) -> Any:
     import arviz
     import xarray
 
-    datasets = {}
+    datasets: dict[str, Any] = {}
     for name, variables in groups.items():
         sizes = {d: n for ds, a in variables.values() for d, n in zip(ds, a.shape, strict=True)}
         index = {d: coords.get(d, np.arange(n)) for d, n in sizes.items()}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.check import check_tensors
 from ppvae.diagnostics.psis import khat
 from ppvae.weights import evaluation_mode, log_weights
 
@@ -42,8 +43,9 @@ class Evidence:
 
     @property
     def mean_se(self) -> float:
-        """Standard error of :attr:`mean` over datapoints: how far the data set's size leaves it."""
-        return self.log_evidence.std().item() / math.sqrt(len(self.log_evidence))
+        """Standard error of :attr:`mean` over datapoints (NaN for one)."""
+        N = len(self.log_evidence)
+        return self.log_evidence.std().item() / math.sqrt(N) if N > 1 else math.nan
 
     @property
     def mean_mc_se(self) -> float:
@@ -61,7 +63,8 @@ class Evidence:
                 f"ELBO      {self.elbo.mean().item():.2f}  "
                 f"(gap {self.mean - self.elbo.mean().item():.2f})",
                 f"ESS       median {self.ess.median().item():.0f} of {self.num_particles}",
-                f"k-hat     median {self.khat.median().item():.2f}, above 0.7 on {bad:.0%} of points",
+                f"k-hat     median {self.khat.median().item():.2f}, "
+                f"above 0.7 on {bad:.0%} of points",
             ]
         )
 
@@ -93,6 +96,9 @@ def log_evidence(
     Returns:
         :class:`Evidence`.
 
+    Raises:
+        ValueError: NaN, infinite or empty data; fewer than two particles; the pair does not fit.
+
     Source: Rezende, Mohamed & Wierstra 2014, appendix E; Burda et al. 2016.
 
     Example:
@@ -117,7 +123,10 @@ def log_evidence(
         )
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-    rows = len(next(arg for arg in args if isinstance(arg, Tensor)))
+    check_tensors(model, args)
+    rows = next((len(arg) for arg in args if isinstance(arg, Tensor)), 0)
+    if rows == 0:
+        raise ValueError("no data: call log_evidence(model, guide, x), with tensors")
     particles = min(num_particles, max_rows)
     datapoints = max(1, max_rows // particles)
     cuda = sorted({arg.device.index for arg in args if isinstance(arg, Tensor) and arg.is_cuda})
@@ -136,8 +145,8 @@ def log_evidence(
                     for size in _sizes(num_particles, particles)
                 ]
                 chunks.append(_summary(torch.cat(drawn)))
-    columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
-    return Evidence(*columns, num_particles=num_particles)
+    value, se, ess, k, elbo = (torch.cat(column) for column in zip(*chunks, strict=True))
+    return Evidence(value, se, ess, k, elbo, num_particles)
 
 
 def _sizes(total: int, at_once: int) -> list[int]:

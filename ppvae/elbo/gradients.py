@@ -65,10 +65,12 @@ def _path(
         value = estimator.bound(at)
         (c,) = torch.autograd.grad(value.sum(), at)
     coefficient = c if estimator.gradient == "stl" else estimator.dreg_coefficient(log_w.detach())
+    for_model = (c * estimator.effective(weights.stop_guide(), step)).sum()
+    if not draws:  # nothing in the guide is trained
+        return _with_gradient(value.detach().sum(), for_model)
     z, leaves = zip(*draws, strict=True)
     slopes = torch.autograd.grad((coefficient * log_w).sum(), leaves, retain_graph=True)
     for_guide = sum((g * draw).sum() for g, draw in zip(slopes, z, strict=True))
-    for_model = (c * estimator.effective(weights.stop_guide(), step)).sum()
     return _with_gradient(value.detach().sum(), for_model + for_guide)
 
 

@@ -73,7 +73,8 @@ class ELBO(Estimator):
 
     def effective(self, weights: LogWeights, step: int) -> Tensor:
         beta = self.beta(step) if callable(self.beta) else self.beta
-        if self.kl == "sampled" and not weights.site_scales and beta is self.beta == 1:
+        plain = isinstance(self.beta, (int, float)) and self.beta == 1  # a tensor is not looked at
+        if self.kl == "sampled" and not weights.site_scales and plain:
             return weights.log_w
         closed = (
             {} if self.kl == "sampled" else closed_form_kl(weights, strict=self.kl == "analytic")

@@ -1,0 +1,240 @@
+"""Every pair and every estimator that the laws are tested on. A new one is tested by being listed.
+
+``build(name)`` gives ``(model, guide, args)``: small, in float32, seeded. Each pair has the single
+latent ``"z"``, with a sample path.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+
+from ppvae import conditionals, elbo, guides, models, nets
+from ppvae.elbo import Estimator
+from ppvae.program import module_of
+
+Pair = tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]
+N, D, Z = 6, 5, 2
+
+
+def binary(*shape: int) -> Tensor:
+    return torch.bernoulli(torch.full((N, *shape), 0.4))
+
+
+def tanh(*sizes: int) -> nn.Module:
+    return nets.mlp(*sizes, activation=nn.Tanh)
+
+
+def vae_bernoulli() -> Pair:
+    model = models.VAE(conditionals.Bernoulli(tanh(Z, 8, D)), latent_dim=Z)
+    return model, guides.Normal(tanh(D, 8, 2 * Z)), (binary(D),)
+
+
+def vae_normal(scale: Any, width: int = D) -> Pair:
+    model = models.VAE(conditionals.Normal(tanh(Z, 8, width), scale=scale), latent_dim=Z)
+    guide = guides.Normal(tanh(D, 8, 2 * Z), positive=nn.Softplus())
+    return model, guide, (torch.randn(N, D),)
+
+
+def vae_categorical() -> Pair:
+    model = models.VAE(conditionals.Categorical(tanh(Z, 8, D * 4), num_classes=4), latent_dim=Z)
+    x = torch.randint(4, (N, D))
+    return model, guides.Normal(Scaled(tanh(D, 8, 2 * Z), 4)), (x,)
+
+
+class Scaled(nn.Module):
+    """Integer data to [0, 1] before a network."""
+
+    def __init__(self, net: nn.Module, size: int) -> None:
+        super().__init__()
+        self.net, self.size = net, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x / self.size)
+
+
+def vae_bag_of_words() -> Pair:
+    model = models.VAE(conditionals.BagOfWords(tanh(Z, 7)), latent_dim=Z)
+    return model, guides.Normal(tanh(7, 8, 2 * Z)), (torch.poisson(torch.ones(N, 7)),)
+
+
+def vae_mixture_prior() -> Pair:
+    likelihood = conditionals.Bernoulli(tanh(Z, 8, D))
+    model = models.VAE(likelihood, prior=conditionals.Mixture(3, Z))
+    return model, guides.Normal(tanh(D, 8, 2 * Z)), (binary(D),)
+
+
+def vae_vamp_prior() -> Pair:
+    guide = guides.Normal(tanh(D, 8, 2 * Z))
+    prior = conditionals.VampPrior(guide.conditional, 4, D, mean=0.5, std=0.1)
+    model = models.VAE(conditionals.Bernoulli(tanh(Z, 8, D)), prior=prior)
+    return model, guide, (binary(D),)
+
+
+def vae_conv() -> Pair:
+    shape = (1, 6, 5)
+    decoder = nets.conv_decoder(Z, shape, channels=(3,), hidden=(8,), batch_norm=True)
+    model = models.VAE(conditionals.Bernoulli(decoder, event_dim=3), latent_dim=Z)
+    encoder = nets.conv_encoder(2 * Z, shape, channels=(3,), hidden=(8,), batch_norm=True)
+    return model, guides.Normal(encoder), (binary(*shape),)
+
+
+def vae_residual() -> Pair:
+    likelihood = conditionals.Bernoulli(nets.residual(Z, 8, D, blocks=1, batch_norm=True))
+    guide = guides.Normal(nets.residual(D, 8, 2 * Z, blocks=1))
+    return models.VAE(likelihood, latent_dim=Z), guide, (binary(D),)
+
+
+def cvae_labels() -> Pair:
+    one_hot = nets.OneHot(3)
+    likelihood = conditionals.Bernoulli(tanh(Z + 3, 8, D))
+    model = models.CVAE(likelihood, latent_dim=Z, condition=one_hot)
+    guide = guides.Normal(tanh(D + 3, 8, 2 * Z), condition=one_hot)
+    return model, guide, (binary(D), torch.randint(3, (N,)))
+
+
+def cvae_learned_prior() -> Pair:
+    one_hot = nets.OneHot(3)
+    prior = conditionals.Normal(tanh(3, 2 * Z))
+    likelihood = conditionals.Bernoulli(tanh(Z + 3, 8, D))
+    model = models.CVAE(likelihood, prior=prior, condition=one_hot)
+    guide = guides.Normal(tanh(D + 3, 8, 2 * Z), condition=one_hot)
+    return model, guide, (binary(D), torch.randint(3, (N,)))
+
+
+def cvae_quadrant() -> Pair:
+    """The hidden three quarters of an image given the visible one, features shared."""
+    features = tanh(4, 6)
+    prior = conditionals.Normal(tanh(6, 2 * Z))
+    likelihood = conditionals.Bernoulli(tanh(Z + 6, 8, 12))
+    model = models.CVAE(likelihood, prior=prior, condition=features)
+    guide = guides.Normal(tanh(12 + 6, 8, 2 * Z), condition=features)
+    return model, guide, (binary(12), binary(4))
+
+
+class PyroModel(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = PyroModule[nn.Linear](Z, D)
+        self.sigma = PyroParam(torch.tensor(0.8), constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(Z), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z), self.sigma).to_event(1), obs=x)
+
+
+class PyroGuide(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = PyroModule[nn.Linear](D, Z)
+        self.scale = PyroParam(torch.full((Z,), 0.5), constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc(x), self.scale).to_event(1))
+
+
+def pyro_modules() -> Pair:
+    return PyroModel(), PyroGuide(), (torch.randn(N, D),)
+
+
+class TutorialVAE(nn.Module):
+    """As in Pyro's VAE tutorial: two methods that call ``pyro.module``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(D, 2 * Z), nn.Linear(Z, D)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", x.shape[0]):
+            loc, scale = x.new_zeros(x.shape[0], Z), x.new_ones(x.shape[0], Z)
+            z = pyro.sample("latent", dist.Normal(loc, scale).to_event(1))
+            pyro.sample("obs", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", x.shape[0]):
+            loc, raw = self.encoder(x).chunk(2, -1)
+            pyro.sample("latent", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+def tutorial() -> Pair:
+    vae = TutorialVAE()
+    return vae.model, vae.guide, (binary(D),)
+
+
+ALL_PAIRS: dict[str, Callable[[], Pair]] = {
+    "vae_bernoulli": vae_bernoulli,
+    "vae_normal_predicted_scale": lambda: vae_normal(None, 2 * D),
+    "vae_normal_fixed_scale": lambda: vae_normal(0.7),
+    "vae_normal_learned_scale": lambda: vae_normal(conditionals.Scale(0.7)),
+    "vae_normal_scale_per_dim": lambda: vae_normal(conditionals.Scale(0.7, (D,))),
+    "vae_categorical": vae_categorical,
+    "vae_bag_of_words": vae_bag_of_words,
+    "vae_mixture_prior": vae_mixture_prior,
+    "vae_vamp_prior": vae_vamp_prior,
+    "vae_conv": vae_conv,
+    "vae_residual": vae_residual,
+    "cvae_labels": cvae_labels,
+    "cvae_learned_prior": cvae_learned_prior,
+    "cvae_quadrant": cvae_quadrant,
+    "pyro_modules": pyro_modules,
+    "tutorial": tutorial,
+}
+
+
+def build(name: str, seed: int = 0) -> Pair:
+    """A fresh pair with its data; the same seed gives the same parameters and data."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ALL_PAIRS[name]()
+
+
+def owners(*programs: Callable[..., Any]) -> list[nn.Module]:
+    """The modules of a pair, each once."""
+    found = [module_of(program) for program in programs]
+    return list({id(module): module for module in found if module is not None}.values())
+
+
+# Arguments of every exported estimator, besides num_particles and gradient. An exported one that
+# is missing here fails collection.
+ARGUMENTS: dict[str, list[dict[str, Any]]] = {
+    "ELBO": [{}, {"beta": 4.0}, {"kl": "mixed"}],
+    "IWELBO": [{}],
+    "RenyiELBO": [{"alpha": 0.5}, {"alpha": -math.inf}],
+}
+
+
+def all_estimators() -> dict[str, Estimator]:
+    found = {}
+    exported = [getattr(elbo, name) for name in elbo.__all__]
+    concrete = [
+        cls
+        for cls in exported
+        if isinstance(cls, type) and issubclass(cls, Estimator) and cls is not Estimator
+    ]
+    missing = {cls.__name__ for cls in concrete} ^ ARGUMENTS.keys()
+    assert not missing, f"tests/registry.py ARGUMENTS and ppvae.elbo.__all__ differ in {missing}"
+    for cls in concrete:
+        for arguments, gradient in itertools.product(ARGUMENTS[cls.__name__], cls.gradients):
+            if arguments.get("kl", "sampled") != "sampled" and gradient != "pathwise":
+                continue  # refused, see test_gradients.py
+            if arguments.get("alpha") == -math.inf and gradient == "dreg":
+                continue  # refused, see test_gradients.py
+            label = "-".join([cls.__name__, *(f"{k}={v}" for k, v in arguments.items()), gradient])
+            found[label] = cls(num_particles=3, gradient=gradient, **arguments)
+    return found
+
+
+ALL_ESTIMATORS: dict[str, Estimator] = all_estimators()

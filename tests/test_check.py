@@ -1,0 +1,350 @@
+"""`check_pair`: every fault is named, with what was seen and the cure, and nothing moves."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import ppvae
+from ppvae import PairError, check_pair, conditionals, elbo, guides, models, nets
+
+X = torch.bernoulli(torch.full((5, 4), 0.5), generator=torch.Generator().manual_seed(1))
+
+
+def vae(dim=4, latent=2, **options):
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(latent, 8, dim)), latent_dim=latent)
+    return model, guides.Normal(nets.mlp(dim, 8, 2 * latent, **options))
+
+
+def refused(model, guide, *args, match=(), **options):
+    """The message of the refusal; each pattern of ``match`` must be in it."""
+    with pytest.raises(PairError) as caught:
+        check_pair(model, guide, *args, **options)
+    message = str(caught.value)
+    for part in (match,) if isinstance(match, str) else match:
+        assert part in message
+    assert "Trace Shapes" not in message
+    return message
+
+
+class Toy(ppvae.Program):
+    """z ~ N(0, I), x ~ Bernoulli; every part can be changed to a wrong one."""
+
+    def __init__(self, latents=("z",), plate="data", event=1, dim=2, make=dist.Normal):
+        super().__init__()
+        self.latents, self.plate, self.event, self.dim, self.make = latents, plate, event, dim, make
+
+    def draw(self, x, name):
+        loc = torch.zeros(len(x), self.dim)
+        pyro.sample(name, self.make(loc, torch.ones_like(loc)).to_event(self.event))
+
+    def observe(self, x):
+        """Nothing: a guide."""
+
+    def forward(self, x):
+        with pyro.plate(self.plate, len(x)):
+            for name in self.latents:
+                self.draw(x, name)
+            self.observe(x)
+
+
+class Model(Toy):
+    def observe(self, x):
+        pyro.sample("x", dist.Bernoulli(torch.full_like(x, 0.5)).to_event(1), obs=x)
+
+
+def test_good_pairs_pass():
+    check_pair(*vae(), X)
+    check_pair(*vae(), X[:1])
+    check_pair(Model(), Toy(), X)
+    check_pair(Model(("z", "w")), Toy(("w", "z")), X)
+    check_pair(*(program.double() for program in vae()), X.double())
+
+
+# -- the pair ----------------------------------------------------------------------------------
+
+
+def test_missing_and_extra_latents():
+    refused(Model(("z", "w")), Toy(), X, match=("no site for the model's latent ['w']", "['z']"))
+    refused(Model(), Toy(("z", "w")), X, match=("the guide samples ['w']", "is_auxiliary"))
+    refused(Model(), Toy(("zz",)), X, match=("latent ['z']", "['zz']"))
+    refused(Toy(), Toy(), X, match="no observed site")
+
+
+def test_event_shapes():
+    refused(Model(), Toy(dim=3), X, match=("latent 'z'", "(3,) in the guide", "(2,) in the model"))
+    model, _ = vae()
+    _, guide = vae(latent=3)
+    refused(model, guide, X, match=("'z'", "(3,) in the guide", "last layer"))
+
+
+def test_support_of_the_guide():
+    class HalfNormal(Model):
+        def draw(self, x, name):
+            pyro.sample(name, dist.HalfNormal(torch.ones(len(x), 2)).to_event(1))
+
+    refused(HalfNormal(), Toy(), X, match=("outside the model's support", "GreaterThan"))
+
+
+def test_plates():
+    refused(Model(plate="rows"), Toy(), X, match=("'z' of the model", "'x' of the model", '"data"'))
+    refused(Model(), Toy(plate="rows"), X, match=("'z' of the guide", "joint=True"))
+
+    def with_global(kind):
+        class Global(kind):
+            def forward(self, x):
+                pyro.sample("w", dist.Normal(0.0, 1.0))
+                super().forward(x)
+
+        return Global()
+
+    pair = with_global(Model), with_global(Toy)
+    message = refused(*pair, X, match=("'w' of the model", "'w' of the guide", "joint=True"))
+    assert "'x'" not in message
+    check_pair(*pair, X, joint=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+def test_undeclared_event_dimensions(rows):
+    # with as many rows as columns Pyro's own check of the plate sees nothing wrong
+    class Undeclared(Model):
+        def observe(self, x):
+            pyro.sample("x", dist.Bernoulli(torch.full_like(x, 0.5)), obs=x)
+
+    x = X.repeat(2, 1)[:rows]
+    message = refused(Undeclared(), Toy(), x)
+    assert "declare only some" in message if rows == 4 else "dim -1" in message
+    message = refused(Model(event=0), Toy(event=0), x)
+    assert ("declare only some" in message) == (rows == 2)
+
+
+def test_widths():
+    model, guide = vae()
+    refused(model, vae(dim=3)[1], X, match=("guide (Normal)", "(5, 4)", "width 3"))
+    message = refused(vae(dim=3)[0], guide, X, match=("site 'x'", "(5, 4)", "(5, 3)", "decoder"))
+    assert "argument 'x'" in message
+    odd = guides.Normal(nets.mlp(4, 8, 3))
+    refused(model, odd, X, match=("guide (Normal)", "(5, 3)"))
+    wrong_latent = models.VAE(conditionals.Bernoulli(nets.mlp(3, 8, 4)), latent_dim=2)
+    refused(wrong_latent, guide, X, match=("model (VAE)", "width 3"))
+
+
+def test_several_faults_at_once():
+    class Both(Model):
+        def observe(self, x):
+            pyro.sample("x", dist.Bernoulli(torch.full((len(x), 3), 0.5)).to_event(1), obs=x)
+
+    message = refused(Both(("z", "w")), Toy(plate="rows"), X)
+    lines = message.splitlines()
+    assert len(lines) == 3
+    assert "['w']" in lines[0]
+    assert "'z' of the guide" in lines[1]
+    assert "(5, 3)" in lines[2]
+
+
+def test_bare_pyro_param():
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc.expand(len(x), 2), 1.0).to_event(1))
+
+    refused(Model(), guide, X, match=("pyro.param('loc')", "torch.nn.Parameter"))
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_pyro_module_stays_out_of_the_store():
+    network = nn.Linear(4, 2)
+
+    def guide(x):
+        pyro.module("network", network)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(network(x), 1.0).to_event(1))
+
+    check_pair(Model(), guide, X)
+    assert len(pyro.get_param_store()) == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_log_weights_that_are_no_numbers(bad):
+    model, guide = vae()
+    with torch.no_grad():
+        guide.conditional.net.layers[-1].bias.fill_(bad)
+    refused(model, guide, X)
+    model, guide = vae()
+    with torch.no_grad():
+        model.likelihood.net.layers[-1].bias.fill_(float("nan"))
+    refused(model, guide, X, match=("site 'x' of the model", "5 of 5 datapoints"))
+
+
+def test_a_probability_of_zero_is_a_number():
+    class Certain(Model):
+        def observe(self, x):
+            pyro.sample("x", dist.Delta(torch.zeros(len(x), 4)).to_event(1), obs=x)
+
+    check_pair(Certain(), Toy(), torch.ones(5, 4))
+
+
+# -- the data ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "match"),
+    [
+        (torch.full((5, 4), float("nan")), ("'x'", "20 NaN or infinite", "5 rows", "row 0")),
+        (X.index_fill(0, torch.tensor([3]), float("inf")), ("4 NaN", "1 rows", "row 3")),
+        (torch.tensor([1.0, float("nan")]), ("1 NaN", "row 1")),
+        (torch.ones(0, 4), ("'x' is empty", "(0, 4)")),
+        (torch.ones(5, 0), ("'x' is empty", "(5, 0)")),
+        (torch.tensor(1.0), ("'x' is empty", "()")),
+        (X + 1, ("argument 'x'", "{0, 1}", "[2.0]", "Rescale or binarise")),
+        (-X, ("{0, 1}", "[-1.0]")),
+        (X / 2, ("site 'x'", "[0.5]")),
+        (X[0], ("argument 'x'", "(4,)", "generates (4, 4)")),
+        (X[:, :, None], ("guide (Normal)", "(5, 4, 1)")),
+        (X.reshape(5, 1, 2, 2), ("(5, 1, 2, 2)", "flatten")),
+        (X[:, :3], ("(5, 3)", "width 4")),
+        (X.double(), ("float64", "dtype")),
+        (X.byte(), ("uint8", "dtype")),
+        (X.numpy(), ("x: ndarray",)),
+        ([1.0, 2.0], ("x: list",)),
+        (None, ("x: NoneType",)),
+    ],
+)
+def test_bad_data(x, match):
+    refused(*vae(), x, match=match)
+
+
+def test_too_few_and_too_many_arguments():
+    refused(*vae(), match="missing 1 required positional argument: 'x'")
+    refused(*vae(), X, X, match=("guide (Normal)", "(5, 4)"))
+
+
+def test_grey_levels():
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4), grey=True), latent_dim=2)
+    _, guide = vae()
+    check_pair(model, guide, X / 2)
+    refused(model, guide, X * 255, match=("[0, 1]", "[255.0]"))
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (3, 8, 8), (1, 8, 4), (64,)])
+def test_images_of_another_shape(shape):
+    encoder = nets.conv_encoder(4, shape=(1, 8, 8))
+    decoder = nets.conv_decoder(2, shape=(1, 8, 8))
+    model = models.VAE(conditionals.Bernoulli(decoder, event_dim=3), latent_dim=2)
+    guide = guides.Normal(encoder)
+    check_pair(model, guide, torch.ones(5, 1, 8, 8))
+    message = refused(model, guide, torch.ones(5, *shape))
+    assert str((5, *shape)) in message
+
+
+def cvae(condition=None, share=False):
+    condition = condition or nets.OneHot(3)
+    likelihood = conditionals.Bernoulli(nets.mlp(2 + 3, 8, 4))
+    model = models.CVAE(likelihood, latent_dim=2, condition=condition)
+    own = condition if share else nets.OneHot(3)
+    return model, guides.Normal(nets.mlp(4 + 3, 8, 4), condition=own)
+
+
+Y = torch.tensor([0, 1, 2, 0, 1])
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(
+    ("y", "match"),
+    [
+        (Y + 1, ("argument 'y'", "0 .. 2", "1 .. 3", "num_classes=4")),
+        (Y - 1, ("argument 'y'", "-1 .. 1")),
+        (Y.float(), ("argument 'y'", "float32", "y.long()")),
+        (Y.bool(), ("argument 'y'", "bool")),
+        (Y[:, None], ("argument 'y'", "(5, 1)", "squeeze")),
+        (nn.functional.one_hot(Y, 3), ("argument 'y'", "(5, 3)", "argmax")),
+        (Y[:3], ("differ in length", "x: (5, 4)", "y: (3,)")),
+        (None, ("y: NoneType",)),
+    ],
+)
+def test_bad_labels(y, match, share):
+    refused(*cvae(share=share), X, y, match=match)
+
+
+def test_labels_by_keyword():
+    check_pair(*cvae(), X, y=Y)
+    check_pair(*cvae(), x=X, y=Y)
+    refused(*cvae(), X, y=Y.float(), match=("y: torch.float32 (5,)", "integer labels"))
+
+
+def test_checks_hold_beyond_the_batch():
+    checks = check_pair(*cvae(share=True), X, Y)
+    assert sorted(position for position, _ in checks) == [0, 1]
+    of_x = next(check for position, check in checks if position == 0)
+    of_y = next(check for position, check in checks if position == 1)
+    of_x(torch.ones(1000, 4))
+    of_y(torch.zeros(1000, dtype=torch.long))
+    with pytest.raises(ValueError, match="4000 of 4000 values lie outside"):
+        of_x(torch.full((1000, 4), 0.5))
+    with pytest.raises(ValueError, match="labels must lie"):
+        of_y(torch.full((1000,), 3))
+
+
+def test_a_module_of_the_user_checks_its_input():
+    class Embedding(nn.Embedding):
+        def check(self, y):
+            if y.max() >= self.num_embeddings:
+                raise ValueError(f"only {self.num_embeddings} words")
+
+        def forward(self, y):
+            return super().forward(y.clamp(max=self.num_embeddings - 1))
+
+    model, guide = cvae(nn.Sequential(Embedding(2, 3)), share=True)
+    refused(model, guide, X, Y, match="argument 'y': only 2 words")
+    check_pair(model, guide, X, Y.clamp(max=1))
+    guide(X, Y)  # the hooks are gone
+
+
+def test_a_module_is_only_asked_about_arguments():
+    # labels drawn inside the model have particles and enumeration on the left: no (N,) check
+    class DrawnLabel(ppvae.Program):
+        def __init__(self, observe):
+            super().__init__()
+            self.condition, self.observe = nets.OneHot(3), observe
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+                if self.observe:
+                    logits = self.condition(k[None])[0].sum(-1, keepdim=True).expand(-1, 4)
+                    pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    check_pair(DrawnLabel(True), DrawnLabel(False), X)
+
+
+# -- nothing moves -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x", [X, X + 1], ids=["good", "bad"])
+def test_nothing_moves(x):
+    model, guide = vae(batch_norm=True, dropout=0.5)
+    loss = elbo.ELBO()(model, guide)
+    loss(X).backward()
+    guide.conditional.eval()  # a mode of its own
+    state = {k: v.clone() for k, v in loss.state_dict().items() if torch.is_tensor(v)}
+    grads = [p.grad.clone() for p in loss.parameters()]
+    modes = [module.training for module in loss.modules()]
+    random = torch.get_rng_state()
+    if x is X:
+        check_pair(model, guide, x)
+    else:
+        refused(model, guide, x)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(state[k], v) for k, v in loss.state_dict().items() if k in state)
+    assert all(torch.equal(p.grad, g) for p, g in zip(loss.parameters(), grads, strict=True))
+    assert [module.training for module in loss.modules()] == modes
+    assert all(not module._forward_pre_hooks for module in loss.modules())
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_validation_setting_is_left():
+    for setting in (True, False):
+        with pyro.validation_enabled(setting):
+            check_pair(*vae(), X)
+            assert torch.distributions.Distribution._validate_args is setting

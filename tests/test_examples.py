@@ -1,0 +1,273 @@
+"""The examples, run as a user runs them: every task and bound, their files, and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+KEYS = {
+    "test_log_evidence_nats",
+    "test_log_evidence_se",
+    "test_elbo_nats",
+    "train_seconds",
+    "epochs",
+    "num_parameters",
+    "device",
+    "num_samples",
+    "settings",
+    "versions",
+}
+COMMON = {"results.json", "posterior.nc", "training.png", "khat.png"}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """As if the script's own folder were on the path, which Python sees to for a script."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def run(name, out, *options):
+    """Run an example in this process, with --smoke; its exit code."""
+    import importlib
+
+    reporting, example = importlib.import_module("reporting"), importlib.import_module(name)
+    try:
+        reporting.run(
+            lambda: example.main(["--smoke", "--device", "cpu", "--out", str(out), *options])
+        )
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def check(out, files):
+    """The files that are there, and the numbers in results.json."""
+    assert {path.name for path in out.iterdir()} == COMMON | files
+    for path in out.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results.json").read_text())
+    assert results.keys() >= KEYS
+    for key in ("test_log_evidence_nats", "test_log_evidence_se", "test_elbo_nats"):
+        assert np.isfinite(results[key])
+    # an estimate from K particles lies above the mean of the same log-weights, by Jensen
+    assert results["test_log_evidence_nats"] >= results["test_elbo_nats"]
+    return results
+
+
+# ------------------------------------------------------------------------------ that they run
+
+
+NAMES = {"elbo": "ELBO", "iw": "IWELBO-8", "renyi": "RenyiELBO-8"}
+
+
+@pytest.mark.parametrize("bound", ["elbo", "iw", "renyi"])
+def test_cvae_of_labels(tmp_path, bound, capsys):
+    assert run("cvae", tmp_path, "--elbo", bound) == 0
+    results = check(tmp_path, {"images.png", "class_grid.png"})
+    assert results["bound"] == NAMES[bound]
+    assert f"{results['test_log_evidence_nats']:.2f} ±" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("missing", "bound"), [("1", "iw"), ("2", "renyi"), ("3", "elbo")])
+def test_cvae_of_quadrants(tmp_path, missing, bound, capsys):
+    assert run("cvae", tmp_path, "--task", "quadrant", "--missing", missing, "--elbo", bound) == 0
+    results = check(tmp_path, {"images.png", "completion.png"})
+    assert results["bound"] == NAMES[bound]
+    assert results["cll_negative_elbo_nats"] == -results["test_elbo_nats"]
+    assert results["cll_importance_sampling_nats"] == -results["test_log_evidence_nats"]
+    table = capsys.readouterr().out
+    for name in ("negative ELBO", "prior Monte Carlo", "importance sampling", "baseline network"):
+        assert name in table
+
+
+@pytest.mark.parametrize("bound", ["iw", "renyi"])
+def test_vae(tmp_path, bound):
+    assert run("vae", tmp_path, "--elbo", bound) == 0
+    results = check(tmp_path, {"images.png", "interpolation.png", "latent_scatter.png"})
+    assert results["bound"] == NAMES[bound]
+
+
+def test_vae_with_two_latents_draws_the_manifold(tmp_path):
+    assert run("vae", tmp_path, "--latent-dim", "2") == 0
+    check(tmp_path, {"images.png", "interpolation.png", "latent_scatter.png", "manifold.png"})
+
+
+def test_vae_reports_the_exact_evidence_where_it_is_known(tmp_path):
+    assert run("vae", tmp_path, "--data", "linear_gaussian") == 0
+    results = check(tmp_path, {"latent_scatter.png"})
+    assert np.isfinite(results["exact_log_evidence_nats"])
+
+
+def test_the_arviz_file_holds_the_named_groups(tmp_path):
+    import arviz
+
+    assert run("cvae", tmp_path) == 0
+    idata = arviz.from_netcdf(str(tmp_path / "posterior.nc"))
+    assert idata.posterior["z"].dims == ("chain", "draw", "datapoint", "latent")
+    assert idata.posterior["z"].shape == (1, 200, 5, 8)
+    assert idata.observed_data["x"].shape == (5, 64)
+    idata.close()
+
+
+def test_same_seed_same_numbers(tmp_path):
+    numbers = []
+    for seed in ("3", "3", "4"):
+        out = tmp_path / str(len(numbers))
+        assert run("vae", out, "--seed", seed, "--data", "linear_gaussian") == 0
+        results = json.loads((out / "results.json").read_text())
+        numbers.append((results["test_log_evidence_nats"], results["valid_bound_nats"]))
+    assert numbers[0] == numbers[1] != numbers[2]
+
+
+@pytest.mark.parametrize("name", ["cvae", "vae"])
+def test_as_a_script(tmp_path, name):
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--smoke", "--out", str(tmp_path)]
+    first = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert second.stderr.startswith("error: ") and "results.json" in second.stderr
+    assert second.stdout == ""  # refused before any work
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ------------------------------------------------------------------------------ users' own data
+
+
+def arrays(kind):
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 3
+    x = {
+        "binary image": rng.random((120, 6, 5)) < 0.4,
+        "grey image": rng.random((120, 1, 6, 6)),
+        "colour image": rng.random((120, 3, 6, 6)),
+        "real image": rng.normal(50, 9, (120, 6, 6)),
+        "real": rng.normal(200, 30, (120, 7)) + y[:, None],
+        "binary": rng.random((120, 9)) < 0.3,
+    }[kind]
+    return x, y
+
+
+@pytest.mark.slow  # ten seconds together
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("binary image", "label"),
+        ("grey image", "quadrant"),
+        ("colour image", "label"),
+        ("colour image", "quadrant"),
+        ("real image", "quadrant"),
+    ],
+)
+def test_own_images(tmp_path, kind, task):
+    x, y = arrays(kind)
+    np.savez(tmp_path / "my.npz", x=x, y=y)
+    out = tmp_path / "out"
+    assert run("cvae", out, "--data", str(tmp_path / "my.npz"), "--task", task) == 0
+    check(out, {"images.png", "class_grid.png" if task == "label" else "completion.png"})
+
+
+@pytest.mark.parametrize("kind", ["real", "binary"])
+def test_own_vectors_skip_the_pictures(tmp_path, kind, capsys):
+    x, y = arrays(kind)
+    np.savez(tmp_path / "my.npz", x=x, y=y)
+    assert run("cvae", tmp_path / "cvae", "--data", str(tmp_path / "my.npz")) == 0
+    check(tmp_path / "cvae", set())
+    assert run("vae", tmp_path / "vae", "--data", str(tmp_path / "my.npz")) == 0
+    check(tmp_path / "vae", {"latent_scatter.png"})
+    printed = capsys.readouterr().out
+    assert printed.count("No pictures of x") == 2
+    assert printed.count("x was standardised") == (2 if kind == "real" else 0)
+
+
+def test_own_conditions_instead_of_labels(tmp_path):
+    x, y = arrays("real")
+    np.savez(tmp_path / "my.npz", x=x, y=np.stack([y, -y], 1) * 0.5)
+    assert run("cvae", tmp_path / "out", "--data", str(tmp_path / "my.npz")) == 0
+    check(tmp_path / "out", set())
+
+
+def test_own_table_with_a_label_column(tmp_path):
+    x, y = arrays("real")
+    lines = ["a,b,kind", *(f"{a},{b},{'uvw'[k]}" for (a, b), k in zip(x[:, :2], y, strict=True))]
+    (tmp_path / "my.csv").write_text("\n".join(lines))
+    options = ["--data", str(tmp_path / "my.csv"), "--label", "kind"]
+    assert run("cvae", tmp_path / "out", *options) == 0
+    check(tmp_path / "out", set())
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"x": np.where(np.eye(120, 7) > 0, np.nan, 1.5)}, [], "NaN or infinite"),
+        ({"y": None}, [], "no labels"),
+        ({"y": np.arange(119)}, [], "119"),
+        ({"y": np.arange(120) - 5}, [], "labels that are not whole numbers from 0"),
+        ({"x": np.arange(840).reshape(120, 7)}, [], "whole numbers"),
+        ({"x": np.full((120, 7), 2.5)}, [], "constant"),
+        ({"x": np.zeros((0, 7))}, [], "empty"),
+        ({"x": np.array(["a"] * 120)}, [], "real numbers"),
+        ({}, ["--task", "quadrant"], "not images"),
+        ({}, ["--shape", "3", "3"], "make them agree"),
+        ({}, ["--lr", "-1"], "--lr"),
+        ({}, ["--binarize", "dynamic"], "[0, 1]"),
+        ({}, ["--device", "toaster"], "--device toaster"),
+        ({}, ["--label", "kind"], "no option label"),
+        ({}, ["--data", "digit"], "did you mean 'digits'"),
+        ({}, ["--data", "missing.npz"], "no data set, file or folder"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, change, options, message, capsys):
+    x, y = arrays("real")
+    kept = {k: v for k, v in {"x": x, "y": y, **change}.items() if v is not None}
+    np.savez(tmp_path / "my.npz", **kept)
+    code = run("cvae", tmp_path / "out", "--data", str(tmp_path / "my.npz"), *options)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.splitlines()[-1].startswith("error: ") and message in error
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_but_absent(tmp_path, capsys):
+    assert run("vae", tmp_path / "out", "--device", "cuda") == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["cvae", "vae"])
+def test_nothing_is_overwritten_without_overwrite(tmp_path, name, capsys):
+    mine = tmp_path / "images.png"
+    mine.write_text("mine")
+    assert run(name, tmp_path) == 2
+    assert "images.png" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["images.png"]
+    assert mine.read_text() == "mine"
+    assert run(name, tmp_path, "--overwrite") == 0
+    assert mine.read_bytes().startswith(b"\x89PNG")
+
+
+def test_out_is_a_file(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert run("vae", tmp_path / "out") == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["cvae", "vae"])
+def test_help_states_every_default(name, capsys):
+    assert run(name, "unused", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    options = [o for o in text.split(" --")[1:] if not o.startswith(("overwrite", "smoke", "help"))]
+    assert len(text) > 1000 and text.count("(default: ") >= 15 and options

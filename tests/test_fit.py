@@ -1,0 +1,602 @@
+"""`ppvae.fit`: one loop, a function of its seeds; and `History`, what it saw."""
+
+import functools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ppvae
+from ppvae import conditionals, data, elbo, guides, models, nets
+from ppvae.train import mean_bound
+
+ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
+X = torch.bernoulli(torch.full((50, 4), 0.5), generator=torch.Generator().manual_seed(1))
+Y = torch.arange(50) % 3
+
+
+def vae(seed=0, dim=4, loss=None, optim=ADAM, **options):
+    torch.manual_seed(seed)
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, dim, **options)), latent_dim=2)
+    guide = guides.Normal(nets.mlp(dim, 8, 2 * 2, **options))
+    return ppvae.SVI(model, guide, optim, loss)
+
+
+def cvae(classes=3):
+    torch.manual_seed(0)
+    likelihood = conditionals.Bernoulli(nets.mlp(2 + classes, 8, 4))
+    model = models.CVAE(likelihood, latent_dim=2, condition=nets.OneHot(classes))
+    guide = guides.Normal(nets.mlp(4 + classes, 8, 4), condition=nets.OneHot(classes))
+    return ppvae.SVI(model, guide, ADAM)
+
+
+def fit(svi, train, **options):
+    options = {"epochs": 2, "batch_size": 16, "progress": False, **options}
+    return ppvae.fit(svi, train, **options)
+
+
+def numbers(history):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+
+
+def tensors(module):
+    return {k: v.clone() for k, v in module.state_dict().items() if torch.is_tensor(v)}
+
+
+class Spy(ppvae.SVI):
+    """An SVI that keeps the batches it is given, by epoch."""
+
+    def __init__(self, svi):
+        super().__init__(svi.model, svi.guide, svi.optim, svi.elbo)
+        self.batches = []
+
+    def update(self, *args, **kwargs):
+        self.batches.append(args)
+        return super().update(*args, **kwargs)
+
+
+# -- a function of the seeds -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_same_seed_same_history_bit_for_bit(seed, dtype):
+    runs = []
+    for _ in range(2):
+        svi = vae()
+        svi.objective.to(dtype)
+        runs.append(numbers(fit(svi, X.to(dtype), valid=X[:10].to(dtype), seed=seed)))
+    assert runs[0] == runs[1]
+    assert [row["step"] for row in runs[0]] == [4, 8]  # 50 rows in batches of 16
+
+
+def test_another_seed_another_history():
+    assert numbers(fit(vae(), X, seed=0)) != numbers(fit(vae(), X, seed=1))
+
+
+def test_shuffling_by_seed_and_epoch():
+    rows = torch.arange(50.0)[:, None].repeat(1, 4)
+
+    def order(seed):
+        torch.manual_seed(0)
+        model = models.VAE(conditionals.Normal(nets.mlp(2, 8, 4), scale=100.0), latent_dim=2)
+        spy = Spy(ppvae.SVI(model, guides.Normal(nets.mlp(4, 8, 4)), ADAM))
+        torch.manual_seed(seed + 10)  # the order must not follow the global stream
+        fit(spy, rows, seed=seed)
+        assert [len(x) for (x,) in spy.batches] == [16, 16, 16, 2] * 2
+        seen = torch.cat([x[:, 0] for (x,) in spy.batches]).long()
+        return seen[:50].tolist(), seen[50:].tolist()
+
+    first, second = order(0)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert first != list(range(50))
+    assert order(0) == (first, second)
+    assert order(1)[0] != first
+    assert order(1)[0] != second  # the seeds' epochs do not overlap
+
+
+def test_rows_of_x_and_y_stay_together():
+    spy = Spy(cvae())
+    y = (X[:, 0] + X[:, 1]).long()
+    fit(spy, (X, y))
+    for a, b in spy.batches:
+        assert torch.equal((a[:, 0] + a[:, 1]).long(), b)
+
+
+def test_binarisation_is_redrawn_each_epoch():
+    split = data.Split(torch.full((40, 4), 0.5), binarize="dynamic", seed=2)
+    spy = Spy(vae())
+    fit(spy, split, batch_size=100, epochs=3)
+    seen = [x for (x,) in spy.batches]
+    assert len(seen) == 3
+    for epoch, x in enumerate(seen, start=1):
+        assert sorted(x.tolist()) == sorted(split.draw(epoch).tolist())
+    assert sorted(seen[0].tolist()) != sorted(seen[1].tolist())
+    static = data.Split(torch.full((40, 4), 0.5), binarize="static", seed=2)
+    spy = Spy(vae())
+    fit(spy, static, batch_size=100)
+    assert sorted(spy.batches[0][0].tolist()) == sorted(spy.batches[1][0].tolist())
+
+
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_validation_and_checks_leave_the_random_stream(as_loader):
+    def train(valid):
+        loader = DataLoader(TensorDataset(X), batch_size=16, shuffle=True)
+        svi = vae(dropout=0.3)
+        history = fit(svi, loader if as_loader else X, valid=valid)
+        return history.column("train_objective"), torch.rand(1).item()
+
+    valid = DataLoader(X, batch_size=7, shuffle=True) if as_loader else X[:20]
+    assert train(None) == train(valid)
+
+
+def test_seeded_validation_repeats_its_draws():
+    svi = vae(optim=functools.partial(torch.optim.SGD, lr=0.0))
+    assert len(set(fit(svi, X, valid=X[:20], epochs=3).column("valid_bound"))) == 1
+    other = fit(svi, X, valid=X[:20], epochs=1, seed=1).column("valid_bound")
+    assert other[0] != fit(svi, X, valid=X[:20], epochs=1).column("valid_bound")[0]
+
+
+# -- inputs ------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_data_trains_the_same():
+    split = data.Split(X)
+    expected = numbers(fit(vae(), X))
+    for same in ((X,), [X], split):
+        assert numbers(fit(vae(), same)) == expected
+    assert len(expected) == 2
+    loader = DataLoader(TensorDataset(X), batch_size=10)
+    assert fit(vae(), loader).rows[-1]["step"] == 10
+    assert fit(vae(), DataLoader(X, batch_size=10)).rows[-1]["step"] == 10
+
+
+def test_a_dataset_brings_its_validation_part():
+    digits = data.load("digits")
+    svi = vae(dim=64)
+    history = fit(svi, digits, batch_size=500, epochs=1)
+    row = history.rows[0]
+    assert row["step"] == 3
+    assert row["valid_bound"] == mean_bound(svi, iter([digits.valid.args]), 0)
+    given = fit(vae(dim=64), digits, batch_size=500, epochs=1, valid=digits.test)
+    assert given.rows[0]["train_objective"] == row["train_objective"]
+    assert given.rows[0]["valid_bound"] != row["valid_bound"]
+    of_dataset = fit(vae(dim=64), digits.train, batch_size=500, epochs=1, valid=digits)
+    assert numbers(of_dataset) == numbers(history)
+
+
+def test_supervised_data():
+    gaussian = data.load("gaussian_mixture").supervised()
+    torch.manual_seed(0)
+    likelihood = conditionals.Normal(nets.mlp(2 + 5, 16, 2), scale=0.5)
+    model = models.CVAE(likelihood, latent_dim=2, condition=nets.OneHot(5))
+    guide = guides.Normal(nets.mlp(2 + 5, 16, 4), condition=nets.OneHot(5))
+    history = fit(ppvae.SVI(model, guide, ADAM), gaussian, epochs=3, batch_size=200)
+    assert history.rows[-1]["valid_bound"] > history.rows[0]["valid_bound"] + 0.3
+    halves = data.quadrants(data.load("digits"), missing=2)
+    likelihood = conditionals.Bernoulli(nets.mlp(2 + 32, 8, 32))
+    model = models.CVAE(likelihood, latent_dim=2)
+    svi = ppvae.SVI(model, guides.Normal(nets.mlp(64, 8, 4)), ADAM)
+    assert math.isfinite(fit(svi, halves, batch_size=500, epochs=1).rows[0]["valid_bound"])
+
+
+def test_one_datapoint():
+    history = fit(vae(), X[:1], valid=X[:1], batch_size=1)
+    assert [row["step"] for row in history.rows] == [1, 2]
+
+
+# -- the numbers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "loss", [elbo.ELBO(beta=0.25), elbo.IWELBO(num_particles=5), pyro.infer.Trace_ELBO()]
+)
+def test_validation_bound_is_the_estimators(loss):
+    svi = vae(loss=loss)
+    history = fit(svi, X, valid=X[:20], epochs=1, seed=4, batch_size=20)
+    torch.manual_seed(4)
+    if isinstance(loss, pyro.infer.Trace_ELBO):
+        expected = -svi.evaluate_loss(X[:20]) / 20
+    else:
+        expected = loss.evaluate(svi.model, svi.guide, X[:20]).mean().item()
+    assert history.rows[0]["valid_bound"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_train_objective_is_the_mean_over_datapoints():
+    class Fixed(ppvae.SVI):
+        def update(self, *args, **kwargs):
+            super().update(*args, **kwargs)
+            return args[0].sum()  # a loss known by row
+
+    svi = vae()
+    spy = Fixed(svi.model, svi.guide, ADAM)
+    assert fit(spy, X).rows[0]["train_objective"] == pytest.approx(-X.sum(1).mean().item())
+
+
+def test_training_raises_the_bound():
+    history = fit(vae(), torch.ones(64, 4), epochs=20)
+    column = history.column("train_objective")
+    assert column[-1] > column[0] + 0.5
+    assert column[-1] < 0
+
+
+def test_modes_are_left_and_validation_runs_in_eval():
+    svi = vae(dropout=0.5, batch_norm=True)
+    svi.guide.eval()
+    seen = []
+    svi.model.likelihood.register_forward_hook(lambda module, *_: seen.append(module.training))
+    fit(svi, X, valid=X[:20], epochs=1)
+    assert svi.model.training
+    assert not svi.guide.training
+    assert seen[-2:] == [False, False]  # two batches of validation
+    assert any(seen)
+    buffers = tensors(svi.objective)
+    mean_bound(svi, iter([(X,)]), 0)
+    assert all(torch.equal(buffers[k], v) for k, v in tensors(svi.objective).items())
+
+
+def test_nan_loss():
+    class Explodes(nn.Module):
+        calls = 0
+
+        def forward(self, z):
+            self.calls += 1
+            return z.repeat(1, 2) * (math.nan if self.calls > 6 else 1.0)
+
+    torch.manual_seed(0)
+    model = models.VAE(conditionals.Bernoulli(Explodes()), latent_dim=2)
+    svi = ppvae.SVI(model, guides.Normal(nets.mlp(4, 8, 4)), ADAM)
+    with pytest.raises(FloatingPointError, match="the loss became nan in epoch 2"):
+        fit(svi, X, epochs=9)
+
+
+# -- schedules ---------------------------------------------------------------------------------
+
+
+def test_beta_is_called_with_the_step_and_saved():
+    class Recorder:
+        steps = 3
+
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, step):
+            self.seen.append(step)
+            return min(step / self.steps, 1.0)
+
+    beta = Recorder()
+    svi = vae(loss=elbo.ELBO(beta=beta))
+    fit(svi, X, valid=X[:20], epochs=2)
+    assert beta.seen == list(range(8))  # not advanced by checks or validation
+    other = vae(loss=elbo.ELBO(beta=beta))
+    other.load_state_dict(svi.state_dict())
+    other.step(X)
+    assert beta.seen[-1] == 8
+
+
+def test_beta_zero_at_the_first_step_one_at_the_end():
+    svi = vae(loss=elbo.ELBO(beta=elbo.LinearWarmup(2), kl="analytic"))
+    losses = []  # the loss is -E log p(x|z) + beta KL
+    for _ in range(3):
+        q, p = svi.guide.posterior(X), svi.model.prior().expand((50,))
+        kl = torch.distributions.kl_divergence(q, p).sum().item()
+        torch.manual_seed(0)
+        plain = elbo.ELBO(beta=0.0, kl="analytic")(svi.model, svi.guide)(X).item()
+        torch.manual_seed(0)
+        losses.append((svi.step(X) - plain) / kl)
+    assert losses == pytest.approx([0.0, 0.5, 1.0], abs=1e-3)
+
+
+def test_lr_scheduler_steps_once_per_epoch():
+    step = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.1)
+    history = fit(vae(), X, epochs=5, lr_scheduler=step)
+    assert history.column("lr") == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4])
+
+
+def test_plateau_scheduler_sees_the_validation_bound(monkeypatch):
+    bounds = iter([-3.0, -2.0, -2.0, -2.0, -1.0])
+    monkeypatch.setattr(ppvae.train, "mean_bound", lambda *args: next(bounds))
+    plateau = functools.partial(
+        torch.optim.lr_scheduler.ReduceLROnPlateau,
+        mode="max",
+        threshold_mode="abs",
+        patience=0,
+        factor=0.1,
+    )
+    history = fit(vae(), X, valid=X, epochs=5, lr_scheduler=plateau)
+    assert history.column("lr") == pytest.approx([1e-2, 1e-2, 1e-2, 1e-3, 1e-4])
+
+
+# -- early stopping ----------------------------------------------------------------------------
+
+
+def bounded(monkeypatch, values):
+    """Make validation return these values, and keep the parameters it saw."""
+    seen, bounds = [], iter(values)
+
+    def bound(svi, *args):
+        seen.append(tensors(svi.objective))
+        return next(bounds)
+
+    monkeypatch.setattr(ppvae.train, "mean_bound", bound)
+    return seen
+
+
+def test_early_stopping_restores_the_best(monkeypatch):
+    seen = bounded(monkeypatch, [-5.0, -3.0, -4.0, -3.0, -1.0])
+    svi = vae(batch_norm=True)
+    history = fit(svi, X, valid=X, epochs=9, patience=2)
+    assert history.stopped_early
+    assert history.best_epoch == 2
+    assert len(history.rows) == 4  # -3.0 again is no improvement
+    after = tensors(svi.objective)
+    assert len(after) > 8  # with the batch-norm statistics
+    assert all(torch.equal(seen[1][k], after[k]) for k in after)
+    assert any(not torch.equal(seen[3][k], after[k]) for k in after)
+    assert svi.num_steps == svi.objective.step == history.rows[-1]["step"] == 16
+
+
+def test_patience_counts_from_the_best(monkeypatch):
+    bounded(monkeypatch, [-5.0, -6.0, -4.0, -6.0, -6.0, -6.0])
+    history = fit(vae(), X, valid=X, epochs=6, patience=2)
+    assert (history.best_epoch, len(history.rows)) == (3, 5)
+
+
+def test_early_stopping_waits_for_warm_up(monkeypatch):
+    bounds = [-1.0, -2.0, -3.0, -4.0, -3.5, -3.6, -3.7, -3.8]
+    seen = bounded(monkeypatch, bounds)
+    svi = vae(loss=elbo.ELBO(beta=elbo.LinearWarmup(16)))  # 4 epochs of 4 steps
+    history = fit(svi, X, valid=X, epochs=8, patience=2)
+    assert history.best_epoch == 5
+    assert len(history.rows) == 7
+    after = tensors(svi.objective)
+    assert all(torch.equal(seen[4][k], after[k]) for k in after)
+
+
+def test_the_best_is_restored_when_the_epochs_run_out(monkeypatch):
+    seen = bounded(monkeypatch, [-1.0, -2.0])
+    svi = vae()
+    history = fit(svi, X, valid=X, patience=5)
+    assert not history.stopped_early
+    assert all(torch.equal(seen[0][k], v) for k, v in tensors(svi.objective).items())
+
+
+def test_without_patience_the_last_parameters_stay(monkeypatch):
+    seen = bounded(monkeypatch, [-1.0, -2.0])
+    svi = vae()
+    history = fit(svi, X, valid=X)
+    assert history.best_epoch == 1
+    assert all(torch.equal(seen[1][k], v) for k, v in tensors(svi.objective).items())
+
+
+def test_training_again_goes_on():
+    svi = vae()
+    fit(svi, X)
+    optimizer = svi.optimizer
+    history = fit(svi, X)
+    assert svi.optimizer is optimizer
+    assert history.column("step") == [12, 16]
+
+
+def test_on_epoch_end():
+    calls = []
+
+    def callback(svi, history):
+        calls.append((svi.num_steps, len(history.rows)))
+        if len(history.rows) == 1:
+            history.rows[-1]["mine"] = 1.5
+        return len(history.rows) == 3
+
+    history = fit(vae(), X, epochs=9, on_epoch_end=callback)
+    assert calls == [(4, 1), (8, 2), (12, 3)]
+    assert not history.stopped_early
+    assert history.column("mine")[0] == 1.5
+    assert math.isnan(history.column("mine")[1])
+    assert "mine" in history.table()
+    assert "1.50" in history.table()
+
+
+# -- arguments ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"epochs": 0}, ValueError, "epochs and batch_size"),
+        ({"batch_size": 0}, ValueError, "epochs and batch_size"),
+        ({"patience": 3}, ValueError, "patience needs a validation bound"),
+        ({"valid": "x"}, TypeError, "valid must be .* got str"),
+        ({"valid": torch.ones(5, 3)}, ppvae.PairError, r"\(5, 3\)"),
+        ({"valid": torch.full((200, 4), 0.5)}, ppvae.PairError, "outside the likelihood's support"),
+        (
+            {"valid": torch.cat([torch.ones(60, 4), torch.full((1, 4), math.nan)])},
+            ppvae.PairError,
+            "first is row 60",
+        ),
+    ],
+)
+def test_bad_arguments(options, error, match):
+    svi = vae()
+    before = tensors(svi.objective)
+    with pytest.raises(error, match=match):
+        fit(svi, X, **options)
+    assert svi.num_steps == 0
+    assert all(torch.equal(before[k], v) for k, v in tensors(svi.objective).items())
+
+
+FAR = torch.cat([X, X])  # longer than the batch that the pair is checked on
+
+
+def far(row, value):
+    x = FAR.clone()
+    x[row] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("train", "error", "match"),
+    [
+        (X.numpy(), TypeError, r"data must be .* got ndarray; .*from_arrays"),
+        ((), TypeError, "data must be"),
+        ((X, "y"), TypeError, "data must be"),
+        (TensorDataset(X), TypeError, "DataLoader, got TensorDataset"),
+        (X[:0], ppvae.PairError, r"'x' is empty: shape \(0, 4\)"),
+        (far(90, math.nan), ppvae.PairError, "4 NaN or infinite values in 1 rows.*row 90"),
+        (far(90, -math.inf), ppvae.PairError, "NaN or infinite"),
+        (far(90, 0.5), ppvae.PairError, r"'x' in data: 4 of 400 .*\{0, 1\}, e\.g\. \[0\.5\]"),
+        (far(90, 255.0), ppvae.PairError, r"\[255\.0\]"),
+        (DataLoader(X[:3], batch_size=5, drop_last=True), ValueError, "yields no batch"),
+        (DataLoader([{"x": x} for x in X]), TypeError, "tuple of tensors"),
+        (DataLoader([(x, "a") for x in X]), TypeError, "tuple of tensors"),
+    ],
+)
+def test_bad_data(train, error, match):
+    svi = vae()
+    with pytest.raises(error, match=match):
+        fit(svi, train)
+    assert svi.num_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda y: y.index_fill(0, torch.tensor([49]), 7), r"'y' in data: labels .* 0 \.\. 7"),
+        (lambda y: y.index_fill(0, torch.tensor([49]), -1), r"'y' in data: labels .* -1 \.\. 2"),
+        (lambda y: y + 1, r"'y': labels must lie in 0 \.\. 2, got 1 \.\. 3"),
+        (lambda y: y.float(), r"'y': labels must be integers.*y\.long\(\)"),
+        (lambda y: y[:, None], r"'y': labels must be integers of shape \(N,\)"),
+        (lambda y: y[:20], r"differ in length \(x: \(50, 4\), y: \(20,\)\)"),
+    ],
+)
+def test_bad_labels(change, match):
+    svi = cvae()
+    with pytest.raises(ppvae.PairError, match=match) as caught:
+        fit(svi, (X, change(Y)))
+    assert "Trace Shapes" not in str(caught.value)
+    assert svi.num_steps == 0
+    assert fit(svi, (X, Y)).rows[0]["step"] == 4
+
+
+def test_bad_labels_in_validation():
+    svi = cvae()
+    with pytest.raises(ppvae.PairError, match="'y' in valid: labels must lie"):
+        fit(svi, (X, Y), valid=(FAR, torch.arange(100) // 20))
+
+
+def test_support_that_differs_by_row_is_checked_on_the_batch_only():
+    class Counts(ppvae.Program):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nets.mlp(2, 8, 4)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+                total = x.amax(1, keepdim=True) + 1
+                fn = dist.Binomial(total, logits=self.decoder(z)).to_event(1)
+                pyro.sample("x", fn, obs=x)
+
+    x = torch.poisson(torch.full((50, 4), 3.0), generator=torch.Generator().manual_seed(0))
+    guide = guides.Normal(nets.mlp(4, 8, 4))
+    for batch_size in (1, 16, 50):
+        assert len(fit(ppvae.SVI(Counts(), guide, ADAM), x, batch_size=batch_size, epochs=1).rows)
+
+
+# -- devices -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
+def test_cuda_asked_for_but_absent(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    svi = vae()
+    with pytest.raises(ValueError, match=r"'cuda.*sees no CUDA device"):
+        fit(svi, X, device=device)
+    assert svi.num_steps == 0
+
+
+def test_auto_without_cuda_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ppvae.train.resolve_device("auto") == torch.device("cpu")
+    expected = numbers(fit(vae(), X, valid=X))
+    assert numbers(fit(vae(), X, valid=X, device="auto")) == expected
+    loader = DataLoader(X, batch_size=16)
+    assert len(fit(vae(), loader, device="cpu").rows) == 2
+    assert len(fit(vae(), data.Split(X), device="cpu").rows) == 2
+
+
+@pytest.mark.cuda
+def test_fit_on_cuda_and_back():
+    svi = vae(batch_norm=True)
+    fit(svi, X)  # on the CPU first: the optimiser's state must move too
+    history = fit(svi, X, valid=X, device="auto", epochs=10)
+    assert next(svi.model.parameters()).is_cuda
+    assert all(
+        v.is_cuda for state in svi.optimizer.state.values() for k, v in state.items() if k != "step"
+    )
+    assert history.rows[-1]["step"] == 8 + 40
+    assert math.isfinite(history.rows[-1]["valid_bound"])
+    assert numbers(fit(svi, X, valid=X, device="cpu"))[-1]["step"] == 56
+    split = data.Split(torch.full((40, 4), 0.5), binarize="dynamic")
+    fit(svi, split, valid=split, device="cuda")
+    fit(svi, DataLoader(X, batch_size=16), valid=X, device="cuda")
+
+
+@pytest.mark.cuda
+def test_same_seed_same_history_on_cuda():
+    runs = [numbers(fit(vae(), X, valid=X, device="cuda")) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+# -- history -----------------------------------------------------------------------------------
+
+
+def test_history_shows_itself():
+    svi = vae(loss=elbo.IWELBO(num_particles=3))
+    history = fit(svi, X, valid=X, epochs=12)
+    assert history.name == "IWELBO-3"
+    assert fit(vae(), X).name == "ELBO"
+    lines = repr(history).splitlines()
+    assert lines[0] == "IWELBO-3 [nats per datapoint]"
+    assert lines[1].split() == ["epoch", "step", "train_objective", "valid_bound", "lr", "seconds"]
+    assert sum("(best)" in line for line in lines) == 1
+    assert lines[-1].split()[:2] == ["12", "48"]
+    assert len(history.table(last=3).splitlines()) in (5, 6)
+    assert [row["epoch"] for row in history.rows] == history.column("epoch")
+    assert len({tuple(row) for row in history.rows}) == 1
+
+
+def test_the_best_row_is_shown_though_long_gone():
+    rows = [{"epoch": e, "step": e, "valid_bound": -float(e)} for e in range(1, 30)]
+    text = ppvae.History("ELBO", rows, best_epoch=1).table(last=2)
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["1", "28", "29"]
+    assert text.splitlines()[2].endswith("(best)")
+
+
+def test_empty_history():
+    assert repr(ppvae.History("ELBO")) == "ELBO: no epoch yet"
+
+
+def test_history_plots_both_curves():
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib import pyplot
+
+    with_valid = fit(vae(), X, valid=X, epochs=3).plot()
+    without = fit(vae(), X, epochs=3).plot(ax=pyplot.figure().gca())
+    assert len(with_valid.lines) > len(without.lines) > 0
+    assert any("ELBO" in text.get_text() for text in with_valid.get_legend().get_texts())
+    pyplot.close("all")
+
+
+def test_progress_bar(capsys):
+    fit(vae(), X, valid=X, progress=True)
+    shown = capsys.readouterr().err
+    assert "ELBO" in shown
+    assert "valid_bound" in shown
+    assert "nats" in shown
+    fit(vae(), X)
+    assert capsys.readouterr().err == ""

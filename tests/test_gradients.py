@@ -1,0 +1,355 @@
+"""Gradients against exact ones: quadrature, enumeration, closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import oracles
+import ppvae
+from oracles import LinearGuide, LinearModel, assert_mean, gradients, trainable
+from ppvae import elbo
+
+DRAWS, ROWS = 40, 100  # 40 independent gradients, each of 100 copies of the data
+
+
+def check(estimator: elbo.Estimator, model, guide, x: Tensor, exact: Tensor) -> None:
+    """The mean gradient is that of -exact, over all parameters of model and guide."""
+    parameters = trainable(model, guide)
+    objective = estimator(model, guide)
+    many = x.repeat(ROWS, *[1] * (x.dim() - 1))
+    found = gradients(lambda: objective(many), parameters, DRAWS, ROWS)
+    expected = oracles.exact_gradient(-exact.sum(), parameters)
+    assert expected.abs().max() > 0.1, "a zero gradient would test nothing"
+    assert_mean(found, expected, str(estimator))
+
+
+@pytest.mark.usefixtures("float64")
+class TestLinearGaussian:
+    @pytest.mark.parametrize("latent_dim", [1, 2, 10])
+    @pytest.mark.parametrize("K", [1, 3])
+    @pytest.mark.parametrize(
+        ("gradient", "kl"),
+        [("pathwise", "sampled"), ("pathwise", "mixed"), ("stl", "sampled"), ("score", "sampled")],
+    )
+    def test_elbo(self, latent_dim: int, K: int, gradient: str, kl: str) -> None:
+        model = LinearModel(latent_dim, latent_dim + 2)
+        guide = LinearGuide(model, scale=1.4, shift=0.3, path=gradient != "score")
+        x = model.draw(3)
+        exact = oracles.linear_elbo(model, guide, x, beta=2.0)
+        check(elbo.ELBO(K, gradient, beta=2.0, kl=kl), model, guide, x, exact)
+
+    @pytest.mark.parametrize(
+        "estimator",
+        [cls(2, g) for cls in (elbo.IWELBO, elbo.RenyiELBO) for g in cls.gradients],
+        ids=lambda e: f"{type(e).__name__}-{e.gradient}",
+    )
+    @pytest.mark.parametrize("latent_dim", [1, 2])
+    def test_importance_bounds(self, latent_dim: int, estimator: elbo.Estimator) -> None:
+        model = LinearModel(latent_dim, latent_dim + 2)
+        path = estimator.gradient not in ("score", "vimco")
+        guide = LinearGuide(model, scale=1.4, shift=0.5, path=path)
+        x = model.draw(2)
+        nodes = 40 if latent_dim == 1 else 14
+        exact = oracles.linear_expected_bound(estimator.bound, model, guide, x, 2, nodes)
+        check(estimator, model, guide, x, exact)
+
+    @pytest.mark.parametrize("gradient", ["pathwise", "dreg", "score", "vimco"])
+    def test_ten_dimensions_wrong_in_one(self, gradient: str) -> None:
+        """Log-weights that depend on one dimension only: the gradient there is a small integral."""
+        wrong = torch.zeros(10)
+        wrong[3] = 1.0
+        model = LinearModel(10, 12)
+        path = gradient in ("pathwise", "dreg")
+        guide = LinearGuide(model, scale=1 + 0.4 * wrong, shift=0.5 * wrong, path=path)
+        x = model.draw(2)
+        estimator = elbo.IWELBO(3, gradient)
+
+        # the same log-weights from the wrong dimension alone, up to a constant of the data
+        A, a, S = model.posterior()
+        mean, scale = (x @ A.T + a)[:, 3], S[3, 3].sqrt()
+        shift, log_scale = guide.a, guide.log_scale
+        points, weights = oracles.hermite(24)
+        eps = torch.cartesian_prod(points, points, points).T.unsqueeze(-1)  # (3, G, 1)
+        mass = torch.cartesian_prod(weights, weights, weights).prod(-1).unsqueeze(-1)
+        loc, width = mean + (shift - a)[3], log_scale[3].exp()
+        z = loc + width * eps
+        log_w = torch.distributions.Normal(mean, scale).log_prob(z)
+        log_w = log_w - torch.distributions.Normal(loc, width).log_prob(z)
+        exact = (mass * estimator.bound(log_w)).sum()
+        expected = torch.stack([g[3] for g in torch.autograd.grad(-exact, (shift, log_scale))])
+        objective, many = estimator(model, guide), x.repeat(ROWS, 1)
+        found = gradients(lambda: objective(many), [shift, log_scale], DRAWS, ROWS)
+        assert_mean(found[:, [3, 13]], expected)
+        assert expected.abs().min() > 0.05
+
+    def test_fifty_particles(self) -> None:
+        """K = 50: dreg, pathwise, score and vimco have one expectation."""
+        model = LinearModel(1, 3)
+        x = model.draw(2).repeat(20, 1)
+        found = {}
+        for gradient in elbo.IWELBO.gradients:
+            guide = LinearGuide(model, scale=1.5, path=gradient in ("pathwise", "dreg"))
+            objective = elbo.IWELBO(50, gradient)(model, guide)
+            found[gradient] = gradients(lambda o=objective: o(x), trainable(guide), 100, 20)
+        for gradient, grads in found.items():
+            # an unpaired difference of two means, each with its own standard error
+            assert_mean(grads - found["dreg"].flip(0), 0.0, gradient)
+        assert found["dreg"].std(0).max() < 0.3 * found["pathwise"].std(0).max()
+
+    def test_float32(self) -> None:
+        torch.set_default_dtype(torch.float32)
+        model = LinearModel(2, 4)
+        guide = LinearGuide(model)
+        x = model.draw(5)
+        for estimator in (elbo.ELBO(3, "stl"), elbo.IWELBO(3, "dreg")):
+            loss = estimator(model, guide)(x)
+            assert loss.dtype == torch.float32
+            assert loss.item() == pytest.approx(-model.log_evidence(x).sum().item(), rel=1e-5)
+            for grad in torch.autograd.grad(loss, trainable(guide)):
+                assert grad.dtype == torch.float32 and grad.abs().max() < 1e-4
+
+
+@pytest.mark.usefixtures("float64")
+class TestTwoLevels:
+    x = torch.linspace(-1.5, 2.0, 4, dtype=torch.float64)
+
+    @pytest.mark.parametrize("bottom_up", [True, False])
+    @pytest.mark.parametrize("estimator", [elbo.ELBO(2, "stl"), elbo.IWELBO(3, "dreg")])
+    def test_zero_at_the_exact_guide(self, bottom_up: bool, estimator: elbo.Estimator) -> None:
+        model = oracles.TwoLevelModel()
+        guide = oracles.TwoLevelGuide(model, bottom_up)
+        loss = estimator(model, guide)(self.x)
+        grads = torch.autograd.grad(loss, trainable(guide), retain_graph=True)
+        assert max(g.abs().max() for g in grads) < 1e-10
+        pathwise = elbo.IWELBO(3)(model, guide)(self.x)
+        grads = torch.autograd.grad(pathwise, trainable(guide))
+        assert max(g.abs().max() for g in grads) > 1e-2  # its noise does not vanish
+
+    @pytest.mark.parametrize("bottom_up", [True, False])
+    @pytest.mark.parametrize("gradient", ["pathwise", "stl"])
+    def test_wrong_guide(self, bottom_up: bool, gradient: str) -> None:
+        model = oracles.TwoLevelModel()
+        guide = oracles.TwoLevelGuide(model, bottom_up, shift=0.3, scale=1.3)
+        exact = oracles.two_level_elbo(model, guide, self.x)
+        check(elbo.ELBO(2, gradient), model, guide, self.x, exact)
+
+    @pytest.mark.parametrize("bottom_up", [True, False])
+    def test_dreg_has_the_expectation_of_pathwise(self, bottom_up: bool) -> None:
+        model = oracles.TwoLevelModel()
+        guide = oracles.TwoLevelGuide(model, bottom_up, shift=0.3, scale=1.3)
+        many = self.x.repeat(ROWS)
+        found = []
+        for gradient in ("dreg", "pathwise"):
+            objective = elbo.IWELBO(3, gradient)(model, guide)
+            found.append(gradients(lambda o=objective: o(many), trainable(guide), 120, ROWS))
+        assert_mean(found[0] - found[1], 0.0)
+
+
+@pytest.mark.usefixtures("float64")
+class TestDiscrete:
+    x = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64)
+
+    @pytest.mark.parametrize(
+        "estimator",
+        [
+            elbo.ELBO(1, "score"),
+            elbo.ELBO(3, "score"),
+            elbo.ELBO(2, "score", beta=3.0),
+            elbo.IWELBO(1, "score"),
+            elbo.IWELBO(2, "score"),
+            elbo.IWELBO(2, "vimco"),
+            elbo.IWELBO(3, "vimco"),
+            elbo.RenyiELBO(3, "score", alpha=0.5),
+            elbo.RenyiELBO(3, "vimco", alpha=0.5),
+            elbo.RenyiELBO(2, "vimco", alpha=-math.inf),
+        ],
+        ids=str,
+    )
+    def test_belief_net(self, estimator: elbo.Estimator) -> None:
+        model, guide = oracles.BeliefNet(), oracles.BeliefGuide()
+        K = estimator.num_particles
+        exact = oracles.belief_expected_bound(estimator.bound, model, guide, self.x, K)
+        if getattr(estimator, "beta", 1.0) != 1.0:
+            prior = torch.distributions.Bernoulli(logits=model.prior)
+            log_prior = prior.log_prob(oracles.states()).sum(-1, keepdim=True)
+            log_q = guide.log_q(self.x)
+            kl = log_q - log_prior
+            fit = model.log_joint(self.x) - log_prior
+            exact = (log_q.exp() * (fit - estimator.beta * kl)).sum(0)
+        elif getattr(estimator, "alpha", 0.0) >= 0:  # VR-max is no bound
+            assert (exact < model.log_evidence(self.x)).all()
+        check(estimator, model, guide, self.x, exact)
+        values = [estimator.loss(model, guide, self.x.repeat(ROWS, 1)) / ROWS for _ in range(DRAWS)]
+        assert_mean(torch.tensor(values), -exact.sum().detach(), "value")
+
+    @pytest.mark.parametrize(
+        "estimator",
+        [
+            elbo.ELBO(1, "score"),
+            elbo.IWELBO(1, "score"),
+            elbo.IWELBO(2, "score"),
+            elbo.IWELBO(2, "vimco"),
+            elbo.RenyiELBO(2, "vimco", alpha=0.5),
+        ],
+        ids=str,
+    )
+    def test_discrete_then_continuous(self, estimator: elbo.Estimator) -> None:
+        model, guide = oracles.MixtureModel(), oracles.MixtureGuide()
+        x = torch.tensor([-2.0, 0.5, 1.7])
+        K = estimator.num_particles
+        exact = oracles.mixture_expected_bound(estimator.bound, model, guide, x, K)
+        assert (exact < model.log_evidence(x)).all()
+        check(estimator, model, guide, x, exact)
+
+    def test_leaving_one_out_lowers_the_variance(self) -> None:
+        model, guide = oracles.BeliefNet(), oracles.BeliefGuide()
+        x = self.x.repeat(20, 1)
+        spread = {}
+        for estimator in (elbo.ELBO(1, "score"), elbo.ELBO(8, "score"), elbo.IWELBO(8, "vimco")):
+            grads = gradients(lambda e=estimator: e(model, guide)(x), trainable(guide), 100, 20)
+            spread[estimator.num_particles, estimator.gradient] = grads.var(0).sum()
+        assert spread[8, "score"] < spread[1, "score"] / 8  # more than eight independent draws give
+        assert spread[8, "vimco"] < spread[1, "score"]
+
+
+# ------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.usefixtures("float64")
+def test_stl_is_biased_for_iwelbo_and_refused() -> None:
+    model = LinearModel(1, 3)
+    guide = LinearGuide(model, scale=1.8, shift=0.8)
+    x = model.draw(2)
+    exact = oracles.linear_expected_bound(elbo.IWELBO(2).bound, model, guide, x, 2, 40)
+    expected = oracles.exact_gradient(-exact.sum(), trainable(guide))
+    with pytest.raises(ValueError, match="gradient='stl' is not defined; use one of"):
+        elbo.IWELBO(2, "stl")
+    with pytest.raises(ValueError, match="'stl' is not defined"):
+        elbo.RenyiELBO(2, "stl")
+
+    class Biased(elbo.IWELBO):
+        gradients = ("stl",)
+
+    objective, many = Biased(2, "stl")(model, guide), x.repeat(ROWS, 1)
+    found = gradients(lambda: objective(many), trainable(guide), 200, ROWS)
+    with pytest.raises(AssertionError, match="standard errors off"):
+        assert_mean(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "cure"),
+    [
+        (lambda: elbo.IWELBO(1, "vimco"), 'use gradient="score" for one particle'),
+        (lambda: elbo.ELBO(0), "num_particles must be at least 1"),
+        (lambda: elbo.ELBO(2, "vimco"), "use one of"),
+        (lambda: elbo.ELBO(2, "stl", kl="mixed"), 'use kl="sampled"'),
+        (lambda: elbo.ELBO(2, "score", kl="analytic"), 'use kl="sampled"'),
+        (lambda: elbo.ELBO(kl="closed"), 'kl must be "sampled"'),
+        (lambda: elbo.ELBO(beta=-1.0), "must be >= 0"),
+        (lambda: elbo.ELBO(beta=math.nan), "must be >= 0"),
+        (lambda: elbo.RenyiELBO(2, alpha=1.0), "the limit alpha -> 1 is elbo.ELBO"),
+        (lambda: elbo.RenyiELBO(2, alpha=math.nan), "needs a finite alpha"),
+        (lambda: elbo.RenyiELBO(2, "dreg", alpha=-math.inf), '"pathwise"'),
+        (lambda: elbo.LinearWarmup(0), "use a number instead"),
+    ],
+)
+def test_bad_arguments_are_refused_with_a_cure(make, cure: str) -> None:
+    with pytest.raises(ValueError, match=cure):
+        make()
+
+
+@pytest.mark.parametrize(
+    "estimator", [elbo.ELBO(), elbo.ELBO(gradient="stl"), elbo.IWELBO(2), elbo.IWELBO(2, "dreg")]
+)
+@pytest.mark.usefixtures("float64")
+def test_a_discrete_site_needs_a_score_gradient(estimator: elbo.Estimator) -> None:
+    model, guide = oracles.BeliefNet(), oracles.BeliefGuide()
+    with pytest.raises(ValueError, match=r"site 'h'.*Use gradient=\"score\""):
+        estimator(model, guide)(TestDiscrete.x)
+    estimator.evaluate(model, guide, TestDiscrete.x)  # the value needs no gradient
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("estimator", [elbo.ELBO(2, "stl"), elbo.IWELBO(2, "dreg")])
+def test_a_guide_without_parameters_leaves_the_models_gradient(estimator: elbo.Estimator) -> None:
+    model = LinearModel(2, 4)
+    guide = LinearGuide(model, scale=1.3)
+    guide.requires_grad_(False)
+    x = model.draw(4)
+    losses = []
+    for one in (estimator, type(estimator)(2)):
+        torch.manual_seed(0)
+        losses.append(one(model, guide)(x))
+    grads = [torch.autograd.grad(loss, trainable(model)) for loss in losses]
+    assert losses[0].item() == pytest.approx(losses[1].item())
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.usefixtures("float64")
+def test_dreg_and_pathwise_give_the_model_the_same_gradient() -> None:
+    model = LinearModel(2, 4)
+    guide = LinearGuide(model, scale=1.3, shift=0.2)
+    x = model.draw(4)
+    for first, second in [
+        (elbo.IWELBO(3), elbo.IWELBO(3, "dreg")),
+        (elbo.ELBO(3, beta=2.0), elbo.ELBO(3, "stl", beta=2.0)),
+        (elbo.RenyiELBO(3, alpha=2.0), elbo.RenyiELBO(3, "dreg", alpha=2.0)),
+    ]:
+        grads = []
+        for estimator in (first, second):
+            torch.manual_seed(0)
+            grads.append(torch.autograd.grad(estimator(model, guide)(x), trainable(model)))
+        torch.testing.assert_close(*grads)
+
+
+def test_a_schedule_follows_the_steps_everywhere() -> None:
+    import pyro
+
+    from registry import build
+
+    beta = elbo.LinearWarmup(steps=2, start=1.0, end=3.0)
+    seen = []
+
+    def watched(step: int) -> float:
+        seen.append(step)
+        return beta(step)
+
+    for way in ("ppvae", "stock", "module"):
+        seen.clear()
+        pyro.clear_param_store()
+        model, guide, args = build("vae_bernoulli")
+        estimator = elbo.ELBO(beta=watched)
+        if way == "ppvae":
+            svi = ppvae.SVI(model, guide, torch.optim.Adam, estimator)
+            for _ in range(3):
+                svi.step(*args)
+                svi.evaluate_loss(*args)
+            assert seen == [0, 1, 1, 2, 2, 3]
+        elif way == "stock":
+            svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({}), loss=estimator)
+            for _ in range(3):
+                svi.step(*args)
+            svi.evaluate_loss(*args)
+            assert seen == [0, 1, 2, 3]
+        else:
+            objective = estimator(model, guide)
+            for _ in range(3):
+                objective(*args)
+            assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("beta", [0.0, 1, torch.tensor(1.0), torch.tensor(4.0), lambda step: 4.0])
+def test_beta_may_be_a_number_a_tensor_or_a_callable(beta) -> None:
+    from registry import build
+
+    model, guide, args = build("vae_bernoulli")
+    torch.manual_seed(0)
+    loss = elbo.ELBO(2, beta=beta)(model, guide)(*args)
+    torch.manual_seed(0)
+    weights = ppvae.log_weights(model, guide, *args, num_particles=2)
+    number = float(beta(0) if callable(beta) else beta)
+    kl = weights.log_q["z"] - weights.log_p["z"]
+    expected = -(weights.log_p["x"] - number * kl).mean(0).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

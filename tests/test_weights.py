@@ -1,0 +1,518 @@
+"""Log-weights: shapes, masks, plates, scales, precision, refusals."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+import oracles
+import ppvae
+from oracles import LinearGuide, LinearModel
+from ppvae import elbo
+from ppvae.weights import plate_nesting
+from registry import ALL_PAIRS, build
+
+
+def guide(x: Tensor) -> None:
+    with pyro.plate("data", x.shape[-1], dim=-1):
+        pyro.sample("z", dist.Normal(x.mean(0), 0.7))
+
+
+def pixel_model(x: Tensor, mask: Tensor | bool = True) -> None:
+    """Observe x of shape (P, N): a pixel plate around the data plate's dim."""
+    with pyro.plate("data", x.shape[-1], dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("pixels", x.shape[0], dim=-2), poutine.mask(mask=mask):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("pair", ALL_PAIRS)
+@pytest.mark.parametrize("K", [1, 50])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_shapes(pair: str, K: int, rows: int) -> None:
+    model, guide, args = build(pair)
+    for program in (model, guide):
+        module = ppvae.program.module_of(program)
+        module.eval()  # one row has no batch statistics
+    args = [arg[:rows] for arg in args]
+    weights = ppvae.log_weights(model, guide, *args, num_particles=K)
+    assert weights.log_w.shape == (K, rows)
+    assert weights.num_particles == K
+    assert weights.log_w.isfinite().all()
+    total = sum(weights.log_p.values()) - sum(weights.log_q.values())
+    torch.testing.assert_close(weights.log_w, total.expand(K, rows))
+    assert weights.scale == 1.0 and not weights.site_scales and not weights.joint
+    assert set(weights.log_q) == set(weights.latents)
+    assert weights.observed == set(weights.log_p) - set(weights.latents)
+    for term in [*weights.log_p.values(), *weights.log_q.values()]:
+        assert term.shape == (K, rows)
+    detached = weights.stop_guide()
+    torch.testing.assert_close(detached.log_w, weights.log_w)
+    assert not any(term.requires_grad for term in detached.log_q.values())
+
+
+def test_particles_differ_and_datapoints_are_independent() -> None:
+    """Permuting the rows permutes the columns: no datapoint enters another's weight."""
+    model, guide, (x,) = build("vae_bernoulli")
+    log_w = ppvae.log_weights(model, guide, x, num_particles=3).log_w
+    assert (log_w[0] != log_w[1]).all()
+    assert not torch.allclose(log_w[:, :1], log_w[:, 1:2])
+    (z_grad,) = torch.autograd.grad(
+        log_w[:, 2].sum(), model.likelihood.net.layers[-1].bias, retain_graph=True
+    )
+    x2 = x.clone()
+    x2[torch.arange(6) != 2] = 0.0
+    pyro.set_rng_seed(0)
+    first = ppvae.log_weights(model, guide, x, num_particles=3).log_w
+    pyro.set_rng_seed(0)
+    second = ppvae.log_weights(model, guide, x2, num_particles=3).log_w
+    torch.testing.assert_close(first[:, 2], second[:, 2])
+    assert z_grad.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------ masks
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("K", [1, 4])
+def test_masking_pixels_equals_dropping_them(K: int) -> None:
+    x = torch.randn(5, 3)
+    mask = torch.tensor([True, False, True, True, False]).unsqueeze(-1)
+    kept = x[mask.squeeze(-1)]
+
+    def model(x: Tensor) -> None:
+        pixel_model(x, mask)
+
+    def mask_guide(full: Tensor) -> None:
+        guide(kept)
+
+    def kept_model(full: Tensor) -> None:
+        pixel_model(kept)
+
+    results = []
+    for one in (model, kept_model):
+        pyro.set_rng_seed(1)
+        results.append(ppvae.log_weights(one, mask_guide, x, num_particles=K).log_w)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.usefixtures("float64")
+def test_masked_garbage_does_not_leak() -> None:
+    x = torch.randn(4, 3)
+    x[1, 2] = torch.nan
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    mask[1, 2] = False
+    z_scale = torch.tensor(0.7, requires_grad=True)
+
+    def masked_guide(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            pyro.sample("z", dist.Normal(0.0, z_scale))
+
+    def model(x: Tensor) -> None:
+        pixel_model(x, mask)
+
+    with pyro.validation_enabled(False):
+        log_w = ppvae.log_weights(model, masked_guide, x, num_particles=2).log_w
+    assert log_w.isfinite().all()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("mask", [True, False, "per row"])
+def test_a_mask_on_a_whole_row(mask: bool | str) -> None:
+    x = torch.randn(4, 3)
+    given = torch.tensor([True, False, True]) if mask == "per row" else mask
+
+    def masked(program):
+        def run(x: Tensor) -> None:
+            with poutine.mask(mask=given):
+                program(x)
+
+        return run
+
+    log_w = ppvae.log_weights(masked(pixel_model), masked(guide), x, num_particles=2).log_w
+    dead = ~torch.as_tensor(given).expand(3)
+    assert (log_w[:, dead] == 0).all() and (log_w[:, ~dead] != 0).all()
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_masked_distribution_counts_as_masked() -> None:
+    x = torch.randn(3)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(x > 10), obs=x)
+
+    def prior(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    assert (ppvae.log_weights(model, prior, x, num_particles=2).log_w == 0).all()
+
+
+# ------------------------------------------------------------------------------ plates
+
+
+def by_hand(x: Tensor, z: Tensor) -> Tensor:
+    """log-weights of pixel_model and guide at z (K, N), x (P, N)."""
+    log_p = dist.Normal(z.unsqueeze(-2), 1.0).log_prob(x).sum(-2)
+    log_q = dist.Normal(x.mean(0), 0.7).log_prob(z)
+    return log_p + dist.Normal(0.0, 1.0).log_prob(z) - log_q
+
+
+def auto_dims(x: Tensor) -> None:
+    with pyro.plate("data", x.shape[-1]):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("pixels", x.shape[0]):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def explicit_left(x: Tensor) -> None:
+    with pyro.plate("data", x.shape[-1], dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("far", x.shape[0], dim=-4):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, None, None, :])
+
+
+def event_dims(x: Tensor) -> None:
+    with pyro.plate("data", x.shape[-1]):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).to_event(1), obs=x.T)
+
+
+def sequential(x: Tensor) -> None:
+    with pyro.plate("data", x.shape[-1]):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("pixels", x.shape[0]):
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("K", [1, 4, 50])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("model", [pixel_model, auto_dims, explicit_left, event_dims, sequential])
+def test_inner_plates_reduce_into_the_data_plate(model, rows: int, K: int) -> None:
+    x = torch.randn(4, rows)
+    weights = ppvae.log_weights(model, guide, x, num_particles=K)
+    z = weights.guide_trace.nodes["z"]["value"].reshape(K, rows)
+    torch.testing.assert_close(weights.log_w, by_hand(x, z))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("K", [1, 4])
+@pytest.mark.parametrize("explicit", [True, False])
+def test_the_data_plate_need_not_be_rightmost(K: int, explicit: bool) -> None:
+    dims = (-1, -2) if explicit else (None, None)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("pixels", x.shape[1], dim=dims[0]):
+            with pyro.plate("data", len(x), dim=dims[1]):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def left_guide(x: Tensor) -> None:
+        with pyro.plate("pixels", x.shape[1], dim=dims[0]):
+            with pyro.plate("data", len(x), dim=dims[1]):
+                pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    x = torch.randn(3, 4)  # a latent per pixel; the guide is exact
+    log_w = ppvae.log_weights(model, left_guide, x, num_particles=K).log_w
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x).sum(1)
+    torch.testing.assert_close(log_w, exact.expand(K, 3))
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_pair_that_nests_deeper_later_is_right_or_refused() -> None:
+    def model(x: Tensor) -> None:
+        (event_dims if len(x) == 1 else pixel_model)(x)
+
+    def again(x: Tensor) -> None:
+        guide(x)
+
+    ppvae.log_weights(model, again, torch.randn(1, 3), num_particles=2)
+    assert plate_nesting(model, again, (), {}) == 1
+    with pytest.raises(ValueError, match=r"collide|explicit dims"):
+        ppvae.log_weights(model, again, torch.randn(4, 3), num_particles=2)
+
+
+def test_probing_the_nesting_leaves_no_trace() -> None:
+    model, guide, args = build("vae_conv")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    before = torch.get_rng_state()
+    assert plate_nesting(model, guide, args, {}) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    assert model.training and all(m.training for m in guide.modules())
+    assert all(p.grad is None for p in model.parameters())
+    calls = []
+
+    def watched(*a: Tensor) -> None:
+        calls.append(1)
+        model(*a)
+
+    for _ in range(3):
+        ppvae.log_weights(watched, guide, *args, num_particles=2)
+    assert len(calls) == 4  # one probe
+
+
+def test_the_first_and_second_call_draw_alike() -> None:
+    results = []
+    for probed in (False, True):
+        model, guide, args = build("vae_residual")
+        if probed:
+            plate_nesting(model, guide, args, {})
+        pyro.set_rng_seed(0)
+        results.append(ppvae.log_weights(model, guide, *args, num_particles=2).log_w)
+    assert torch.equal(*results)
+
+
+# ------------------------------------------------------------------------------ scales
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("K", [1, 3])
+def test_the_data_plates_scale_stays_outside_the_weights(K: int) -> None:
+    model = LinearModel(2, 4)
+    guide = LinearGuide(model)
+    x = model.draw(5)
+    weights = ppvae.log_weights(model, guide, x, size=50, num_particles=K)
+    assert weights.scale == 10.0 and not weights.site_scales
+    torch.testing.assert_close(weights.log_w, model.log_evidence(x).expand(K, 5))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("value", [0.1, torch.tensor(3.0)])
+def test_scales_on_sites_are_listed_and_refused_by_nonlinear_bounds(value) -> None:
+    model, guide = LinearModel(2, 4), None
+    guide = LinearGuide(model, scale=1.3)
+    x = model.draw(5)
+    scaled = poutine.scale(model, scale=value)
+    weights = ppvae.log_weights(scaled, guide, x, size=50)
+    assert {k: float(v) for k, v in weights.site_scales.items()} == pytest.approx(
+        {("model", "z"): float(value), ("model", "x"): float(value)}
+    )
+    assert weights.scale == 10.0
+    for estimator in (elbo.IWELBO(2), elbo.IWELBO(2, "dreg"), elbo.RenyiELBO(2)):
+        with pytest.raises(ValueError, match=r"site '[xz]' of the model.*elbo.ELBO\(beta"):
+            estimator(scaled, guide)(x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_an_inner_subsampled_plate_is_a_site_scale() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("pixels", 8, subsample=x, dim=-2):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(4, 3)
+    assert ppvae.log_weights(model, guide, x).site_scales == {("model", "x"): 2.0}
+    torch.manual_seed(0)
+    loss = elbo.ELBO()(model, guide)(x)
+    torch.manual_seed(0)
+    stock = pyro.infer.Trace_ELBO()(model, guide)(x)
+    torch.testing.assert_close(loss, stock)
+    with pytest.raises(ValueError, match="inner subsampled plates"):
+        elbo.IWELBO(2)(model, guide)(x)
+
+
+def test_data_plates_that_differ_are_refused() -> None:
+    model, guide, (x,) = build("vae_bernoulli")
+
+    def forgetful(x: Tensor, size: int | None = None) -> None:
+        guide(x)
+
+    with pytest.raises(ValueError, match=r"6 of 60 rows in the model, 6 of 6 rows in the guide"):
+        ppvae.log_weights(model, forgetful, x, size=60)
+
+
+# ------------------------------------------------------------------------------ precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("K", [1, 3])
+def test_low_precision_accumulates_in_float32(dtype: torch.dtype, K: int) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), x.new_ones(())))
+            with pyro.plate("pixels", len(x), dim=-2):
+                pyro.sample("x", dist.Normal(0 * z, x.new_ones(())), obs=x)
+
+    def low_guide(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            pyro.sample("z", dist.Normal(x.new_zeros(()), x.new_ones(())))
+
+    x = torch.zeros(5000, 2, dtype=dtype)  # bfloat16 has 8 bits: a sum of 5000 would be lost
+    log_w = ppvae.log_weights(model, low_guide, x, num_particles=K).log_w
+    assert log_w.dtype == torch.float32
+    each = dist.Normal(x.new_zeros(()), x.new_ones(())).log_prob(x.new_zeros(()))
+    torch.testing.assert_close(log_w, (5000 * each.float()).expand(K, 2), rtol=1e-5, atol=0.02)
+    assert elbo.IWELBO(K)(model, low_guide)(x).dtype == torch.float32
+
+
+def test_a_bfloat16_pair_gives_float32_weights_near_the_float32_ones() -> None:
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, guide, (x,) = build("vae_bernoulli")
+        model.to(dtype), guide.to(dtype)
+        pyro.set_rng_seed(0)
+        results.append(_in(dtype, model, guide, x))
+    assert all(r.dtype == torch.float32 for r in results)
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.1)
+
+
+def _in(dtype: torch.dtype, model, guide, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return ppvae.log_weights(model, guide, x, num_particles=3).log_w.detach()
+
+
+def test_float64_stays_float64() -> None:
+    model, guide, (x,) = build("vae_bernoulli")
+    model.double(), guide.double()
+    assert ppvae.log_weights(model, guide, x.double(), num_particles=2).log_w.dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------ joint
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("K", [1, 4])
+def test_joint_weights_of_a_global_latent(K: int) -> None:
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def exact(x: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(x.sum() / (len(x) + 1), (len(x) + 1.0) ** -0.5))
+
+    x = torch.randn(5)
+    with pytest.raises(ValueError, match=r"site 'mu' lies outside the plate 'data'.*joint=True"):
+        ppvae.log_weights(model, exact, x, num_particles=K)
+    weights = ppvae.log_weights(model, exact, x, num_particles=K, joint=True)
+    covariance = torch.eye(5) + torch.ones(5, 5)
+    evidence = dist.MultivariateNormal(torch.zeros(5), covariance).log_prob(x)
+    assert weights.joint
+    torch.testing.assert_close(weights.log_w, evidence.expand(K, 1))
+    loss = elbo.IWELBO(K)(model, exact)(x, joint=True)
+    torch.testing.assert_close(loss, -evidence)
+
+
+# ------------------------------------------------------------------------------ closed forms
+
+
+def two_latents(first: str, second: str):
+    def program(x: Tensor, observe: bool = False) -> None:
+        with pyro.plate("data", len(x)):
+            head = pyro.sample(first, dist.Normal(x.new_zeros(()), 1.0))
+            hidden = pyro.deterministic("h", 2 * head)
+            last = pyro.sample(second, dist.Normal(0.5 * hidden, 1.0))
+            if observe:
+                pyro.sample("x", dist.Normal(last, 1.0), obs=x)
+
+    return program
+
+
+def independent(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("b", dist.Normal(x, 1.0))
+        pyro.sample("a", dist.Normal(x, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("model_order", "guide", "valid"),
+    [
+        ("ab", two_latents("a", "b"), {"a", "b"}),  # top-down in both
+        ("ab", two_latents("b", "a"), {"a"}),  # bottom-up: b's model parent a is drawn from it
+        ("ab", independent, {"a", "b"}),  # whatever the order of its sites
+    ],
+)
+def test_kl_valid_follows_dependence_not_order(model_order: str, guide, valid: set) -> None:
+    program = two_latents(*model_order)
+
+    def model(x: Tensor) -> None:
+        program(x, observe=True)
+
+    weights = ppvae.log_weights(model, guide, torch.randn(3))
+    assert weights.kl_valid() == valid
+
+
+# ------------------------------------------------------------------------------ refusals
+
+
+def no_plate_model(x: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(torch.zeros(x.shape[-1]), 1.0).to_event(1))
+    pyro.sample("x", dist.Normal(z.expand(4, 3), 1.0).to_event(2), obs=x)
+
+
+def no_plate_guide(x: Tensor) -> None:
+    pyro.sample("z", dist.Normal(x.mean(0), 1.0).to_event(1))
+
+
+def unobserved(x: Tensor) -> None:
+    with pyro.plate("data", x.shape[-1]):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def empty_guide(x: Tensor) -> None:
+    pass
+
+
+def wordy_guide(x: Tensor) -> None:
+    with pyro.plate("data", x.shape[-1], dim=-1):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("extra", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "names", "cure"),
+    [
+        (pixel_model, empty_guide, r"latent \['z'\]", "Sample every latent of the model"),
+        (pixel_model, wordy_guide, r"samples \['extra'\]", "'is_auxiliary': True"),
+        (unobserved, guide, "no observed site", "obs=x"),
+        (no_plate_model, no_plate_guide, "site '[xz]'.* lies outside", 'with pyro.plate\\("data"'),
+    ],
+)
+@pytest.mark.parametrize("K", [1, 3])
+def test_refusals_name_the_site_and_the_cure(model, guide, names: str, cure: str, K: int) -> None:
+    x = torch.randn(4, 3)
+    for match in (names, cure):
+        with pytest.raises(ValueError, match=match):
+            ppvae.log_weights(model, guide, x, num_particles=1 if model is no_plate_model else K)
+        with pytest.raises(ppvae.PairError, match=match):
+            ppvae.check_pair(model, guide, x)
+
+
+def test_an_auxiliary_site_enters_log_q() -> None:
+    def auxiliary(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(u, 1.0))
+
+    weights = ppvae.log_weights(pixel_model, auxiliary, torch.randn(4, 3), num_particles=2)
+    assert set(weights.latents) == {"z", "u"}
+
+
+def test_num_particles_is_checked() -> None:
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        ppvae.log_weights(pixel_model, guide, torch.randn(4, 3), num_particles=0)
+
+
+@pytest.mark.usefixtures("float64")
+def test_at_leaves_the_weights_are_the_same() -> None:
+    from ppvae.weights import log_weights_at_leaves
+
+    model = oracles.TwoLevelModel()
+    guide = oracles.TwoLevelGuide(model, bottom_up=True, shift=0.3)
+    x = torch.randn(4)
+    torch.manual_seed(0)
+    plain = ppvae.log_weights(model, guide, x, num_particles=3)
+    torch.manual_seed(0)
+    leaves, pairs = log_weights_at_leaves(model, guide, x, num_particles=3)
+    torch.testing.assert_close(leaves.log_w, plain.log_w)
+    assert len(pairs) == 2
+    for z, leaf in pairs:
+        assert leaf.is_leaf and leaf.requires_grad and not z.is_leaf
+        assert torch.equal(z, leaf)
