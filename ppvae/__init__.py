@@ -6,6 +6,7 @@ their log-weights.
 
 from ppvae import conditionals, data, diagnostics, elbo, guides, models, nets, program
 from ppvae.check import PairError, check_pair
+from ppvae.compare import compare
 from ppvae.program import Program
 from ppvae.svi import SVI
 from ppvae.train import History, fit
@@ -19,6 +20,7 @@ __all__ = [
     "PairError",
     "Program",
     "check_pair",
+    "compare",
     "conditionals",
     "data",
     "diagnostics",

@@ -14,16 +14,9 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ppvae.pairs import DATA_PLATE, Site, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
-from ppvae.weights import (
-    DATA_PLATE,
-    LogWeights,
-    Site,
-    check_latents,
-    log_weights,
-    sample_sites,
-    unnoticed,
-)
+from ppvae.weights import LogWeights, check_latents, log_weights
 
 # The position of an argument, and what raises ValueError for values of it that cannot be used.
 Checks = list[tuple[int, Callable[[Tensor], None]]]

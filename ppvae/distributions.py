@@ -23,8 +23,8 @@ class DiagonalNormal(dist.Independent):
               - \sum_d \log\sigma_d - \tfrac D2 \log 2\pi
 
     The constants are computed for ``loc`` and ``scale`` as given, before plates and particles
-    expand them, and are added after the sum: 2 to 3 times faster than Pyro's. Everything else, KL
-    included, is that of ``Independent(Normal)``.
+    expand them, and are added after the sum. Everything else, KL included, is that of
+    ``Independent(Normal)``.
 
     Args:
         loc: means, ``(..., *event_shape)``.
@@ -77,8 +77,8 @@ class BinaryVector(dist.Independent):
     .. math:: \log p(x) = \sum_d x_d \log \pi_d + (1 - x_d) \log(1 - \pi_d)
               = -\sum_d \log\left(1 + e^{(1 - 2 x_d) \ell_d}\right) \quad (x_d \in \{0, 1\})
 
-    The second form takes three passes over the values instead of six, and the sign
-    :math:`1 - 2x` is formed before particles expand it. With ``grey=True`` the first form is used,
+    The second form needs fewer passes over the values, and the sign :math:`1 - 2x` is formed
+    before particles expand it. With ``grey=True`` the first form is used,
     for targets in [0, 1]: minus a cross-entropy, not a density.
 
     Args:

@@ -70,8 +70,8 @@ def _announce_parameters(program: Program) -> None:
         pyro.param(full_name, parameter)
         if store[full_name].unconstrained() is not parameter:
             raise ValueError(
-                f"parameter {name!r} of {type(program).__name__} is not contiguous, so Pyro's store "
-                "would train a copy of it; make it contiguous: "
+                f"parameter {name!r} of {type(program).__name__} is not contiguous, so Pyro's "
+                "store would train a copy of it; make it contiguous: "
                 "module.weight.data = module.weight.data.contiguous()"
             )
 

@@ -98,6 +98,8 @@ class SVI(pyro.infer.SVI):
         with local_parameters(), pyro.validation_enabled(False):  # validated once, in prepare
             self.optimizer.zero_grad()
             loss: Tensor = self.objective(*args, **kwargs)
+            if self.num_steps == 0:
+                require_own_parameters(loss, self.objective)
             loss.backward()
         if self.clip_norm is not None:
             # only what is optimised: gradients of other parameters are never set to zero
@@ -131,6 +133,28 @@ class SVI(pyro.infer.SVI):
             if self.optimizer is None:
                 self.optimizer = build_optimizer(self.optim, self.objective)
             self.optimizer.load_state_dict(state["optimizer"])
+
+
+def require_own_parameters(loss: Tensor, module: nn.Module) -> None:
+    """Raise ``ValueError`` if a loss depends on a parameter that no program owns.
+
+    It would never be trained: a network that a plain function uses from outside, for example.
+    """
+    own = {id(p) for p in module.parameters()}
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+            raise ValueError(
+                f"the loss depends on a parameter of shape {tuple(leaf.shape)} that neither model "
+                "nor guide owns, so it would never be trained; make its network an attribute of "
+                "the program: class Model(ppvae.Program) with self.net = net"
+            )
+        pending.extend(parent for parent, _ in node.next_functions)
 
 
 def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:

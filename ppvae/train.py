@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from ppvae.check import Checks, PairError, check_pair, check_tensors, names
 from ppvae.elbo import Estimator
+from ppvae.pairs import evaluation_mode
 from ppvae.svi import SVI
-from ppvae.weights import evaluation_mode
 
 Batch = tuple[Tensor, ...]
 
@@ -31,7 +31,8 @@ class History:
         rows: per epoch: ``epoch`` (from 1), ``step`` (updates so far), ``train_objective`` (the
             mean over the epoch of what is maximised, any weight on the KL included),
             ``valid_bound`` (the bound on log p(x), its weight always 1; absent without validation
-            data), ``lr``, ``seconds`` (training only). Nats per datapoint, larger is better.
+            data), ``kl_weight`` (where it changes), ``lr``, ``seconds`` (training only). Nats per
+            datapoint, larger is better.
         best_epoch: the epoch with the largest validation bound after warm-up, or None.
         stopped_early: whether patience ran out.
 
@@ -189,6 +190,9 @@ def fit(
                 )
             if valid_data is not None:
                 row["valid_bound"] = mean_bound(svi, valid_data.epoch(None, 0), seed)
+            weight = getattr(getattr(svi.objective, "state", None), "weight", None)
+            if weight is not None:
+                row["kl_weight"] = float(weight)
             row |= {"lr": float(svi.optimizer.param_groups[0]["lr"]), "seconds": seconds}
             history.rows.append(row)
             if scheduler is not None:
@@ -202,8 +206,9 @@ def fit(
 
             stop = bool(on_epoch_end(svi, history)) if on_epoch_end is not None else False
             if valid_data is not None and svi.num_steps >= warm_up:
-                if row["valid_bound"] > best:
-                    best, history.best_epoch = row["valid_bound"], epoch
+                score = getattr(svi.elbo, "sign", 1) * row["valid_bound"]
+                if score > best:
+                    best, history.best_epoch = score, epoch
                     if patience is not None:
                         state = svi.objective.state_dict()  # the step count is not a tensor
                         best_state = {k: v.clone() for k, v in state.items() if torch.is_tensor(v)}
@@ -338,5 +343,5 @@ def _move(svi: SVI, device: torch.device) -> None:
 
 
 def _name(elbo: Any) -> str:
-    K = elbo.num_particles
+    K = getattr(elbo, "num_draws", elbo.num_particles)
     return f"{type(elbo).__name__}-{K}" if K > 1 else type(elbo).__name__

@@ -6,31 +6,28 @@ Every bound and gradient estimator, and every diagnostic, is a function of what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.infer.inspect import TrackProvenance
-from pyro.ops.provenance import get_provenance
 from pyro.poutine import Trace
-from pyro.poutine.runtime import am_i_wrapped
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppvae.program import local_parameters, module_of
-
-DATA_PLATE = "data"
-_PARTICLE_PLATE = "particles"
-Site = dict[str, Any]
-# How deep the plates of a (model, guide) pair nest, found once per pair.
-_nesting: WeakKeyDictionary[Any, WeakKeyDictionary[Any, int]] = WeakKeyDictionary()
-# Which latents of a pair have a valid closed-form KL, found once per pair.
-_valid: WeakKeyDictionary[Any, WeakKeyDictionary[Any, frozenset[str]]] = WeakKeyDictionary()
+from ppvae.pairs import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Leaves,
+    Program,
+    Site,
+    closed_form_kl_valid,
+    is_enumerated,
+    own_path,
+    replay,
+    run,
+    sample_sites,
+    trace,
+)
 
 
 @dataclass(frozen=True)
@@ -39,16 +36,22 @@ class LogWeights:
 
     .. math:: \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} \mid x_n)
 
+    Latents marked ``infer={"enumerate": "parallel"}`` are summed out exactly, in the guide, in the
+    model, or in both: with c enumerated, :math:`w_{kn} = \sum_c p(x_n, c, z_{kn}) / q(z_{kn} \mid
+    x_n)`. The terms then have enumeration dims left of ``(K, N)``.
+
     Attributes:
         log_w: ``(K, N)``, nats, masked, not scaled by any plate or ``poutine.scale``.
         log_p: model terms by site name, latent and observed, each broadcastable to ``(K, N)``.
         log_q: guide terms by site name.
         observed: names of the observed sites.
+        enumerated: by name of an enumerated latent, its dim in the terms (-3, -4, ...).
         scale: N_total / N of the data plate: 1 for full data and for hand-made minibatches. It
             belongs outside the logarithm of a bound.
         site_scales: what ``poutine.scale`` or an inner subsampled plate put on single sites,
             beyond ``scale``, by ``("model" | "guide", site name)``; empty for an ordinary pair.
             Only a linear bound may use it.
+        leftmost: the leftmost plate dim of the traces; enumeration dims lie left of it.
         joint: whether there is one weight per batch (N = 1) instead of one per datapoint.
         guide_trace, model_trace: the Pyro traces, with the draws.
         pair: model, guide, args and kwargs they came from.
@@ -58,16 +61,18 @@ class LogWeights:
     log_p: dict[str, Tensor]
     log_q: dict[str, Tensor]
     observed: frozenset[str]
+    enumerated: dict[str, int]
     scale: float
     site_scales: dict[tuple[str, str], Any] = field(repr=False)
+    leftmost: int
     joint: bool
     guide_trace: Trace = field(repr=False)
     model_trace: Trace = field(repr=False)
-    pair: tuple[Any, Any, tuple[Any, ...], dict[str, Any]] = field(repr=False)
+    pair: tuple[Program, Program, tuple[Any, ...], dict[str, Any]] = field(repr=False)
 
     @property
     def latents(self) -> tuple[str, ...]:
-        """Names of the latent sites, in the guide's order."""
+        """Names of the guide's sites, in its order."""
         return tuple(self.log_q)
 
     @property
@@ -78,24 +83,18 @@ class LogWeights:
     def stop_guide(self) -> LogWeights:
         """The same values, without the gradient of log q: that of the model's terms is left."""
         log_q = {name: term.detach() for name, term in self.log_q.items()}
-        log_w = cast(Tensor, sum(self.log_p.values()) - sum(log_q.values()))
-        return replace(self, log_w=log_w, log_q=log_q)
+        return replace(self, log_w=_combine(self.log_p, log_q, self.enumerated), log_q=log_q)
 
     def kl_valid(self) -> frozenset[str]:
-        """Latents whose closed-form KL(q || p) has the expectation of log q - log p.
-
-        That fails for a latent on which, in the guide, a latent depends that the model draws it
-        from: the usual bottom-up guide. Found by tracking what each site's distribution is computed
-        from (never by the order of sites), once per pair.
-        """
+        """Latents whose closed-form KL(q || p) has the expectation of log q - log p."""
         if len(self.log_q) == 1:
             return frozenset(self.log_q)
-        return _kl_valid(*self.pair)
+        return closed_form_kl_valid(*self.pair)
 
 
 def log_weights(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     *args: Any,
     num_particles: int = 1,
     joint: bool = False,
@@ -141,15 +140,15 @@ def log_weights(
     """
     if num_particles < 1:
         raise ValueError(f"num_particles must be at least 1, got {num_particles}")
-    with own_path(), particle_plate(model, guide, args, kwargs, num_particles):
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = replay(model, guide_trace, args, kwargs)
-        return _weigh(model_trace, guide_trace, num_particles, joint, (model, guide, args, kwargs))
+    pair = (model, guide, args, kwargs)
+    with own_path():
+        guide_trace, model_trace = run(*pair, num_particles)
+        return _weigh(model_trace, guide_trace, num_particles, joint, pair)
 
 
 def log_weights_at_leaves(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     *args: Any,
     num_particles: int = 1,
     joint: bool = False,
@@ -161,40 +160,60 @@ def log_weights_at_leaves(
         model, guide, args, num_particles, joint, kwargs: as in :func:`log_weights`.
 
     Returns:
-        The log-weights at leaves z' = z.detach(), and the pairs ``(z, z')``: z still depends on
-        the guide's parameters. With several latents the guide is replayed at z', so that each
-        level sees the leaves above it.
+        The log-weights at leaves z' = z.detach(), and the pairs ``(z, z')`` in the order of
+        drawing: z still depends on the guide's parameters, and on the leaves drawn before it.
     """
-    with own_path(), particle_plate(model, guide, args, kwargs, num_particles):
-        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-        guide_trace, pairs = drawn.copy(), []
-        for name, site in sample_sites(drawn).items():
-            leaf = site["value"].detach().requires_grad_(site["value"].requires_grad)
-            guide_trace.nodes[name] = {**site, "value": leaf}
-            if leaf.requires_grad:
-                pairs.append((site["value"], leaf))
-        if len(pairs) > 1:
-            guide_trace = replay(guide, guide_trace, args, kwargs)
-        model_trace = replay(model, guide_trace, args, kwargs)
-        weights = _weigh(
-            model_trace, guide_trace, num_particles, joint, (model, guide, args, kwargs)
+    pair, leaves = (model, guide, args, kwargs), Leaves()
+    with own_path():
+        guide_trace, model_trace = run(*pair, num_particles, leaves)
+        return _weigh(model_trace, guide_trace, num_particles, joint, pair), leaves.pairs
+
+
+def drawn_log_q(weights: LogWeights) -> Tensor:
+    """log q of the drawn latents, summed over sites, ``(K, N)``.
+
+    Raises:
+        ValueError: a drawn latent depends on an enumerated one, so that there is no such number.
+    """
+    terms = [term for name, term in weights.log_q.items() if name not in weights.enumerated]
+    if any(term.dim() > 2 for term in terms):
+        raise ValueError(
+            "a latent that the guide draws depends on one that it enumerates; draw both, or "
+            "enumerate the discrete one in the model only"
         )
-        return weights, pairs
+    return sum(terms, torch.zeros_like(weights.log_w))
 
 
-def replay(
-    program: Callable[..., Any], trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Trace:
-    """The trace of a program run at the draws of another."""
-    replayed = poutine.trace(poutine.replay(program, trace=trace)).get_trace(*args, **kwargs)
-    return cast(Trace, replayed)
+def dream_log_q(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+    r"""log q(z | x) of one draw (z, x) from the model for each row of the data, ``(1, N)``.
 
+    Args:
+        model, guide: Pyro programs.
+        *args: data as both are called; the observed ones are replaced by what the model draws.
+        **kwargs: passed to both programs.
 
-@contextmanager
-def own_path() -> Iterator[None]:
-    """:func:`~ppvae.program.local_parameters`, unless a stock Pyro engine is listening."""
-    with nullcontext() if am_i_wrapped() else local_parameters():
-        yield
+    Raises:
+        ValueError: an observed value is not one of the arguments, so it cannot be replaced.
+    """
+    with own_path():
+        with torch.no_grad():
+            observed = sample_sites(trace(model, args, kwargs))
+            dream = trace(poutine.uncondition(model), args, kwargs)
+        dreamt = list(args)
+        for name, site in observed.items():
+            if site["is_observed"]:
+                position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
+                if position is None:
+                    raise ValueError(
+                        f"the sleep phase replaces the data by draws of the model, but the value "
+                        f"of site {name!r} is none of the arguments; observe an argument itself, "
+                        "obs=x, or use insomnia=1"
+                    )
+                dreamt[position] = dream.nodes[name]["value"]
+        sites = sample_sites(replay(guide, dream, tuple(dreamt), kwargs))
+        leftmost = _leftmost_plate(list(sites.values()))
+        terms = [_log_prob(site, leftmost, joint=False) for site in sites.values()]
+        return cast(Tensor, sum(terms))
 
 
 def _weigh(
@@ -206,32 +225,60 @@ def _weigh(
     check_latents(model_sites, guide_sites)
 
     scale, site_scales = _scales({"model": model_sites, "guide": guide_sites}, joint)
-    log_p = {name: _log_prob(site, joint) for name, site in model_sites.items()}
-    log_q = {name: _log_prob(site, joint) for name, site in guide_sites.items()}
-    log_w = cast(Tensor, sum(log_p.values()) - sum(log_q.values()))
+    leftmost = _leftmost_plate([*model_sites.values(), *guide_sites.values()])
+    log_p = {name: _log_prob(site, leftmost, joint) for name, site in model_sites.items()}
+    log_q = {name: _log_prob(site, leftmost, joint) for name, site in guide_sites.items()}
+    enumerated = {
+        name: site["infer"]["_enumerate_dim"] - leftmost - 2
+        for name, site in {**guide_sites, **model_sites}.items()
+        if site["infer"].get("_enumerate_dim") is not None
+    }
+    for name in enumerated:
+        frames = {frame.name for frame in (guide_sites | model_sites)[name]["cond_indep_stack"]}
+        if joint or frames - {DATA_PLATE, PARTICLE_PLATE}:
+            raise ValueError(
+                f"latent {name!r} is to be summed out for each datapoint, which is not possible "
+                f"with joint=True or inside an inner plate (its plates: {sorted(frames)}); draw it "
+                "in the guide, or train with pyro.infer.TraceEnum_ELBO"
+            )
+    log_w = _combine(log_p, log_q, enumerated)
     if log_w.shape[0] != num_particles:  # no latent at all: every particle is the same
         log_w = log_w.expand(num_particles, -1)
     return LogWeights(
-        log_w, log_p, log_q, observed, scale, site_scales, joint, guide_trace, model_trace, pair
+        log_w,
+        log_p,
+        log_q,
+        observed,
+        enumerated,
+        scale,
+        site_scales,
+        leftmost,
+        joint,
+        guide_trace,
+        model_trace,
+        pair,
     )
 
 
-def sample_sites(trace: Trace) -> dict[str, Site]:
-    """The random sites of a trace: no plates' subsample sites, no ``pyro.deterministic``."""
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not site_is_subsample(site)
-        and not site["infer"].get("_deterministic")
-    }
+def _combine(
+    log_p: dict[str, Tensor], log_q: dict[str, Tensor], enumerated: dict[str, int]
+) -> Tensor:
+    """log of sum over the enumerated latents of p / q of the drawn ones, ``(K, N)``."""
+    drawn = [term for name, term in log_q.items() if name not in enumerated]
+    log_w = cast(Tensor, sum(log_p.values()) - sum(drawn))
+    return sum_out(log_w)
+
+
+def sum_out(terms: Tensor) -> Tensor:
+    """logsumexp over the enumeration dims, which are left of ``(K, N)``."""
+    return terms.flatten(0, -3).logsumexp(0) if terms.dim() > 2 else terms
 
 
 def check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
     """Raise ``ValueError`` unless model and guide have the same latent sites."""
     latents = {name for name, site in model_sites.items() if not site["is_observed"]}
-    if latents == guide_sites.keys() and model_sites.keys() > latents:
-        return
+    # A latent that only the model has may be summed out there.
+    latents -= {n for n in latents - guide_sites.keys() if is_enumerated(model_sites[n])}
     missing = sorted(latents - guide_sites.keys())
     auxiliary = {n for n, site in guide_sites.items() if site["infer"].get("is_auxiliary")}
     extra = sorted(guide_sites.keys() - latents - auxiliary)
@@ -239,7 +286,7 @@ def check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) ->
         raise ValueError(
             f"the guide has no site for the model's latent {missing}; it has "
             f"{sorted(guide_sites)}. Sample every latent of the model in the guide, under the "
-            "same name"
+            'same name, or mark a discrete one in the model with infer={"enumerate": "parallel"}'
         )
     if extra:
         raise ValueError(
@@ -247,23 +294,33 @@ def check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) ->
             f"latents are {sorted(latents)}. Remove the site from the guide, or mark it with "
             "infer={'is_auxiliary': True}"
         )
-    if not model_sites.keys() - latents:
+    if not any(site["is_observed"] for site in model_sites.values()):
         raise ValueError(
             "the model has no observed site, so there is nothing to fit; pass the data as "
             "obs=x to pyro.sample, and call the pair with x"
         )
 
 
-def _log_prob(site: Site, joint: bool) -> Tensor:
-    """log-prob of one site: unscaled, masked, at least float32, ``(K or 1, N or 1)``."""
+def _log_prob(site: Site, leftmost: int, joint: bool) -> Tensor:
+    """log-prob of one site: unscaled, masked, at least float32, ``(..., K or 1, N or 1)``."""
     log_prob: Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     if log_prob.dtype in (torch.float16, torch.bfloat16):
         log_prob = log_prob.float()
-    return reduce_site(site, log_prob, joint)
+    return reduce_site(site, log_prob, leftmost, joint)
 
 
-def reduce_site(site: Site, values: Tensor, joint: bool = False) -> Tensor:
-    """Mask values of a site's batch shape, and sum them to ``(K or 1, N or 1)``."""
+def reduce_site(site: Site, values: Tensor, leftmost: int, joint: bool = False) -> Tensor:
+    """Mask values of a site's batch shape, and sum its inner plates.
+
+    Args:
+        site: gives the mask and the plates.
+        values: of the site's batch shape; dims left of ``leftmost`` are kept.
+        leftmost: the leftmost plate dim of the pair (negative, or 0 without plates).
+        joint: sum the data plate too.
+
+    Returns:
+        ``(..., K or 1, N or 1)``.
+    """
     mask = site["mask"]
     if mask is False:
         values = torch.zeros_like(values)
@@ -280,17 +337,22 @@ def reduce_site(site: Site, values: Tensor, joint: bool = False) -> Tensor:
             f'inside `with pyro.plate("{DATA_PLATE}", len(x)):` in both model and guide; if it is '
             "a global latent, ask for one weight per batch with joint=True"
         )
-    kept = [dim for dim in (particle_dim, data_dim) if dim is not None]
-    width = max([values.dim(), *(-dim for dim in kept)])
-    values = values.reshape((1,) * (width - values.dim()) + values.shape)
-    summed = [dim for dim in range(-width, 0) if dim not in kept]
+    if values.dim() < -leftmost:
+        values = values.reshape((1,) * (-leftmost - values.dim()) + values.shape)
+    summed = [dim for dim in range(leftmost, 0) if dim not in (particle_dim, data_dim)]
     if summed:
         values = values.sum(summed)
     if particle_dim is None:
-        values = values.unsqueeze(0)
+        values = values.unsqueeze(-1 if data_dim is None else -2)
     if data_dim is None:
         values = values.unsqueeze(-1)
     return values
+
+
+def _leftmost_plate(sites: list[Site]) -> int:
+    """The leftmost plate dim, particles included; enumeration dims lie left of it."""
+    dims = [frame.dim for site in sites for frame in site["cond_indep_stack"]]
+    return min([dim for dim in dims if dim is not None], default=0)
 
 
 def _dims(site: Site) -> tuple[int | None, int | None]:
@@ -299,7 +361,7 @@ def _dims(site: Site) -> tuple[int | None, int | None]:
     for frame in site["cond_indep_stack"]:
         if frame.name == DATA_PLATE:
             data_dim = frame.dim
-        elif frame.name == _PARTICLE_PLATE:
+        elif frame.name == PARTICLE_PLATE:
             particle_dim = frame.dim
     if particle_dim is not None and data_dim is not None and particle_dim > data_dim:
         raise ValueError(
@@ -337,94 +399,3 @@ def _scales(
         if isinstance(site["scale"], Tensor) or abs(site["scale"] - scale) > 1e-9 * scale:
             site_scales[program, site["name"]] = site["scale"] / scale
     return scale, site_scales
-
-
-def particle_plate(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    num_particles: int,
-) -> Any:
-    """The leftmost plate, of K particles; nothing for K = 1."""
-    if num_particles == 1:
-        return nullcontext()
-    nesting = plate_nesting(model, guide, args, kwargs)
-    return pyro.plate(_PARTICLE_PLATE, num_particles, dim=-1 - nesting)
-
-
-def plate_nesting(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> int:
-    """How many plate dims the pair uses; found by running it once, remembered for the pair."""
-    by_guide = _nesting.setdefault(model, WeakKeyDictionary())
-    if guide not in by_guide:
-        with unnoticed(model, guide):
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = replay(model, guide_trace, args, kwargs)
-        sites = [*guide_trace.nodes.values(), *model_trace.nodes.values()]
-        dims = [
-            frame.dim for s in sites if s["type"] == "sample" for frame in s["cond_indep_stack"]
-        ]
-        by_guide[guide] = -min([dim for dim in dims if dim is not None], default=0)
-    return by_guide[guide]
-
-
-def _kl_valid(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> frozenset[str]:
-    """The latents s of which no parent in the model is a descendant of s in the guide."""
-    by_guide = _valid.setdefault(model, WeakKeyDictionary())
-    if guide not in by_guide:
-        with unnoticed(model, guide), TrackProvenance():
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = replay(model, guide_trace, args, kwargs)
-        in_guide, in_model = _parents(guide_trace), _parents(model_trace)
-        ancestors: dict[str, frozenset[str]] = {}
-        for name, parents in in_guide.items():  # in the order of drawing: parents come first
-            ancestors[name] = parents.union(*(ancestors[parent] for parent in parents))
-        by_guide[guide] = frozenset(
-            name
-            for name in in_guide
-            if not any(name in ancestors[u] | {u} for u in in_model.get(name, ()))
-        )
-    return by_guide[guide]
-
-
-def _parents(trace: Trace) -> dict[str, frozenset[str]]:
-    """The latent sites that each site's distribution is directly computed from."""
-    sites = sample_sites(trace)
-    latents = {name for name, site in sites.items() if not site["is_observed"]}
-    return {
-        name: (get_provenance(site["fn"].log_prob(site["value"])) & latents) - {name}
-        for name, site in sites.items()
-        if name in latents
-    }
-
-
-@contextmanager
-def unnoticed(model: Callable[..., Any], guide: Callable[..., Any]) -> Iterator[None]:
-    """Run a pair for its structure only: gradients, random stream, buffers and handlers unmoved."""
-    hidden = poutine.block(expose_types=["param"])  # still seen by local_parameters
-    with evaluation_mode(model, guide), torch.no_grad(), torch.random.fork_rng(), hidden:
-        yield
-
-
-@contextmanager
-def evaluation_mode(*programs: Callable[..., Any]) -> Iterator[None]:
-    """``eval()`` for the programs that are modules, then each module's own mode again."""
-    modules = [m for p in programs if (owner := module_of(p)) is not None for m in owner.modules()]
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 os.environ["MPLBACKEND"] = "Agg"  # no windows
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 # A kernel's first call is slow, and a random draw must not decide whether `make test` passes.
 settings.register_profile("ppvae", deadline=None, derandomize=True)
 settings.load_profile("ppvae")

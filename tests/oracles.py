@@ -51,7 +51,7 @@ def gradients(
 
 def exact_gradient(value: Tensor, parameters: list[Tensor]) -> Tensor:
     """The gradient of an exact value, flat: ``(P,)``."""
-    grads = torch.autograd.grad(value, parameters, allow_unused=True)
+    grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     zeros = [torch.zeros_like(p) for p in parameters]
     return torch.cat([(z if g is None else g).flatten() for g, z in zip(grads, zeros, strict=True)])
 

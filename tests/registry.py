@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
@@ -63,7 +64,7 @@ class Scaled(nn.Module):
 
 
 def vae_bag_of_words() -> Pair:
-    model = models.VAE(conditionals.BagOfWords(tanh(Z, 7)), latent_dim=Z)
+    model = models.VAE(conditionals.BagOfWords(tanh(Z, 7), total_count=7), latent_dim=Z)
     return model, guides.Normal(tanh(7, 8, 2 * Z)), (torch.poisson(torch.ones(N, 7)),)
 
 
@@ -210,8 +211,21 @@ def owners(*programs: Callable[..., Any]) -> list[nn.Module]:
 # Arguments of every exported estimator, besides num_particles and gradient. An exported one that
 # is missing here fails collection.
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
-    "ELBO": [{}, {"beta": 4.0}, {"kl": "mixed"}],
+    "ELBO": [
+        {},
+        {"beta": 4.0},
+        {"kl": "mixed"},
+        {"beta": elbo.FreeBits(1e-3)},
+        {"beta": elbo.Capacity(2.0, gamma=10.0)},
+        {"beta": elbo.Constraint(max_rate=1.0)},
+    ],
     "IWELBO": [{}],
+    "MIWELBO": [{"num_groups": 2}],
+    "PIWELBO": [{"num_groups": 2}],
+    "CIWELBO": [{"beta": 0.3}],
+    "ChiUpperBound": [{}],
+    "ThermodynamicELBO": [{}],
+    "ReweightedWakeSleep": [{}, {"insomnia": 0.5}],
     "RenyiELBO": [{"alpha": 0.5}, {"alpha": -math.inf}],
 }
 
@@ -238,3 +252,12 @@ def all_estimators() -> dict[str, Estimator]:
 
 
 ALL_ESTIMATORS: dict[str, Estimator] = all_estimators()
+
+
+def cross() -> Iterator[Any]:
+    """All pairs with all estimators; beyond a cross of both, marked slow."""
+    pairs = {"vae_bernoulli", "vae_vamp_prior"}
+    labels = {"ELBO-pathwise", "IWELBO-dreg", "ReweightedWakeSleep-reweighted"}
+    for pair, (label, estimator) in itertools.product(ALL_PAIRS, ALL_ESTIMATORS.items()):
+        marks = [] if pair in pairs or label in labels else [pytest.mark.slow]
+        yield pytest.param(pair, estimator, id=f"{label}-{pair}", marks=marks)

@@ -16,11 +16,11 @@ import ppvae
 from oracles import LinearGuide, LinearModel, assert_below, assert_mean, trainable
 from ppvae import elbo
 from ppvae.program import data_plate, local_parameters
-from registry import ALL_ESTIMATORS, ALL_PAIRS, build, owners
+from registry import ALL_ESTIMATORS, ALL_PAIRS, build, cross, owners
 
 pairs = pytest.mark.parametrize("pair", ALL_PAIRS)
-estimators = pytest.mark.parametrize("estimator", ALL_ESTIMATORS.values(), ids=ALL_ESTIMATORS)
-unweighted = [e for e in ALL_ESTIMATORS if "beta" not in e]
+crossed = pytest.mark.parametrize(("pair", "estimator"), list(cross()))
+unweighted = [e for e in ALL_ESTIMATORS if not e.startswith("ELBO-beta")]
 
 
 # ------------------------------------------------------------------------------ 1. exact guide
@@ -56,7 +56,9 @@ def test_exact_two_level_guide_gives_the_evidence(bottom_up: bool) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("label", [e for e in unweighted if "stl" in e or "dreg" in e])
+@pytest.mark.parametrize(
+    "label", [e for e in unweighted if ("stl" in e or "dreg" in e) and "insomnia" not in e]
+)
 @pytest.mark.parametrize("latent_dim", [1, 2, 10])
 def test_stl_and_dreg_vanish_at_the_exact_guide(label: str, latent_dim: int) -> None:
     model = LinearModel(latent_dim, latent_dim + 2)
@@ -66,6 +68,8 @@ def test_stl_and_dreg_vanish_at_the_exact_guide(label: str, latent_dim: int) -> 
     grads = torch.autograd.grad(loss, trainable(guide), retain_graph=True)
     assert max(g.abs().max() for g in grads) < 1e-10
     # the model's own gradient does not: it is that of some weights' mean, log p(x) in expectation
+    if ALL_ESTIMATORS[label].sign < 0:
+        return  # an upper bound trains the guide alone
     assert all(g.abs().max() > 1e-3 for g in torch.autograd.grad(loss, trainable(model)))
 
 
@@ -182,8 +186,7 @@ def test_the_analytic_kl_may_be_noisier_where_the_guide_is_good() -> None:
 # ------------------------------------------------------------------------------ 5. every pair
 
 
-@pairs
-@estimators
+@crossed
 def test_every_parameter_gets_a_gradient(pair: str, estimator: elbo.Estimator) -> None:
     model, guide, args = build(pair)
     objective = estimator(model, guide)
@@ -191,6 +194,9 @@ def test_every_parameter_gets_a_gradient(pair: str, estimator: elbo.Estimator) -
     objective(*args).backward()
     parameters = dict(objective.named_parameters())
     assert parameters
+    if estimator.sign < 0:  # an upper bound trains the guide alone
+        trained = {id(p) for module in owners(guide) for p in module.parameters()}
+        parameters = {name: p for name, p in parameters.items() if id(p) in trained}
     for name, parameter in parameters.items():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name
@@ -248,8 +254,7 @@ def test_k_particles_at_once_equal_k_one_by_one(pair: str) -> None:
             torch.testing.assert_close(weights.log_w[k], log_p - log_q, rtol=1e-5, atol=1e-5)
 
 
-@pairs
-@estimators
+@crossed
 def test_three_ways_to_train_agree(pair: str, estimator: elbo.Estimator) -> None:
     """ppvae.SVI, stock SVI and the module: the same loss, the same step, at the same seed."""
     results = []
@@ -274,7 +279,10 @@ def test_three_ways_to_train_agree(pair: str, estimator: elbo.Estimator) -> None
         values = [p.detach().clone() for m in owners(model, guide) for p in m.parameters()]
         results.append((loss, values))
     (loss, values), *others = results
-    before = [p for m in owners(*build(pair)[:2]) for p in m.parameters()]
+    if estimator.sign < 0:  # an upper bound trains the guide alone
+        values = values[-len(list(owners(guide)[0].parameters())) :]
+        others = [(other, v[-len(values) :]) for other, v in others]
+    before = [p for m in owners(*build(pair)[:2]) for p in m.parameters()][-len(values) :]
     assert all(not torch.equal(a, b) for a, b in zip(before, values, strict=True))
     for other_loss, other_values in others:
         assert other_loss == pytest.approx(loss, rel=1e-6)

@@ -5,6 +5,7 @@ import sys
 
 import matplotlib as mpl
 import numpy as np
+import pandas
 import pytest
 import torch
 from matplotlib import pyplot as plt
@@ -13,12 +14,28 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from ppvae import plots
+from ppvae.plots import common
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 X = torch.linspace(0, 1, 6 * 12).reshape(6, 12)  # six images of 3 x 4 pixels, no two alike
 HIDDEN = torch.where(torch.arange(12) < 4, torch.nan, X)
 GRID = torch.tensor([-1.5, 0.0, 1.5])
+
+TABLE = pandas.DataFrame(
+    {
+        "family": ["IWELBO", "IWELBO", "IWELBO dreg", "IWELBO dreg"],
+        "particles": [1, 8, 1, 8],
+        "bound": [-5.0, -4.5, -5.1, -4.4],
+        "bound_se": [0.1, 0.05, 0.1, 0.05],
+        "snr_guide": [2.0, 1.0, 2.5, 4.0],
+        "snr_model": [2.0, 5.0, 2.5, 6.0],
+        "var_guide": [2.0, 1.0, 1.5, 0.1],
+        "var_model": [2.0, 0.5, 1.5, 0.4],
+        "ms": [1.0, 4.0, 1.2, 6.0],
+    }
+)
+TABLE.attrs = {"log_evidence": -4.2, "reference": "exact"}
 
 # One call of every public function, as (function, arguments); all torch tensors.
 CALLS = {
@@ -31,6 +48,9 @@ CALLS = {
     "interpolation": ([X.reshape(2, 3, 12), (3, 4)], {}),
     "latent_scatter": ([X[:, :2], torch.tensor([0, 1, 2, 0, 1, 2])], {}),
     "khat": ([torch.tensor([0.1, 0.9, 0.6, 0.3])], {}),
+    "bound_against_particles": ([TABLE], {}),
+    "snr_against_particles": ([TABLE], {"part": "model"}),
+    "variance_against_time": ([TABLE], {}),
 }
 assert sorted(CALLS) == sorted(plots.__all__)
 
@@ -252,9 +272,9 @@ class TestImageGrid:
         plots.image_grid(images.reshape(1, -1), shape, ax=ax)
         (image,) = ax.images
         colours = image.to_rgba(image.get_array())
-        np.testing.assert_allclose(colours[0, 1], to_rgba(plots.MISSING))
+        np.testing.assert_allclose(colours[0, 1], to_rgba(common.MISSING))
         np.testing.assert_allclose(colours[1, 1], [0, 0, 0, 1])
-        red, green, blue, _ = to_rgba(plots.MISSING)
+        red, green, blue, _ = to_rgba(common.MISSING)
         assert max(red, green, blue) - min(red, green, blue) > 0.2  # unlike any grey
 
     def test_rounding_beyond_the_unit_interval_is_forgiven(self, ax):
@@ -486,3 +506,18 @@ class TestKhat:
         with pytest.raises(ValueError, match=r"^khat_values must be \(N,\).*got shape \("):
             plots.khat(values)
         assert plt.get_fignums() == []
+
+
+def test_estimator_plots_show_every_row_of_the_table(ax):
+    plots.bound_against_particles(TABLE, ax=ax)
+    assert legend(ax)[0].startswith("log p(x), exact")
+    assert {"IWELBO", "IWELBO dreg"} < set(legend(ax))
+    drawn = {tuple(line.get_ydata()) for line in ax.lines}
+    assert {(-5.0, -4.5), (-5.1, -4.4), (-4.2, -4.2)} <= drawn
+    assert ticks(ax.xaxis) == ["1", "8"]
+
+
+def test_estimator_plots_refuse_another_part(ax):
+    for draw in (plots.snr_against_particles, plots.variance_against_time):
+        with pytest.raises(ValueError, match="part must be"):
+            draw(TABLE, part="decoder", ax=ax)

@@ -11,8 +11,12 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel
 from ppvae import elbo
-from ppvae.weights import plate_nesting
+from ppvae.pairs import structure
 from registry import ALL_PAIRS, build
+
+
+def _nesting(*pair) -> int:
+    return structure(*pair).nesting
 
 
 def guide(x: Tensor) -> None:
@@ -232,7 +236,7 @@ def test_a_pair_that_nests_deeper_later_is_right_or_refused() -> None:
         guide(x)
 
     ppvae.log_weights(model, again, torch.randn(1, 3), num_particles=2)
-    assert plate_nesting(model, again, (), {}) == 1
+    assert _nesting(model, again, (), {}) == 1
     with pytest.raises(ValueError, match=r"collide|explicit dims"):
         ppvae.log_weights(model, again, torch.randn(4, 3), num_particles=2)
 
@@ -241,7 +245,7 @@ def test_probing_the_nesting_leaves_no_trace() -> None:
     model, guide, args = build("vae_conv")
     state = {k: v.clone() for k, v in model.state_dict().items()}
     before = torch.get_rng_state()
-    assert plate_nesting(model, guide, args, {}) == 1
+    assert _nesting(model, guide, args, {}) == 1
     assert torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
     assert model.training and all(m.training for m in guide.modules())
@@ -262,7 +266,7 @@ def test_the_first_and_second_call_draw_alike() -> None:
     for probed in (False, True):
         model, guide, args = build("vae_residual")
         if probed:
-            plate_nesting(model, guide, args, {})
+            _nesting(model, guide, args, {})
         pyro.set_rng_seed(0)
         results.append(ppvae.log_weights(model, guide, *args, num_particles=2).log_w)
     assert torch.equal(*results)

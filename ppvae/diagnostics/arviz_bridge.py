@@ -12,15 +12,17 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from ppvae.check import check_tensors, names
-from ppvae.weights import (
+from ppvae.pairs import (
+    PARTICLE_PLATE,
     Site,
     evaluation_mode,
-    log_weights,
     own_path,
     particle_plate,
     replay,
     sample_sites,
+    structure,
 )
+from ppvae.weights import log_weights
 
 
 def to_arviz(
@@ -74,7 +76,7 @@ def to_arviz(
             if seed is not None:
                 torch.manual_seed(seed)
             weights = log_weights(model, guide, *args, num_particles=num_draws)
-            with particle_plate(model, guide, args, {}, num_draws):
+            with particle_plate(structure(model, guide, args, {}), num_draws):
                 predictive = replay(free, weights.guide_trace, args, {})
                 prior = poutine.trace(free).get_trace(*args)
 
@@ -121,7 +123,7 @@ def _variable(
     """A site's value with its dimensions named: plates by their name, events by ``stem``."""
     value, event_dim = site["value"], site["fn"].event_dim
     plates = {f.dim: f.name for f in site["cond_indep_stack"] if f.dim is not None}
-    plates = {d: {"data": "datapoint", "particles": "draw"}.get(n, n) for d, n in plates.items()}
+    plates = {d: {"data": "datapoint", PARTICLE_PLATE: "draw"}.get(n, n) for d, n in plates.items()}
     batch_dim = value.dim() - event_dim
     kept, labels = [], []
     for position in range(batch_dim):
@@ -153,5 +155,5 @@ def _bundle(groups: dict[str, dict[str, Any]], coords: dict[str, Any]) -> Any:
         index = {d: coords.get(d, np.arange(n)) for d, n in sizes.items()}
         datasets[name] = xarray.Dataset(variables, coords=index)
     if arviz.__version__.startswith("0."):
-        return arviz.InferenceData(**datasets)
+        return arviz.InferenceData(**datasets)  # type: ignore[arg-type]
     return xarray.DataTree.from_dict(datasets)

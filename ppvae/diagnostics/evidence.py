@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ppvae.check import check_tensors
 from ppvae.diagnostics.psis import khat
-from ppvae.weights import evaluation_mode, log_weights
+from ppvae.pairs import evaluation_mode
+from ppvae.weights import log_weights
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,33 @@ Every estimator is a small frozen value that works in ``ppvae.SVI``, in stock ``
 and as a module: ``elbo.IWELBO(num_particles=8)(model, guide)(x)``.
 """
 
-from ppvae.elbo.estimator import Estimator, Objective
-from ppvae.elbo.importance import IWELBO, RenyiELBO
-from ppvae.elbo.schedules import LinearWarmup
+from ppvae.elbo.chi import ChiUpperBound
+from ppvae.elbo.estimator import Estimator, Objective, State
+from ppvae.elbo.importance import CIWELBO, IWELBO, MIWELBO, PIWELBO, RenyiELBO
+from ppvae.elbo.penalties import Capacity, Constraint, FreeBits, Penalty, Tilt
+from ppvae.elbo.schedules import CyclicalWarmup, LinearWarmup
 from ppvae.elbo.standard import ELBO
+from ppvae.elbo.thermodynamic import ThermodynamicELBO
+from ppvae.elbo.wake_sleep import ReweightedWakeSleep
 
-__all__ = ["ELBO", "IWELBO", "Estimator", "LinearWarmup", "Objective", "RenyiELBO"]
+__all__ = [
+    "CIWELBO",
+    "ELBO",
+    "IWELBO",
+    "MIWELBO",
+    "PIWELBO",
+    "Capacity",
+    "ChiUpperBound",
+    "Constraint",
+    "CyclicalWarmup",
+    "Estimator",
+    "FreeBits",
+    "LinearWarmup",
+    "Objective",
+    "Penalty",
+    "RenyiELBO",
+    "ReweightedWakeSleep",
+    "State",
+    "ThermodynamicELBO",
+    "Tilt",
+]

@@ -12,12 +12,38 @@ import pyro.infer
 import torch
 from torch import Tensor, nn
 
-from ppvae.elbo.gradients import surrogate
+from ppvae.elbo import gradients
+from ppvae.pairs import own_path
 from ppvae.program import module_of
-from ppvae.weights import LogWeights, log_weights, own_path
+from ppvae.weights import LogWeights, log_weights
 
-# Stock Pyro engines pass no step count, which schedules need: estimator -> guide -> steps taken.
-_stock_steps: WeakKeyDictionary[Any, WeakKeyDictionary[Any, int]] = WeakKeyDictionary()
+
+class State(nn.Module):
+    """What an estimator remembers between steps; saved with ``state_dict()``.
+
+    Attributes:
+        step: training losses computed so far; what schedules are called with.
+        weight: the weight on the KL at the last training loss, a 0-d tensor, where one changes.
+    """
+
+    log_multiplier: Tensor  # of a Constraint
+    violation: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+        self.weight: Tensor | None = None
+
+    @property
+    def learning(self) -> bool:
+        """Whether a loss computed now is a training step."""
+        return self.training and torch.is_grad_enabled()
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +65,8 @@ class Estimator(pyro.infer.ELBO):
     gradient: str = "pathwise"
 
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "dreg", "score", "vimco")
+    # +1: a bound from below, maximised; -1: a bound from above, minimised by the guide alone.
+    sign: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -48,21 +76,27 @@ class Estimator(pyro.infer.ELBO):
             raise ValueError(
                 f"{name}: gradient={self.gradient!r} is not defined; use one of {self.gradients}"
             )
-        if self.gradient == "vimco" and self.num_particles < 2:
+        if self.gradient == "vimco" and self.num_draws < 2:
             raise ValueError(
                 f'{name}: gradient="vimco" compares particles, so it needs num_particles >= 2; '
                 'use gradient="score" for one particle'
             )
 
+    @property
+    def num_draws(self) -> int:
+        """Draws per datapoint: K, unless they come in groups."""
+        return self.num_particles
+
+    # -- what a leaf defines ---------------------------------------------------------------------
     @abstractmethod
     def bound(self, log_w: Tensor) -> Tensor:
         """The bound of each datapoint: log-weights ``(K, N)`` to ``(N,)``, in nats."""
 
     def dreg_coefficient(self, log_w: Tensor) -> Tensor:
-        r""":math:`c_k - \partial c_k / \partial \ell_k`, ``(K, N)``; see ``"dreg"``."""
+        r""":math:`c_k - \partial c_k / \partial \ell_k` of the bound, ``(K, N)``."""
         raise NotImplementedError(f"{type(self).__name__} defines no dreg_coefficient")
 
-    def effective(self, weights: LogWeights, step: int) -> Tensor:
+    def effective(self, weights: LogWeights, state: State) -> Tensor:
         """The log-weights that enter :meth:`bound`, ``(K, N)``; a linear bound may temper them."""
         for program, site in weights.site_scales:
             raise ValueError(
@@ -71,21 +105,45 @@ class Estimator(pyro.infer.ELBO):
                 "not a bound). Remove poutine.scale and inner subsampled plates: minibatches need "
                 "no scale but the data plate's, and a weight on the KL is elbo.ELBO(beta=...)"
             )
+        for site in weights.enumerated:
+            if (
+                torch.is_grad_enabled()
+                and site in weights.log_q
+                and weights.log_q[site].requires_grad
+            ):
+                raise ValueError(
+                    f"latent {site!r} is enumerated, so {type(self).__name__} sums it out exactly "
+                    "and the guide's conditional of it cancels: it would never be trained. Leave "
+                    "it out of the guide (enumerated in the model only), or use elbo.ELBO"
+                )
         return weights.log_w
 
+    def new_state(self) -> State:
+        """The state before the first step."""
+        return State()
+
+    # -- values and losses -----------------------------------------------------------------------
     def evaluate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The bound on log p(x) of each datapoint, ``(N,)`` nats, unweighted, no gradient."""
         with torch.no_grad():
-            K = self.num_particles
-            return self.bound(log_weights(model, guide, *args, num_particles=K, **kwargs).log_w)
+            draws = self.num_draws
+            return self.bound(log_weights(model, guide, *args, num_particles=draws, **kwargs).log_w)
 
     def loss_tensor(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict, step: int = 0
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State
     ) -> Tensor:
-        """The loss as a differentiable scalar; ``step`` is what schedules are called with."""
+        """The loss as a differentiable scalar; with a gradient it counts as a training step."""
         with own_path():
-            bound, scale = surrogate(self, model, guide, args, kwargs, step)
-        return -scale * bound
+            value = self.sign * self.surrogate(model, guide, args, kwargs, state)
+        if state.learning:
+            state.step += 1
+        return -value
+
+    def surrogate(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State
+    ) -> Tensor:
+        """The bound summed over the data set, with the gradient asked for; a scalar."""
+        return gradients.surrogate(self, model, guide, args, kwargs, state)
 
     # -- the interface of pyro.infer.ELBO --------------------------------------------------------
     def __call__(self, model: Callable, guide: Callable) -> Objective:
@@ -96,8 +154,10 @@ class Estimator(pyro.infer.ELBO):
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> Tensor:
         """The loss as a differentiable scalar."""
-        step = _stock_steps.setdefault(self, WeakKeyDictionary()).get(guide, 0)
-        return self.loss_tensor(model, guide, args, kwargs, step)
+        by_guide = _stock_states.setdefault(self, WeakKeyDictionary())
+        if guide not in by_guide:
+            by_guide[guide] = self.new_state()
+        return self.loss_tensor(model, guide, args, kwargs, by_guide[guide])
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The loss as a number."""
@@ -107,21 +167,22 @@ class Estimator(pyro.infer.ELBO):
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The loss as a number; adds its gradient to the parameters'. One step of stock SVI."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()  # type: ignore[no-untyped-call]
-        steps = _stock_steps[self]
-        steps[guide] = steps.get(guide, 0) + 1
+        loss.backward()
         return loss.item()
 
     def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("ppvae's estimators draw their traces in ppvae.log_weights")
 
 
+# Stock Pyro engines hold no state of a loss: estimator -> guide -> state.
+_stock_states: WeakKeyDictionary[Estimator, WeakKeyDictionary[Any, State]] = WeakKeyDictionary()
+
+
 class Objective(nn.Module):
-    """A pair and an estimator as one module whose ``forward(*args)`` is the loss.
+    """A pair, an estimator and its state as one module whose ``forward(*args)`` is the loss.
 
     Made by calling an estimator: ``elbo.IWELBO(num_particles=8)(model, guide)``. The loss is
-    summed over the batch, as in Pyro. ``step`` counts the training losses computed so far and is
-    what schedules are called with; it is saved with ``state_dict()``.
+    summed over the batch, as in Pyro. In training mode each loss with a gradient counts as a step.
 
     Example:
         >>> from ppvae import conditionals, elbo, guides, models, nets
@@ -136,19 +197,16 @@ class Objective(nn.Module):
     def __init__(self, model: Callable, guide: Callable, elbo: Estimator) -> None:
         super().__init__()
         self.model, self.guide, self.elbo = model, guide, elbo
-        self.step = 0
+        self.state = elbo.new_state()
         # A bound method of a module is a program too; its owner holds the parameters.
-        owners = {id(p): module_of(p) for p in (model, guide) if not isinstance(p, nn.Module)}
-        self.owners = nn.ModuleList([owner for owner in owners.values() if owner is not None])
+        methods = [p for p in (model, guide) if not isinstance(p, nn.Module)]
+        owners = {id(owner): owner for p in methods if (owner := module_of(p)) is not None}
+        self.owners = nn.ModuleList(owners.values())
+
+    @property
+    def step(self) -> int:
+        """Training losses computed so far."""
+        return self.state.step
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.step)
-        if self.training and torch.is_grad_enabled():
-            self.step += 1
-        return loss
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+        return self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)

@@ -15,7 +15,7 @@ class VAE(Program):
     .. math:: z \sim p(z),\qquad x \sim p_\theta(x \mid z)
 
     Args:
-        likelihood: the conditional p(x | z), e.g. ``conditionals.Bernoulli(nets.mlp(16, 256, 64))``.
+        likelihood: the conditional p(x | z), as ``conditionals.Bernoulli(nets.mlp(16, 256, 64))``.
         latent_dim: the size of z, for the standard normal prior.
         prior: another prior in its place, called without arguments, e.g.
             ``conditionals.Mixture(10, 16)`` or ``conditionals.VampPrior(...)``.

@@ -1,0 +1,45 @@
+"""What all pictures share: arrays from tensors, axes, colour-blind-safe colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Values: TypeAlias = torch.Tensor | np.ndarray | Sequence[Any]
+
+BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#C1272D", "#8A8A8A"
+MISSING = "#D9B382"  # sand: no grey level looks like it
+SEPARATOR = "#4F7CAC"  # seen on black and on white
+# Petroff (2021), "Accessible color sequences": ten colours that colour-blind readers tell apart.
+PALETTE = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
+           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # fmt: skip
+MARKERS = "osD^vPX<>*"
+
+
+def array(values: Values) -> np.ndarray:
+    """Return values as float64 on the CPU, cut off from any gradient."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu().double().numpy()
+    if isinstance(values, list | tuple):
+        return np.array([array(value) for value in values], dtype=np.float64)
+    return np.asarray(values, dtype=np.float64)
+
+
+def number(value: float, form: str) -> str:
+    """Return a formatted number with the minus sign that matplotlib uses on its ticks."""
+    return f"{value:{form}}".replace("-", "\N{MINUS SIGN}")
+
+
+def axes(ax: Axes | None, size: tuple[float, float] = (6.0, 4.0)) -> Axes:
+    """Return the axes given, or those of a new figure."""
+    if ax is None:
+        from matplotlib import pyplot as plt
+
+        _, ax = plt.subplots(figsize=size, layout="constrained")
+    return ax

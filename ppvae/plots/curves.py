@@ -1,0 +1,208 @@
+"""Curves and scatters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppvae.plots.common import (
+    BLUE,
+    GREY,
+    MARKERS,
+    ORANGE,
+    PALETTE,
+    RED,
+    Values,
+    array,
+    axes,
+    number,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def training_curve(
+    train: Values,
+    valid: Values | None = None,
+    ax: Axes | None = None,
+    ylabel: str = "bound [nats per datapoint]",
+    name: str = "ELBO",
+) -> Axes:
+    """Draw a bound against epochs and mark the best, of validation if given, else of training.
+
+    Larger is better. When the first epochs are far below the rest they are left off the axis, and
+    the legend says how many values that hides.
+
+    Args:
+        train: ``(E,)`` training bound after each of E epochs.
+        valid: ``(E,)`` validation bound; NaN at epochs where it was not evaluated.
+        ax: Axes to draw on.
+        ylabel: Quantity and unit of the vertical axis.
+        name: Name of the bound in the legend, such as ``"IWELBO-50"``.
+
+    Returns:
+        The axes drawn on.
+
+    Raises:
+        ValueError: If a curve is not ``(E,)`` or has no finite value.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from ppvae import plots
+        >>> ax = plots.training_curve([-90.0, -80.0, -78.0], [-91.0, -83.0, -84.0],
+        ...                           ax=Figure().subplots())
+        >>> int(ax.lines[-1].get_xdata()[0])  # the best epoch
+        2
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    curves = {"training": array(train)} | ({} if valid is None else {"validation": array(valid)})
+    epochs = np.arange(1, curves["training"].size + 1)
+    for argument, curve in zip(("train", "valid"), curves.values(), strict=False):
+        if curve.shape != epochs.shape or not np.isfinite(curve).any():
+            raise ValueError(
+                f"{argument} must be ({epochs.size},), a value per epoch, not all NaN; "
+                f"got shape {curve.shape}. Pass NaN at epochs that were not evaluated."
+            )
+    ax = axes(ax)
+    for (label, curve), colour in zip(curves.items(), (GREY, BLUE), strict=False):
+        seen = np.isfinite(curve)
+        dots: dict[str, Any] = {"marker": "o", "ms": 4} if seen.sum() <= 20 else {}
+        ax.plot(epochs[seen], curve[seen], color=colour, label=f"{label} {name}", **dots)
+    best = int(np.nanargmax(np.where(np.isfinite(curve), curve, np.nan)))
+    caption = f"best {label}: {number(curve[best], '.2f')} at epoch {best + 1}"
+    ax.plot(best + 1, curve[best], "*", ms=12, color=ORANGE, mec="black", mew=0.6, label=caption)
+
+    points = [curve[np.isfinite(curve)] for curve in curves.values()]
+    low, high = min(p.min() for p in points), max(p.max() for p in points)
+    floor = min(np.quantile(p, 0.2, method="higher") for p in points)
+    note = None
+    if epochs.size >= 10 and high - low > 4 * (high - floor) > 0:
+        floor -= 0.1 * (high - floor)
+        ax.set_ylim(floor, high + 0.06 * (high - floor))
+        hidden = sum(int((p < floor).sum()) for p in points)
+        note = f"{hidden} value{'s' * (hidden > 1)} below the axis"
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.set(xlabel="epoch", ylabel=ylabel, xlim=(0.5, epochs.size + max(0.5, 0.03 * epochs.size)))
+    ax.legend(loc="best", title=note)
+    return ax
+
+
+def latent_scatter(
+    z: Values,
+    labels: Values | None = None,
+    ax: Axes | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Axes:
+    """Draw two latent dimensions as points, each class with a colour and a marker of its own.
+
+    Args:
+        z: ``(N, 2)`` latent values.
+        labels: ``(N,)`` integers >= 0; the same label has the same colour in every figure.
+        ax: Axes to draw on; the legend stands at their right.
+        class_names: Names indexed by label; the labels themselves by default.
+
+    Returns:
+        The axes drawn on.
+
+    Raises:
+        ValueError: If ``z`` is not ``(N, 2)`` and finite, or labels or names do not fit it.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from ppvae import plots
+        >>> ax = plots.latent_scatter(torch.randn(4, 2), [0, 1, 1, 0], ax=Figure().subplots(),
+        ...                           class_names=["cat", "dog"])
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['cat', 'dog']
+    """
+    points = array(z)
+    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all() or not len(points):
+        raise ValueError(
+            f"z must be (N, 2) and finite; got shape {points.shape}. Pass two columns, such as "
+            "z[:, :2], or a projection, such as sklearn.decomposition.PCA(2).fit_transform(z)."
+        )
+    classes = np.zeros(len(points)) if labels is None else array(labels)
+    if classes.shape != (len(points),) or (classes < 0).any() or (classes % 1 != 0).any():
+        raise ValueError(
+            f"labels must be ({len(points)},) integers >= 0, one per row of z; got shape "
+            f"{classes.shape}. Pass one_hot.argmax(-1) for one-hot labels."
+        )
+    if class_names is not None and classes.max() >= len(class_names):
+        raise ValueError(f"class_names has {len(class_names)} names but labels go up to "
+                         f"{int(classes.max())}; give {int(classes.max()) + 1}.")  # fmt: skip
+    ax = axes(ax, (6.0, 4.5))
+    for k in np.unique(classes).astype(int):
+        ax.scatter(
+            points[classes == k, 0],
+            points[classes == k, 1],
+            s=18,
+            facecolors=PALETTE[k % 10],
+            marker=MARKERS[(k + k // 10) % 10],  # colour and marker together: 100 classes
+            alpha=0.8,
+            edgecolors="black",
+            linewidths=0.2,
+            label=str(k) if class_names is None else class_names[k],
+        )
+    low, high = points.min(0), points.max(0)
+    centre, reach = (low + high) / 2, 0.55 * float((high - low).max()) or 1.0
+    (left, right), (bottom, top) = zip(centre - reach, centre + reach, strict=True)
+    ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")  # a square at any scale
+    ax.set(xlabel="$z_1$", ylabel="$z_2$")
+    if labels is not None:
+        ax.set_anchor("W")  # leave the spare width to the legend
+        ax.legend(title="class", loc="upper left", bbox_to_anchor=(1.02, 1.0), markerscale=1.6,
+                  borderaxespad=0, frameon=False, handletextpad=0.3,
+                  ncols=math.ceil(len(ax.get_legend_handles_labels()[1]) / 20))  # fmt: skip
+    return ax
+
+
+def khat(khat_values: Values, ax: Axes | None = None) -> Axes:
+    r"""Draw sorted Pareto k-hats with the thresholds 0.5 and 0.7, and title the share above 0.7.
+
+    Args:
+        khat_values: ``(N,)`` k-hats, one per datapoint. Infinite ones count as above 0.7, NaN is
+            left out of the share; neither can be drawn, and the axis label says how many there are.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes drawn on.
+
+    Raises:
+        ValueError: If ``khat_values`` is not ``(N,)`` or has no finite value.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from ppvae import plots
+        >>> plots.khat([0.1, 0.6, 0.9, 0.3], ax=Figure().subplots()).get_title()
+        '25.0% of 4 datapoints have $\\hat{k}$ > 0.7'
+    """
+    values = array(khat_values)
+    if values.ndim != 1 or not np.isfinite(values).any():
+        raise ValueError(f"khat_values must be (N,) with at least one finite value; got shape "
+                         f"{values.shape}. Pass one k-hat per datapoint.")  # fmt: skip
+    drawn, known = np.sort(values[np.isfinite(values)]), values[~np.isnan(values)]
+    ax = axes(ax)
+    rank = np.arange(1, len(drawn) + 1)
+    for low, high, colour, label in (
+        (-np.inf, 0.5, BLUE, "good"), (0.5, 0.7, ORANGE, "usable"), (0.7, np.inf, RED, "unreliable")
+    ):  # fmt: skip
+        inside = (drawn > low) & (drawn <= high)
+        caption = f"{label} ({((known > low) & (known <= high)).sum()})"
+        ax.scatter(rank[inside], drawn[inside], s=12, color=colour, label=caption)
+    for threshold, style in ((0.5, ":"), (0.7, "--")):
+        ax.axhline(threshold, color="black", ls=style, lw=1, zorder=0)
+        ax.annotate(f"{threshold}", (1, threshold), xycoords=ax.get_yaxis_transform(),
+                    xytext=(4, 0), textcoords="offset points", va="center")  # fmt: skip
+    absent = len(values) - len(drawn)
+    note = f" ({absent} infinite or NaN, not drawn)" if absent else ""
+    ax.set(xlabel="datapoint, sorted" + note, ylabel=r"Pareto $\hat{k}$")
+    share = (known > 0.7).mean()
+    ax.set_title(rf"{share:.1%} of {len(known)} datapoints have $\hat{{k}}$ > 0.7")
+    ax.legend(loc="best")
+    return ax

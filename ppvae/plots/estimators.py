@@ -1,0 +1,134 @@
+"""What ``ppvae.compare`` measured: bounds, signal-to-noise ratio, variance against time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ppvae.plots.common import BLUE, GREY, MARKERS, PALETTE, axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def bound_against_particles(table: Any, ax: Axes | None = None) -> Axes:
+    """Draw every family's bound against the number of draws, and log p(x) as a line.
+
+    Args:
+        table: DataFrame of ``ppvae.compare``; rows of one ``family`` are joined. Error bars are two
+            standard errors.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import pandas
+        >>> from matplotlib import pyplot as plt
+        >>> table = pandas.DataFrame({"family": ["IWELBO"] * 2, "particles": [1, 8],
+        ...                           "bound": [-5.0, -4.2], "bound_se": [0.1, 0.05]})
+        >>> table.attrs = {"log_evidence": -4.0, "reference": "exact"}
+        >>> bound_against_particles(table).get_xlabel()
+        'draws per datapoint'
+        >>> plt.close("all")
+    """
+    ax = _families(table, "bound", axes(ax), error="bound_se")
+    label = (
+        "log p(x), exact"
+        if table.attrs["reference"] == "exact"
+        else (f"log p(x), {table.attrs['reference']}")
+    )
+    ax.axhline(table.attrs["log_evidence"], color="black", linestyle="--", linewidth=1, label=label)
+    ax.set_ylabel("bound [nats per datapoint]")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def snr_against_particles(table: Any, part: str = "guide", ax: Axes | None = None) -> Axes:
+    """Draw the gradient's signal-to-noise ratio against the number of draws, both logarithmic.
+
+    Args:
+        table: DataFrame of ``ppvae.compare``.
+        part: ``"guide"`` or ``"model"``: whose gradient.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: for another part.
+
+    Example:
+        >>> import pandas
+        >>> from matplotlib import pyplot as plt
+        >>> table = pandas.DataFrame({"family": ["IWELBO"] * 2, "particles": [1, 8],
+        ...                           "snr_guide": [2.0, 1.0]})
+        >>> snr_against_particles(table).get_yscale()
+        'log'
+        >>> plt.close("all")
+    """
+    if part not in ("guide", "model"):
+        raise ValueError(f'part must be "guide" or "model", got {part!r}')
+    ax = _families(table[table[f"snr_{part}"] > 0], f"snr_{part}", axes(ax))
+    ax.set_yscale("log")
+    ax.set_ylabel(f"signal-to-noise ratio, {part} gradient")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def variance_against_time(table: Any, part: str = "guide", ax: Axes | None = None) -> Axes:
+    """Draw the gradient's variance against the time of a loss and gradient, both logarithmic.
+
+    Lower left is better; a dotted line is what averaging more of the first estimator would buy.
+
+    Args:
+        table: DataFrame of ``ppvae.compare``, with times.
+        part: ``"guide"`` or ``"model"``: whose gradient.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: for another part.
+
+    Example:
+        >>> import pandas
+        >>> from matplotlib import pyplot as plt
+        >>> table = pandas.DataFrame({"family": ["ELBO", "IWELBO"], "particles": [1, 8],
+        ...                           "var_guide": [2.0, 1.0], "ms": [1.0, 3.0]})
+        >>> variance_against_time(table).get_xlabel()
+        'loss and gradient [ms]'
+        >>> plt.close("all")
+    """
+    if part not in ("guide", "model"):
+        raise ValueError(f'part must be "guide" or "model", got {part!r}')
+    ax = axes(ax)
+    shown = table[table[f"var_{part}"] > 0]
+    for i, (family, rows) in enumerate(shown.groupby("family", sort=False)):
+        ax.plot(rows["ms"], rows[f"var_{part}"], color=PALETTE[i % 10], marker=MARKERS[i % 10],
+                linewidth=1, label=family)  # fmt: skip
+        for _, row in rows.iterrows():
+            ax.annotate(f" {row['particles']}", (row["ms"], row[f"var_{part}"]), fontsize="x-small",
+                        color=GREY)  # fmt: skip
+    first = shown.iloc[0]
+    ends = [shown["ms"].min(), shown["ms"].max()]
+    ax.plot(ends, [first[f"var_{part}"] * first["ms"] / ms for ms in ends], color=BLUE,
+            linestyle=":", linewidth=1, label=f"averaging {first['family']}")  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="loss and gradient [ms]",
+           ylabel=f"variance of the {part} gradient [nats²]")  # fmt: skip
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _families(table: Any, column: str, ax: Axes, error: str | None = None) -> Axes:
+    for i, (family, rows) in enumerate(table.groupby("family", sort=False)):
+        rows = rows.sort_values("particles")
+        spread = 2 * rows[error] if error else None
+        ax.errorbar(rows["particles"], rows[column], yerr=spread, color=PALETTE[i % 10],
+                    marker=MARKERS[i % 10], linewidth=1.2, capsize=2, label=family)  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ticks = sorted(set(table["particles"]))
+    ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    ax.minorticks_off()
+    ax.set_xlabel("draws per datapoint")
+    return ax

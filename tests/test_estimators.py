@@ -1,0 +1,515 @@
+"""The family beyond ELBO, IWELBO and Renyi: exact expectations of values and gradients."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import TraceEnum_ELBO
+from torch import Tensor, nn
+
+import oracles
+import ppvae
+from oracles import BeliefGuide, BeliefNet, LinearGuide, LinearModel, assert_mean, trainable
+from ppvae import elbo
+from ppvae.program import data_plate
+
+pytestmark = pytest.mark.usefixtures("float64")
+DRAWS, ROWS = 40, 50
+
+
+def mean_gradients(estimator: elbo.Estimator, model, guide, x: Tensor) -> Tensor:
+    """Independent gradients of the loss per row of x, over all parameters: (draws, P)."""
+    objective, many = estimator(model, guide), x.repeat(ROWS, *[1] * (x.dim() - 1))
+    return oracles.gradients(lambda: objective(many), trainable(model, guide), DRAWS, ROWS)
+
+
+# ------------------------------------------------------------------------------ bounds of K draws
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [elbo.MIWELBO(2, gradient, num_groups=2) for gradient in ("pathwise", "dreg", "vimco")]
+    + [elbo.CIWELBO(3, gradient, beta=0.3) for gradient in elbo.CIWELBO.gradients]
+    + [
+        elbo.ThermodynamicELBO(3, gradient, (0.2, 0.5))
+        for gradient in ("pathwise", "score", "vimco")
+    ],
+    ids=lambda e: f"{type(e).__name__}-{e.gradient}",
+)
+def test_gradient_of_the_expected_bound(estimator: elbo.Estimator) -> None:
+    model = LinearModel(1, 3)
+    guide = LinearGuide(
+        model, scale=1.4, shift=0.5, path=estimator.gradient in ("pathwise", "dreg")
+    )
+    x = model.draw(2)
+    nodes = 16 if estimator.num_draws == 4 else 24
+    exact = oracles.linear_expected_bound(
+        estimator.bound, model, guide, x, estimator.num_draws, nodes
+    )
+    expected = oracles.exact_gradient(-exact.sum(), trainable(model, guide))
+    assert expected.abs().max() > 0.1
+    assert_mean(mean_gradients(estimator, model, guide, x), expected, str(estimator))
+    values = torch.stack([estimator.evaluate(model, guide, x) for _ in range(2000)])
+    assert_mean(values, exact.detach(), "value")
+
+
+@pytest.mark.parametrize("gradient", elbo.PIWELBO.gradients)
+def test_piwelbo_gives_each_program_its_own_bound(gradient: str) -> None:
+    model = LinearModel(1, 3)
+    guide = LinearGuide(model, scale=1.4, shift=0.5)
+    x = model.draw(2)
+    estimator = elbo.PIWELBO(2, gradient, num_groups=2)
+    tight = oracles.linear_expected_bound(elbo.IWELBO(4).bound, model, guide, x, 4, 16)
+    loose = elbo.MIWELBO(2, num_groups=2)
+    loose = oracles.linear_expected_bound(loose.bound, model, guide, x, 4, 16)
+    for_model = oracles.exact_gradient(-tight.sum(), trainable(model))
+    for_guide = oracles.exact_gradient(-loose.sum(), trainable(guide))
+    other = oracles.exact_gradient(-tight.sum(), trainable(guide))
+    assert (for_guide - other).abs().max() > 0.05, "the two bounds must differ"
+    found = mean_gradients(estimator, model, guide, x)
+    assert_mean(found, torch.cat([for_model, for_guide]), gradient)
+
+
+def test_groups_and_mixtures_reduce_to_known_bounds() -> None:
+    log_w = torch.randn(6, 4)
+    iw, mean = elbo.IWELBO(6).bound(log_w), elbo.ELBO(6).bound(log_w)
+    same = torch.testing.assert_close
+    same(elbo.MIWELBO(6, num_groups=1).bound(log_w), iw)
+    same(elbo.MIWELBO(1, num_groups=6).bound(log_w), mean)
+    same(elbo.CIWELBO(6, beta=0.0).bound(log_w), iw)
+    same(elbo.CIWELBO(6, beta=1.0).bound(log_w), mean)
+    same(elbo.ThermodynamicELBO(6, partition=()).bound(log_w), mean)
+    same(elbo.RenyiELBO(6, alpha=0.0).bound(log_w), iw)
+    same(elbo.ChiUpperBound(6, order=2.0).bound(log_w), elbo.RenyiELBO(6, alpha=-1.0).bound(log_w))
+
+
+# ---------------------------------------------------------------------- fixed-draw gradients
+
+
+def grid_terms(model: LinearModel, guide: LinearGuide, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(x, z) and log q(z | x) on a fine grid of the scalar z, (G, N), and log of its step."""
+    mean, scale = (x @ guide.A.T + guide.a).squeeze(-1), guide.log_scale.exp()
+    z = torch.linspace(-8, 8, 4001).unsqueeze(-1)
+    fit = dist.Normal(z.unsqueeze(-1) * model.weight.T + model.bias, model.log_sigma.exp())
+    log_p = dist.Normal(0.0, 1.0).log_prob(z) + fit.log_prob(x).sum(-1)
+    return log_p, dist.Normal(mean, scale).log_prob(z), torch.tensor(16 / 4000).log()
+
+
+def test_thermodynamic_covariance_gradient_is_that_of_the_objective() -> None:
+    model = LinearModel(1, 3)
+    guide = LinearGuide(model, scale=1.4, shift=0.5)
+    x = model.draw(2)
+    log_p, log_q, _ = grid_terms(model, guide, x)
+    points = (0.0, 0.2, 0.5, 1.0)
+    exact = torch.zeros(2)
+    for low, high in itertools.pairwise(points):
+        path = torch.softmax(low * log_p + (1 - low) * log_q, 0)
+        exact = exact + (high - low) * (path * (log_p - log_q)).sum(0)
+    assert (exact < model.log_evidence(x)).all()
+    assert (exact > oracles.linear_elbo(model, guide, x)).all()
+    estimator = elbo.ThermodynamicELBO(4000, partition=points[1:-1])
+    expected = oracles.exact_gradient(-exact.sum(), trainable(model, guide))
+    objective = estimator(model, guide)
+    found = oracles.gradients(lambda: objective(x), trainable(model, guide), 60)
+    assert_mean(found, expected, "covariance")
+
+
+@pytest.mark.parametrize("gradient", elbo.ChiUpperBound.gradients)
+def test_chi_gradient_is_that_of_the_upper_bound_and_spares_the_model(gradient: str) -> None:
+    model = LinearModel(1, 3)
+    guide = LinearGuide(model, scale=1.6, shift=0.3)
+    x = model.draw(2)
+    log_p, log_q, log_step = grid_terms(model, guide, x)
+    exact = 0.5 * (2 * log_p - log_q + log_step).logsumexp(0)
+    assert (exact > model.log_evidence(x)).all()
+    estimator = elbo.ChiUpperBound(4000, gradient)
+    value = torch.stack([estimator.evaluate(model, guide, x) for _ in range(50)])
+    assert (value.mean(0) <= exact + 4 * value.std(0) / 50**0.5).all()
+    torch.testing.assert_close(value.mean(0), exact.detach(), atol=0.02, rtol=0)
+    expected = oracles.exact_gradient(exact.sum(), trainable(guide))  # minimised
+    objective = estimator(model, guide)
+    found = oracles.gradients(lambda: objective(x), trainable(guide), 60)
+    assert_mean(found, expected, gradient)
+    objective(x).backward()
+    assert all(p.grad is None for p in trainable(model))
+
+
+def test_training_with_the_upper_bound_widens_the_guide_and_does_not_cheat() -> None:
+    """Minimising the K-draw value itself would drive it below log p(x) without limit."""
+    torch.manual_seed(0)
+    model = LinearModel(1, 3)
+    guide = LinearGuide(model, scale=0.5, shift=0.5)
+    x = model.draw(50)
+    svi = ppvae.SVI(model, guide, lambda p: torch.optim.Adam(p, lr=0.02), elbo.ChiUpperBound(20))
+    for _ in range(600):
+        svi.step(x)
+    exact = LinearGuide(model)
+    assert (guide.log_scale - exact.log_scale).abs().max() < 0.1
+    value = elbo.ChiUpperBound(2000).evaluate(model, guide, x).mean()
+    assert value == pytest.approx(model.log_evidence(x).mean().item(), abs=0.02)
+
+
+class TestWakeSleep:
+    def setup_method(self) -> None:
+        torch.manual_seed(0)
+
+    def pair(self) -> tuple[BeliefNet, BeliefGuide, Tensor]:
+        model, guide = BeliefNet(), BeliefGuide()
+        return model, guide, torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]])
+
+    def wake(self, model: BeliefNet, guide: BeliefGuide, x: Tensor, K: int) -> Tensor:
+        """Exact E sum_k w~_k grad log q(z_k), over all tuples of states; as a surrogate."""
+        log_q = guide.log_q(x)
+        log_w = (model.log_joint(x) - log_q).detach()
+        tuples = torch.tensor(list(itertools.product(range(8), repeat=K)))
+        mass = log_q.detach()[tuples].sum(1).exp()
+        share = log_w[tuples].softmax(1)
+        return (mass * (share * log_q[tuples]).sum(1)).sum()
+
+    def sleep(self, model: BeliefNet, guide: BeliefGuide) -> Tensor:
+        """Exact E_p(h, x) log q(h | x), over 16 x 8 values."""
+        x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)))
+        return (model.log_joint(x).exp().detach() * guide.log_q(x)).sum()
+
+    @pytest.mark.parametrize("insomnia", [1.0, 0.3, 0.0])
+    def test_against_enumeration(self, insomnia: float) -> None:
+        model, guide, x = self.pair()
+        K = 2
+        bound = oracles.belief_expected_bound(elbo.IWELBO(K).bound, model, guide, x, K).sum()
+        for_model = oracles.exact_gradient(-bound, trainable(model))
+        for_guide = insomnia * self.wake(model, guide, x, K)
+        for_guide = for_guide + (1 - insomnia) * len(x) * self.sleep(model, guide)
+        for_guide = oracles.exact_gradient(-for_guide, trainable(guide))
+        found = mean_gradients(elbo.ReweightedWakeSleep(K, insomnia=insomnia), model, guide, x)
+        assert_mean(found, torch.cat([for_model, for_guide]), f"insomnia {insomnia}")
+
+    def test_dreg_has_the_same_expectation_and_vanishes_at_the_exact_guide(self) -> None:
+        model = LinearModel(1, 3)
+        guide = LinearGuide(model, scale=1.4, shift=0.5)
+        x = model.draw(2)
+        plain = mean_gradients(elbo.ReweightedWakeSleep(20), model, guide, x)
+        dreg = mean_gradients(elbo.ReweightedWakeSleep(20, "dreg"), model, guide, x)
+        assert_mean(dreg - plain.flip(0), 0.0, "dreg")
+        exact = LinearGuide(model)
+        for gradient, vanishes in (("dreg", True), ("reweighted", False)):
+            loss = elbo.ReweightedWakeSleep(20, gradient)(model, exact)(x)
+            largest = max(g.abs().max() for g in torch.autograd.grad(loss, trainable(exact)))
+            assert (largest < 1e-10) == vanishes
+
+    def test_weights_are_per_datapoint(self) -> None:
+        """The gradient of a batch is the sum of its rows'; Pyro's weighs whole batches."""
+        model, guide, x = self.pair()
+        both = mean_gradients(elbo.ReweightedWakeSleep(5), model, guide, x)
+        apart = [mean_gradients(elbo.ReweightedWakeSleep(5), model, guide, x[i : i + 1])
+                 for i in range(2)]  # fmt: skip
+        assert_mean(both - apart[0] - apart[1].flip(0), 0.0)
+
+    def test_sleep_needs_an_observed_argument(self) -> None:
+        model, guide, x = self.pair()
+
+        def shifted(x: Tensor) -> None:
+            model(x + 0.0)
+
+        with pytest.raises(ValueError, match="observe an argument itself"):
+            elbo.ReweightedWakeSleep(insomnia=0.0)(shifted, guide)(x)
+
+
+# ------------------------------------------------------------------------------ enumeration
+
+
+class ClusterModel(ppvae.Program):
+    """c ~ Categorical(3), z | c ~ N(mu_c, 1), x | z (and c if ``direct``) ~ N(z + s c, 0.8^2)."""
+
+    def __init__(self, direct: bool = False) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([0.2, -0.1, 0.4]))
+        self.loc = nn.Parameter(torch.tensor([-1.5, 0.3, 2.0]))
+        self.shift = nn.Parameter(torch.tensor(0.5 if direct else 0.0))
+        self.direct = direct
+
+    def forward(self, x: Tensor) -> None:
+        with data_plate(x):
+            summed = {"enumerate": "parallel"}
+            c = pyro.sample("c", dist.Categorical(logits=self.logits), infer=summed)
+            z = pyro.sample("z", dist.Normal(self.loc[c], 1.0))
+            mean = z + self.shift * c if self.direct else z + self.shift
+            pyro.sample("x", dist.Normal(mean, 0.8), obs=x)
+
+
+class ClusterGuide(ppvae.Program):
+    """q(z | x), with or without q(c | x), z independent of c or not."""
+
+    def __init__(self, clusters: bool, dependent: bool = False) -> None:
+        super().__init__()
+        self.clusters, self.dependent = clusters, dependent
+        self.logits = nn.Parameter(torch.tensor([0.1, 0.2, -0.3]))
+        self.offset = nn.Parameter(torch.tensor([-0.3, 0.0, 0.3]))
+        self.log_scale = nn.Parameter(torch.tensor(-0.1))
+
+    def forward(self, x: Tensor) -> None:
+        with data_plate(x):
+            mean = 0.5 * x + self.offset[1]
+            if self.clusters:
+                logits = self.logits + x.unsqueeze(-1) * torch.tensor([-1.0, 0.0, 1.0])
+                summed = {"enumerate": "parallel"}
+                c = pyro.sample("c", dist.Categorical(logits=logits), infer=summed)
+                mean = 0.5 * x + self.offset[c] if self.dependent else mean
+            pyro.sample("z", dist.Normal(mean, self.log_scale.exp()))
+
+
+X = torch.tensor([-2.0, 0.1, 1.3, 2.5], dtype=torch.float64)
+GUIDES = {"model": (False, False), "guide": (True, False), "dependent": (True, True)}
+
+
+@pytest.mark.parametrize("K", [1, 50])
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("where", GUIDES)
+def test_enumeration_equals_trace_enum_at_the_same_draws(where: str, direct: bool, K: int) -> None:
+    model, guide = ClusterModel(direct), ClusterGuide(*GUIDES[where])
+    stock = TraceEnum_ELBO(num_particles=K, vectorize_particles=True, max_plate_nesting=1)
+    losses, grads = [], []
+    for loss in (stock.differentiable_loss, elbo.ELBO(K).differentiable_loss):
+        torch.manual_seed(1)
+        losses.append(loss(model, guide, X))
+        grads.append(oracles.exact_gradient(losses[-1], trainable(model, guide)))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-10)
+    assert grads[0].abs().max() > 0.1
+
+
+def exact_parts(model: ClusterModel, guide: ClusterGuide) -> tuple[Tensor, Tensor]:
+    """E log p(x | z, c) and KL(q(c) q(z) || p) of each row, z by quadrature; differentiable."""
+    points, mass = oracles.hermite(60)
+    scale = guide.log_scale.exp()
+    log_qc = (guide.logits + X.unsqueeze(-1) * torch.tensor([-1.0, 0.0, 1.0])).log_softmax(-1)
+    mean = (
+        (0.5 * X.unsqueeze(-1) + guide.offset)
+        if guide.dependent
+        else (0.5 * X.unsqueeze(-1) + guide.offset[1]).expand(-1, 3)
+    )
+    z = mean + scale * points.reshape(-1, 1, 1)  # (G, N, C)
+    weight = mass.reshape(-1, 1, 1) * log_qc.exp()
+    shift = model.shift * torch.arange(3) if model.direct else model.shift
+    fit = dist.Normal(z + shift, 0.8).log_prob(X.unsqueeze(-1))
+    log_q = log_qc + dist.Normal(mean, scale).log_prob(z)
+    log_p = model.logits.log_softmax(-1) + dist.Normal(model.loc, 1.0).log_prob(z)
+    return (weight * fit).sum((0, 2)), (weight * (log_q - log_p)).sum((0, 2))
+
+
+@pytest.mark.parametrize("where", ["guide", "dependent"])
+@pytest.mark.parametrize("beta", [1.0, 4.0])
+@pytest.mark.parametrize("K", [1, 5])
+def test_enumeration_with_particles_and_beta(where: str, beta: float, K: int) -> None:
+    """The combination stock Pyro refuses: exact value and gradient by quadrature."""
+    model, guide = ClusterModel(direct=True), ClusterGuide(*GUIDES[where])
+    fit, kl = exact_parts(model, guide)
+    expected = oracles.exact_gradient(-(fit - beta * kl).sum(), trainable(model, guide))
+    objective, many = elbo.ELBO(K, beta=beta)(model, guide), X.repeat(ROWS)
+    found = oracles.gradients(lambda: objective(many), trainable(model, guide), DRAWS, ROWS)
+    assert_mean(found, expected)
+    losses = torch.stack([objective(X).detach() for _ in range(1000)])
+    assert_mean(losses, -(fit - beta * kl).sum().detach())
+
+
+def test_importance_bound_with_an_enumerated_latent() -> None:
+    """E of IWELBO-2 with c summed out, by quadrature; every gradient agrees."""
+    model, guide = ClusterModel(), ClusterGuide(clusters=False)
+    points, mass = oracles.hermite(40)
+    pairs = torch.cartesian_prod(points, points).T.unsqueeze(-1)  # (2, G, 1)
+    weight = torch.cartesian_prod(mass, mass).prod(-1).unsqueeze(-1)
+    mean, scale = 0.5 * X + guide.offset[1], guide.log_scale.exp()
+    z = mean + scale * pairs
+    mixture = model.logits.log_softmax(-1) + dist.Normal(model.loc, 1.0).log_prob(z.unsqueeze(-1))
+    log_w = mixture.logsumexp(-1) + dist.Normal(z + model.shift, 0.8).log_prob(X)
+    log_w = log_w - dist.Normal(mean, scale).log_prob(z)
+    exact = (weight * elbo.IWELBO(2).bound(log_w)).sum(0)
+    expected = oracles.exact_gradient(-exact.sum(), trainable(model, guide))
+    many = X.repeat(ROWS)
+    for gradient in ("pathwise", "dreg", "score", "vimco"):
+        objective = elbo.IWELBO(2, gradient)(model, guide)
+        parameters = [p for p in trainable(model, guide) if p is not guide.logits]
+        kept = [i for p, i in zip(trainable(model, guide), range(99), strict=False)
+                if p is not guide.logits for i in [i]]  # fmt: skip
+        found = oracles.gradients(lambda o=objective: o(many), parameters, DRAWS, ROWS)
+        flat = torch.split(expected, [p.numel() for p in trainable(model, guide)])
+        assert_mean(found, torch.cat([flat[i] for i in kept]), gradient)
+
+
+def test_a_guide_enumerated_latent_is_refused_by_nonlinear_bounds() -> None:
+    model, guide = ClusterModel(), ClusterGuide(clusters=True)
+    with pytest.raises(ValueError, match=r"latent 'c' is enumerated.*never be trained"):
+        elbo.IWELBO(4)(model, guide)(X)
+    with pytest.raises(ValueError, match='"stl" drops the gradient'):
+        elbo.ELBO(4, "stl")(model, guide)(X)
+    exact = (
+        model.logits.log_softmax(-1)
+        + dist.Normal(model.loc + model.shift, math.sqrt(1.64)).log_prob(X.unsqueeze(-1))
+    ).logsumexp(-1)
+    found = ppvae.diagnostics.log_evidence(model, guide, X, num_particles=4000)  # c cancels
+    assert ((found.log_evidence - exact).abs() < 4.5 * found.log_evidence_se).all()
+
+
+def test_a_weight_on_an_inseparable_kl_is_refused() -> None:
+    model, guide = ClusterModel(direct=True), ClusterGuide(clusters=False)
+    with pytest.raises(ValueError, match="the KL cannot be weighed"):
+        elbo.ELBO(beta=4.0)(model, guide)(X)
+    assert elbo.ELBO(beta=4.0)(ClusterModel(), guide)(X).isfinite()
+
+
+# ---------------------------------------------------------------------- the weight on the KL
+
+
+@pytest.fixture
+def linear() -> tuple[LinearModel, LinearGuide, Tensor]:
+    model = LinearModel(2, 4)
+    guide = LinearGuide(model, scale=torch.tensor([1.3, 0.9]), shift=torch.tensor([0.4, 0.0]))
+    return model, guide, model.draw(6)
+
+
+def parts(model: LinearModel, guide: LinearGuide, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact E log p(x | z), (N,), and KL of each dimension, (N, D)."""
+    mean, variance = x @ guide.A.T + guide.a, guide.log_scale.mul(2).exp()
+    kl = 0.5 * (mean.square() + variance - 1 - variance.log())
+    return oracles.linear_elbo(model, guide, x) + kl.sum(-1), kl
+
+
+@pytest.mark.parametrize("kl", ["mixed", "sampled"])
+@pytest.mark.parametrize("per_dimension", [False, True])
+def test_free_bits(linear, per_dimension: bool, kl: str) -> None:
+    model, guide, x = linear
+    fit, rates = parts(model, guide, x)
+    groups = rates.mean(0) if per_dimension else rates.sum(-1).mean(0, keepdim=True)
+    for nats in (0.0, groups.mean().item() if per_dimension else 0.5 * groups.item(), 50.0):
+        estimator = elbo.ELBO(400, beta=elbo.FreeBits(nats, per_dimension), kl=kl)
+        exact = fit.sum() - len(x) * groups.clamp(min=nats).sum()
+        objective = estimator(model, guide)
+        losses = torch.stack([objective(x).detach() for _ in range(100)])
+        assert_mean(losses, -exact.detach(), f"{nats} nats")
+        expected = oracles.exact_gradient(-exact, trainable(model, guide))
+        found = oracles.gradients(lambda o=objective: o(x), trainable(model, guide), 100)
+        assert_mean(found, expected, f"{nats} nats")
+
+
+def test_capacity_follows_its_schedule(linear) -> None:
+    model, guide, x = linear
+    fit, rates = parts(model, guide, x)
+    rate = rates.sum(-1).mean().item()
+    penalty = elbo.Capacity(elbo.LinearWarmup(2, 0.5 * rate, 1.5 * rate), gamma=3.0)
+    objective = elbo.ELBO(400, beta=penalty, kl="analytic")(model, guide)
+    for target in (0.5 * rate, rate, 1.5 * rate):
+        exact = (fit.mean() - 3.0 * abs(rate - target)) * len(x)
+        objective.eval()
+        draws = torch.stack([objective(x) for _ in range(100)])
+        assert_mean(draws.detach(), -exact.detach())
+        objective.train()
+        objective(x)
+    assert objective.step == 3
+
+
+@pytest.mark.parametrize(
+    "constraint", [elbo.Constraint(max_rate=1.0), elbo.Constraint(max_distortion=3.5)]
+)
+def test_constraint_is_met_by_dual_ascent(constraint: elbo.Constraint) -> None:
+    torch.manual_seed(0)
+    model = LinearModel(2, 4)
+    model.log_sigma.requires_grad_(False)
+    guide = LinearGuide(model)
+    x = model.draw(400)
+    svi = ppvae.SVI(model, guide, lambda p: torch.optim.Adam(p, lr=0.01),
+                    elbo.ELBO(4, beta=constraint, kl="analytic"))  # fmt: skip
+    history = ppvae.fit(svi, x, epochs=400, batch_size=200, progress=False)
+    fit, rates = parts(model, guide, x)
+    if constraint.max_rate is not None:
+        assert rates.sum(-1).mean().item() == pytest.approx(1.0, abs=0.1)
+    else:
+        assert -fit.mean().item() == pytest.approx(3.5, abs=0.1)
+    weights = history.column("kl_weight")
+    assert weights[0] != weights[-1], "the multiplier is logged"
+    assert weights[-1] == pytest.approx(svi.objective.state.weight.item())
+    state = svi.objective.state_dict()
+    assert "state.log_multiplier" in state
+    again = elbo.ELBO(4, beta=constraint)(model, guide)
+    again.load_state_dict(state)
+    assert again.state.log_multiplier == svi.objective.state.log_multiplier
+
+
+def test_the_multiplier_rests_in_evaluation(linear) -> None:
+    model, guide, x = linear
+    objective = elbo.ELBO(beta=elbo.Constraint(max_rate=0.1))(model, guide)
+    objective.eval()
+    objective(x)
+    with torch.no_grad():
+        objective.train()(x)
+    assert objective.state.log_multiplier == 0 and objective.step == 0
+    objective(x)
+    assert objective.state.log_multiplier > 0 and objective.step == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "cure"),
+    [
+        (lambda: elbo.MIWELBO(2, num_groups=0), "num_groups must be at least 1"),
+        (lambda: elbo.PIWELBO(0, num_groups=2), "num_particles must be at least 1"),
+        (lambda: elbo.CIWELBO(2, beta=1.5), r"beta in \[0, 1\]"),
+        (lambda: elbo.ThermodynamicELBO(4, partition=(0.5, 0.2)), "rise strictly"),
+        (lambda: elbo.ThermodynamicELBO(1), "elbo.ELBO"),
+        (lambda: elbo.ChiUpperBound(10, order=1.0), "order > 1"),
+        (lambda: elbo.ReweightedWakeSleep(1), "num_particles >= 2"),
+        (lambda: elbo.ReweightedWakeSleep(5, insomnia=2.0), "insomnia"),
+        (lambda: elbo.ReweightedWakeSleep(5, "pathwise"), "use one of"),
+        (lambda: elbo.FreeBits(-1.0), "nats must be >= 0"),
+        (lambda: elbo.Capacity(1.0, gamma=0.0), "gamma must be positive"),
+        (lambda: elbo.Constraint(), "exactly one"),
+        (lambda: elbo.Constraint(max_rate=1.0, max_distortion=1.0), "exactly one"),
+        (lambda: elbo.Constraint(max_rate=-1.0), "never negative"),
+        (lambda: elbo.CyclicalWarmup(0), "period >= 1"),
+    ],
+)
+def test_bad_arguments_are_refused_with_a_cure(make, cure: str) -> None:
+    with pytest.raises(ValueError, match=cure):
+        make()
+
+
+def test_numpyro_gives_the_same_renyi_bound_on_shared_weights() -> None:
+    """NumPyro's RenyiELBO on a pair whose draws are a point: the weights are then the same."""
+    numpyro = pytest.importorskip("numpyro", reason="needs the test extra with numpyro")
+    import jax
+    import numpyro.distributions as ndist
+
+    jax.config.update("jax_enable_x64", True)
+    locs = torch.tensor([0.3, -0.7, 1.1])
+
+    def model(x) -> None:
+        with numpyro.plate("data", 3):
+            z = numpyro.sample("z", ndist.Normal(0.0, 1.0))
+            numpyro.sample("x", ndist.Normal(z, 0.5), obs=x)
+
+    def guide(x) -> None:
+        with numpyro.plate("data", 3):
+            numpyro.sample("z", ndist.Normal(x / 2, 0.8))
+
+    x = jax.numpy.asarray(locs.numpy())
+    K, alpha = 5, 0.3
+    loss = numpyro.infer.RenyiELBO(alpha=alpha, num_particles=K)
+    found = loss.loss(jax.random.PRNGKey(0), {}, model, guide, x)
+
+    # The draws NumPyro made: the same keys, the guide alone.
+    keys = jax.random.split(jax.random.PRNGKey(0), K)
+    log_w = []
+    for key in keys:
+        _, guide_key = jax.random.split(key)
+        seeded = numpyro.handlers.seed(guide, guide_key)
+        trace = numpyro.handlers.trace(seeded).get_trace(x)
+        z = torch.tensor(trace["z"]["value"].tolist())
+        log_w.append(
+            dist.Normal(0.0, 1.0).log_prob(z)
+            + dist.Normal(z, 0.5).log_prob(locs)
+            - dist.Normal(locs / 2, 0.8).log_prob(z)
+        )
+    ours = elbo.RenyiELBO(K, alpha=alpha).bound(torch.stack(log_w)).sum()
+    assert -float(found) == pytest.approx(ours.item(), rel=1e-10)
