@@ -273,7 +273,12 @@ def standard_error(values: Tensor) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = reporting.parser(__doc__, out="out/cvae")
+    parser = reporting.parser(
+        __doc__,
+        out="out/cvae",
+        latent_dim="8; 50 for quadrants",
+        hidden="256; 500 500 for quadrants",
+    )
     parser.add_argument(
         "--task",
         choices=["label", "quadrant"],

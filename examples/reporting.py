@@ -31,8 +31,10 @@ SMOKE_ROWS = 200  # of each part of the data
 # ------------------------------------------------------------------------------ options
 
 
-def parser(description: str, out: str) -> argparse.ArgumentParser:
-    """A parser with the options of every example; ``out`` is the default of --out."""
+def parser(
+    description: str, out: str, latent_dim: str = "8", hidden: str = "256"
+) -> argparse.ArgumentParser:
+    """A parser with the options of every example; the arguments are defaults as --help has them."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,9 +58,9 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
         "better validation bound, and go back to the best (default: epochs / 10)")  # fmt: skip
     add("--batch-size", type=_positive, metavar="N", help="datapoints per step (default: 128 from "
         "10,000 training rows on, else 64)")  # fmt: skip
-    add("--latent-dim", type=_positive, metavar="N", help="size of z (default: 8)")
+    add("--latent-dim", type=_positive, metavar="N", help=f"size of z (default: {latent_dim})")
     add("--hidden", type=_positive, nargs="+", metavar="N", help="widths of the hidden layers of "
-        "each network (default: 256)")  # fmt: skip
+        f"each network (default: {hidden})")  # fmt: skip
     add("--lr", type=float, default=1e-3, help="Adam's learning rate")
     add("--num-samples", type=_particles, default=1000, metavar="K",
         help="particles per datapoint in the evaluation, 2 or more")  # fmt: skip

@@ -63,12 +63,9 @@ class DiagonalNormal(dist.Independent):
             self._validate_sample(value)
         event_dims = tuple(range(-len(self.event_shape), 0))
         squares = ((value - self._loc) / self._scale).square().sum(event_dims)
-        log_scale = self._scale.log()
-        shape = torch.broadcast_shapes(log_scale.shape, self.event_shape)
-        log_scale = log_scale.expand(shape).sum(event_dims)
+        log_scale = _expanded(self._scale.log(), self.event_shape).sum(event_dims)
         constant = 0.5 * math.log(2 * math.pi) * math.prod(self.event_shape)
-        log_prob = -0.5 * squares - (log_scale + constant)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        return _expanded(-0.5 * squares - (log_scale + constant), self.batch_shape)
 
 
 class BinaryVector(dist.Independent):
@@ -119,11 +116,10 @@ class BinaryVector(dist.Independent):
         if self._validate_args:
             self._validate_sample(value)
         if self._grey:
-            elementwise = value * self._logits - nn.functional.softplus(self._logits)
+            costs = nn.functional.softplus(self._logits) - value * self._logits
         else:
-            elementwise = -nn.functional.softplus((1 - 2 * value) * self._logits)
-        log_prob = elementwise.sum(tuple(range(-len(self.event_shape), 0)))
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+            costs = nn.functional.softplus((1 - 2 * value) * self._logits)
+        return _expanded(-costs.sum(tuple(range(-len(self.event_shape), 0))), self.batch_shape)
 
 
 class WordCounts(dist.TorchDistribution):
@@ -180,7 +176,7 @@ class WordCounts(dist.TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         log_prob = (value * self.logits.log_softmax(-1)).sum(-1)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        return _expanded(log_prob, self.batch_shape)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws ``total_count`` words; it reads the largest count on the host."""
@@ -201,6 +197,13 @@ class WordCounts(dist.TorchDistribution):
                 "from: give total_count=..., or obs=counts to pyro.sample"
             )
         return self.total_count
+
+
+def _expanded(values: Tensor, shape: torch.Size) -> Tensor:
+    """Values broadcast to at least a shape; ``broadcast_shapes`` is Python, so seldom called."""
+    if values.shape[max(0, values.dim() - len(shape)) :] == shape:
+        return values
+    return values.expand(torch.broadcast_shapes(values.shape, shape))
 
 
 class _GreyBernoulli(dist.Bernoulli):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import gzip
 import hashlib
 import http.server
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -525,6 +527,9 @@ def served(tmp_path, monkeypatch):
     yield file, cache
     server.shutdown()
     server.server_close()
+    with warnings.catch_warnings():  # the client's pooled connections end here, not in a later test
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def test_a_download_is_kept_and_not_repeated(served):

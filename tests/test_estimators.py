@@ -499,7 +499,7 @@ def test_numpyro_gives_the_same_renyi_bound_on_shared_weights() -> None:
     found = loss.loss(jax.random.PRNGKey(0), {}, model, guide, x)
 
     # The draws NumPyro made: the same keys, the guide alone.
-    keys = jax.random.split(jax.random.PRNGKey(0), K)
+    keys = jax.random.split(jax.random.split(jax.random.PRNGKey(0))[1], K)
     log_w = []
     for key in keys:
         _, guide_key = jax.random.split(key)
