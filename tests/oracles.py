@@ -271,6 +271,28 @@ def two_level_elbo(
     return (mass.unsqueeze(-1) * (fit - beta * (log_q - prior))).sum(0)
 
 
+def two_level_expected_bound(
+    bound: Callable[[Tensor], Tensor],
+    model: TwoLevelModel,
+    guide: TwoLevelGuide,
+    x: Tensor,
+    K: int,
+    nodes: int,
+) -> Tensor:
+    """E[bound(log w)] of each row by quadrature over both levels of all particles."""
+    points, weights = hermite(nodes)
+    axes = torch.cartesian_prod(*[points] * (2 * K)).reshape(-1, 2, K, 1)  # (G, level, K, 1)
+    mass = torch.cartesian_prod(*[weights] * (2 * K)).reshape(len(axes), -1).prod(-1)
+    q1 = guide.first(x)
+    first = q1.loc + q1.scale * axes[:, 0]
+    q2 = guide.second(x, first)
+    second = q2.loc + q2.scale * axes[:, 1]
+    z1, z2 = (first, second) if guide.bottom_up else (second, first)
+    fit, prior = model.log_joint(x, z1, z2)
+    log_w = fit + prior - q1.log_prob(first) - q2.log_prob(second)  # (G, K, N)
+    return (mass.unsqueeze(-1) * bound(log_w.movedim(1, 0))).sum(0)
+
+
 # ------------------------------------------------------------------------------ discrete latents
 
 

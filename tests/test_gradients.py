@@ -55,16 +55,25 @@ class TestLinearGaussian:
         exact = oracles.linear_expected_bound(estimator.bound, model, guide, x, 2, nodes)
         check(estimator, model, guide, x, exact)
 
-    @pytest.mark.parametrize("gradient", ["pathwise", "dreg", "score", "vimco"])
-    def test_ten_dimensions_wrong_in_one(self, gradient: str) -> None:
+    @pytest.mark.parametrize(
+        "estimator",
+        [elbo.IWELBO(3, gradient) for gradient in ("pathwise", "dreg", "score", "vimco")]
+        + [
+            elbo.RenyiELBO(3, "dreg"),
+            elbo.MIWELBO(1, "dreg", num_groups=3),
+            elbo.CIWELBO(3, "dreg"),
+            elbo.ThermodynamicELBO(3, "pathwise"),
+        ],
+        ids=lambda e: f"{type(e).__name__}-{e.gradient}",
+    )
+    def test_ten_dimensions_wrong_in_one(self, estimator: elbo.Estimator) -> None:
         """Log-weights that depend on one dimension only: the gradient there is a small integral."""
         wrong = torch.zeros(10)
         wrong[3] = 1.0
         model = LinearModel(10, 12)
-        path = gradient in ("pathwise", "dreg")
+        path = estimator.gradient in ("pathwise", "dreg")
         guide = LinearGuide(model, scale=1 + 0.4 * wrong, shift=0.5 * wrong, path=path)
         x = model.draw(2)
-        estimator = elbo.IWELBO(3, gradient)
 
         # the same log-weights from the wrong dimension alone, up to a constant of the data
         A, a, S = model.posterior()
@@ -136,6 +145,26 @@ class TestTwoLevels:
         check(elbo.ELBO(2, gradient), model, guide, self.x, exact)
 
     @pytest.mark.parametrize("bottom_up", [True, False])
+    @pytest.mark.parametrize(
+        "estimator",
+        [
+            elbo.IWELBO(2),
+            elbo.IWELBO(2, "dreg"),
+            elbo.RenyiELBO(2, "dreg"),
+            elbo.MIWELBO(1, "dreg", num_groups=2),
+            elbo.CIWELBO(2, "dreg"),
+            elbo.ThermodynamicELBO(2, "pathwise"),
+        ],
+        ids=lambda e: f"{type(e).__name__}-{e.gradient}",
+    )
+    def test_bounds_of_two_particles(self, bottom_up: bool, estimator: elbo.Estimator) -> None:
+        model = oracles.TwoLevelModel()
+        guide = oracles.TwoLevelGuide(model, bottom_up, shift=0.3, scale=1.3)
+        exact = oracles.two_level_expected_bound(estimator.bound, model, guide, self.x, 2, 14)
+        assert (exact < model.log_evidence(self.x)).all()
+        check(estimator, model, guide, self.x, exact)
+
+    @pytest.mark.parametrize("bottom_up", [True, False])
     def test_dreg_has_the_expectation_of_pathwise(self, bottom_up: bool) -> None:
         model = oracles.TwoLevelModel()
         guide = oracles.TwoLevelGuide(model, bottom_up, shift=0.3, scale=1.3)
@@ -164,14 +193,19 @@ class TestDiscrete:
             elbo.RenyiELBO(3, "score", alpha=0.5),
             elbo.RenyiELBO(3, "vimco", alpha=0.5),
             elbo.RenyiELBO(2, "vimco", alpha=-math.inf),
+            elbo.MIWELBO(2, "vimco", num_groups=2),
+            elbo.CIWELBO(3, "score", beta=0.3),
+            elbo.CIWELBO(3, "vimco", beta=0.3),
+            elbo.ThermodynamicELBO(3, "score"),
+            elbo.ThermodynamicELBO(3, "vimco"),
         ],
         ids=str,
     )
     def test_belief_net(self, estimator: elbo.Estimator) -> None:
         model, guide = oracles.BeliefNet(), oracles.BeliefGuide()
-        K = estimator.num_particles
+        K = estimator.num_draws
         exact = oracles.belief_expected_bound(estimator.bound, model, guide, self.x, K)
-        if getattr(estimator, "beta", 1.0) != 1.0:
+        if isinstance(estimator, elbo.ELBO) and estimator.beta != 1.0:
             prior = torch.distributions.Bernoulli(logits=model.prior)
             log_prior = prior.log_prob(oracles.states()).sum(-1, keepdim=True)
             log_q = guide.log_q(self.x)
@@ -192,13 +226,16 @@ class TestDiscrete:
             elbo.IWELBO(2, "score"),
             elbo.IWELBO(2, "vimco"),
             elbo.RenyiELBO(2, "vimco", alpha=0.5),
+            elbo.MIWELBO(1, "vimco", num_groups=2),
+            elbo.CIWELBO(2, "score"),
+            elbo.ThermodynamicELBO(2, "vimco"),
         ],
         ids=str,
     )
     def test_discrete_then_continuous(self, estimator: elbo.Estimator) -> None:
         model, guide = oracles.MixtureModel(), oracles.MixtureGuide()
         x = torch.tensor([-2.0, 0.5, 1.7])
-        K = estimator.num_particles
+        K = estimator.num_draws
         exact = oracles.mixture_expected_bound(estimator.bound, model, guide, x, K)
         assert (exact < model.log_evidence(x)).all()
         check(estimator, model, guide, x, exact)
