@@ -134,19 +134,27 @@ def problem(dim: int, datapoints: int, offset: float, seed: int) -> tuple[Model,
     return Model(mu.to(dtype)), Guide(A.to(dtype), b.to(dtype)), x.to(dtype)
 
 
-def gradient(objective: nn.Module, parameters: list[nn.Parameter], x: Tensor) -> Tensor:
-    """What each block adds to the gradient of the mean bound, ``(BLOCKS, P)``, float64."""
-    blocks = []
-    for part in x.chunk(BLOCKS):
+def gradient(
+    objective: nn.Module, parameters: list[nn.Parameter], x: Tensor, blocks: int
+) -> Tensor:
+    """What each block adds to the gradient of the mean bound, ``(blocks, P)``, float64."""
+    found = []
+    for part in x.chunk(blocks):
         slopes = torch.autograd.grad(-objective(part), parameters)
-        blocks.append(torch.cat([slope.flatten() for slope in slopes]).double() / len(x))
-    return torch.stack(blocks)
+        found.append(torch.cat([slope.flatten() for slope in slopes]).double() / len(x))
+    return torch.stack(found)
 
 
 def replicates(
-    estimator: elbo.Estimator, model: Model, guide: Guide, x: Tensor, number: int, seed: int
+    estimator: elbo.Estimator,
+    model: Model,
+    guide: Guide,
+    x: Tensor,
+    number: int,
+    seed: int,
+    blocks: int = BLOCKS,
 ) -> Tensor:
-    """Gradients of mu, b and A, as drawn and reflected: ``(number, 2, BLOCKS, P)``."""
+    """Gradients of mu, b and A, as drawn and reflected: ``(number, 2, blocks, P)``."""
     objective = estimator(model, guide)
     parameters = [model.mu, guide.b, guide.A]
     torch.manual_seed(seed)
@@ -155,17 +163,17 @@ def replicates(
         for _ in range(number):
             state = torch.get_rng_state()
             guide.family = dist.Normal
-            drawn = gradient(objective, parameters, x)
+            drawn = gradient(objective, parameters, x, blocks)
             torch.set_rng_state(state)
             guide.family = Reflected
-            reflected = gradient(objective, parameters, x)
+            reflected = gradient(objective, parameters, x, blocks)
             found.append(torch.stack([drawn, reflected]))
     guide.family = dist.Normal
     return torch.stack(found)
 
 
 def signal_to_noise(gradients: Tensor) -> Tensor:
-    """SNR of each element: gradients ``(R, copies, BLOCKS, P)`` to ``(P,)``.
+    """SNR of each element: gradients ``(R, copies, blocks, P)`` to ``(P,)``.
 
     The copies of a replicate are averaged for the mean, whose own noise is taken off its square.
     """
@@ -184,7 +192,7 @@ def measure(name: str, T: int, number: int, recipe: dict[str, Any]) -> dict[str,
     dim, seed = recipe["dim"], recipe["seed"]
     model, guide, x = problem(dim, recipe["datapoints"], recipe["offset"], seed)
     started = time.perf_counter()
-    gradients = replicates(ESTIMATORS[name](T), model, guide, x, number, 1_000 + seed)
+    gradients = replicates(ESTIMATORS[name](T), model, guide, x, number, 10_000 * seed + T)
     seconds = time.perf_counter() - started
     generator = torch.Generator().manual_seed(seed)
     resampled: dict[str, list[float]] = {part: [] for part in PARTS}

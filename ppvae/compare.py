@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppvae.check import check_pair
 from ppvae.diagnostics.evidence import log_evidence as importance_log_evidence
 from ppvae.elbo import Estimator, Objective
+from ppvae.pairs import evaluation_mode
 from ppvae.program import local_parameters, module_of
 
 
@@ -91,8 +92,12 @@ def compare(
             found = importance_log_evidence(model, guide, *args, num_particles=evidence_particles)
             log_evidence, reference = found.log_evidence, f"IWELBO-{evidence_particles}"
         truth = log_evidence.double().mean().item()
-        objectives = {name: estimator(model, guide).eval() for name, estimator in named.items()}
-        with local_parameters(), pyro.validation_enabled(False):
+        objectives = {name: estimator(model, guide) for name, estimator in named.items()}
+        with (
+            evaluation_mode(*objectives.values()),
+            local_parameters(),
+            pyro.validation_enabled(False),
+        ):
             rows = {
                 name: _row(objective, args, repeats, truth)
                 for name, objective in objectives.items()
@@ -118,11 +123,9 @@ def _named(estimators: Sequence[Estimator]) -> dict[str, Estimator]:
     for estimator in estimators:
         bound, _, gradient = _family(estimator).partition(" ")
         name = f"{bound}-{estimator.num_draws} {gradient}".rstrip()
-        if name in named:
-            name = repr(estimator)
-        if name in named:
+        if repr(estimator) in map(repr, named.values()):
             raise ValueError(f"{estimator} is given twice; name the two with a mapping")
-        named[name] = estimator
+        named[repr(estimator) if name in named else name] = estimator
     return named
 
 

@@ -564,6 +564,13 @@ def test_bad_arguments_are_refused_with_a_cure(make, cure: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("cls", [elbo.IWELBO, elbo.RenyiELBO, elbo.MIWELBO, elbo.PIWELBO])
+def test_a_weight_on_the_kl_of_a_nonlinear_bound_is_refused(cls) -> None:
+    with pytest.raises(TypeError, match="only the ELBO is a likelihood minus a KL"):
+        cls(num_particles=8, beta=4.0)
+    assert cls(num_particles=8).num_particles == 8
+
+
 def test_numpyro_gives_the_same_renyi_bound_on_shared_weights() -> None:
     """NumPyro's RenyiELBO on a pair whose draws are a point: the weights are then the same."""
     numpyro = pytest.importorskip("numpyro", reason="needs the test extra with numpyro")

@@ -68,6 +68,14 @@ class Estimator(pyro.infer.ELBO):
     # +1: a bound from below, maximised; -1: a bound from above, minimised by the guide alone.
     sign: ClassVar[int] = 1
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if "beta" in kwargs and "beta" not in cls.__dataclass_fields__:
+            raise TypeError(
+                f"{cls.__name__} has no beta: only the ELBO is a likelihood minus a KL, so only "
+                "there a weight on the KL has a meaning; use elbo.ELBO(beta=...)"
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         name = type(self).__name__
         if self.num_particles < 1:

@@ -1,0 +1,104 @@
+"""ppvae.compare: its numbers against exact ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import oracles
+import ppvae
+from oracles import LinearGuide, LinearModel, trainable
+from ppvae import elbo
+from ppvae.compare import PeakMemory
+
+
+@pytest.fixture
+def pair(float64):
+    model = LinearModel(2, 4)
+    return model, LinearGuide(model, scale=1.3, shift=0.3), model.draw(30)
+
+
+def test_bounds_and_gaps(pair) -> None:
+    model, guide, x = pair
+    exact = model.log_evidence(x).detach()
+    table = ppvae.compare(
+        model, guide, x, [elbo.ELBO(), elbo.IWELBO(4), elbo.IWELBO(4, "dreg")], repeats=200,
+        log_evidence=exact, timing_rounds=2,
+    )  # fmt: skip
+    assert list(table.index) == ["ELBO-1", "IWELBO-4", "IWELBO-4 dreg"]
+    assert list(table["particles"]) == [1, 4, 4]
+    assert table.attrs["reference"] == "exact"
+    assert table.attrs["log_evidence"] == pytest.approx(exact.mean().item())
+    mean = oracles.linear_elbo(model, guide, x).mean().item()
+    row = table.loc["ELBO-1"]
+    assert abs(row["bound"] - mean) < 4 * row["bound_se"]
+    assert row["gap"] == pytest.approx(exact.mean().item() - row["bound"])
+    assert table.loc["IWELBO-4", "gap"] < row["gap"]
+    assert (table["ms"] > 0).all() and (table["peak_mb"] > 0).all()
+
+
+def test_without_the_exact_evidence_it_is_estimated(pair) -> None:
+    model, guide, x = pair
+    table = ppvae.compare(model, guide, (x,), {"mine": elbo.ELBO()}, repeats=2, timing_rounds=0)
+    assert table.attrs["reference"] == "IWELBO-5000"
+    exact = model.log_evidence(x).mean().item()
+    assert table.attrs["log_evidence"] == pytest.approx(exact, abs=0.01)
+    assert list(table.index) == ["mine"] and "ms" not in table
+
+
+def test_gradient_noise_is_that_of_repeated_gradients(pair) -> None:
+    """Variance against independent draws; SNR against the exact gradient's norm."""
+    model, guide, x = pair
+    table = ppvae.compare(
+        model, guide, x, [elbo.ELBO(), elbo.ELBO(16)], repeats=400, timing_rounds=0,
+        log_evidence=model.log_evidence(x).detach(), seed=3,
+    )  # fmt: skip
+    objective = elbo.ELBO()(model, guide)
+    draws = oracles.gradients(lambda: objective(x), trainable(guide), 400, len(x))
+    variance = draws.var(0).sum().item()
+    # tr of a sample variance of 400 draws: its relative standard error is below sqrt(2 / 399)
+    assert table.loc["ELBO-1", "var_guide"] == pytest.approx(variance, rel=6 * math.sqrt(4 / 399))
+    ratio = table.loc["ELBO-1", "var_guide"] / table.loc["ELBO-16", "var_guide"]
+    assert ratio == pytest.approx(16, rel=6 * math.sqrt(4 / 399))
+    exact = -oracles.linear_elbo(model, guide, x).mean()
+    signal = oracles.exact_gradient(exact, trainable(guide)).norm().item()
+    row = table.loc["ELBO-16"]
+    assert row["snr_guide"] == pytest.approx(signal / math.sqrt(row["var_guide"]), rel=0.1)
+
+
+def test_nothing_is_trained_or_drawn(pair) -> None:
+    model, guide, x = pair
+    before = {k: v.clone() for k, v in [*model.state_dict().items(), *guide.state_dict().items()]}
+    random = torch.get_rng_state()
+    ppvae.compare(model, guide, x, [elbo.IWELBO(2)], repeats=2, timing_rounds=1)
+    assert torch.equal(random, torch.get_rng_state())
+    after = {**model.state_dict(), **guide.state_dict()}
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert all(p.grad is None for p in trainable(model, guide)) and model.training
+
+
+def test_bad_use(pair) -> None:
+    model, guide, x = pair
+    with pytest.raises(ValueError, match="given twice"):
+        ppvae.compare(model, guide, x, [elbo.ELBO(), elbo.ELBO()])
+    with pytest.raises(ValueError, match="repeats must be at least 2"):
+        ppvae.compare(model, guide, x, [elbo.ELBO()], repeats=1)
+    with pytest.raises(ppvae.PairError, match="argument 'x'"):
+        ppvae.compare(model, guide, torch.full_like(x, math.nan), [elbo.ELBO()])
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    net = nn.Sequential(nn.Linear(10, 1000), nn.Tanh(), nn.Linear(1000, 1))
+    x = torch.zeros(50, 10)
+    with PeakMemory() as one, torch.no_grad():
+        for _ in range(20):
+            net(x)
+    hidden = 50 * 1000 * 4
+    assert 2 * hidden <= one.peak < 4 * hidden  # before and after tanh; not twenty times that
+    del net
+    with PeakMemory() as kept:
+        held = [torch.zeros(1000) for _ in range(7)]
+    assert kept.peak == 7 * 4000 and len(held) == 7
