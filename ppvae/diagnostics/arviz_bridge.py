@@ -155,5 +155,5 @@ def _bundle(groups: dict[str, dict[str, Any]], coords: dict[str, Any]) -> Any:
         index = {d: coords.get(d, np.arange(n)) for d, n in sizes.items()}
         datasets[name] = xarray.Dataset(variables, coords=index)
     if arviz.__version__.startswith("0."):
-        return arviz.InferenceData(**datasets)  # type: ignore[arg-type]
+        return arviz.InferenceData(**datasets)
     return xarray.DataTree.from_dict(datasets)
