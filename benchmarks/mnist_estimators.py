@@ -167,8 +167,7 @@ def report(trained: dict, scored: dict, recipe: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "| log p(x), first - second | by seed | mean ± s.e. over images | "
-        "s.e. over seeds |",
+        "| log p(x), first - second | by seed | mean ± s.e. over images | s.e. over seeds |",
         "|---|---|---|---|",
     ]
     for first, second in PAIRS:

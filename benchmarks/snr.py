@@ -11,13 +11,19 @@ of the gradient g of the bound, averaged over all datapoints,
 and the SNR of mu, b or A is the mean over its elements. For IWELBO-K with pathwise gradients theory
 says that it grows as K^(1/2) for mu (the model) and falls as K^(-1/2) for b and A (the guide).
 
-Each replicate is a pair of gradients, the second with every draw of z reflected about the mean of
-q. Both have the law of g, so E g is estimated by the mean of pairs, whose noise nearly cancels, and
-sd g from single gradients: the datapoints' gradients are independent given the data, so Var g is
-the sum of the variances of 8 blocks of datapoints. What noise is left in the square of the mean is
-subtracted. The columns "plain" have the same without reflection, from half the gradients. Standard
-errors are bootstrapped over replicates. MIWELBO and PIWELBO split T draws into sqrt(T) groups of
-sqrt(T); the others take K = T.
+At large T the signal of the guide's pathwise gradient drowns: 10^6 plain gradients would be needed.
+So each replicate is a pair of gradients, the second with every draw of z reflected about the mean
+of q, which has the same law; and a term of mean zero is subtracted, written by hand here,
+
+    C = sum_k (c_k - c'_k) dlog w_k/dz dz/dphi - sum_k c_k dlog q(z_k)/dphi,   E C = 0,
+
+with c the normalised weights (over M in M groups) and c' = their square (over M): the identity of
+Tucker et al. (2019). A biased gradient would keep its bias. sd g is that of single gradients
+without C: datapoints are independent given the data, so Var g is the sum of the variances of 8
+blocks of them. What noise is left in the square of the mean is subtracted. "reflected" is the same
+without C, "plain" without C and without reflection, from half the gradients. Standard errors are
+bootstrapped over replicates. MIWELBO and PIWELBO split T draws into sqrt(T) groups of sqrt(T); the
+others take K = T.
 
 The slopes are those of large T: at small T the gradient of mu is biased towards that of the ELBO,
 by a term of order 1/T that the guide's own offset causes and that is larger than the signal.
@@ -91,11 +97,13 @@ TARGETS = {
 class Reflected(dist.Normal):
     """A normal that reflects its draws about its mean: the same law."""
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        return 2 * self.loc - super().rsample(sample_shape)
+    def rsample(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * self.loc - super().rsample(*args, **kwargs)
 
 
 class Model(ppvae.Program):
+    """z ~ N(mu, I), x | z ~ N(z, I)."""
+
     def __init__(self, mu: Tensor) -> None:
         super().__init__()
         self.mu = nn.Parameter(mu)
@@ -107,15 +115,20 @@ class Model(ppvae.Program):
 
 
 class Guide(ppvae.Program):
+    """q(z | x) = N(A x + b, 2/3 I); it remembers its last draws."""
+
     def __init__(self, A: Tensor, b: Tensor) -> None:
         super().__init__()
         self.A, self.b = nn.Parameter(A), nn.Parameter(b)
         self.family: type[dist.Normal] = dist.Normal
 
+    def mean(self, x: Tensor) -> Tensor:
+        return x @ self.A.T + self.b
+
     def forward(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            mean = x @ self.A.T + self.b
-            pyro.sample("z", self.family(mean, math.sqrt(2 / 3)).to_event(1))
+            z = pyro.sample("z", self.family(self.mean(x), math.sqrt(2 / 3)).to_event(1))
+        self.drawn = z.detach()
 
 
 def problem(dim: int, datapoints: int, offset: float, seed: int) -> tuple[Model, Guide, Tensor]:
@@ -134,17 +147,6 @@ def problem(dim: int, datapoints: int, offset: float, seed: int) -> tuple[Model,
     return Model(mu.to(dtype)), Guide(A.to(dtype), b.to(dtype)), x.to(dtype)
 
 
-def gradient(
-    objective: nn.Module, parameters: list[nn.Parameter], x: Tensor, blocks: int
-) -> Tensor:
-    """What each block adds to the gradient of the mean bound, ``(blocks, P)``, float64."""
-    found = []
-    for part in x.chunk(blocks):
-        slopes = torch.autograd.grad(-objective(part), parameters)
-        found.append(torch.cat([slope.flatten() for slope in slopes]).double() / len(x))
-    return torch.stack(found)
-
-
 def replicates(
     estimator: elbo.Estimator,
     model: Model,
@@ -153,31 +155,55 @@ def replicates(
     number: int,
     seed: int,
     blocks: int = BLOCKS,
-) -> Tensor:
-    """Gradients of mu, b and A, as drawn and reflected: ``(number, 2, blocks, P)``."""
+) -> tuple[Tensor, Tensor]:
+    """What blocks of data add to the gradient of mu, b and A, and to C, as drawn and reflected.
+
+    Both ``(number, 2, blocks, P)``, float64, for the mean bound.
+    """
     objective = estimator(model, guide)
-    parameters = [model.mu, guide.b, guide.A]
     torch.manual_seed(seed)
-    found = []
+    gradients, controls = [], []
     with local_parameters(), pyro.validation_enabled(False):
         for _ in range(number):
             state = torch.get_rng_state()
-            guide.family = dist.Normal
-            drawn = gradient(objective, parameters, x, blocks)
-            torch.set_rng_state(state)
-            guide.family = Reflected
-            reflected = gradient(objective, parameters, x, blocks)
-            found.append(torch.stack([drawn, reflected]))
+            for family in (dist.Normal, Reflected):
+                guide.family = family
+                torch.set_rng_state(state)
+                for part in x.chunk(blocks):
+                    slopes = torch.autograd.grad(-objective(part), [model.mu, guide.b, guide.A])
+                    gradients.append(torch.cat([slope.flatten() for slope in slopes]).double())
+                    controls.append(control(estimator, model, guide, part))
     guide.family = dist.Normal
-    return torch.stack(found)
+    stacked = [torch.stack(found) / len(x) for found in (gradients, controls)]
+    drawn, zero = (found.view(number, 2, blocks, -1) for found in stacked)
+    return drawn, zero
 
 
-def signal_to_noise(gradients: Tensor) -> Tensor:
-    """SNR of each element: gradients ``(R, copies, blocks, P)`` to ``(P,)``.
+@torch.no_grad()
+def control(estimator: elbo.Estimator, model: Model, guide: Guide, x: Tensor) -> Tensor:
+    """C at the guide's last draws, summed over the datapoints, ``(P,)``; 0 unless pathwise."""
+    of_mu = torch.zeros_like(model.mu, dtype=torch.float64)
+    of_mean = torch.zeros_like(x)
+    if estimator.gradient == "pathwise":
+        z, mean = guide.drawn.reshape(-1, *x.shape), guide.mean(x)
+        groups = getattr(estimator, "num_groups", 1)
+        score = (z - mean) * 1.5  # of log q, in its mean
+        square = (z - model.mu).square() + (z - x).square() - 1.5 * (z - mean).square()
+        log_w = -0.5 * square.sum(-1)
+        c = torch.softmax(log_w.unflatten(0, (groups, -1)), 1)
+        plain, doubly = ((w / groups).flatten(0, 1).unsqueeze(-1) for w in (c, c.square()))
+        along = model.mu + x - 2 * z + score  # slope of log w in z, and dz/dmean = 1
+        of_mean = ((plain - doubly) * along - plain * score).sum(0)
+    of_b, of_A = of_mean.sum(0), of_mean.T @ x
+    return torch.cat([of_mu, of_b.double(), of_A.flatten().double()])
+
+
+def signal_to_noise(gradients: Tensor, controls: Tensor | float = 0.0) -> Tensor:
+    """SNR of each element: gradients, and what has mean 0, ``(R, copies, blocks, P)``, to ``(P,)``.
 
     The copies of a replicate are averaged for the mean, whose own noise is taken off its square.
     """
-    averaged = gradients.mean(1)
+    averaged = (gradients - controls).mean(1)
     signal = averaged.mean(0).sum(0).square() - averaged.var(0).sum(0) / len(gradients)
     return (signal.clamp(min=0) / gradients.var(0).sum(1).mean(0)).sqrt()
 
@@ -192,24 +218,35 @@ def measure(name: str, T: int, number: int, recipe: dict[str, Any]) -> dict[str,
     dim, seed = recipe["dim"], recipe["seed"]
     model, guide, x = problem(dim, recipe["datapoints"], recipe["offset"], seed)
     started = time.perf_counter()
-    gradients = replicates(ESTIMATORS[name](T), model, guide, x, number, 10_000 * seed + T)
+    gradients, controls = replicates(
+        ESTIMATORS[name](T), model, guide, x, number, 10_000 * seed + T
+    )
     seconds = time.perf_counter() - started
     generator = torch.Generator().manual_seed(seed)
-    resampled: dict[str, list[float]] = {part: [] for part in PARTS}
+    resampled: dict[str, dict[str, list[float]]] = {
+        way: {part: [] for part in PARTS} for way in ("snr", "reflected")
+    }
     for _ in range(BOOTSTRAPS):
         rows = torch.randint(number, (number,), generator=generator)
-        for part, value in by_part(signal_to_noise(gradients[rows]), dim).items():
-            resampled[part].append(value.item())
-    snr = by_part(signal_to_noise(gradients), dim)
-    plain = by_part(signal_to_noise(gradients[:, :1]), dim)
+        for way, zero in (("snr", controls[rows]), ("reflected", 0.0)):
+            for part, value in by_part(signal_to_noise(gradients[rows], zero), dim).items():
+                resampled[way][part].append(value.item())
+    values = {
+        "snr": signal_to_noise(gradients, controls),
+        "reflected": signal_to_noise(gradients),
+        "plain": signal_to_noise(gradients[:, :1]),
+    }
+    found = {
+        way: {part: snr.item() for part, snr in by_part(value, dim).items()}
+        for way, value in values.items()
+    }
     print(
-        f"{name}, T = {T}: {', '.join(f'{part} {value:.4g}' for part, value in snr.items())}; "
+        f"{name}, T = {T}: {', '.join(f'{part} {v:.4g}' for part, v in found['snr'].items())}; "
         f"{number} pairs, {seconds:.0f} s",
         flush=True,
     )
     return {
-        "snr": {part: value.item() for part, value in snr.items()},
-        "plain": {part: value.item() for part, value in plain.items()},
+        **found,
         "bootstrap": resampled,
         "seconds": seconds,
         "torch": torch.__version__,
@@ -223,54 +260,62 @@ def slope(draws: Sequence[int], values: Any) -> Any:
     return np.tensordot(t, np.log(np.asarray(values, dtype=float)), 1)
 
 
-def fit(cells: dict, name: str, part: str, smallest: int) -> tuple[float, float] | None:
+def fit(
+    cells: dict, name: str, part: str, smallest: int, way: str = "snr"
+) -> tuple[float, float] | None:
     """Slope over T >= smallest, and its bootstrapped standard error."""
-    draws = sorted(T for key, T in cells if key == name and T >= smallest)
+    draws = sorted(T for key, T in cells if key == name and smallest <= T)
     if len(draws) < 2:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = slope(draws, [cells[name, T]["snr"][part] for T in draws])
-        spread = slope(draws, [cells[name, T]["bootstrap"][part] for T in draws])
+        value = slope(draws, [cells[name, T][way][part] for T in draws])
+        spread = slope(draws, [cells[name, T]["bootstrap"][way][part] for T in draws])
         return float(value), float(np.std(spread, ddof=1))
 
 
 def table(cells: dict, numbers: Callable[[str, int], int]) -> str:
     lines = [
-        "| estimator | T | SNR of mu | SNR of b | SNR of A | plain: mu | b | A | pairs |",
+        "| estimator | T | SNR of mu | SNR of b | SNR of A | b, reflected | b, plain | mu, plain | "
+        "pairs |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (name, T), cell in cells.items():
-        snr = " | ".join(
-            f"{cell['snr'][part]:.4g} ± {np.std(cell['bootstrap'][part]):.1g}" for part in PARTS
-        )
-        plain = " | ".join(f"{cell['plain'][part]:.3g}" for part in PARTS)
-        lines.append(f"| {name} | {T} | {snr} | {plain} | {numbers(name, T)} |")
+        shown = [("snr", part) for part in PARTS] + [("reflected", "b")]
+        row = [
+            f"{cell[way][part]:.4g} ± {np.std(cell['bootstrap'][way][part]):.1g}"
+            for way, part in shown
+        ]
+        row += [f"{cell['plain'][part]:.3g}" for part in ("b", "mu")]
+        lines.append(f"| {name} | {T} | {' | '.join(row)} | {numbers(name, T)} |")
     return "\n".join(lines)
 
 
 def slopes(cells: dict, smallest: int) -> tuple[str, bool]:
     """The table of slopes, and whether every target is reached."""
     lines = [
-        "| estimator | parameters | slope ± s.e. | theory | target | reached |",
-        "|---|---|---|---|---|---|",
+        "| estimator | parameters | slope ± s.e. | theory | target | reached | reflected only |",
+        "|---|---|---|---|---|---|---|",
     ]
     good = True
     for name in ESTIMATORS:
         for part in PARTS:
             found = fit(cells, name, part, smallest)
-            if found is None:
+            other = fit(cells, name, part, smallest, "reflected")
+            if found is None or other is None:
                 continue
             value, error = found
             theory = THEORY[name][part != "mu"]
             demanded, verdict = "", ""
             if (name, part) in TARGETS:
                 low, high = TARGETS[name, part]
-                demanded = f"{low:+.2f} to {high:+.2f}" if high < math.inf else f"{low:+.2f} or more"
+                demanded = (
+                    f"{low:+.2f} to {high:+.2f}" if high < math.inf else f"{low:+.2f} or more"
+                )
                 reached = low <= value <= high and error < 0.015
                 good, verdict = good and reached, "yes" if reached else "NO"
             lines.append(
                 f"| {name} | {part} | {value:+.3f} ± {error:.3f} | {theory:+.1f} | {demanded} | "
-                f"{verdict} |"
+                f"{verdict} | {other[0]:+.2f} ± {other[1]:.2f} |"
             )
     return "\n".join(lines), good
 
@@ -289,7 +334,7 @@ def draw_figure(cells: dict, smallest: int, path: Path) -> None:
             if not draws:
                 continue
             values = np.array([cells[name, T]["snr"][part] for T in draws])
-            errors = [np.std(cells[name, T]["bootstrap"][part]) for T in draws]
+            errors = [np.std(cells[name, T]["bootstrap"]["snr"][part]) for T in draws]
             found = fit(cells, name, part, smallest)
             label = name if found is None else f"{name}, slope {found[0]:+.2f} ± {found[1]:.2f}"
             ax.errorbar(
@@ -318,6 +363,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--draws", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
+    parser.add_argument("--others-to", type=int, default=256, metavar="T",
+                        help="most draws of estimators that have no target")  # fmt: skip
     parser.add_argument("--fit-from", type=int, default=64, help="smallest T in the fits")
     parser.add_argument("--pairs", type=int, default=48, help="replicates where T is small")
     parser.add_argument("--min-pairs", type=int, default=24, help="and where it is large")
@@ -343,20 +390,27 @@ def main() -> None:
         return max(args.min_pairs, min(args.pairs, round(args.pairs * (64 / T) ** 0.5)))
 
     cells: dict[tuple[str, int], dict[str, Any]] = {}
-    for T in args.draws:  # the small ones of all estimators first
-        for name in args.estimators:
+    wanted = [
+        (name, T)
+        for name in args.estimators
+        for T in sorted(args.draws)
+        if args.others_to >= T or any(key == name for key, _ in TARGETS)
+    ]
+    for T in sorted(args.draws):  # the small ones of all estimators first
+        for name in (key for key, draws in wanted if draws == T):
             number = numbers(name, T)
             path = args.out / f"{name.replace(' ', '-')}-{T}-seed{args.seed}.json"
             run = functools.partial(measure, name, T, number, recipe)
             cells[name, T] = once(path, recipe | {"pairs": number}, run)
-    cells = {(name, T): cells[name, T] for name in args.estimators for T in args.draws}
+    cells = {key: cells[key] for key in wanted}
     fits, good = slopes(cells, args.fit_from)
     draw_figure(cells, args.fit_from, args.figure or args.out / "snr.png")
     print(
         f"\n{table(cells, numbers)}\n\n{fits}\n\n"
         f"D = {args.dim}, N = {args.datapoints:,}, moves N(0, {args.offset}^2), seed {args.seed}; "
-        f"slopes fitted on T >= {args.fit_from}; {BOOTSTRAPS} bootstraps; {torch.get_default_dtype()}, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"slopes fitted on T >= {args.fit_from}; {BOOTSTRAPS} bootstraps; "
+        f"{torch.get_default_dtype()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, "
         f"{sum(cell['seconds'] for cell in cells.values()):.0f} s"
     )
     sys.exit(0 if good or args.quick else 1)

@@ -115,6 +115,13 @@ def module_of(program: Any) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
+def method_owners(*programs: Any) -> nn.ModuleList:
+    """The modules of which programs are methods: these, not the programs, hold the parameters."""
+    methods = [program for program in programs if not isinstance(program, nn.Module)]
+    owners = {id(owner): owner for p in methods if (owner := module_of(p)) is not None}
+    return nn.ModuleList(owners.values())
+
+
 def data_plate(*data: Tensor | None, size: int | None = None) -> Any:
     """The plate ``"data"``, rightmost, over the rows of the first tensor that is given.
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.check import Checks, check_pair
-from ppvae.elbo import ELBO
-from ppvae.program import local_parameters
+from ppvae.elbo import ELBO, Estimator
+from ppvae.program import local_parameters, method_owners
 
 
 class SVI(pyro.infer.SVI):
@@ -75,6 +75,8 @@ class SVI(pyro.infer.SVI):
             )
         self.model, self.guide, self.elbo, self.clip_norm = model, guide, loss, clip_norm
         self.objective: nn.Module = loss(model, guide)
+        if not isinstance(loss, Estimator):  # Pyro's own module of a pair does not look for them
+            self.objective.owners = method_owners(model, guide)
         self.optim = optim
         self.optimizer: torch.optim.Optimizer | None = None
         self.num_steps = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -140,7 +141,8 @@ def fit(
 
     Raises:
         PairError, ValueError: before the first step: bad data, values outside the likelihood's
-            support, a pair that does not fit together, CUDA asked for but absent.
+            support, a pair that does not fit together, CUDA asked for but absent. The batches of a
+            ``DataLoader`` are checked in the first epoch, each before its step.
         FloatingPointError: the loss became NaN or infinite.
 
     Example:
@@ -157,6 +159,8 @@ def fit(
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
     valid = getattr(data if valid is None else valid, "valid", valid)
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be at least 1, or None for no early stopping: {patience}")
     if patience is not None and valid is None:
         raise ValueError("patience needs a validation bound: pass valid=..., or a data.Dataset")
     target = resolve_device(device) if device is not None else None
@@ -241,7 +245,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """``"auto"`` is CUDA if there is one, else the CPU.
 
     Raises:
-        ValueError: CUDA is asked for but absent.
+        ValueError: an unknown device, or CUDA is asked for but absent.
 
     Example:
         >>> from ppvae.train import resolve_device
@@ -250,7 +254,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f'device={device!r} is unknown: use "auto", "cpu", "cuda" or "cuda:1"'
+        ) from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device={str(device)!r} was asked for, but this PyTorch sees no CUDA device; use "
@@ -277,6 +286,7 @@ class _Source:
         if hasattr(data, "batch") and device is not None:
             data = data.to(device)
         self.data = self._place(data) if tensors else data
+        self.check_batch: Callable[[Batch], None] | None = None
 
     def whole(self, epoch: int) -> Batch:
         """All rows as tensors (not for a DataLoader)."""
@@ -293,7 +303,11 @@ class _Source:
                         f"{self.label}: the DataLoader must yield a tensor or a tuple of tensors, "
                         f"as model and guide are called, got {batch!r:.200}; give it a collate_fn"
                     )
-                yield self._place(batch)
+                batch = self._place(batch)
+                if self.check_batch is not None:
+                    self.check_batch(batch)
+                yield batch
+            self.check_batch = None  # all have been seen
             return
         tensors = self.whole(epoch)
         rows = len(tensors[0])
@@ -317,10 +331,16 @@ class _Source:
         return batch
 
     def check(self, svi: SVI, checks: Checks) -> None:
-        """All rows: finite, of one length, in the likelihood's support (not for a DataLoader)."""
+        """All rows: finite, of one length, in the likelihood's support.
+
+        The batches of a DataLoader are checked as they come, until it has yielded all of them.
+        """
         if isinstance(self.data, DataLoader):
-            return
-        tensors = self.whole(0)
+            self.check_batch = functools.partial(self._check, svi, checks)
+        else:
+            self._check(svi, checks, self.whole(0))
+
+    def _check(self, svi: SVI, checks: Checks, tensors: Batch) -> None:
         check_tensors(svi.model, tensors)
         for position, check in checks:
             try:

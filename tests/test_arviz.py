@@ -160,6 +160,22 @@ def test_several_latents():
     assert np.ptp(idata.prior["w"].values) > 0
 
 
+def test_a_latent_named_latent():  # as in Pyro's tutorial; a dimension may not have its name too
+    class Tutorial(ppvae.Program):
+        def __init__(self):
+            super().__init__()
+            self.likelihood = conditionals.Bernoulli(nets.mlp(2, 8, 4))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("latent", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", self.likelihood(z), obs=x)
+
+    guide = guides.Normal(nets.mlp(4, 4), latent="latent")
+    posterior = to_arviz(Tutorial(), guide, X, num_draws=3).posterior
+    assert posterior["latent"].dims == ("chain", "draw", "datapoint", "latent_dim")
+
+
 def test_images():
     model = models.VAE(
         conditionals.Bernoulli(nets.conv_decoder(2, shape=(1, 4, 4), channels=(4,)), event_dim=3),

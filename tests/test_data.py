@@ -331,6 +331,7 @@ X = np.ones((10, 4))
         ((np.ones((10, 8, 8, 3)),), {}, ValueError, r"channels last.*permute\(0, 3, 1, 2\)"),
         ((np.ones((2, 4)),), {}, ValueError, "train needs at least 1"),
         ((np.array([[None, 1]] * 5),), {}, TypeError, "object"),
+        (([[1.0, 2.0], [1.0]] * 5,), {}, ValueError, "x has rows of different lengths"),
         ((np.array([["a", "b"]] * 5),), {}, TypeError, "code words"),
         ((X * 1j,), {}, TypeError, "complex"),
         ((np.full((5, 3), 200, dtype=np.uint8),), {}, ValueError, "x / 255"),

@@ -410,6 +410,8 @@ def test_on_epoch_end():
         ({"epochs": 0}, ValueError, "epochs and batch_size"),
         ({"batch_size": 0}, ValueError, "epochs and batch_size"),
         ({"patience": 3}, ValueError, "patience needs a validation bound"),
+        ({"patience": 0, "valid": X}, ValueError, "patience must be at least 1"),
+        ({"device": "gpu"}, ValueError, "device='gpu' is unknown: use \"auto\""),
         ({"valid": "x"}, TypeError, "valid must be .* got str"),
         ({"valid": torch.ones(5, 3)}, ppvae.PairError, r"\(5, 3\)"),
         ({"valid": torch.full((200, 4), 0.5)}, ppvae.PairError, "outside the likelihood's support"),
@@ -486,6 +488,28 @@ def test_bad_labels_in_validation():
     svi = cvae()
     with pytest.raises(ppvae.PairError, match="'y' in valid: labels must lie"):
         fit(svi, (X, Y), valid=(FAR, torch.arange(100) // 20))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "match"),
+    [
+        (far(90, math.nan), FAR[:, 0].long(), "'x' has 4 NaN"),
+        (far(90, 3.0), FAR[:, 0].long(), "'x' in data: 4 of 64 values lie outside"),
+        (FAR, torch.arange(100) // 30, "'y' in data: labels must lie in 0 .. 2, got 2 .. 3"),
+    ],
+)
+def test_batches_of_a_loader_are_checked_before_their_step(x, y, match):
+    svi = cvae()
+    with pytest.raises(ppvae.PairError, match=match):
+        fit(svi, DataLoader(TensorDataset(x, y), batch_size=16))
+    assert svi.num_steps == 5  # rows 80 .. 95 are the sixth batch
+
+
+def test_a_conditional_guide_without_y():
+    dataset = data.from_arrays(X, Y)
+    with pytest.raises(ppvae.PairError, match=r"call it with x and y: .* dataset\.supervised\(\)"):
+        fit(cvae(), dataset)
+    assert len(fit(cvae(), dataset.supervised()).rows) == 2
 
 
 def test_support_that_differs_by_row_is_checked_on_the_batch_only():

@@ -280,6 +280,8 @@ def test_stl_is_biased_for_iwelbo_and_refused() -> None:
     [
         (lambda: elbo.IWELBO(1, "vimco"), 'use gradient="score" for one particle'),
         (lambda: elbo.ELBO(0), "num_particles must be at least 1"),
+        (lambda: elbo.IWELBO(2.5), "and a whole number, got 2.5"),
+        (lambda: elbo.IWELBO("5"), "and a whole number, got '5'"),
         (lambda: elbo.ELBO(2, "vimco"), "use one of"),
         (lambda: elbo.ELBO(2, "stl", kl="mixed"), 'use kl="sampled"'),
         (lambda: elbo.ELBO(2, "score", kl="analytic"), 'use kl="sampled"'),

@@ -212,7 +212,8 @@ def test_shared_parameters_are_counted_once():
     assert len(optimised) == len({id(p) for p in optimised}) == 12  # three networks
 
 
-def test_two_methods_of_one_module():
+@pytest.mark.parametrize("loss", [elbo.ELBO(), pyro.infer.Trace_ELBO()])
+def test_two_methods_of_one_module(loss):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
@@ -229,7 +230,7 @@ def test_two_methods_of_one_module():
                 pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
 
     both = Both()
-    svi = ppvae.SVI(both.model, both.guide, ADAM)
+    svi = ppvae.SVI(both.model, both.guide, ADAM, loss)
     before = tensors(both)
     svi.step(X)
     assert all(not torch.equal(before[k], v) for k, v in tensors(both).items())

@@ -177,7 +177,10 @@ def _numbers(array: Any, name: str) -> np.ndarray:
     if isinstance(array, Tensor):
         array = array.detach().cpu()
         array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has none
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError as error:  # numpy's "inhomogeneous shape"
+        raise ValueError(f"{name} has rows of different lengths: pad or cut them") from error
     if array.dtype.kind not in "biuf":
         raise TypeError(
             f"{name} holds {array.dtype} of shape {array.shape}: give an array of real numbers "

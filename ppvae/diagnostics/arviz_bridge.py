@@ -82,7 +82,9 @@ def to_arviz(
 
     observed = weights.observed
     latents = [name for name in weights.latents if name in weights.log_p]
-    stems = {name: "latent" if len(latents) == 1 else f"{name}_dim" for name in latents}
+    # A dimension may not have a variable's name, so the only latent's own name decides.
+    alone = len(latents) == 1 and latents[0] != "latent"
+    stems = {name: "latent" if alone else f"{name}_dim" for name in latents}
     stems |= {name: f"{name}_dim" for name in observed}
 
     def group(trace: Trace, keep: Any, draws: bool = True) -> dict[str, tuple[list[str], Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ppvae.elbo import gradients
 from ppvae.pairs import own_path
-from ppvae.program import module_of
+from ppvae.program import method_owners
 from ppvae.weights import LogWeights, log_weights
 
 
@@ -78,8 +79,11 @@ class Estimator(pyro.infer.ELBO):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if self.num_particles < 1:
-            raise ValueError(f"{name}: num_particles must be at least 1, got {self.num_particles}")
+        if not isinstance(self.num_particles, Integral) or self.num_particles < 1:
+            raise ValueError(
+                f"{name}: num_particles must be at least 1 and a whole number, got "
+                f"{self.num_particles!r}"
+            )
         if self.gradient not in self.gradients:
             raise ValueError(
                 f"{name}: gradient={self.gradient!r} is not defined; use one of {self.gradients}"
@@ -206,10 +210,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.guide, self.elbo = model, guide, elbo
         self.state = elbo.new_state()
-        # A bound method of a module is a program too; its owner holds the parameters.
-        methods = [p for p in (model, guide) if not isinstance(p, nn.Module)]
-        owners = {id(owner): owner for p in methods if (owner := module_of(p)) is not None}
-        self.owners = nn.ModuleList(owners.values())
+        self.owners = method_owners(model, guide)
 
     @property
     def step(self) -> int:

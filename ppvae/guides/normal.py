@@ -50,7 +50,14 @@ class Normal(Program):
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> pyro.distributions.Distribution:
         """q(z | x), or q(z | x, y): batch shape ``(N,)``, event shape ``(latent_dim,)``."""
-        return self.conditional(x) if y is None else self.conditional(x, self.condition(y))
+        if y is not None:
+            return self.conditional(x, self.condition(y))
+        if not isinstance(self.condition, nn.Identity):
+            raise ValueError(
+                "this guide was given a condition, so call it with x and y: data as a tuple "
+                "(x, y), or dataset.supervised()"
+            )
+        return self.conditional(x)
 
     def forward(self, x: Tensor, y: Tensor | None = None, size: int | None = None) -> Tensor:
         """Draw z, ``(N, latent_dim)``, in the plate ``"data"``; arguments as the model's."""
