@@ -11,9 +11,9 @@ of the gradient g of the bound, averaged over all datapoints,
 and the SNR of mu, b or A is the mean over its elements. For IWELBO-K with pathwise gradients theory
 says that it grows as K^(1/2) for mu (the model) and falls as K^(-1/2) for b and A (the guide).
 
-At large T the signal of the guide's pathwise gradient drowns: 10^6 plain gradients would be needed.
-So each replicate is a pair of gradients, the second with every draw of z reflected about the mean
-of q, which has the same law; and a term of mean zero is subtracted, written by hand here,
+At large T the signal of the guide's pathwise gradient drowns: some 10^5 plain gradients would be
+needed. So each replicate is a pair of gradients, the second with every draw of z reflected about
+the mean of q, which has the same law; and a term of mean zero is subtracted, written by hand here,
 
     C = sum_k (c_k - c'_k) dlog w_k/dz dz/dphi - sum_k c_k dlog q(z_k)/dphi,   E C = 0,
 
@@ -329,7 +329,8 @@ def draw_figure(cells: dict, smallest: int, path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     titles = {"mu": "model parameter mu", "b": "guide parameter b"}
     for ax, (part, title) in zip(panels, titles.items(), strict=True):
-        for name, colour, marker in zip(ESTIMATORS, colours, MARKERS, strict=False):
+        looks = zip(ESTIMATORS, colours, MARKERS, (11, 8, 8, 5, 6), strict=False)
+        for name, colour, marker, size in looks:  # where they coincide the larger lie below
             draws = [T for key, T in cells if key == name]
             if not draws:
                 continue
@@ -338,7 +339,7 @@ def draw_figure(cells: dict, smallest: int, path: Path) -> None:
             found = fit(cells, name, part, smallest)
             label = name if found is None else f"{name}, slope {found[0]:+.2f} ± {found[1]:.2f}"
             ax.errorbar(
-                draws, values, errors, color=colour, marker=marker, markersize=6, linestyle="",
+                draws, values, errors, color=colour, marker=marker, markersize=size, linestyle="",
                 label=label,
             )  # fmt: skip
             fitted = [T for T in draws if smallest <= T]
@@ -346,7 +347,7 @@ def draw_figure(cells: dict, smallest: int, path: Path) -> None:
                 at = np.array([min(fitted), max(fitted)], dtype=float)
                 centre = np.exp(np.log(fitted).mean())
                 height = np.exp(np.log(values[-len(fitted) :]).mean())
-                ax.plot(at, height * (at / centre) ** found[0], color=colour, linewidth=1.5)
+                ax.plot(at, height * (at / centre) ** found[0], color=colour, linewidth=size / 3)
             ax.plot(draws, values, color=colour, linewidth=0.8, linestyle=":")
         ax.set(
             xscale="log", yscale="log", title=f"SNR of the gradient: {title}",

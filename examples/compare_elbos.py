@@ -44,10 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(table.drop(columns=["estimator", "family", "gap_se"]).to_string(float_format="%.4g"))
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     plots.bound_against_particles(table, axes[0])
     plots.snr_against_particles(table, "guide", axes[1])
     plots.variance_against_time(table, "guide", axes[2])
+    for ax in axes:  # one legend serves all three
+        ax.get_legend().remove()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, fontsize="small")
     figure.savefig(out / "estimators.png", dpi=120)
     table.to_csv(out / "estimators.csv")
     reporting.print_files(out, FILES)
@@ -106,8 +110,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="linear_gaussian",
-                        help="linear_gaussian (default), or a data set as in examples/vae.py")  # fmt: skip
+    parser.add_argument(
+        "--data",
+        default="linear_gaussian",
+        help="linear_gaussian (default), or a data set as in examples/vae.py",
+    )
     parser.add_argument("--particles", type=int, nargs="+", default=[1, 4, 16, 64], metavar="K")
     parser.add_argument("--repeats", type=int, default=200, help="gradients (default: 200)")
     parser.add_argument("--rows", type=int, default=64, help="datapoints (default: 64)")

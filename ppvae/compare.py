@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppvae.check import check_pair
 from ppvae.diagnostics.evidence import log_evidence as importance_log_evidence
 from ppvae.elbo import Estimator, Objective
-from ppvae.pairs import evaluation_mode
+from ppvae.pairs import evaluation_mode, seeded
 from ppvae.program import local_parameters, module_of
 
 
@@ -84,9 +84,7 @@ def compare(
     args = (data,) if isinstance(data, Tensor) else tuple(data)
     check_pair(model, guide, *args)
     named = dict(estimators) if isinstance(estimators, Mapping) else _named(estimators)
-    device = args[0].device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, *args):
         reference = "exact"
         if log_evidence is None:
             found = importance_log_evidence(model, guide, *args, num_particles=evidence_particles)
@@ -112,7 +110,7 @@ def compare(
         "reference": reference,
         "repeats": repeats,
         "datapoints": len(args[0]),
-        "device": str(device),
+        "device": str(args[0].device),
         "threads": torch.get_num_threads(),
     }
     return table

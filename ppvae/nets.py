@@ -422,11 +422,13 @@ class OneHot(nn.Module):
     """
 
     classes: Tensor
+    one: Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.register_buffer("classes", torch.arange(num_classes), persistent=False)
+        self.register_buffer("one", torch.ones(()), persistent=False)  # follows .double(), .half()
 
     def forward(self, y: Tensor) -> Tensor:
         """Maps labels ``(...,)`` to ``(..., num_classes)``."""
@@ -435,7 +437,7 @@ class OneHot(nn.Module):
                 f"OneHot expects integer labels, got {y.dtype} of shape {tuple(y.shape)}; use "
                 "y.long(), or leave OneHot out if y is one-hot already"
             )
-        return (y.unsqueeze(-1) == self.classes).to(torch.get_default_dtype())
+        return (y.unsqueeze(-1) == self.classes).to(self.one.dtype)
 
     def check(self, y: Tensor) -> None:
         """Checks a data set's labels; it reads their values, so call it once, not in a loop.

@@ -190,6 +190,23 @@ def unnoticed(model: Program, guide: Program) -> Iterator[None]:
 
 
 @contextmanager
+def seeded(seed: int | None, *tensors: Any) -> Iterator[None]:
+    """Draw with a seed inside, and leave the random stream as it was; None: draw from the stream.
+
+    The tensors say on which CUDA devices there are draws.
+    """
+    if seed is None:
+        yield
+        return
+    cuda = {
+        tensor.device.index for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_cuda
+    }
+    with torch.random.fork_rng(devices=sorted(cuda)):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def evaluation_mode(*programs: Program) -> Iterator[None]:
     """``eval()`` for the programs that are modules, then each module's own mode again."""
     modules = [m for p in programs if (owner := module_of(p)) is not None for m in owner.modules()]

@@ -89,7 +89,17 @@ class _LocalState:
         return vars(context).setdefault("param_state", {"params": {}, "constraints": {}})
 
 
-_Context.param_state = _LocalState()
+@contextmanager
+def _local_state() -> Iterator[None]:
+    """Let every ``PyroModule`` run with local parameters while inside."""
+    if hasattr(_Context, "param_state"):  # already inside
+        yield
+        return
+    _Context.param_state = _LocalState()
+    try:
+        yield
+    finally:
+        del _Context.param_state
 
 
 class _RefuseStore(Messenger):
@@ -166,7 +176,7 @@ def local_parameters() -> Iterator[None]:
     """
     token = _parameters_are_local.set(True)
     try:
-        with pyro.settings.context(module_local_params=True), _RefuseStore():
+        with pyro.settings.context(module_local_params=True), _local_state(), _RefuseStore():
             yield
     finally:
         _parameters_are_local.reset(token)

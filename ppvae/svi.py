@@ -79,7 +79,7 @@ class SVI(pyro.infer.SVI):
             self.objective.owners = method_owners(model, guide)
         self.optim = optim
         self.optimizer: torch.optim.Optimizer | None = None
-        self.num_steps = 0
+        self.num_steps = self.num_epochs = 0
 
     def prepare(self, *args: Any, **kwargs: Any) -> Checks:
         """Check the pair on a batch and build the optimiser; :meth:`step` does it when needed.
@@ -125,12 +125,13 @@ class SVI(pyro.infer.SVI):
         """Parameters, buffers, the step count and the optimiser's state; no pickled code."""
         optimizer = self.optimizer.state_dict() if self.optimizer is not None else None
         objective = self.objective.state_dict()
-        return {"objective": objective, "optimizer": optimizer, "num_steps": self.num_steps}
+        counts = {"num_steps": self.num_steps, "num_epochs": self.num_epochs}
+        return {"objective": objective, "optimizer": optimizer, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state made by :meth:`state_dict` of an equal pair."""
         self.objective.load_state_dict(state["objective"])
-        self.num_steps = state["num_steps"]
+        self.num_steps, self.num_epochs = state["num_steps"], state["num_epochs"]
         if state["optimizer"] is not None:
             if self.optimizer is None:
                 self.optimizer = build_optimizer(self.optim, self.objective)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ppvae.check import Checks, PairError, check_pair, check_tensors, names
 from ppvae.elbo import Estimator
-from ppvae.pairs import evaluation_mode
+from ppvae.pairs import evaluation_mode, seeded
 from ppvae.svi import SVI
 
 Batch = tuple[Tensor, ...]
@@ -29,8 +29,9 @@ class History:
 
     Attributes:
         name: what the numbers are, e.g. ``"IWELBO-8"``.
-        rows: per epoch: ``epoch`` (from 1), ``step`` (updates so far), ``train_objective`` (the
-            mean over the epoch of what is maximised, any weight on the KL included),
+        rows: per epoch: ``epoch`` (from 1, going on over calls of ``fit``), ``step`` (updates so
+            far), ``train_objective`` (the mean over the epoch of what is maximised, any weight on
+            the KL included),
             ``valid_bound`` (the bound on log p(x), its weight always 1; absent without validation
             data), ``kl_weight`` (where it changes), ``lr``, ``seconds`` (training only). Nats per
             datapoint, larger is better.
@@ -59,7 +60,7 @@ class History:
         """The last rows, and the best, as text."""
         chosen = self.rows[-last:]
         if self.best_epoch is not None and self.best_epoch < chosen[0]["epoch"]:
-            chosen = [self.rows[self.best_epoch - 1], *chosen]
+            chosen = [row for row in self.rows if row["epoch"] == self.best_epoch] + chosen
         if not chosen:
             return f"{self.name}: no epoch yet"
         heads = list(dict.fromkeys(head for row in chosen for head in row))
@@ -177,8 +178,12 @@ def fit(
     warm_up = getattr(getattr(svi.elbo, "beta", None), "steps", 0)
     history = History(_name(svi.elbo))
     best, best_state = -math.inf, None
-    with tqdm(range(1, epochs + 1), unit="epoch", disable=not progress) as bar:
-        for epoch in bar:
+    with tqdm(range(epochs), unit="epoch", disable=not progress) as bar:
+        for _ in bar:
+            svi.num_epochs += (
+                1  # a second call goes on where the first ended: new shuffles and draws
+            )
+            epoch = svi.num_epochs
             started = time.perf_counter()
             total, count = torch.zeros((), device=target), 0
             for batch in train_data.epoch(seed, epoch):
@@ -200,10 +205,10 @@ def fit(
             row |= {"lr": float(svi.optimizer.param_groups[0]["lr"]), "seconds": seconds}
             history.rows.append(row)
             if scheduler is not None:
-                plateau = isinstance(scheduler, ReduceLROnPlateau)
-                scheduler.step(
-                    *([row.get("valid_bound", row["train_objective"])] if plateau else [])
-                )
+                if isinstance(scheduler, ReduceLROnPlateau):
+                    scheduler.step(row.get("valid_bound", row["train_objective"]))
+                else:
+                    scheduler.step()
             shown = {k: f"{row[k]:.2f}" for k in ("train_objective", "valid_bound") if k in row}
             bar.set_description(history.name)
             bar.set_postfix(shown | {"": "nats"})
@@ -227,10 +232,7 @@ def fit(
 
 def mean_bound(svi: SVI, batches: Iterator[Batch], seed: int) -> float:
     """The bound on log p(x) over batches, nats per datapoint, in evaluation mode, same draws."""
-    device = next((p.device for p in svi.objective.parameters()), torch.device("cpu"))
-    devices = [device] if device.type == "cuda" else []
-    with evaluation_mode(svi.objective), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with evaluation_mode(svi.objective), seeded(seed, *svi.objective.parameters()):
         total, count = 0.0, 0
         for batch in batches:
             if isinstance(svi.elbo, Estimator):

@@ -394,7 +394,7 @@ def exact_parts(model: ClusterModel, guide: ClusterGuide) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize("beta", [1.0, 4.0])
 @pytest.mark.parametrize("K", [1, 5])
 def test_enumeration_with_particles_and_beta(where: str, beta: float, K: int) -> None:
-    """The combination stock Pyro refuses: exact value and gradient by quadrature."""
+    """Exact value and gradient by quadrature."""
     model, guide = ClusterModel(direct=True), ClusterGuide(*GUIDES[where])
     fit, kl = exact_parts(model, guide)
     expected = oracles.exact_gradient(-(fit - beta * kl).sum(), trainable(model, guide))
@@ -609,3 +609,22 @@ def test_numpyro_gives_the_same_renyi_bound_on_shared_weights() -> None:
         )
     ours = elbo.RenyiELBO(K, alpha=alpha).bound(torch.stack(log_w)).sum()
     assert -float(found) == pytest.approx(ours.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("where", GUIDES)
+def test_a_scale_inside_a_sum_over_latents_is_refused(where: str) -> None:
+    model, guide = ClusterModel(), ClusterGuide(*GUIDES[where])
+    scaled = pyro.poutine.scale(model, scale=4.0)
+    with pytest.raises(ValueError, match="a scale inside that sum has no meaning"):
+        elbo.ELBO()(scaled, guide)(X)
+
+
+@pytest.mark.parametrize("alpha", [-2.0, -math.inf])
+def test_what_is_no_bound_is_not_reported_as_one(alpha: float) -> None:
+    model = LinearModel(1, 3)
+    guide = LinearGuide(model, scale=1.6, shift=0.3)
+    x = model.draw(50)
+    estimator = elbo.RenyiELBO(50, alpha=alpha)
+    assert -estimator.loss(model, guide, x) > model.log_evidence(x).sum()  # what trains
+    values = torch.stack([estimator.evaluate(model, guide, x).mean() for _ in range(100)])
+    oracles.assert_below(values, model.log_evidence(x).mean().item())

@@ -624,3 +624,22 @@ def test_progress_bar(capsys):
     assert "nats" in shown
     fit(vae(), X)
     assert capsys.readouterr().err == ""
+
+
+def test_a_second_call_goes_on_with_new_draws():
+    digits = data.load("digits")
+    seen = []
+    svi = make_svi_for(digits)
+    svi.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].sum().item()))
+    for epoch in (1, 2):
+        seen.clear()
+        history = ppvae.fit(svi, digits.train, epochs=1, batch_size=2000, progress=False)
+        assert history.rows[0]["epoch"] == epoch == svi.num_epochs
+        assert seen[-1] == digits.train.draw(epoch).sum().item()
+    assert digits.train.draw(1).sum() != digits.train.draw(2).sum()
+
+
+def make_svi_for(dataset):
+    width = dataset.train.x.shape[1]
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, width)), latent_dim=2)
+    return ppvae.SVI(model, guides.Normal(nets.mlp(width, 8, 4)), ADAM)

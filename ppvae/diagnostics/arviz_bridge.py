@@ -20,6 +20,7 @@ from ppvae.pairs import (
     particle_plate,
     replay,
     sample_sites,
+    seeded,
     structure,
 )
 from ppvae.weights import log_weights
@@ -69,12 +70,9 @@ def to_arviz(
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     check_tensors(model, args)
-    cuda = sorted({arg.device.index for arg in args if isinstance(arg, Tensor) and arg.is_cuda})
     free = poutine.uncondition(model)
     with torch.no_grad(), evaluation_mode(model, guide), own_path():
-        with torch.random.fork_rng(devices=cuda, enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed, *args):
             weights = log_weights(model, guide, *args, num_particles=num_draws)
             with particle_plate(structure(model, guide, args, {}), num_draws):
                 predictive = replay(free, weights.guide_trace, args, {})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppvae.check import check_tensors
 from ppvae.diagnostics.psis import khat
-from ppvae.pairs import evaluation_mode
+from ppvae.pairs import evaluation_mode, seeded
 from ppvae.weights import log_weights
 
 
@@ -130,12 +130,9 @@ def log_evidence(
         raise ValueError("no data: call log_evidence(model, guide, x), with tensors")
     particles = min(num_particles, max_rows)
     datapoints = max(1, max_rows // particles)
-    cuda = sorted({arg.device.index for arg in args if isinstance(arg, Tensor) and arg.is_cuda})
     chunks = []
     with torch.no_grad(), evaluation_mode(model, guide):
-        with torch.random.fork_rng(devices=cuda, enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed, *args):
             for start in range(0, rows, datapoints):
                 part = [
                     arg[start : start + datapoints] if isinstance(arg, Tensor) else arg

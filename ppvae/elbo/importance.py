@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -201,7 +201,8 @@ class RenyiELBO(Estimator):
 
     alpha = 0 is :class:`IWELBO`; alpha -> 1 is the ELBO (use :class:`ELBO`, it raises here);
     alpha = -inf is VR-max, the largest log-weight. For alpha >= 0 its expectation is a lower bound
-    on log p(x) at every K; for alpha < 0 only small K keep it below, so it is no bound.
+    on log p(x) at every K; for alpha < 0 only small K keep it below, so it is no bound: it is then
+    what trains, while :meth:`evaluate` and ``fit``'s ``valid_bound`` report IWELBO at the same K.
 
     Args:
         num_particles: K >= 1.
@@ -244,6 +245,12 @@ class RenyiELBO(Estimator):
             return log_w.amax(0)
         order = 1 - self.alpha
         return log_mean_exp(order * log_w) / order
+
+    def evaluate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """The bound of each datapoint, ``(N,)``; for alpha < 0, which is none, that of IWELBO."""
+        if self.alpha < 0:
+            return IWELBO(self.num_particles).evaluate(model, guide, *args, **kwargs)
+        return super().evaluate(model, guide, *args, **kwargs)
 
     def dreg_coefficient(self, log_w: Tensor) -> Tensor:
         weights = torch.softmax((1 - self.alpha) * log_w, 0)

@@ -54,6 +54,9 @@ class FreeBits(Penalty):
     with :math:`\overline{\mathrm{KL}}_j` the mean over the minibatch, for each latent site j or
     each of its dimensions.
 
+    The mean is estimated from the draws, so with few of them a rate near lambda is compared
+    noisily: prefer ``kl="mixed"``, whose closed form has no such noise.
+
     Args:
         nats: lambda >= 0, per group.
         per_dimension: a group is a dimension of a latent (which then must be drawn from

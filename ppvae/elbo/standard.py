@@ -114,6 +114,12 @@ class ELBO(Estimator):
     def _terms(self, weights: LogWeights) -> tuple[Tensor, dict[str, Tensor]]:
         """log p(x | z) and log q - log p of each latent, ``(K or 1, N)``, summed out."""
         scales = weights.site_scales
+        if scales and weights.enumerated:
+            raise ValueError(
+                f"a poutine.scale weighs site {next(iter(scales))[1]!r} while latents are summed "
+                f"out ({sorted(weights.enumerated)}), and a scale inside that sum has no meaning; "
+                "for a weight on the KL use elbo.ELBO(beta=...)"
+            )
         log_p = {n: scales.get(("model", n), 1.0) * t for n, t in weights.log_p.items()}
         log_q = {n: scales.get(("guide", n), 1.0) * t for n, t in weights.log_q.items()}
 

@@ -39,7 +39,7 @@ def bound_against_particles(table: Any, ax: Axes | None = None) -> Axes:
     )
     ax.axhline(table.attrs["log_evidence"], color="black", linestyle="--", linewidth=1, label=label)
     ax.set_ylabel("bound [nats per datapoint]")
-    ax.legend(frameon=False, fontsize="small")
+    _legend(ax)
     return ax
 
 
@@ -71,7 +71,7 @@ def snr_against_particles(table: Any, part: str = "guide", ax: Axes | None = Non
     ax = _families(table[table[f"snr_{part}"] > 0], f"snr_{part}", axes(ax))
     ax.set_yscale("log")
     ax.set_ylabel(f"signal-to-noise ratio, {part} gradient")
-    ax.legend(frameon=False, fontsize="small")
+    _legend(ax)
     return ax
 
 
@@ -102,6 +102,8 @@ def variance_against_time(table: Any, part: str = "guide", ax: Axes | None = Non
     """
     if part not in ("guide", "model"):
         raise ValueError(f'part must be "guide" or "model", got {part!r}')
+    from matplotlib.ticker import NullLocator
+
     ax = axes(ax)
     shown = table[table[f"var_{part}"] > 0]
     for i, (family, rows) in enumerate(shown.groupby("family", sort=False)):
@@ -116,7 +118,11 @@ def variance_against_time(table: Any, part: str = "guide", ax: Axes | None = Non
             linestyle=":", linewidth=1, label=f"averaging {first['family']}")  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="loss and gradient [ms]",
            ylabel=f"variance of the {part} gradient [nats²]")  # fmt: skip
-    ax.legend(frameon=False, fontsize="small")
+    low, high = ax.get_xlim()
+    ticks = [n * 10.0**e for e in range(-4, 7) for n in (1, 2, 5) if low <= n * 10.0**e <= high]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+    _legend(ax)
     return ax
 
 
@@ -132,3 +138,8 @@ def _families(table: Any, column: str, ax: Axes, error: str | None = None) -> Ax
     ax.minorticks_off()
     ax.set_xlabel("draws per datapoint")
     return ax
+
+
+def _legend(ax: Axes) -> None:
+    """Above the axes, where it covers nothing."""
+    ax.legend(frameon=False, fontsize="x-small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
