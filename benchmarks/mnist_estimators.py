@@ -175,10 +175,10 @@ def report(trained: dict, scored: dict, recipe: dict[str, Any]) -> str:
         if both:
             value, error = difference(scored, first, second, both)
             each = [difference(scored, first, second, [seed])[0] for seed in both]
-            over = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
+            over = f"{statistics.stdev(each) / math.sqrt(len(each)):.2f}" if len(each) > 1 else "-"
             lines.append(
                 f"| {first} - {second} | {', '.join(f'{d:+.2f}' for d in each)} | "
-                f"{value:+.3f} ± {error:.3f} | {over:.2f} |"
+                f"{value:+.3f} ± {error:.3f} | {over} |"
             )
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ the mean of q, which has the same law; and a term of mean zero is subtracted, wr
     C = sum_k (c_k - c'_k) dlog w_k/dz dz/dphi - sum_k c_k dlog q(z_k)/dphi,   E C = 0,
 
 with c the normalised weights (over M in M groups) and c' = their square (over M): the identity of
-Tucker et al. (2019). A biased gradient would keep its bias. sd g is that of single gradients
+Tucker et al. (2018). A biased gradient would keep its bias. sd g is that of single gradients
 without C: datapoints are independent given the data, so Var g is the sum of the variances of 8
 blocks of them. What noise is left in the square of the mean is subtracted. "reflected" is the same
 without C, "plain" without C and without reflection, from half the gradients. Standard errors are
@@ -77,7 +77,7 @@ ESTIMATORS: dict[str, Callable[[int], elbo.Estimator]] = {
     "ELBO stl": lambda T: elbo.ELBO(num_particles=T, gradient="stl"),
 }
 # Slopes that the paper predicts as T grows, and what the benchmark demands: lowest and highest.
-# None: no prediction. DReG is not in that paper; Tucker et al. (2019) predict +1/2.
+# None: no prediction. DReG is not in that paper; Tucker et al. (2018) predict +1/2.
 THEORY = {
     "IWELBO": (0.5, -0.5),
     "IWELBO dreg": (0.5, 0.5),
