@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import ppvae
 from ppvae import conditionals, data, diagnostics, guides, models, nets, plots
 from ppvae.program import data_plate
+from ppvae.train import resolve_device
 
 FILES = [
     "results.json",
@@ -75,7 +76,7 @@ class VisibleAndGuess(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    device = reporting.choose_device(args.device)
+    device = resolve_device(args.device)
     out = reporting.open_folder(args.out, args.overwrite, FILES)
 
     # The data: batches are (x, y), and the model is p(x | y).

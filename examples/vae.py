@@ -24,6 +24,7 @@ from torch import Tensor
 
 import ppvae
 from ppvae import data, diagnostics, guides, models, nets, plots
+from ppvae.train import resolve_device
 
 FILES = [
     "results.json",
@@ -39,7 +40,7 @@ FILES = [
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    device = reporting.choose_device(args.device)
+    device = resolve_device(args.device)
     out = reporting.open_folder(args.out, args.overwrite, FILES)
 
     # The data: batches are (x,).

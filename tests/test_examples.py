@@ -27,9 +27,12 @@ COMMON = {"results.json", "posterior.nc", "training.png", "khat.png"}
 
 
 @pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    """As if the script's own folder were on the path, which Python sees to for a script."""
+def as_a_script(monkeypatch):
+    """The script's own folder on the path; and its number of threads is its own affair."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(name, out, *options):
@@ -222,7 +225,7 @@ def test_own_table_with_a_label_column(tmp_path):
         ({}, ["--shape", "3", "3"], "make them agree"),
         ({}, ["--lr", "-1"], "--lr"),
         ({}, ["--binarize", "dynamic"], "[0, 1]"),
-        ({}, ["--device", "toaster"], "--device toaster"),
+        ({}, ["--device", "toaster"], "'toaster' is unknown"),
         ({}, ["--label", "kind"], "no option label"),
         ({}, ["--data", "digit"], "did you mean 'digits'"),
         ({}, ["--data", "missing.npz"], "no data set, file or folder"),
