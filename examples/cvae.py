@@ -165,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results["baseline_epochs"] = len(baseline_history.rows)
 
     # Files: the numbers, draws for ArviZ, pictures.
+    reporting.clear(out, FILES)
     reporting.write_results(out / "results.json", args, results)
     idata = diagnostics.to_arviz(model, guide, x[:5], y[:5], num_draws=200, seed=args.seed)
     idata.to_netcdf(str(out / "posterior.nc"))

@@ -220,9 +220,13 @@ def open_folder(folder: Path, overwrite: bool, files: Iterable[str]) -> Path:
             "replace them"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for name in present:  # a picture of another task must not stay beside the new numbers
-        (folder / name).unlink()
     return folder
+
+
+def clear(folder: Path, files: Iterable[str]) -> None:
+    """Remove the files of an earlier run, now that new ones are ready: no mixture of two runs."""
+    for name in files:
+        (folder / name).unlink(missing_ok=True)
 
 
 def save(ax: Any, path: Path) -> None:

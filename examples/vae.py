@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reporting.print_summary("p(x)", results)
 
     # Files: the numbers, draws for ArviZ, pictures.
+    reporting.clear(out, FILES)
     reporting.write_results(out / "results.json", args, results)
     idata = diagnostics.to_arviz(model, guide, x[:5], num_draws=200, seed=args.seed)
     idata.to_netcdf(str(out / "posterior.nc"))
