@@ -259,5 +259,7 @@ def cross() -> Iterator[Any]:
     pairs = {"vae_bernoulli", "vae_vamp_prior"}
     labels = {"ELBO-pathwise", "IWELBO-dreg", "ReweightedWakeSleep-reweighted"}
     for pair, (label, estimator) in itertools.product(ALL_PAIRS, ALL_ESTIMATORS.items()):
+        if estimator.sign < 0 and pair == "tutorial":
+            continue  # one module holds both programs: which parameters are the guide's?
         marks = [] if pair in pairs or label in labels else [pytest.mark.slow]
         yield pytest.param(pair, estimator, id=f"{label}-{pair}", marks=marks)
