@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,7 +111,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         patience=args.patience,
         device=device,
         seed=args.seed,
-        progress=sys.stderr.isatty(),  # a log needs no bar
     )
     print(f"\nTraining: at most {args.epochs} epochs, on {device}", flush=True)
     started = time.perf_counter()

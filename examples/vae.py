@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         patience=args.patience,
         device=device,
         seed=args.seed,
-        progress=sys.stderr.isatty(),  # a log needs no bar
     )
     train_seconds = time.perf_counter() - started
 

@@ -133,7 +133,7 @@ def fit(
         device: where to train: ``"auto"`` (CUDA if there is one), ``"cpu"``, ``"cuda"``; None
             leaves model and data where they are.
         seed: of shuffling and the validation draws.
-        progress: show a progress bar.
+        progress: show a progress bar, if the output is a terminal.
         on_epoch_end: called with ``(svi, history)`` after each epoch; return True to stop. Saving
             ``svi.state_dict()`` here is a checkpoint.
 
@@ -178,7 +178,7 @@ def fit(
     warm_up = getattr(getattr(svi.elbo, "beta", None), "steps", 0)
     history = History(_name(svi.elbo))
     best, best_state = -math.inf, None
-    with tqdm(range(epochs), unit="epoch", disable=not progress) as bar:
+    with tqdm(range(epochs), unit="epoch", disable=None if progress else True) as bar:
         for _ in bar:
             svi.num_epochs += (
                 1  # a second call goes on where the first ended: new shuffles and draws
@@ -210,8 +210,8 @@ def fit(
                 else:
                     scheduler.step()
             shown = {k: f"{row[k]:.2f}" for k in ("train_objective", "valid_bound") if k in row}
-            bar.set_description(history.name)
-            bar.set_postfix(shown | {"": "nats"})
+            bar.set_description(f"{history.name} [nats per datapoint]")
+            bar.set_postfix(shown)
 
             stop = bool(on_epoch_end(svi, history)) if on_epoch_end is not None else False
             if valid_data is not None and svi.num_steps >= warm_up:
