@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -616,7 +617,10 @@ def test_history_plots_both_curves():
     pyplot.close("all")
 
 
-def test_progress_bar(capsys):
+def test_progress_bar(capsys, monkeypatch):
+    fit(vae(), X, valid=X, progress=True)
+    assert capsys.readouterr().err == ""  # no terminal: a log is not flooded
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     fit(vae(), X, valid=X, progress=True)
     shown = capsys.readouterr().err
     assert "ELBO" in shown
