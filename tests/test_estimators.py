@@ -308,6 +308,58 @@ def test_plates_masks_and_subsampling_mean_the_same_to_every_estimator(
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
 
 
+class GlobalModel(ppvae.Program):
+    """m ~ N(0, 1) for the whole data set, x ~ N(m, 1) for each row."""
+
+    def forward(self, x: Tensor, size: int | None = None) -> None:
+        m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
+        with data_plate(x, size=size):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+
+class GlobalGuide(ppvae.Program):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor, size: int | None = None) -> None:
+        pyro.sample("m", dist.Normal(self.loc, 0.3))
+
+
+def test_a_global_latent_has_one_weight_per_batch() -> None:
+    """joint=True: exact for full data, the same in expectation for minibatches of the ELBO."""
+    model, guide, x = GlobalModel(), GlobalGuide(), torch.randn(40) + 1
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(guide.loc, 0.3), torch.distributions.Normal(0.0, 1.0)
+    )
+    exact = dist.Normal(guide.loc, 1.0).log_prob(x).sum() - 40 * 0.5 * 0.3**2 - kl
+    expected = oracles.exact_gradient(-exact, [guide.loc])
+    losses, grads = {}, {}
+    for way in ("full", "minibatch"):
+        loss, grad = [], []
+        for _ in range(1000):
+            rows = torch.randperm(40)[:8] if way == "minibatch" else torch.arange(40)
+            size = {"size": 40} if way == "minibatch" else {}
+            value = elbo.ELBO(4).differentiable_loss(model, guide, x[rows], joint=True, **size)
+            loss.append(value.detach())
+            grad.append(oracles.exact_gradient(value, [guide.loc]))
+        losses[way], grads[way] = torch.stack(loss), torch.stack(grad)
+        assert_mean(losses[way], -exact.detach(), way)
+        assert_mean(grads[way], expected, way)
+    weights = ppvae.log_weights(model, guide, x, num_particles=3, joint=True)
+    assert weights.log_w.shape == (3, 1)
+    evidence = dist.MultivariateNormal(x.new_zeros(40), torch.eye(40) + 1.0).log_prob(x)
+    bounds = torch.stack(
+        [-elbo.IWELBO(50).differentiable_loss(model, guide, x, joint=True) for _ in range(200)]
+    ).detach()
+    oracles.assert_below(bounds, evidence.item())
+    assert bounds.mean() > -losses["full"].mean()
+    with pytest.raises(ValueError, match="the scale on site 'x'"):
+        elbo.IWELBO(4).differentiable_loss(model, guide, x[:8], size=40, joint=True)
+    with pytest.raises(ValueError, match=r"site 'm' lies outside the plate 'data'.*joint=True"):
+        elbo.ELBO()(model, guide)(x)
+
+
 # ------------------------------------------------------------------------------ enumeration
 
 
