@@ -273,3 +273,21 @@ def test_help_states_every_default(name, capsys):
     assert run(name, "unused", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert text.count("(default: ") >= 15 and "(default: None)" not in text
+
+
+@pytest.mark.parametrize("name", ["linear_gaussian", "digits"])
+def test_compare_elbos(name, tmp_path, capsys):
+    import importlib
+
+    importlib.import_module("reporting")
+    example = importlib.import_module("compare_elbos")
+    example.main(["--smoke", "--data", name, "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert ("exact" if name == "linear_gaussian" else "IWELBO-5000") in shown
+    table = (tmp_path / "estimators.csv").read_text()
+    assert {"IWELBO-4 dreg", "PIWELBO-4", "ELBO-1 stl"} <= {
+        r.split(",")[0] for r in table.splitlines()
+    }
+    assert (tmp_path / "estimators.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="already holds"):
+        example.main(["--smoke", "--data", name, "--out", str(tmp_path)])
