@@ -42,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"({truth['reference']}) [nats per datapoint]; {args.repeats} repeats, "
         f"{truth['device']}, {truth['threads']} threads\n"
     )
-    print(table.drop(columns=["estimator", "family", "gap_se"]).to_string(float_format="%.4g"))
+    print(
+        table.drop(
+            columns=["estimator", "family", "gap_se", "snr_floor_model", "snr_floor_guide"]
+        ).to_string(float_format="%.4g")
+    )
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     plots.bound_against_particles(table, axes[0])

@@ -57,11 +57,12 @@ def compare(
         A ``pandas.DataFrame``, one row per estimator: ``estimator`` (its repr), ``family`` (bound
         and gradient), ``particles`` (draws per datapoint), ``bound``, ``bound_se``, ``gap`` (to
         ``log_evidence``), ``gap_se`` (that of the bound), ``snr_model``, ``snr_guide``,
-        ``var_model``, ``var_guide`` (tr Var of the gradient of the mean loss per datapoint), ``ms``
-        (one loss and gradient), ``peak_mb`` (of live tensors in it, parameters excluded). Nats per
-        datapoint. ``table.attrs`` has
-        ``log_evidence``, ``reference`` ("exact" or "IWELBO-5000"), ``repeats``, ``device`` and
-        ``threads``. Parameters that model and guide share count in both.
+        ``snr_floor_model``, ``snr_floor_guide`` (below it, a ratio cannot be told from zero at this
+        many repeats), ``var_model``, ``var_guide`` (tr Var of the gradient of the mean loss per
+        datapoint), ``ms`` (one loss and gradient), ``peak_mb`` (of live tensors in it, parameters
+        excluded). Nats per datapoint. ``table.attrs`` has ``log_evidence``, ``reference`` ("exact"
+        or "IWELBO-5000"), ``repeats``, ``device`` and ``threads``. Parameters that model and guide
+        share count in both.
 
     Raises:
         PairError, ValueError: the pair or an estimator does not fit the data.
@@ -153,8 +154,9 @@ def _row(objective: Objective, args: tuple[Tensor, ...], repeats: int, truth: fl
     }
     parts = {"model": _parameters(objective.model), "guide": _parameters(objective.guide)}
     noise = _gradient_noise(objective, args, parts, repeats, rows)
-    row |= {f"snr_{part}": snr for part, (snr, _) in noise.items()}
-    row |= {f"var_{part}": variance for part, (_, variance) in noise.items()}
+    row |= {f"snr_{part}": snr for part, (snr, _, _) in noise.items()}
+    row |= {f"snr_floor_{part}": floor for part, (_, floor, _) in noise.items()}
+    row |= {f"var_{part}": variance for part, (_, _, variance) in noise.items()}
     return row
 
 
@@ -169,8 +171,8 @@ def _gradient_noise(
     parts: dict[str, list[nn.Parameter]],
     repeats: int,
     rows: int,
-) -> dict[str, tuple[float, float]]:
-    """SNR and total variance of the gradient of each part, by Welford's running moments."""
+) -> dict[str, tuple[float, float, float]]:
+    """SNR, its floor and the total variance of each part's gradient, by Welford's moments."""
     union = list({id(p): p for part in parts.values() for p in part}.values())
     mean = [torch.zeros_like(p, dtype=torch.float64) for p in union]
     spread = [torch.zeros_like(m) for m in mean]
@@ -187,7 +189,14 @@ def _gradient_noise(
         variance = sum(moments[id(p)][1].sum().item() for p in parameters)
         signal = sum(moments[id(p)][0].square().sum().item() for p in parameters)
         signal = max(signal - variance / repeats, 0.0)
-        found[part] = (math.sqrt(signal / variance) if variance else math.nan, variance)
+        # Without a signal, the squared norm of the mean has this standard deviation.
+        chance = sum(moments[id(p)][1].square().sum().item() for p in parameters)
+        chance = math.sqrt(2 * chance) / repeats
+        snr, floor = (
+            math.sqrt(square / variance) if variance else math.nan
+            for square in (signal, 2 * chance)
+        )
+        found[part] = (snr, floor, variance)
     return found
 
 

@@ -69,6 +69,19 @@ def test_gradient_noise_is_that_of_repeated_gradients(pair) -> None:
     assert row["snr_guide"] == pytest.approx(signal / math.sqrt(row["var_guide"]), rel=0.1)
 
 
+def test_the_floor_tells_noise_from_signal(float64) -> None:
+    """At the exact guide the pathwise gradient of the guide has mean zero: noise only."""
+    model = LinearModel(2, 4)
+    x = model.draw(30)
+    table = ppvae.compare(
+        model, LinearGuide(model), x, [elbo.IWELBO(4)], repeats=100, timing_rounds=0,
+        log_evidence=model.log_evidence(x).detach(),
+    )  # fmt: skip
+    row = table.iloc[0]
+    assert row["snr_guide"] < 1.5 * row["snr_floor_guide"]
+    assert row["snr_model"] > 2 * row["snr_floor_model"]
+
+
 def test_nothing_is_trained_or_drawn(pair) -> None:
     model, guide, x = pair
     before = {k: v.clone() for k, v in [*model.state_dict().items(), *guide.state_dict().items()]}
