@@ -84,7 +84,13 @@ def compare(
         raise ValueError(f"repeats must be at least 2, got {repeats}")
     args = (data,) if isinstance(data, Tensor) else tuple(data)
     check_pair(model, guide, *args)
-    named = dict(estimators) if isinstance(estimators, Mapping) else _named(estimators)
+    named = _checked(estimators)
+    given = getattr(log_evidence, "shape", ())
+    if log_evidence is not None and tuple(given) != (len(args[0]),):
+        raise ValueError(
+            f"log_evidence must be a tensor of one value per datapoint, ({len(args[0])},), got "
+            f"shape {tuple(given)}"
+        )
     with seeded(seed, *args):
         reference = "exact"
         if log_evidence is None:
@@ -115,6 +121,20 @@ def compare(
         "threads": torch.get_num_threads(),
     }
     return table
+
+
+def _checked(estimators: Any) -> dict[str, Estimator]:
+    if isinstance(estimators, pyro.infer.ELBO):
+        estimators = [estimators]
+    mapped = isinstance(estimators, Mapping)
+    given = list(estimators.values() if mapped else estimators)
+    wrong = next((e for e in given if not isinstance(e, Estimator)), None)
+    if wrong is not None or not given:
+        raise TypeError(
+            "estimators must be values from ppvae.elbo, such as [elbo.ELBO(), elbo.IWELBO(8)], got "
+            f"{'none' if wrong is None else repr(wrong)}"
+        )
+    return dict(estimators) if mapped else _named(given)
 
 
 def _named(estimators: Sequence[Estimator]) -> dict[str, Estimator]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pyro.infer
 import pytest
 import torch
 from torch import nn
@@ -101,6 +102,12 @@ def test_bad_use(pair) -> None:
         ppvae.compare(model, guide, x, [elbo.ELBO()], repeats=1)
     with pytest.raises(ppvae.PairError, match="argument 'x'"):
         ppvae.compare(model, guide, torch.full_like(x, math.nan), [elbo.ELBO()])
+    for wrong in ([], [pyro.infer.Trace_ELBO()], {"a": elbo.ELBO}):
+        with pytest.raises(TypeError, match=r"values from ppvae\.elbo"):
+            ppvae.compare(model, guide, x, wrong)
+    for evidence in (-2.0, torch.zeros(len(x) + 1)):
+        with pytest.raises(ValueError, match="one value per datapoint"):
+            ppvae.compare(model, guide, x, [elbo.ELBO()], log_evidence=evidence)
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:

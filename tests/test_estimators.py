@@ -591,10 +591,42 @@ def test_the_multiplier_rests_in_evaluation(linear) -> None:
     assert objective.state.log_multiplier > 0 and objective.step == 1
 
 
+@pytest.mark.parametrize("gradient", elbo.ELBO.gradients)
+def test_the_multiplier_moves_once_a_step_whatever_the_gradient(linear, gradient: str) -> None:
+    model, guide, x = linear
+    constraint = elbo.Constraint(max_distortion=-100.0, speed=0.01, memory=0.0)
+    objective = elbo.ELBO(400, gradient, beta=constraint)(model, guide)
+    for step in (1, 2):
+        objective(x)
+        assert objective.state.log_multiplier.item() == pytest.approx(0.01 * step)
+
+
+def test_in_stock_pyro_every_pair_has_a_multiplier_of_its_own(linear) -> None:
+    model, guide, x = linear
+    estimator = elbo.ELBO(400, beta=elbo.Constraint(max_rate=0.0, speed=0.1, memory=0.0))
+    other = LinearModel(2, 4)  # two models, one guide
+    rate_is_paid = [estimator.loss(pair, guide, x) for pair in (model, other)]
+    for _ in range(30):
+        estimator.differentiable_loss(model, guide, x)
+    trained, fresh = (estimator.loss(pair, guide, x) for pair in (model, other))
+    assert trained > 1.5 * rate_is_paid[0]  # 30 steps: the rate weighs about 9 times as much
+    assert fresh == pytest.approx(rate_is_paid[1], abs=1)
+
+
+def test_in_stock_pyro_a_schedule_goes_on_for_methods(linear) -> None:
+    model, guide, x = linear
+    steps: list[int] = []
+    estimator = elbo.ELBO(beta=lambda step: steps.append(step) or 1.0)
+    for _ in range(3):  # a bound method is a new object each time
+        estimator.differentiable_loss(model.forward, guide.forward, x)
+    assert steps == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("make", "cure"),
     [
         (lambda: elbo.MIWELBO(2, num_groups=0), "num_groups must be at least 1"),
+        (lambda: elbo.MIWELBO(2, num_groups=1.5), "a whole number"),
         (lambda: elbo.PIWELBO(0, num_groups=2), "num_particles must be at least 1"),
         (lambda: elbo.CIWELBO(2, beta=1.5), r"beta in \[0, 1\]"),
         (lambda: elbo.ThermodynamicELBO(4, partition=(0.5, 0.2)), "rise strictly"),

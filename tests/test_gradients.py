@@ -2,6 +2,8 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel, assert_mean, gradients, trainable
 from ppvae import elbo
+from ppvae.program import data_plate
 
 DRAWS, ROWS = 40, 100  # 40 independent gradients, each of 100 copies of the data
 
@@ -308,6 +311,75 @@ def test_a_discrete_site_needs_a_score_gradient(estimator: elbo.Estimator) -> No
     with pytest.raises(ValueError, match=r"site 'h'.*Use gradient=\"score\""):
         estimator(model, guide)(TestDiscrete.x)
     estimator.evaluate(model, guide, TestDiscrete.x)  # the value needs no gradient
+
+
+@pytest.mark.parametrize(
+    ("estimator", "cure"),
+    [
+        (elbo.ELBO(2), r'Use gradient="score", or sum'),
+        (elbo.MIWELBO(2), r'Use gradient="vimco" \(with'),
+        (elbo.PIWELBO(2), r"Use another bound, such as elbo\.IWELBO"),
+        (elbo.ReweightedWakeSleep(2, "dreg"), r'Use gradient="reweighted", or sum'),
+        (elbo.ChiUpperBound(2, "dreg"), r'Use gradient="reweighted", or sum'),
+        (elbo.ThermodynamicELBO(2, "pathwise"), r'Use gradient="covariance" or "score" or "vimco"'),
+    ],
+)
+@pytest.mark.usefixtures("float64")
+def test_the_cure_for_a_discrete_site_is_one_the_estimator_has(estimator, cure: str) -> None:
+    with pytest.raises(ValueError, match=cure):
+        estimator(oracles.BeliefNet(), oracles.BeliefGuide())(TestDiscrete.x)
+
+
+class FlowGuide(ppvae.Program):
+    """A guide with a flow of Pyro's."""
+
+    def __init__(self, flow) -> None:
+        super().__init__()
+        self.flow = flow
+        self.net = torch.nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> None:
+        with data_plate(x):
+            base = dist.Normal(self.net(x), 0.7)
+            pyro.sample("z", dist.TransformedDistribution(base, [self.flow]))
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_flow_without_an_inverse_is_refused_where_one_is_needed() -> None:
+    model = LinearModel(2, 4)
+    guide, x = FlowGuide(dist.transforms.planar(2)), model.draw(3)
+    for estimator in (elbo.ELBO(2), elbo.IWELBO(2), elbo.MIWELBO(2), elbo.RenyiELBO(2)):
+        assert estimator(model, guide)(x).isfinite()
+    needing = (elbo.ELBO(2, "stl"), elbo.IWELBO(2, "dreg"), elbo.PIWELBO(2))
+    for estimator in (*needing, elbo.ThermodynamicELBO(2), elbo.ReweightedWakeSleep(2)):
+        with pytest.raises(ValueError, match="has no inverse"):
+            estimator(model, guide)(x)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("pathwise", "other"),
+    [(elbo.ELBO(), elbo.ELBO(1, "stl")), (elbo.IWELBO(3), elbo.IWELBO(3, "dreg"))],
+)
+def test_the_gradient_of_an_autoregressive_flow(pathwise, other) -> None:
+    torch.manual_seed(0)
+    model = LinearModel(2, 4)
+    guide = FlowGuide(dist.transforms.affine_autoregressive(2, [6]))
+    many = model.draw(3).repeat(ROWS, 1)
+    objectives = pathwise(model, guide), other(model, guide)
+    one, two = (
+        gradients(lambda o=objective: o(many), trainable(guide), 60, ROWS)
+        for objective in objectives
+    )
+    se = ((one.var(0) + two.var(0)) / 60).sqrt() + 1e-9
+    assert bool(((one.mean(0) - two.mean(0)).abs() < 5 * se).all())
+    assert one.mean(0).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("beta", [None, "4"])
+def test_a_weight_that_is_none_is_refused(beta) -> None:
+    with pytest.raises(TypeError, match="beta must be a number"):
+        elbo.ELBO(beta=beta)
 
 
 @pytest.mark.usefixtures("float64")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppvae.elbo import gradients
 from ppvae.pairs import own_path
-from ppvae.program import method_owners
+from ppvae.program import method_owners, module_of
 from ppvae.weights import LogWeights, log_weights
 
 
@@ -29,6 +29,7 @@ class State(nn.Module):
 
     log_multiplier: Tensor  # of a Constraint
     violation: Tensor
+    latest_violation: Tensor  # of the last loss; not saved
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,6 +135,9 @@ class Estimator(pyro.infer.ELBO):
         """The state before the first step."""
         return State()
 
+    def advance(self, state: State) -> None:
+        """Change what the estimator learns itself, once after each training loss."""
+
     # -- values and losses -----------------------------------------------------------------------
     def evaluate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The bound on log p(x) of each datapoint, ``(N,)`` nats, unweighted, no gradient."""
@@ -145,9 +149,20 @@ class Estimator(pyro.infer.ELBO):
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State
     ) -> Tensor:
         """The loss as a differentiable scalar; with a gradient it counts as a training step."""
-        with own_path():
-            value = self.sign * self.surrogate(model, guide, args, kwargs, state)
+        try:
+            with own_path():
+                value = self.sign * self.surrogate(model, guide, args, kwargs, state)
+        except KeyError as error:  # what Pyro's flows without an inverse raise
+            if "intermediates cache" not in str(error):
+                raise
+            raise ValueError(
+                f"{type(self).__name__}(gradient={self.gradient!r}) needs log q at given values, "
+                "and a flow of the pair (planar, radial, Sylvester, ...) has no inverse, so it can "
+                'only weigh its own draws; use gradient="pathwise" of elbo.ELBO or elbo.IWELBO, or '
+                "a flow with an inverse, such as affine_autoregressive or affine_coupling"
+            ) from error
         if state.learning:
+            self.advance(state)
             state.step += 1
         return -value
 
@@ -166,10 +181,13 @@ class Estimator(pyro.infer.ELBO):
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> Tensor:
         """The loss as a differentiable scalar."""
-        by_guide = _stock_states.setdefault(self, WeakKeyDictionary())
-        if guide not in by_guide:
-            by_guide[guide] = self.new_state()
-        return self.loss_tensor(model, guide, args, kwargs, by_guide[guide])
+        by_model = _stock_states.setdefault(self, WeakKeyDictionary())
+        by_guide = by_model.setdefault(_anchor(model), WeakKeyDictionary())
+        states = by_guide.setdefault(_anchor(guide), {})
+        methods = getattr(model, "__func__", None), getattr(guide, "__func__", None)
+        if methods not in states:
+            states[methods] = self.new_state()
+        return self.loss_tensor(model, guide, args, kwargs, states[methods])
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The loss as a number."""
@@ -186,8 +204,13 @@ class Estimator(pyro.infer.ELBO):
         raise NotImplementedError("ppvae's estimators draw their traces in ppvae.log_weights")
 
 
-# Stock Pyro engines hold no state of a loss: estimator -> guide -> state.
-_stock_states: WeakKeyDictionary[Estimator, WeakKeyDictionary[Any, State]] = WeakKeyDictionary()
+# Stock Pyro engines hold no state of a loss: estimator -> model -> guide -> methods -> state.
+_stock_states: WeakKeyDictionary[Estimator, Any] = WeakKeyDictionary()
+
+
+def _anchor(program: Any) -> Any:
+    """What lives as long as a program: a bound method is made anew at each mention."""
+    return program if module_of(program) is None else module_of(program)
 
 
 class Objective(nn.Module):

@@ -156,7 +156,17 @@ def require_reparameterised(estimator: Estimator, weights: LogWeights) -> None:
             raise ValueError(
                 f"{type(estimator).__name__}(gradient={estimator.gradient!r}) cannot "
                 f"differentiate through site {name!r}: {type(fn).__name__} has no reparameterised "
-                'sampler, and its parameters would get no gradient. Use gradient="score" or '
-                '"vimco" (with num_particles >= 2), or sum the site out with '
-                'infer={"enumerate": "parallel"}'
+                f"sampler, and its parameters would get no gradient. Use {_without_path(estimator)}"
+                ', or sum the site out with infer={"enumerate": "parallel"}'
             )
+
+
+def _without_path(estimator: Estimator) -> str:
+    """The gradients of this estimator, or else of another one, that need no reparameterisation."""
+    possible = [
+        g for g in ("covariance", "reweighted", "score", "vimco") if g in estimator.gradients
+    ]
+    if not possible:
+        return 'another bound, such as elbo.IWELBO(num_particles=8, gradient="vimco")'
+    cure = "gradient=" + " or ".join(f'"{gradient}"' for gradient in possible)
+    return cure + " (with num_particles >= 2)" if possible[-1] == "vimco" else cure

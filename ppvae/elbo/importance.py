@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -268,8 +269,9 @@ def grouped(log_w: Tensor, num_groups: int) -> Tensor:
 
 
 def check_groups(estimator: MIWELBO | PIWELBO) -> None:
-    """Raise ``ValueError`` for fewer than one group."""
-    if estimator.num_groups < 1:
+    """Raise ``ValueError`` unless there is a whole number of groups, at least one."""
+    if not isinstance(estimator.num_groups, Integral) or estimator.num_groups < 1:
         raise ValueError(
-            f"{type(estimator).__name__}: num_groups must be at least 1, got {estimator.num_groups}"
+            f"{type(estimator).__name__}: num_groups must be at least 1 and a whole number, got "
+            f"{estimator.num_groups!r}"
         )

@@ -43,6 +43,9 @@ class Penalty(ABC):
     def prepare(self, state: State) -> None:  # noqa: B027 - most penalties keep nothing
         """Add what the penalty remembers to a new state."""
 
+    def advance(self, state: State) -> None:  # noqa: B027
+        """Change what it remembers, once after each training loss."""
+
 
 @dataclass(frozen=True)
 class FreeBits(Penalty):
@@ -194,8 +197,13 @@ class Constraint(Penalty):
             violation = -log_likelihood.mean() - self.max_distortion
             tilt = Tilt(multiplier, dict.fromkeys(rates, 1.0), -multiplier * self.max_distortion)
             state.weight = 1 / multiplier
-        if state.learning:
-            state.violation.lerp_(violation.to(state.violation.dtype), 1 - self.memory)
-            state.log_multiplier.add_(self.speed * state.violation.clamp(-1.0, 1.0))
-            state.log_multiplier.clamp_(-self.limit, self.limit)
+        state.latest_violation = violation
         return tilt
+
+    def advance(self, state: State) -> None:
+        latest = state.latest_violation
+        if state.violation.device != latest.device:  # a stock engine moves no state
+            state.to(latest.device)
+        state.violation.lerp_(latest.to(state.violation.dtype), 1 - self.memory)
+        state.log_multiplier.add_(self.speed * state.violation.clamp(-1.0, 1.0))
+        state.log_multiplier.clamp_(-self.limit, self.limit)

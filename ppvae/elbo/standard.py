@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +67,11 @@ class ELBO(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not (isinstance(self.beta, (Real, Tensor, Penalty)) or callable(self.beta)):
+            raise TypeError(
+                "beta must be a number, a 0-d tensor, a callable of the step such as "
+                f"elbo.LinearWarmup, or a penalty such as elbo.FreeBits, got {self.beta!r}"
+            )
         if isinstance(self.beta, (int, float)) and not self.beta >= 0:
             raise ValueError(f"beta weighs the KL, so it must be >= 0, got {self.beta}")
         if self.kl not in ("sampled", "analytic", "mixed"):
@@ -84,6 +90,10 @@ class ELBO(Estimator):
         if isinstance(self.beta, Penalty):
             self.beta.prepare(state)
         return state
+
+    def advance(self, state: State) -> None:
+        if isinstance(self.beta, Penalty):
+            self.beta.advance(state)
 
     def evaluate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():
