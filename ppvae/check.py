@@ -228,7 +228,8 @@ def _plate_faults(role: str, sites: dict[str, Site]) -> list[str]:
         if DATA_PLATE not in plates:
             faults.append(
                 f"site {name!r} of the {role} lies outside the plate {DATA_PLATE!r}; put it inside "
-                f'`with pyro.plate("{DATA_PLATE}", len(x)):`, or pass joint=True if it is global'
+                f'`with pyro.plate("{DATA_PLATE}", len(x)):` (of the autoguides, AutoNormal keeps '
+                "plates), or, if it is global, call with joint=True, as svi.step(x, joint=True)"
             )
         elif any(shape[d] > 1 and d not in plates.values() for d in range(-len(shape), 0)):
             faults.append(

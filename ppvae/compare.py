@@ -196,7 +196,7 @@ def _gradient_noise(
     union = list({id(p): p for part in parts.values() for p in part}.values())
     mean = [torch.zeros_like(p, dtype=torch.float64) for p in union]
     spread = [torch.zeros_like(m) for m in mean]
-    for count in range(1, repeats + 1):
+    for count in range(1, repeats + 1 if union else 1):
         gradients = torch.autograd.grad(objective(*args) / rows, union, allow_unused=True)
         for g, m, s in zip(gradients, mean, spread, strict=True):
             if g is not None:
@@ -238,7 +238,9 @@ def _times(
 
 def _loss_and_gradient(objective: Objective, args: tuple[Tensor, ...]) -> None:
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    torch.autograd.grad(objective(*args), parameters, allow_unused=True)
+    loss = objective(*args)
+    if parameters:
+        torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 def _synchronize(tensor: Tensor) -> None:

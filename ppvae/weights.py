@@ -335,7 +335,8 @@ def reduce_site(site: Site, values: Tensor, leftmost: int, joint: bool = False) 
             f"site {site['name']!r} lies outside the plate {DATA_PLATE!r}, so there is no weight "
             f"per datapoint (its plates: {[f.name for f in site['cond_indep_stack']]}). Put it "
             f'inside `with pyro.plate("{DATA_PLATE}", len(x)):` in both model and guide; if it is '
-            "a global latent, ask for one weight per batch with joint=True"
+            "a global latent, ask for one weight per batch with joint=True, in log_weights(...) or "
+            "as svi.step(x, joint=True)"
         )
     if values.dim() < -leftmost:
         values = values.reshape((1,) * (-leftmost - values.dim()) + values.shape)

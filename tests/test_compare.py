@@ -94,6 +94,13 @@ def test_nothing_is_trained_or_drawn(pair) -> None:
     assert all(p.grad is None for p in trainable(model, guide)) and model.training
 
 
+def test_a_frozen_pair_has_no_gradient_to_measure(pair) -> None:
+    model, guide, x = pair
+    model.requires_grad_(False), guide.requires_grad_(False)
+    table = ppvae.compare(model, guide, x, [elbo.ELBO()], repeats=2, timing_rounds=1)
+    assert math.isnan(table.loc["ELBO-1", "snr_guide"]) and table.loc["ELBO-1", "bound"] < 0
+
+
 def test_bad_use(pair) -> None:
     model, guide, x = pair
     with pytest.raises(ValueError, match="given twice"):

@@ -521,3 +521,5 @@ def test_estimator_plots_refuse_another_part(ax):
     for draw in (plots.snr_against_particles, plots.variance_against_time):
         with pytest.raises(ValueError, match="part must be"):
             draw(TABLE, part="decoder", ax=ax)
+    with pytest.raises(ValueError, match="timing_rounds >= 1"):
+        plots.variance_against_time(TABLE.drop(columns="ms"), ax=ax)

@@ -87,7 +87,8 @@ class Estimator(pyro.infer.ELBO):
             )
         if self.gradient not in self.gradients:
             raise ValueError(
-                f"{name}: gradient={self.gradient!r} is not defined; use one of {self.gradients}"
+                f"{name}: gradient={self.gradient!r} is not defined; use one of {self.gradients} "
+                "(the second argument is the gradient: name the others, as num_groups=8)"
             )
         if self.gradient == "vimco" and self.num_draws < 2:
             raise ValueError(
@@ -181,13 +182,22 @@ class Estimator(pyro.infer.ELBO):
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> Tensor:
         """The loss as a differentiable scalar."""
+        return self.loss_tensor(model, guide, args, kwargs, self.stock_state(model, guide))
+
+    def stock_state(self, model: Callable, guide: Callable) -> State:
+        """What is remembered for a pair in stock Pyro, which holds no state of a loss itself.
+
+        The step count of schedules and a constraint's multiplier; save its ``state_dict()`` beside
+        Pyro's parameter store.
+        """
         by_model = _stock_states.setdefault(self, WeakKeyDictionary())
         by_guide = by_model.setdefault(_anchor(model), WeakKeyDictionary())
         states = by_guide.setdefault(_anchor(guide), {})
         methods = getattr(model, "__func__", None), getattr(guide, "__func__", None)
         if methods not in states:
             states[methods] = self.new_state()
-        return self.loss_tensor(model, guide, args, kwargs, states[methods])
+        state: State = states[methods]
+        return state
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The loss as a number."""

@@ -123,7 +123,7 @@ class CIWELBO(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.beta <= 1:
+        if not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
             raise ValueError(f"CIWELBO mixes two bounds with beta in [0, 1], got {self.beta}")
 
     def bound(self, log_w: Tensor) -> Tensor:

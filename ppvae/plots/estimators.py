@@ -89,7 +89,7 @@ def variance_against_time(table: Any, part: str = "guide", ax: Axes | None = Non
         The axes.
 
     Raises:
-        ValueError: for another part.
+        ValueError: for another part, or a table without times or variances.
 
     Example:
         >>> import pandas
@@ -104,8 +104,13 @@ def variance_against_time(table: Any, part: str = "guide", ax: Axes | None = Non
         raise ValueError(f'part must be "guide" or "model", got {part!r}')
     from matplotlib.ticker import NullLocator
 
-    ax = axes(ax)
     shown = table[table[f"var_{part}"] > 0]
+    if "ms" not in table or shown.empty:
+        raise ValueError(
+            f"the table has no times or no variance of the {part} gradient: call compare with "
+            "timing_rounds >= 1 and an estimator that trains it"
+        )
+    ax = axes(ax)
     for i, (family, rows) in enumerate(shown.groupby("family", sort=False)):
         ax.plot(rows["ms"], rows[f"var_{part}"], color=PALETTE[i % 10], marker=MARKERS[i % 10],
                 linewidth=1, label=family)  # fmt: skip
