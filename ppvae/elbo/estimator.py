@@ -86,9 +86,9 @@ class Estimator(pyro.infer.ELBO):
                 f"{self.num_particles!r}"
             )
         if self.gradient not in self.gradients:
+            hint = "" if isinstance(self.gradient, str) else "; name other arguments: num_groups=8"
             raise ValueError(
-                f"{name}: gradient={self.gradient!r} is not defined; use one of {self.gradients} "
-                "(the second argument is the gradient: name the others, as num_groups=8)"
+                f"{name}: gradient={self.gradient!r} is not defined; use one of {self.gradients}{hint}"
             )
         if self.gradient == "vimco" and self.num_draws < 2:
             raise ValueError(
