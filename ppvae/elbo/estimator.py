@@ -88,7 +88,8 @@ class Estimator(pyro.infer.ELBO):
         if self.gradient not in self.gradients:
             hint = "" if isinstance(self.gradient, str) else "; name other arguments: num_groups=8"
             raise ValueError(
-                f"{name}: gradient={self.gradient!r} is not defined; use one of {self.gradients}{hint}"
+                f"{name}: gradient={self.gradient!r} is not defined; use one of "
+                f"{self.gradients}{hint}"
             )
         if self.gradient == "vimco" and self.num_draws < 2:
             raise ValueError(
