@@ -237,7 +237,8 @@ def test_file_and_back(tmp_path):
 
 
 def test_arviz_takes_it():
-    matplotlib = pytest.importorskip("matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -55,7 +55,26 @@ class IWELBO(Estimator):
 
 
 @dataclass(frozen=True, eq=False)
-class MIWELBO(Estimator):
+class _Grouped(Estimator):
+    """Draws that come in M = ``num_groups`` groups of K = ``num_particles``."""
+
+    num_groups: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_groups, Integral) or self.num_groups < 1:
+            raise ValueError(
+                f"{type(self).__name__}: num_groups must be at least 1 and a whole number, got "
+                f"{self.num_groups!r}"
+            )
+        super().__post_init__()
+
+    @property
+    def num_draws(self) -> int:
+        return self.num_groups * self.num_particles
+
+
+@dataclass(frozen=True, eq=False)
+class MIWELBO(_Grouped):
     r"""The mean of M importance-weighted bounds of K particles each.
 
     .. math:: \mathcal L_{M,K}(x) = \mathbb E\left[\frac 1M \sum_{m=1}^M
@@ -79,17 +98,7 @@ class MIWELBO(Estimator):
         tensor([-1.])
     """
 
-    num_groups: int = 1
-
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "dreg", "vimco")
-
-    def __post_init__(self) -> None:
-        check_groups(self)
-        super().__post_init__()
-
-    @property
-    def num_draws(self) -> int:
-        return self.num_groups * self.num_particles
 
     def bound(self, log_w: Tensor) -> Tensor:
         return log_mean_exp(grouped(log_w, self.num_groups), 1).mean(0)
@@ -135,7 +144,7 @@ class CIWELBO(Estimator):
 
 
 @dataclass(frozen=True, eq=False)
-class PIWELBO(Estimator):
+class PIWELBO(_Grouped):
     r"""The tight bound for the model, the low-variance one for the guide, from the same draws.
 
     The model ascends IWELBO-(M K) :math:`= \mathcal L_{1,MK}`, the guide MIWELBO-(M, K)
@@ -156,17 +165,7 @@ class PIWELBO(Estimator):
         64
     """
 
-    num_groups: int = 1
-
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "dreg")
-
-    def __post_init__(self) -> None:
-        check_groups(self)
-        super().__post_init__()
-
-    @property
-    def num_draws(self) -> int:
-        return self.num_groups * self.num_particles
 
     def bound(self, log_w: Tensor) -> Tensor:
         return log_mean_exp(log_w)
@@ -266,12 +265,3 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 def grouped(log_w: Tensor, num_groups: int) -> Tensor:
     """``(M K, N)`` to ``(M, K, N)``."""
     return log_w.unflatten(0, (num_groups, -1))
-
-
-def check_groups(estimator: MIWELBO | PIWELBO) -> None:
-    """Raise ``ValueError`` unless there is a whole number of groups, at least one."""
-    if not isinstance(estimator.num_groups, Integral) or estimator.num_groups < 1:
-        raise ValueError(
-            f"{type(estimator).__name__}: num_groups must be at least 1 and a whole number, got "
-            f"{estimator.num_groups!r}"
-        )
