@@ -152,6 +152,16 @@ def test_fixed_draw_gradients_of_discrete_latents() -> None:
     assert_mean(found, oracles.exact_gradient(exact["chi"].sum(), trainable(guide)), "chi")
 
 
+def test_thermodynamic_covariance_has_no_small_sample_bias_on_one_interval() -> None:
+    """Without inner points it is the ELBO with leave-one-out baselines: exact at two draws."""
+    model, guide = BeliefNet(), BeliefGuide()
+    x = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]])
+    exact = oracles.belief_expected_bound(elbo.ELBO(2).bound, model, guide, x, 2)
+    expected = oracles.exact_gradient(-exact.sum(), trainable(model, guide))
+    estimator = elbo.ThermodynamicELBO(2, partition=())
+    assert_mean(mean_gradients(estimator, model, guide, x), expected, "two draws")
+
+
 @pytest.mark.parametrize("gradient", elbo.ChiUpperBound.gradients)
 def test_chi_gradient_is_that_of_the_upper_bound_and_spares_the_model(gradient: str) -> None:
     model = LinearModel(1, 3)
@@ -547,6 +557,21 @@ def test_capacity_follows_its_schedule(linear) -> None:
         objective.train()
         objective(x)
     assert objective.step == 3
+
+
+@pytest.mark.parametrize("log_multiplier", [0.0, 1.0])
+def test_the_value_of_the_lagrangian(linear, log_multiplier: float) -> None:
+    model, guide, x = linear
+    fit, rates = (part.detach() for part in parts(model, guide, x))
+    rate, multiplier = rates.sum(-1), math.exp(log_multiplier)
+    for constraint, exact in (
+        (elbo.Constraint(max_rate=0.7), fit - multiplier * (rate - 0.7)),
+        (elbo.Constraint(max_distortion=3.0), -rate - multiplier * (-fit - 3.0)),
+    ):
+        objective = elbo.ELBO(100, beta=constraint, kl="analytic")(model, guide).eval()
+        objective.state.log_multiplier.fill_(log_multiplier)
+        losses = torch.stack([objective(x).detach() for _ in range(100)])
+        assert_mean(losses, -exact.sum(), repr(constraint))
 
 
 @pytest.mark.parametrize(
