@@ -108,7 +108,7 @@ class _RefuseStore(Messenger):
     def _pyro_param(self, msg: Any) -> None:
         if getattr(msg["fn"], "__self__", None) is not pyro.get_param_store():
             return  # a PyroModule's own parameter: already local
-        if "$$$" in msg["name"] and isinstance(msg["args"][-1], nn.Parameter):
+        if "$$$" in msg["name"] and isinstance(msg["args"][-1], Tensor):
             msg["value"], msg["done"] = msg["args"][-1], True  # pyro.module(...) of a network
         else:
             raise ValueError(
@@ -130,6 +130,28 @@ def method_owners(*programs: Any) -> nn.ModuleList:
     methods = [program for program in programs if not isinstance(program, nn.Module)]
     owners = {id(owner): owner for p in methods if (owner := module_of(p)) is not None}
     return nn.ModuleList(owners.values())
+
+
+def require_own_parameters(loss: Tensor, module: nn.Module) -> None:
+    """Raise ``ValueError`` if a loss depends on a parameter that no program owns.
+
+    It would never be trained: a network that a plain function uses from outside, for example.
+    """
+    own = {id(p) for p in module.parameters()}
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+            raise ValueError(
+                f"the loss depends on a parameter of shape {tuple(leaf.shape)} that neither model "
+                "nor guide owns, so it would never be trained; make its network an attribute of "
+                "the program: class Model(ppvae.Program) with self.net = net"
+            )
+        pending.extend(parent for parent, _ in node.next_functions)
 
 
 def data_plate(*data: Tensor | None, size: int | None = None) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro.infer
@@ -13,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.check import Checks, check_pair
+from ppvae.compiled import CompiledGradients, unmoved
 from ppvae.elbo import ELBO, Estimator
-from ppvae.program import local_parameters, method_owners
+from ppvae.nonfinite import NonFiniteError, bad_gradients, blame
+from ppvae.program import local_parameters, method_owners, require_own_parameters
+from ppvae.weights import log_weights
 
 
 class SVI(pyro.infer.SVI):
@@ -33,13 +38,23 @@ class SVI(pyro.infer.SVI):
             (``Trace_ELBO``, ``TraceMeanField_ELBO``, ``TraceEnum_ELBO``).
         clip_norm: largest allowed global 2-norm of the gradient of the loss (summed over the
             batch), over what the optimiser holds; None for no clipping.
+        compile: trace loss and gradient into one graph and compile it, at the first step with
+            arguments of a shape; needs a C++ compiler on the CPU. ``True`` raises where that is
+            not possible, ``"auto"`` says why once and runs eagerly. See :mod:`ppvae.compiled`.
+        skip_nonfinite: go on, without an update, after a step whose loss or gradient is not
+            finite, and count it; by default it raises.
 
     Attributes:
-        num_steps: optimisation steps taken.
+        num_steps: optimisation steps taken, skipped ones included.
+        synchronize: called with the gradients before they are clipped and used, e.g. to sum them
+            over processes; None for one process. ``fit`` sets it.
+        autocast: makes the context in which the loss is computed. ``fit`` sets it.
 
     Raises:
         PairError: at the first step, if the pair or the batch is wrong, before any update.
         ValueError, TypeError: an optimiser or loss that cannot work.
+        NotCompiled: with ``compile=True``, where no graph can be built.
+        NonFiniteError: a loss or gradient is NaN or infinite; nothing has been updated by it.
 
     Example:
         >>> import functools, torch, ppvae
@@ -62,6 +77,8 @@ class SVI(pyro.infer.SVI):
         loss: pyro.infer.ELBO | None = None,
         *,
         clip_norm: float | None = None,
+        compile: bool | str = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         loss = loss if loss is not None else ELBO()
         if not isinstance(loss, pyro.infer.ELBO) or not hasattr(loss, "differentiable_loss"):
@@ -73,6 +90,8 @@ class SVI(pyro.infer.SVI):
             raise ValueError(
                 f"clip_norm must be positive, got {clip_norm}; use None for no clipping"
             )
+        if compile not in (True, False, "auto"):
+            raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
         self.model, self.guide, self.elbo, self.clip_norm = model, guide, loss, clip_norm
         self.objective: nn.Module = loss(model, guide)
         if not isinstance(loss, Estimator):  # Pyro's own module of a pair does not look for them
@@ -80,6 +99,22 @@ class SVI(pyro.infer.SVI):
         self.optim = optim
         self.optimizer: torch.optim.Optimizer | None = None
         self.num_steps = self.num_epochs = 0
+        self.compile, self.skip_nonfinite = compile, skip_nonfinite
+        self.synchronize: Callable[[list[Tensor]], None] | None = None
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._compiled: CompiledGradients | None = None
+        self._skipped: int | Tensor = 0  # on a GPU a tensor, so that nothing waits for it
+        self._checked = (0, 0)  # steps and skipped steps when check_finite last looked
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps without an update because their loss or gradient was not finite."""
+        return int(self._skipped)
+
+    @property
+    def build_seconds(self) -> float:
+        """Time spent compiling."""
+        return self._compiled.build_seconds if self._compiled is not None else 0.0
 
     def prepare(self, *args: Any, **kwargs: Any) -> Checks:
         """Check the pair on a batch and build the optimiser; :meth:`step` does it when needed.
@@ -97,19 +132,90 @@ class SVI(pyro.infer.SVI):
         if self.optimizer is None:
             self.prepare(*args, **kwargs)
         assert self.optimizer is not None
-        with local_parameters(), pyro.validation_enabled(False):  # validated once, in prepare
-            self.optimizer.zero_grad()
+        before = torch.get_rng_state()
+        loss = self._differentiate(args, kwargs)
+        # only what is optimised: gradients of other parameters are never set to zero
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.synchronize is not None:
+            self.synchronize([_gradient(parameter) for parameter in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        if self._finite(loss, norm, lambda: self._blame(loss, before, args, kwargs)):
+            self.optimizer.step()
+        self.num_steps += 1
+        return loss
+
+    def _differentiate(self, args: tuple, kwargs: dict) -> Tensor:
+        """The loss, detached, with the gradient in the parameters' ``grad``."""
+        assert self.optimizer is not None
+        self.optimizer.zero_grad()
+        # validated once, in prepare
+        with local_parameters(), pyro.validation_enabled(False), self.autocast():
+            if self.compile:
+                if self._compiled is None:
+                    self._compiled = CompiledGradients(self.objective, self.compile is True)
+                compiled = self._compiled(args, kwargs)
+                if compiled is not None:
+                    return compiled
             loss: Tensor = self.objective(*args, **kwargs)
             if self.num_steps == 0:
                 require_own_parameters(loss, self.objective)
-            loss.backward()
-        if self.clip_norm is not None:
-            # only what is optimised: gradients of other parameters are never set to zero
-            optimised = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(optimised, self.clip_norm)
-        self.optimizer.step()
-        self.num_steps += 1
+        loss.backward()
         return loss.detach()
+
+    def _finite(self, loss: Tensor, norm: Tensor, reason: Callable[[], str]) -> bool:
+        """Whether the optimiser is to be called; on a GPU it is, and withholds its update."""
+        assert self.optimizer is not None
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        if loss.is_cuda and fused:
+            bad = (~torch.isfinite(loss + norm)).float()
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self._skipped = self._skipped + bad
+            return True
+        if math.isfinite(float(loss) + float(norm)):
+            return True
+        self._skipped += 1
+        if not self.skip_nonfinite:
+            raise NonFiniteError(f"step {self.num_steps + 1}: {reason()}")
+        return False
+
+    def check_finite(self) -> None:
+        """Raise :class:`NonFiniteError` if a step since the last call was not finite.
+
+        On the CPU the step itself has raised. On a GPU the step has withheld its update instead of
+        waiting for the device; ``fit`` calls this each epoch and before it saves.
+        """
+        (since, known), skipped = self._checked, self.num_skipped
+        self._checked = (self.num_steps, skipped)
+        if skipped > known and not self.skip_nonfinite:
+            raise NonFiniteError(
+                f"the loss or gradient of {skipped - known} of the steps {since + 1} to "
+                f"{self.num_steps} was NaN or infinite; they made no update. Lower the learning "
+                "rate, clip the gradient (SVI(clip_norm=...)), or bound the predicted scale; the "
+                "same steps on the CPU name the site"
+            )
+
+    def _blame(self, loss: Tensor, before: Tensor, args: tuple, kwargs: dict) -> str:
+        """What to say about a step that is not finite: the pair is run again at its draws."""
+        site = None
+        if isinstance(self.elbo, Estimator):
+            draws = self.elbo.num_draws
+            with unmoved(self.objective), torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.set_rng_state(before)
+                with pyro.validation_enabled(False), self.autocast():
+                    pair = (self.model, self.guide)
+                    site = blame(log_weights(*pair, *args, num_particles=draws, **kwargs))
+        if math.isfinite(float(loss)):
+            where = ", ".join(bad_gradients(self.objective)[:3])
+            reason = f"the loss is {float(loss):.4g}, but the gradient is not finite ({where})"
+        else:
+            reason = f"the loss is {float(loss)}"
+        return (
+            f"{reason}; {site or 'no site of this process shows why'}. Nothing has been updated. "
+            "Lower the learning rate, clip the gradient (SVI(clip_norm=...)), bound the predicted "
+            "scale, or go on without such steps (SVI(skip_nonfinite=True))"
+        )
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One optimisation step on a batch; returns the loss, summed over the batch, in nats."""
@@ -126,38 +232,26 @@ class SVI(pyro.infer.SVI):
         optimizer = self.optimizer.state_dict() if self.optimizer is not None else None
         objective = self.objective.state_dict()
         counts = {"num_steps": self.num_steps, "num_epochs": self.num_epochs}
+        counts["num_skipped"] = self.num_skipped
         return {"objective": objective, "optimizer": optimizer, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state made by :meth:`state_dict` of an equal pair."""
         self.objective.load_state_dict(state["objective"])
         self.num_steps, self.num_epochs = state["num_steps"], state["num_epochs"]
+        self._skipped = state["num_skipped"]
+        self._checked = (self.num_steps, self.num_skipped)
         if state["optimizer"] is not None:
             if self.optimizer is None:
                 self.optimizer = build_optimizer(self.optim, self.objective)
             self.optimizer.load_state_dict(state["optimizer"])
 
 
-def require_own_parameters(loss: Tensor, module: nn.Module) -> None:
-    """Raise ``ValueError`` if a loss depends on a parameter that no program owns.
-
-    It would never be trained: a network that a plain function uses from outside, for example.
-    """
-    own = {id(p) for p in module.parameters()}
-    pending, seen = [loss.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
-            raise ValueError(
-                f"the loss depends on a parameter of shape {tuple(leaf.shape)} that neither model "
-                "nor guide owns, so it would never be trained; make its network an attribute of "
-                "the program: class Model(ppvae.Program) with self.net = net"
-            )
-        pending.extend(parent for parent, _ in node.next_functions)
+def _gradient(parameter: Tensor) -> Tensor:
+    """A parameter's gradient; zeros where it has none, so that every process has one."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
@@ -18,12 +19,13 @@ from ppvae.pairs import own_path
 from ppvae.program import method_owners, module_of
 from ppvae.weights import LogWeights, log_weights
 
+Schedule = Callable[[int], float]
+
 
 class State(nn.Module):
     """What an estimator remembers between steps; saved with ``state_dict()``.
 
     Attributes:
-        step: training losses computed so far; what schedules are called with.
         weight: the weight on the KL at the last training loss, a 0-d tensor, where one changes.
     """
 
@@ -33,8 +35,47 @@ class State(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.step = 0
+        self.num_steps = 0
         self.weight: Tensor | None = None
+        self._slots: tuple[Tensor, list[tuple[Schedule, Tensor]]] | None = None  # see traced
+
+    @property
+    def step(self) -> int:
+        """Training losses computed so far; what schedules are called with."""
+        if self._slots is not None:
+            raise TypeError(
+                "a compiled graph would keep the step of its first loss for ever; ask the state "
+                "for what changes: state.at_step(schedule)"
+            )
+        return self.num_steps
+
+    def at_step(self, weight: float | Tensor | Schedule) -> Any:
+        """A weight as it is now: a schedule's value at this step, anything else as given.
+
+        In a graph it is a tensor, which is filled anew before each step.
+        """
+        if isinstance(weight, Tensor) or not callable(weight):
+            return weight
+        if self._slots is None:
+            return weight(self.num_steps)
+        like, slots = self._slots
+        slot = like.new_tensor(weight(self.num_steps))
+        slots.append((weight, slot))
+        return slot
+
+    @contextmanager
+    def traced(self, like: Tensor) -> Iterator[list[tuple[Schedule, Tensor]]]:
+        """Inside, a graph is traced: schedules give tensors, of the dtype and device of ``like``.
+
+        Yields:
+            The schedules that were asked for, each with the tensor that holds its value.
+        """
+        slots: list[tuple[Schedule, Tensor]] = []
+        kept, self._slots = vars(self).copy(), (like, slots)
+        try:
+            yield slots
+        finally:
+            vars(self).update(kept)
 
     @property
     def learning(self) -> bool:
@@ -42,10 +83,10 @@ class State(nn.Module):
         return self.training and torch.is_grad_enabled()
 
     def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
+        return {"step": self.num_steps}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+        self.num_steps = state["step"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +206,7 @@ class Estimator(pyro.infer.ELBO):
             ) from error
         if state.learning:
             self.advance(state)
-            state.step += 1
+            state.num_steps += 1
         return -value
 
     def surrogate(

@@ -124,7 +124,7 @@ class Capacity(Penalty):
         return getattr(self.nats, "steps", 0)
 
     def tilt(self, rates: dict[str, Tensor], log_likelihood: Tensor, state: State) -> Tilt:
-        capacity = self.nats(state.step) if callable(self.nats) else self.nats
+        capacity = state.at_step(self.nats)
         weight = self.gamma * torch.sign(sum(rates.values()).mean() - capacity)  # type: ignore[union-attr]
         return Tilt(1.0, dict.fromkeys(rates, weight), -weight * capacity)
 
