@@ -11,90 +11,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 from tqdm.auto import tqdm
 
-from ppvae.pairs import seeded
+from ppvae.graph import compile_graph, standing_in, unmoved
+from ppvae.pairs import NotCompiled, seeded
 from ppvae.program import local_parameters, require_own_parameters
-
-Graph = Callable[..., Sequence[Tensor]]
-
-
-class NotCompiled(RuntimeError):
-    """A computation cannot be compiled; the message says why."""
-
-
-def compile_graph(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
-    """One compiled graph of a function of tensors, for inputs of these shapes.
-
-    Tensors that the function reaches otherwise are read anew at each call. Draws follow
-    ``torch.manual_seed`` and are those of the function run eagerly.
-
-    Raises:
-        NotCompiled: the function looks at a tensor's value, or there is no C++ compiler.
-    """
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-
-    inputs = [tensor.detach() for tensor in inputs]
-    try:
-        traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        reached = _lift_constants(traced)
-        with torch.no_grad(), config.patch(fallback_random=True), seeded(0, *inputs):
-            compiled = compile_fx(traced, [*inputs, *reached])
-            compiled(*_copies(inputs), *_copies(reached))  # what is left to compile is compiled now
-    except Exception as error:  # whatever the tracer and the compiler raise: there is no list
-        raise NotCompiled(_reason(error)) from error
-
-    def graph(*inputs: Tensor) -> Sequence[Tensor]:
-        with torch.no_grad():
-            outputs: Sequence[Tensor] = compiled(*inputs, *reached)
-        return outputs
-
-    return graph
-
-
-def _lift_constants(traced: GraphModule) -> list[Tensor]:
-    """Make every tensor that a graph holds an input of it; returns them, in the order of inputs."""
-    held: dict[str, list[Any]] = {}
-    for node in traced.graph.nodes:
-        if node.op == "get_attr" and isinstance(getattr(traced, node.target, None), Tensor):
-            held.setdefault(node.target, []).append(node)
-    last = [node for node in traced.graph.nodes if node.op == "placeholder"][-1]
-    for name, nodes in held.items():
-        with traced.graph.inserting_after(last):
-            last = traced.graph.placeholder(f"reached_{name.strip('_')}")
-        for node in nodes:
-            node.replace_all_uses_with(last)
-            traced.graph.erase_node(node)
-    traced.recompile()
-    return [getattr(traced, name) for name in held]
-
-
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def _reason(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else ""
-    if "compiler" in str(error).lower() and "c++" in str(error).lower():
-        return f"no working C++ compiler was found ({first}); install g++ or clang"
-    hint = ""
-    if any(word in str(error) for word in ("_local_scalar_dense", "item()", "data-dependent")):
-        hint = (
-            "; a program or the loss looks at a tensor's value (.item(), float(t), if t > 0, "
-            "nonzero), which a graph cannot: use torch.where and tensors of fixed shape"
-        )
-    return f"{type(error).__name__}: {first[:300]}{hint}"
 
 
 class CompiledGradients:
@@ -128,16 +56,27 @@ class CompiledGradients:
         Raises:
             NotCompiled: no graph can be built, and one is required.
         """
-        key = self._key(args, kwargs)
+        key = self.key(args, kwargs)
         try:
             step = self._graphs[key]
         except KeyError:
             step = self._graphs[key] = self._build(args, kwargs)
         except TypeError:
-            step = self._refuse("an argument that is no tensor is not hashable")
+            self._refuse("an argument that is no tensor is not hashable")
+            return None
         return step(args) if step is not None else None
 
-    def _key(self, args: tuple, kwargs: dict) -> Any:
+    def advance(self, key: Any) -> None:
+        """What a step does besides what its graph does, for one that is replayed."""
+        step = self._graphs[key]
+        assert step is not None
+        step.advance()
+
+    def built(self, key: Any) -> bool:
+        """Whether there is a graph."""
+        return self._graphs.get(key) is not None
+
+    def key(self, args: tuple, kwargs: dict) -> Any:
         """What a graph depends on besides the values of tensors."""
         first = self._parameters[0]
         device = first.device.type
@@ -153,18 +92,21 @@ class CompiledGradients:
 
     def _build(self, args: tuple, kwargs: dict) -> _Step | None:
         if any(isinstance(arg, Tensor) for arg in kwargs.values()):
-            return self._refuse("tensors are passed by keyword; pass them by position")
+            self._refuse("tensors are passed by keyword; pass them by position")
+            return None
         if len(self._graphs) >= self.max_graphs:
-            return self._refuse(
+            self._refuse(
                 f"there are {self.max_graphs} graphs already, for other shapes or modes; give the "
                 "batches one size"
             )
+            return None
         started = time.perf_counter()
         with tqdm(total=3, desc="compiling the step", leave=False, disable=None) as bar:
             try:
                 step = _Step(self.objective, args, kwargs, bar.update)
             except NotCompiled as error:
-                return self._refuse(str(error))
+                self._refuse(str(error))
+                return None
             finally:
                 self.build_seconds += time.perf_counter() - started
         return step
@@ -198,111 +140,120 @@ class _Step:
             with torch.enable_grad(), local_parameters(), pyro.validation_enabled(False):
                 wanted = [t.detach().requires_grad_() for t in inputs[: len(self.parameters)]]
                 buffers = inputs[len(self.parameters) : len(self.inputs)]
-                with _in_place_of(objective, self.inputs, [*wanted, *buffers]):
+                with standing_in(objective, self.inputs, [*wanted, *buffers]):
                     loss = objective(*given, **kwargs)
                 gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
             used[:] = [gradient is not None for gradient in gradients]
             weight = getattr(self.state, "weight", None)
             weighs[:] = [weight is not None]
-            outputs = [loss.detach(), *(g for g in gradients if g is not None)]
+            taken = {tensor.untyped_storage()._cdata for tensor in inputs}
+            outputs = [loss.detach()]
+            for parameter, gradient in zip(wanted, gradients, strict=True):
+                if gradient is not None:
+                    outputs.append(_own(gradient, parameter, taken))
             return outputs if weight is None else [*outputs, weight.detach().clone()]
 
         tensors = [args[i] for i in self.positions]
         like = self.parameters[0]
         traced = self.state.traced(like) if self.state is not None else nullcontext([])
         with traced as self.slots:
+            eager = self._eager(args, kwargs)  # makes the slots, too
             self.graph = compile_graph(loss_and_gradients, [*self.inputs, *tensors])
         progress()
         self.used, self.weighs = used, weighs[0]
-        self._check(args, kwargs)
+        self._compare(eager, args)
         progress()
 
     def __call__(self, args: tuple) -> Tensor:
-        for schedule, slot in self.slots:
-            slot.fill_(schedule(self.state.num_steps))
+        if not (self.parameters[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.advance()  # a captured graph would keep this step's numbers
         loss, *outputs = self.graph(*self.inputs, *(args[i] for i in self.positions))
         if self.weighs:
             self.state.weight = outputs.pop()
         gradients = iter(outputs)
         for parameter, used in zip(self.parameters, self.used, strict=True):
             parameter.grad = next(gradients) if used else None
-        if self.state is not None and self.state.training:
-            self.state.num_steps += 1
         return loss
 
-    def _check(self, args: tuple, kwargs: dict) -> None:
-        """Compare with an eager loss and gradient at the same draws.
+    def advance(self) -> None:
+        """Fill in the schedules' values of this step, and count it."""
+        for schedule, slot in self.slots:
+            slot.fill_(schedule(self.state.num_steps))
+        if self.state is not None and self.state.training:
+            self.state.num_steps += 1
 
-        Raises:
-            NotCompiled: they differ by more than rounding.
-        """
+    def _eager(self, args: tuple, kwargs: dict) -> list[Tensor | None]:
+        """Loss and gradients, with a seed."""
         with unmoved(self.objective), seeded(0, *self.parameters):
             with local_parameters(), pyro.validation_enabled(False):
                 loss = self.objective(*args, **kwargs)
                 require_own_parameters(loss, self.objective)
                 gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return [loss.detach(), *gradients]
+
+    def _compare(self, expected: list[Tensor | None], args: tuple) -> None:
+        """Compare the graph with the eager loss and gradient at the same draws.
+
+        Raises:
+            NotCompiled: they differ by more than rounding.
+        """
         with unmoved(self.objective), seeded(0, *self.parameters):
-            found = self(args)
-        computed = [parameter.grad for parameter in self.parameters]
+            found = [self(args), *(parameter.grad for parameter in self.parameters)]
         for parameter in self.parameters:
             parameter.grad = None
+        loss, *gradients = expected
+        assert loss is not None
         half = torch.is_autocast_enabled(loss.device.type)
         tolerance = 0.1 if half else 1e-3 if loss.dtype == torch.float32 else 1e-9
         largest = max(float(g.norm()) for g in gradients if g is not None)
-        for eager, compiled in zip([loss, *gradients], [found, *computed], strict=True):
+        for eager, compiled in zip(expected, found, strict=True):
             if eager is None or compiled is None:
                 same = eager is compiled
             else:
-                eager = eager.detach()
                 error = float((eager - compiled).norm())
                 same = not error > tolerance * float(eager.norm()) + 1e-3 * tolerance * largest
             if not same:
                 raise NotCompiled(
-                    f"at the same draws the compiled loss is {float(found)}, the eager one "
+                    f"at the same draws the compiled loss is {float(found[0])}, the eager one "
                     f"{float(loss)}, and a gradient differs by more than rounding; this is a fault "
                     "of the compiler or of a program that changes from call to call"
                 )
 
 
-@contextmanager
-def unmoved(objective: nn.Module) -> Iterator[None]:
-    """Put the buffers of an objective, and its estimator's state, back on leaving."""
-    state: Any = getattr(objective, "state", None)
-    buffers = list(objective.buffers())
-    kept, known = _copies(buffers), vars(state).copy() if state is not None else {}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)
-        if state is not None:
-            vars(state).update(known)
-
-
-@contextmanager
-def _in_place_of(
-    module: nn.Module, originals: Sequence[Tensor], tensors: Sequence[Tensor]
-) -> Iterator[None]:
-    """Run a module with other tensors as its parameters and buffers, shared ones included."""
-    replacement = {id(old): new for old, new in zip(originals, tensors, strict=True)}
-    places = [
-        (owned, name, value)
-        for part in module.modules()
-        for owned in (part._parameters, part._buffers)
-        for name, value in owned.items()
-        if id(value) in replacement
-    ]
-    try:
-        for owned, name, value in places:
-            owned[name] = replacement[id(value)]  # type: ignore[assignment]
-        yield
-    finally:
-        for owned, name, value in places:
-            owned[name] = value
+def _own(gradient: Tensor, parameter: Tensor, taken: set[int]) -> Tensor:
+    """A gradient in memory of its own, laid out as its parameter: optimisers write as they read."""
+    storage = gradient.untyped_storage()._cdata
+    if gradient.stride() != parameter.stride() or storage in taken:
+        return torch.empty_like(parameter).copy_(gradient)
+    taken.add(storage)
+    return gradient
 
 
 def _kind(arg: Any) -> Any:
     if isinstance(arg, Tensor):
         return arg.shape, arg.stride(), arg.dtype, arg.device
     return arg
+
+
+class Replay:
+    """A whole step captured as one CUDA graph, to be replayed on other values.
+
+    Args:
+        step: what is captured, from arguments to the loss; it must have been run before.
+        args: arguments of the step's shapes; they are copied.
+    """
+
+    def __init__(self, step: Callable[..., Tensor], args: tuple) -> None:
+        self.args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph):
+            self.loss = step(*self.args)
+
+    def __call__(self, args: tuple) -> Tensor:
+        """Replay it; returns the loss."""
+        for kept, arg in zip(self.args, args, strict=True):
+            if isinstance(kept, Tensor):
+                kept.copy_(arg, non_blocking=True)
+        self.graph.replay()
+        return self.loss.clone()

@@ -23,7 +23,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.distributions import BinaryVector, DiagonalNormal, WordCounts
+from ppvae.distributions import BinaryVector, DiagonalNormal, UnitNormal, WordCounts
 
 __all__ = [
     "BagOfWords",
@@ -280,17 +280,14 @@ class StandardNormal(nn.Module):
     """
 
     loc: Tensor
-    scale: Tensor
 
     def __init__(self, dim: int | tuple[int, ...]) -> None:
         super().__init__()
         shape = (dim,) if isinstance(dim, int) else tuple(dim)
         self.register_buffer("loc", torch.zeros(shape), persistent=False)
-        self.register_buffer("scale", torch.ones(()), persistent=False)
 
-    def forward(self, *context: Tensor) -> DiagonalNormal:
-        loc = _full_precision(self.loc)
-        return DiagonalNormal(loc, _full_precision(self.scale), loc.dim())
+    def forward(self, *context: Tensor) -> UnitNormal:
+        return UnitNormal(_full_precision(self.loc))
 
 
 class Mixture(nn.Module):

@@ -13,10 +13,58 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-__all__ = ["BinaryVector", "DiagonalNormal", "WordCounts"]
+__all__ = ["BinaryVector", "DiagonalNormal", "UnitNormal", "WordCounts"]
 
 
-class DiagonalNormal(dist.Independent):
+class _Vector(dist.Independent):
+    """``Independent(base, event_dim)`` whose base is made when it is asked for.
+
+    A leaf sets its parameters, calls :meth:`_declare`, and defines ``_parameters`` and ``_family``.
+    """
+
+    _family: ClassVar[Any]
+    _parameters: dict[str, Tensor]
+    _validate_args = False  # not the base's, which need not exist
+
+    def _declare(self, event_dim: int, validate_args: bool | None, **parameters: Tensor) -> None:
+        if event_dim < 1:
+            raise ValueError(f"{type(self).__name__} needs event_dim >= 1, got {event_dim}")
+        shape = _broadcast([tensor.shape for tensor in parameters.values()])
+        if event_dim > len(shape):
+            raise ValueError(
+                f"{type(self).__name__} has parameters of shape {tuple(shape)}, which have no "
+                f"{event_dim} event dimensions"
+            )
+        self._parameters, self.reinterpreted_batch_ndims = parameters, event_dim
+        at = len(shape) - event_dim
+        self._batch_shape, self._event_shape = shape[:at], shape[at:]
+        default = torch.distributions.Distribution._validate_args  # Pyro's setting changes it
+        self._validate_args = default if validate_args is None else validate_args
+        if self._validate_args:
+            self.base_dist  # noqa: B018 - checks the parameters
+
+    @property
+    def base_dist(self) -> Any:  # type: ignore[override]
+        made = self.__dict__.get("_made")
+        if made is None:
+            shape = self.batch_shape + self.event_shape
+            expanded = {name: value.expand(shape) for name, value in self._parameters.items()}
+            made = self._family(**expanded, validate_args=self._validate_args)
+            self.__dict__["_made"] = made
+        return made
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        new = self._get_checked_instance(type(self), _instance)
+        new.__dict__.update(self.__dict__)
+        new.__dict__.pop("_made", None)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def _event_dims(self) -> tuple[int, ...]:
+        return tuple(range(-self.reinterpreted_batch_ndims, 0))
+
+
+class DiagonalNormal(_Vector):
     r"""``Normal(loc, scale).to_event(event_dim)`` with a cheaper log-density.
 
     .. math:: \log p(x) = -\tfrac12 \sum_d \Big(\frac{x_d - \mu_d}{\sigma_d}\Big)^2
@@ -40,6 +88,9 @@ class DiagonalNormal(dist.Independent):
         (torch.Size([10]), torch.Size([3]))
     """
 
+    _family = dist.Normal
+    has_rsample = True
+
     def __init__(
         self,
         loc: Tensor,
@@ -47,28 +98,49 @@ class DiagonalNormal(dist.Independent):
         event_dim: int = 1,
         validate_args: bool | None = None,
     ) -> None:
-        if event_dim < 1:
-            raise ValueError(f"DiagonalNormal needs event_dim >= 1, got {event_dim}")
         scale = scale if isinstance(scale, Tensor) else loc.new_full((), scale)
-        self._loc, self._scale = loc, scale
-        super().__init__(dist.Normal(loc, scale, validate_args), event_dim, validate_args)
+        self._declare(event_dim, validate_args, loc=loc, scale=scale)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> DiagonalNormal:
-        new = self._get_checked_instance(DiagonalNormal, _instance)
-        new._loc, new._scale = self._loc, self._scale
-        return super().expand(batch_shape, _instance=new)
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        loc, scale = self._parameters["loc"], self._parameters["scale"]
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return loc + scale * torch.randn(shape, dtype=loc.dtype, device=loc.device)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        event_dims = tuple(range(-len(self.event_shape), 0))
-        squares = ((value - self._loc) / self._scale).square().sum(event_dims)
-        log_scale = _expanded(self._scale.log(), self.event_shape).sum(event_dims)
+        loc, scale = self._parameters["loc"], self._parameters["scale"]
+        squares = ((value - loc) / scale).square().sum(self._event_dims())
+        if scale.dim() == 0:
+            log_scale = math.prod(self.event_shape) * scale.log()
+        else:
+            log_scale = _expanded(scale.log(), self.event_shape).sum(self._event_dims())
         constant = 0.5 * math.log(2 * math.pi) * math.prod(self.event_shape)
         return _expanded(-0.5 * squares - (log_scale + constant), self.batch_shape)
 
 
-class BinaryVector(dist.Independent):
+class UnitNormal(DiagonalNormal):
+    r"""``Normal(0, 1)`` of the event shape of ``loc``, which must be zeros.
+
+    .. math:: \log p(x) = -\tfrac12 \sum_d x_d^2 - \tfrac D2 \log 2\pi
+
+    Example:
+        >>> UnitNormal(torch.zeros(2)).log_prob(torch.zeros(2))  # -log 2 pi
+        tensor(-1.8379)
+    """
+
+    def __init__(self, loc: Tensor, validate_args: bool | None = None) -> None:
+        super().__init__(loc, 1.0, loc.dim(), validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        constant = 0.5 * math.log(2 * math.pi) * math.prod(self.event_shape)
+        squares = value.square().sum(self._event_dims())
+        return _expanded(-0.5 * squares - constant, self.batch_shape)
+
+
+class BinaryVector(_Vector):
     r"""``Bernoulli(logits=logits).to_event(event_dim)`` with a cheaper log-density.
 
     .. math:: \log p(x) = \sum_d x_d \log \pi_d + (1 - x_d) \log(1 - \pi_d)
@@ -93,6 +165,8 @@ class BinaryVector(dist.Independent):
         tensor(-2.0794)
     """
 
+    has_rsample = False
+
     def __init__(
         self,
         logits: Tensor,
@@ -100,26 +174,22 @@ class BinaryVector(dist.Independent):
         grey: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        if event_dim < 1:
-            raise ValueError(f"BinaryVector needs event_dim >= 1, got {event_dim}")
-        self._logits, self._grey = logits, grey
-        family = _GreyBernoulli if grey else dist.Bernoulli
-        base = family(logits=logits, validate_args=validate_args)
-        super().__init__(base, event_dim, validate_args)
+        self._grey = grey
+        self._declare(event_dim, validate_args, logits=logits)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> BinaryVector:
-        new = self._get_checked_instance(BinaryVector, _instance)
-        new._logits, new._grey = self._logits, self._grey
-        return super().expand(batch_shape, _instance=new)
+    @property
+    def _family(self) -> Any:  # type: ignore[override]
+        return _GreyBernoulli if self._grey else dist.Bernoulli
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
+        logits = self._parameters["logits"]
         if self._grey:
-            costs = nn.functional.softplus(self._logits) - value * self._logits
+            costs = nn.functional.softplus(logits) - value * logits
         else:
-            costs = nn.functional.softplus((1 - 2 * value) * self._logits)
-        return _expanded(-costs.sum(tuple(range(-len(self.event_shape), 0))), self.batch_shape)
+            costs = nn.functional.softplus((1 - 2 * value) * logits)
+        return _expanded(-costs.sum(self._event_dims()), self.batch_shape)
 
 
 class WordCounts(dist.TorchDistribution):
@@ -199,11 +269,19 @@ class WordCounts(dist.TorchDistribution):
         return self.total_count
 
 
+def _broadcast(shapes: list[torch.Size]) -> torch.Size:
+    """``torch.broadcast_shapes``, which is Python, only where it is needed."""
+    longest = max(shapes, key=len)
+    if all(shape in (longest, ()) for shape in shapes):
+        return longest
+    return torch.broadcast_shapes(*shapes)
+
+
 def _expanded(values: Tensor, shape: torch.Size) -> Tensor:
-    """Values broadcast to at least a shape; ``broadcast_shapes`` is Python, so seldom called."""
+    """Values broadcast to at least a shape."""
     if values.shape[max(0, values.dim() - len(shape)) :] == shape:
         return values
-    return values.expand(torch.broadcast_shapes(values.shape, shape))
+    return values.expand(_broadcast([values.shape, shape]))
 
 
 class _GreyBernoulli(dist.Bernoulli):

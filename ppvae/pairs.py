@@ -30,6 +30,10 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
+class NotCompiled(RuntimeError):
+    """A computation cannot be one compiled graph; the message says why, and the cure."""
+
+
 @dataclass(frozen=True)
 class Structure:
     """What is the same at every run of a pair.

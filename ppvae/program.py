@@ -175,10 +175,18 @@ def data_plate(*data: Tensor | None, size: int | None = None) -> Any:
     if rows is None:
         if size is None:
             raise ValueError("nothing says how many rows to draw: pass data, or size=100")
-        return pyro.plate("data", size, dim=-1)
+        return _WholePlate("data", size, dim=-1)
     if size is None:
-        return pyro.plate("data", len(rows), dim=-1)
+        return _WholePlate("data", len(rows), dim=-1)
     return pyro.plate("data", size, subsample=rows, dim=-1)
+
+
+class _WholePlate(pyro.plate):
+    """A plate over all its rows: it asks no handler which of them, and draws no permutation."""
+
+    @staticmethod
+    def _subsample(name: str, size: int, *_: Any) -> tuple[int, int, None]:
+        return size, size, None
 
 
 @contextmanager

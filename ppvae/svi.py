@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.check import Checks, check_pair
-from ppvae.compiled import CompiledGradients, unmoved
+from ppvae.compiled import CompiledGradients, Replay
 from ppvae.elbo import ELBO, Estimator
+from ppvae.graph import unmoved
 from ppvae.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.program import local_parameters, method_owners, require_own_parameters
 from ppvae.weights import log_weights
@@ -103,7 +104,8 @@ class SVI(pyro.infer.SVI):
         self.synchronize: Callable[[list[Tensor]], None] | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._compiled: CompiledGradients | None = None
-        self._skipped: int | Tensor = 0  # on a GPU a tensor, so that nothing waits for it
+        self._replays: dict[Any, Replay] = {}
+        self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
         self._checked = (0, 0)  # steps and skipped steps when check_finite last looked
 
     @property
@@ -132,7 +134,24 @@ class SVI(pyro.infer.SVI):
         if self.optimizer is None:
             self.prepare(*args, **kwargs)
         assert self.optimizer is not None
-        before = torch.get_rng_state()
+        key = self._capture_key(args, kwargs)
+        if key in self._replays:
+            assert self._compiled is not None
+            self._compiled.advance(key[0])
+            loss = self._replays[key](args)
+        else:
+            loss = self._step(args, kwargs)
+            if key is not None:  # the step has been taken, so all it needs is there
+                self._replays[key] = Replay(lambda *args: self._step(args, kwargs), args)
+        self.num_steps += 1
+        return loss
+
+    def _step(self, args: tuple, kwargs: dict) -> Tensor:
+        """Loss and gradient, over all processes, clipped, and the optimiser."""
+        assert self.optimizer is not None
+        random = torch.get_rng_state()
+        buffers = list(self.objective.buffers())
+        kept = [buffer.clone() for buffer in buffers]
         loss = self._differentiate(args, kwargs)
         # only what is optimised: gradients of other parameters are never set to zero
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -141,10 +160,49 @@ class SVI(pyro.infer.SVI):
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        if self._finite(loss, norm, lambda: self._blame(loss, before, args, kwargs)):
-            self.optimizer.step()
-        self.num_steps += 1
+        if self._withholds(loss):
+            bad = ~torch.isfinite(loss + norm)
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self._skipped += bad.long()
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(torch.where(bad, value, buffer))
+        elif not math.isfinite(float(loss) + float(norm)):
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
+            self._skipped += 1
+            if not self.skip_nonfinite:
+                reason = self._blame(loss, random, args, kwargs)
+                raise NonFiniteError(f"step {self.num_steps + 1}: {reason}")
+            return loss
+        self.optimizer.step()
         return loss
+
+    def _withholds(self, loss: Tensor) -> bool:
+        """Whether the optimiser looks itself, on the device, at whether the step is finite."""
+        assert self.optimizer is not None
+        return loss.is_cuda and all(group.get("fused") for group in self.optimizer.param_groups)
+
+    def _capture_key(self, args: tuple, kwargs: dict) -> Any:
+        """What a captured step depends on besides the values of tensors; None: do not capture."""
+        assert self.optimizer is not None
+        groups = self.optimizer.param_groups
+        first = groups[0]["params"][0]
+        if not (self.compile and first.is_cuda and self.synchronize is None):
+            return None
+        if not all(group.get("fused") and "capturable" in group for group in groups):
+            return None
+        if not isinstance(groups[0]["lr"], Tensor):  # what changes is read from the device
+            self._skipped = torch.as_tensor(self._skipped, device=first.device)
+            for group in groups:
+                group["capturable"] = True
+                group["lr"] = torch.as_tensor(float(group["lr"]), device=first.device)
+        if self._compiled is None or not self._compiled.built(
+            key := self._compiled.key(args, kwargs)
+        ):
+            return None
+        fixed = [sorted((k, v) for k, v in g.items() if k not in ("params", "lr")) for g in groups]
+        moments = [t.data_ptr() for t in self.optimizer.state[first].values()]
+        return key, self.clip_norm, str(fixed), tuple(moments)
 
     def _differentiate(self, args: tuple, kwargs: dict) -> Tensor:
         """The loss, detached, with the gradient in the parameters' ``grad``."""
@@ -163,22 +221,6 @@ class SVI(pyro.infer.SVI):
                 require_own_parameters(loss, self.objective)
         loss.backward()
         return loss.detach()
-
-    def _finite(self, loss: Tensor, norm: Tensor, reason: Callable[[], str]) -> bool:
-        """Whether the optimiser is to be called; on a GPU it is, and withholds its update."""
-        assert self.optimizer is not None
-        fused = all(group.get("fused") for group in self.optimizer.param_groups)
-        if loss.is_cuda and fused:
-            bad = (~torch.isfinite(loss + norm)).float()
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-            self._skipped = self._skipped + bad
-            return True
-        if math.isfinite(float(loss) + float(norm)):
-            return True
-        self._skipped += 1
-        if not self.skip_nonfinite:
-            raise NonFiniteError(f"step {self.num_steps + 1}: {reason()}")
-        return False
 
     def check_finite(self) -> None:
         """Raise :class:`NonFiniteError` if a step since the last call was not finite.
@@ -240,6 +282,7 @@ class SVI(pyro.infer.SVI):
         self.objective.load_state_dict(state["objective"])
         self.num_steps, self.num_epochs = state["num_steps"], state["num_epochs"]
         self._skipped = state["num_skipped"]
+        self._replays.clear()
         self._checked = (self.num_steps, self.num_skipped)
         if state["optimizer"] is not None:
             if self.optimizer is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.elbo import gradients
-from ppvae.pairs import own_path
+from ppvae.pairs import NotCompiled, own_path
 from ppvae.program import method_owners, module_of
 from ppvae.weights import LogWeights, log_weights
 
@@ -43,9 +43,9 @@ class State(nn.Module):
     def step(self) -> int:
         """Training losses computed so far; what schedules are called with."""
         if self._slots is not None:
-            raise TypeError(
-                "a compiled graph would keep the step of its first loss for ever; ask the state "
-                "for what changes: state.at_step(schedule)"
+            raise NotCompiled(
+                "the estimator reads state.step, and a graph would keep the step it was built at "
+                "for ever; let it ask for what changes: state.at_step(schedule)"
             )
         return self.num_steps
 
@@ -59,7 +59,10 @@ class State(nn.Module):
         if self._slots is None:
             return weight(self.num_steps)
         like, slots = self._slots
-        slot = like.new_tensor(weight(self.num_steps))
+        for schedule, slot in slots:
+            if schedule is weight:
+                return slot
+        slot = torch.full((), float(weight(self.num_steps)), dtype=like.dtype, device=like.device)
         slots.append((weight, slot))
         return slot
 
@@ -75,6 +78,7 @@ class State(nn.Module):
         try:
             yield slots
         finally:
+            vars(self).clear()
             vars(self).update(kept)
 
     @property
