@@ -9,6 +9,7 @@ the key under which a graph is kept.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ppvae.graph import compile_graph, standing_in, unmoved
+from ppvae.graph import Graph, attributes, require_kept, standing_in, unmoved
 from ppvae.pairs import NotCompiled, seeded
 from ppvae.program import local_parameters, require_own_parameters
 
@@ -47,8 +48,20 @@ class CompiledGradients:
         self.build_seconds = 0.0
         self.reason: str | None = None
         self._graphs: dict[Any, _Step | None] = {}
-        self._modules = list(objective.modules())
         self._parameters = list(objective.parameters())
+        state = getattr(objective, "state", None)  # changes, and is asked with at_step
+        modules = [module for module in objective.modules() if module is not state]
+        self._modules = modules
+        # Numbers and tensors that modules keep: a graph knows them as they were.
+        self._numbers = [
+            (vars(module), name)
+            for module in modules
+            for name, value in vars(module).items()
+            if isinstance(value, (int, float, str)) and name[0] != "_" and name != "training"
+        ]
+        self._tensors = [
+            (owned, name) for module in modules for owned, name, _ in attributes(module, deep=False)
+        ]
 
     def __call__(self, args: tuple, kwargs: dict) -> Tensor | None:
         """The loss, with the gradients in the parameters' ``grad``; None: run eagerly.
@@ -58,12 +71,20 @@ class CompiledGradients:
         """
         key = self.key(args, kwargs)
         try:
-            step = self._graphs[key]
-        except KeyError:
-            step = self._graphs[key] = self._build(args, kwargs)
+            known = key in self._graphs
         except TypeError:
             self._refuse("an argument that is no tensor is not hashable")
             return None
+        if not known:
+            if sum(step is not None for step in self._graphs.values()) >= self.max_graphs:
+                self._refuse(
+                    f"there are {self.max_graphs} graphs already, and this step differs from all "
+                    "in the shape of an argument or in a number or mode of a module; give batches "
+                    "one size, and make a number that changes a tensor, filled in place"
+                )
+                return None
+            self._graphs[key] = self._build(args, kwargs)
+        step = self._graphs[key]
         return step(args) if step is not None else None
 
     def advance(self, key: Any) -> None:
@@ -85,20 +106,18 @@ class CompiledGradients:
             tuple((name, _kind(arg)) for name, arg in kwargs.items()),
             tuple([module.training for module in self._modules]),
             tuple([parameter.requires_grad for parameter in self._parameters]),
+            tuple([owned.get(name) for owned, name in self._numbers]),
+            tuple([id(owned.get(name)) for owned, name in self._tensors]),
             first.dtype,
             first.device,
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
 
     def _build(self, args: tuple, kwargs: dict) -> _Step | None:
-        if any(isinstance(arg, Tensor) for arg in kwargs.values()):
-            self._refuse("tensors are passed by keyword; pass them by position")
-            return None
-        if len(self._graphs) >= self.max_graphs:
-            self._refuse(
-                f"there are {self.max_graphs} graphs already, for other shapes or modes; give the "
-                "batches one size"
-            )
+        if any(_holds_tensor(arg) for arg in kwargs.values()) or any(
+            _holds_tensor(arg) for arg in args if not isinstance(arg, Tensor)
+        ):
+            self._refuse("tensors are passed by keyword or inside a tuple; pass them by position")
             return None
         started = time.perf_counter()
         with tqdm(total=3, desc="compiling the step", leave=False, disable=None) as bar:
@@ -157,11 +176,17 @@ class _Step:
         like = self.parameters[0]
         traced = self.state.traced(like) if self.state is not None else nullcontext([])
         with traced as self.slots:
-            eager = self._eager(args, kwargs)  # makes the slots, too
-            self.graph = compile_graph(loss_and_gradients, [*self.inputs, *tensors])
-        progress()
+            first = self._eager(args, kwargs)  # makes the slots, too
+            with unmoved(objective):
+                before = list(attributes(objective))
+                self.graph = Graph(loss_and_gradients, [*self.inputs, *tensors])
+                require_kept(before, self.graph)
+            progress()
+            again = self._eager(args, kwargs)  # tracing is noticed by what caches, as an LSTM does
         self.used, self.weighs = used, weighs[0]
-        self._compare(eager, args)
+        if _difference(first, again) is not None:
+            raise NotCompiled("the program changes from call to call, at the same draws")
+        self._compare(again, args)
         progress()
 
     def __call__(self, args: tuple) -> Tensor:
@@ -178,9 +203,9 @@ class _Step:
     def advance(self) -> None:
         """Fill in the schedules' values of this step, and count it."""
         for schedule, slot in self.slots:
-            slot.fill_(schedule(self.state.num_steps))
+            slot.fill_(schedule(self.state.step))
         if self.state is not None and self.state.training:
-            self.state.num_steps += 1
+            self.state.count()
 
     def _eager(self, args: tuple, kwargs: dict) -> list[Tensor | None]:
         """Loss and gradients, with a seed."""
@@ -201,23 +226,13 @@ class _Step:
             found = [self(args), *(parameter.grad for parameter in self.parameters)]
         for parameter in self.parameters:
             parameter.grad = None
-        loss, *gradients = expected
-        assert loss is not None
-        half = torch.is_autocast_enabled(loss.device.type)
-        tolerance = 0.1 if half else 1e-3 if loss.dtype == torch.float32 else 1e-9
-        largest = max(float(g.norm()) for g in gradients if g is not None)
-        for eager, compiled in zip(expected, found, strict=True):
-            if eager is None or compiled is None:
-                same = eager is compiled
-            else:
-                error = float((eager - compiled).norm())
-                same = not error > tolerance * float(eager.norm()) + 1e-3 * tolerance * largest
-            if not same:
-                raise NotCompiled(
-                    f"at the same draws the compiled loss is {float(found[0])}, the eager one "
-                    f"{float(loss)}, and a gradient differs by more than rounding; this is a fault "
-                    "of the compiler or of a program that changes from call to call"
-                )
+        different = _difference(expected, found)
+        if different is not None:
+            raise NotCompiled(
+                f"at the same draws the compiled loss is {float(found[0])}, the eager one "
+                f"{float(expected[0])}, and they or a gradient differ by {different:.2g} of its "
+                "norm; this is a fault of the compiler"
+            )
 
 
 def _own(gradient: Tensor, parameter: Tensor, taken: set[int]) -> Tensor:
@@ -229,10 +244,43 @@ def _own(gradient: Tensor, parameter: Tensor, taken: set[int]) -> Tensor:
     return gradient
 
 
+def _difference(expected: list[Tensor | None], found: list[Tensor | None]) -> float | None:
+    """The largest relative difference of losses and gradients, if it is more than rounding."""
+    loss = expected[0]
+    assert loss is not None
+    half = torch.is_autocast_enabled(loss.device.type)
+    tolerance = 0.1 if half else 1e-3 if loss.dtype == torch.float32 else 1e-9
+    norms = [float(tensor.nan_to_num().norm()) for tensor in expected[1:] if tensor is not None]
+    for position, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if one is None or other is None:
+            if one is not other:
+                return math.inf
+            continue
+        if not torch.equal(one.isfinite(), other.isfinite()):
+            return math.inf
+        error = float((one - other).nan_to_num(0.0, 0.0, 0.0).norm())
+        size = float(one.nan_to_num(0.0, 0.0, 0.0).norm())
+        scale = size + (1e-3 * max(norms, default=0.0) if position > 0 else 0.0)
+        if error > tolerance * scale + 1e-30:
+            return error / (scale + 1e-30)
+    return None
+
+
 def _kind(arg: Any) -> Any:
+    """What a graph depends on in an argument."""
     if isinstance(arg, Tensor):
         return arg.shape, arg.stride(), arg.dtype, arg.device
+    if isinstance(arg, (tuple, list)):
+        return tuple(_kind(part) for part in arg)
     return arg
+
+
+def _holds_tensor(arg: Any) -> bool:
+    if isinstance(arg, dict):
+        return any(map(_holds_tensor, arg.values()))
+    if isinstance(arg, (tuple, list)):
+        return any(map(_holds_tensor, arg))
+    return isinstance(arg, Tensor)
 
 
 class Replay:

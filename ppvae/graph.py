@@ -18,37 +18,50 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.pairs import NotCompiled, seeded
 
-Graph = Callable[..., Sequence[Tensor]]
 
-
-def compile_graph(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
+class Graph:
     """One compiled graph of a function of tensors, for inputs of these shapes.
 
     Tensors that the function reaches otherwise are read anew at each call. Draws follow
     ``torch.manual_seed`` and are those of the function run eagerly.
 
+    Args:
+        function: from tensors to a list of tensors; it may differentiate.
+        inputs: tensors of the shapes it will be called with.
+
+    Attributes:
+        reached: tensors that the function reaches otherwise.
+
     Raises:
         NotCompiled: the function looks at a tensor's value, or there is no C++ compiler.
+
+    Example:
+        >>> graph = Graph(lambda x: [x.square().sum()], [torch.ones(3)])
+        >>> graph(torch.full((3,), 2.0))
+        [tensor(12.)]
     """
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
 
-    inputs = [tensor.detach() for tensor in inputs]
-    try:
-        traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        reached = _lift_constants(traced)
-        with torch.no_grad(), config.patch(fallback_random=True), seeded(0, *inputs):
-            compiled = compile_fx(traced, [*inputs, *reached])
-            compiled(*_copies(inputs), *_copies(reached))  # what is left to compile is compiled now
-    except Exception as error:  # whatever the tracer and the compiler raise: there is no list
-        raise NotCompiled(_reason(error)) from error
+    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
 
-    def graph(*inputs: Tensor) -> Sequence[Tensor]:
+        inputs = [tensor.detach() for tensor in inputs]
+        try:
+            # a fake tensor has a shape and no value: nothing of this run can be baked in
+            traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            self.reached = _lift_constants(traced)
+            with torch.no_grad(), config.patch(fallback_random=True), seeded(0, *inputs):
+                self._call: Any = compile_fx(traced, [*inputs, *self.reached])
+                self._call(*_copies(inputs), *_copies(self.reached))  # compiles what is left
+        except NotCompiled:
+            raise
+        except Exception as error:  # whatever the tracer and the compiler raise: there is no list
+            raise NotCompiled(_reason(error)) from error
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
-            outputs: Sequence[Tensor] = compiled(*inputs, *reached)
+            outputs: Sequence[Tensor] = self._call(*inputs, *self.reached)
         return outputs
-
-    return graph
 
 
 def _lift_constants(traced: GraphModule) -> list[Tensor]:
@@ -88,20 +101,32 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def unmoved(module: nn.Module) -> Iterator[None]:
-    """Put the tensors of a module that are no parameters, and an estimator's state, back."""
-    state: Any = getattr(module, "state", None)
-    attributes = [value for _, _, value in _attributes(module)]
-    tensors = [*module.buffers(), *attributes]
-    kept, known = _copies(tensors), vars(state).copy() if state is not None else {}
+    """Put back, on leaving, all that a module keeps besides its parameters' values."""
+    parts = [(part, vars(part).copy(), part._buffers.copy()) for part in module.modules()]
+    tensors = [value for _, _, value in attributes(module)]
+    kept = _copies(tensors)
     try:
         yield
     finally:
+        for part, known, buffers in parts:
+            vars(part).clear()
+            vars(part).update(known)
+            part._buffers.clear()
+            part._buffers.update(buffers)
         with torch.no_grad():
             for tensor, value in zip(tensors, kept, strict=True):
                 tensor.copy_(value)
-        if state is not None:
-            vars(state).clear()
-            vars(state).update(known)
+
+
+def attributes(
+    module: nn.Module, deep: bool = True
+) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Where a module keeps tensors that are no parameters: buffers and plain attributes."""
+    for part in module.modules() if deep else [module]:
+        for owned in (part._buffers, vars(part)):
+            for name, value in list(owned.items()):
+                if isinstance(value, Tensor):
+                    yield owned, name, value
 
 
 @contextmanager
@@ -111,7 +136,7 @@ def standing_in(
     """Run a module with other tensors as its parameters and buffers, shared ones included.
 
     Raises:
-        NotCompiled: the module assigns one of its tensors anew, which a graph cannot.
+        NotCompiled: the module assigns one of them anew, which a graph would lose.
     """
     replacement = {id(old): new for old, new in zip(originals, tensors, strict=True)}
     places = [
@@ -121,30 +146,31 @@ def standing_in(
         for name, value in owned.items()
         if id(value) in replacement
     ]
-    attributes = list(_attributes(module))
     try:
         for owned, name, value in places:
             owned[name] = replacement[id(value)]  # type: ignore[assignment]
         yield
-        assigned = [
-            name for owned, name, value in places if owned[name] is not replacement[id(value)]
-        ]
-        assigned += [name for part, name, value in attributes if vars(part)[name] is not value]
-        if assigned:
-            raise NotCompiled(
-                f"a module assigns its tensor {assigned[0]!r} anew in forward, which a graph would "
-                f"lose; change it in place: self.{assigned[0]}.copy_(...), and make it a buffer"
-            )
+        for owned, name, value in places:
+            if owned[name] is not replacement[id(value)]:
+                raise _assigned(name)
     finally:
         for owned, name, value in places:
             owned[name] = value
-        for part, name, value in attributes:
-            vars(part)[name] = value
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Tensors that are plain attributes, neither parameters nor buffers."""
-    for part in module.modules():
-        for name, value in list(vars(part).items()):
-            if isinstance(value, Tensor):
-                yield part, name, value
+def require_kept(before: Sequence[tuple[dict[str, Any], str, Tensor]], graph: Graph) -> None:
+    """Raise :class:`NotCompiled` if an attribute that a graph reads was assigned anew meanwhile.
+
+    One that is only written, as the caches of Pyro's flows are, does no harm.
+    """
+    read = {id(tensor) for tensor in graph.reached}
+    for owned, name, value in before:
+        if owned.get(name) is not value and id(value) in read:
+            raise _assigned(name)
+
+
+def _assigned(name: str) -> NotCompiled:
+    return NotCompiled(
+        f"a module assigns its tensor {name!r} anew in forward, which a graph would lose; change "
+        f"it in place: self.{name}.copy_(...)"
+    )

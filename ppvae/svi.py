@@ -20,7 +20,6 @@ from ppvae.elbo import ELBO, Estimator
 from ppvae.graph import unmoved
 from ppvae.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.program import local_parameters, method_owners, require_own_parameters
-from ppvae.weights import log_weights
 
 
 class SVI(pyro.infer.SVI):
@@ -93,6 +92,11 @@ class SVI(pyro.infer.SVI):
             )
         if compile not in (True, False, "auto"):
             raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
+        if compile is True and not isinstance(loss, Estimator):
+            raise ValueError(
+                f"compile=True needs an estimator of ppvae.elbo: {type(loss).__name__} of Pyro "
+                'looks at its value, which a graph cannot; use elbo.ELBO() or compile="auto"'
+            )
         self.model, self.guide, self.elbo, self.clip_norm = model, guide, loss, clip_norm
         self.objective: nn.Module = loss(model, guide)
         if not isinstance(loss, Estimator):  # Pyro's own module of a pair does not look for them
@@ -105,6 +109,7 @@ class SVI(pyro.infer.SVI):
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._compiled: CompiledGradients | None = None
         self._replays: dict[Any, Replay] = {}
+        self._buffers: list[dict[str, Tensor | None]] = []  # by module: moving one replaces them
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
         self._checked = (0, 0)  # steps and skipped steps when check_finite last looked
 
@@ -126,8 +131,12 @@ class SVI(pyro.infer.SVI):
         """
         checks = check_pair(self.model, self.guide, *args, **kwargs)
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.optim, self.objective)
+            self._build()
         return checks
+
+    def _build(self) -> None:
+        self.optimizer = build_optimizer(self.optim, self.objective)
+        self._buffers = [m._buffers for m in self.objective.modules() if m._buffers]
 
     def update(self, *args: Any, **kwargs: Any) -> Tensor:
         """One step; the loss as a 0-d tensor, so that nothing waits for the device."""
@@ -150,11 +159,13 @@ class SVI(pyro.infer.SVI):
         """Loss and gradient, over all processes, clipped, and the optimiser."""
         assert self.optimizer is not None
         random = torch.get_rng_state()
-        buffers = list(self.objective.buffers())
+        buffers = [b for owned in self._buffers for b in owned.values() if b is not None]
         kept = [buffer.clone() for buffer in buffers]
-        loss = self._differentiate(args, kwargs)
         # only what is optimised: gradients of other parameters are never set to zero
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            parameter.grad = None
+        loss = self._differentiate(args, kwargs, random)
         if self.synchronize is not None:
             self.synchronize([_gradient(parameter) for parameter in parameters])
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -171,8 +182,10 @@ class SVI(pyro.infer.SVI):
                 buffer.copy_(value)
             self._skipped += 1
             if not self.skip_nonfinite:
-                reason = self._blame(loss, random, args, kwargs)
-                raise NonFiniteError(f"step {self.num_steps + 1}: {reason}")
+                what = f"the loss is {float(loss):.6g}"
+                if math.isfinite(float(loss)):
+                    what += f", but {bad_gradients(self.objective)}"
+                raise self._nonfinite(what, self._site(random, args, kwargs))
             return loss
         self.optimizer.step()
         return loss
@@ -204,10 +217,21 @@ class SVI(pyro.infer.SVI):
         moments = [t.data_ptr() for t in self.optimizer.state[first].values()]
         return key, self.clip_norm, str(fixed), tuple(moments)
 
-    def _differentiate(self, args: tuple, kwargs: dict) -> Tensor:
+    def _differentiate(self, args: tuple, kwargs: dict, random: Tensor) -> Tensor:
         """The loss, detached, with the gradient in the parameters' ``grad``."""
-        assert self.optimizer is not None
-        self.optimizer.zero_grad()
+        try:
+            return self._loss(args, kwargs)
+        except (RuntimeError, ValueError) as error:
+            # a sampler given NaN raises; on the CPU the site can be named
+            parameter = next(self.objective.parameters())
+            site = "" if parameter.is_cuda else self._site(random, args, kwargs)
+            if not site:
+                raise
+            if not self.skip_nonfinite:
+                raise self._nonfinite("a draw is not possible", site) from error
+            return torch.full((), math.nan, dtype=parameter.dtype, device=parameter.device)
+
+    def _loss(self, args: tuple, kwargs: dict) -> Tensor:
         # validated once, in prepare
         with local_parameters(), pyro.validation_enabled(False), self.autocast():
             if self.compile:
@@ -238,25 +262,19 @@ class SVI(pyro.infer.SVI):
                 "same steps on the CPU name the site"
             )
 
-    def _blame(self, loss: Tensor, before: Tensor, args: tuple, kwargs: dict) -> str:
-        """What to say about a step that is not finite: the pair is run again at its draws."""
-        site = None
-        if isinstance(self.elbo, Estimator):
-            draws = self.elbo.num_draws
-            with unmoved(self.objective), torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.set_rng_state(before)
-                with pyro.validation_enabled(False), self.autocast():
-                    pair = (self.model, self.guide)
-                    site = blame(log_weights(*pair, *args, num_particles=draws, **kwargs))
-        if math.isfinite(float(loss)):
-            where = ", ".join(bad_gradients(self.objective)[:3])
-            reason = f"the loss is {float(loss):.4g}, but the gradient is not finite ({where})"
-        else:
-            reason = f"the loss is {float(loss)}"
-        return (
-            f"{reason}; {site or 'no site of this process shows why'}. Nothing has been updated. "
-            "Lower the learning rate, clip the gradient (SVI(clip_norm=...)), bound the predicted "
-            "scale, or go on without such steps (SVI(skip_nonfinite=True))"
+    def _site(self, random: Tensor, args: tuple, kwargs: dict) -> str:
+        """The site that makes the loss not finite: the pair is run again at its draws."""
+        draws = getattr(self.elbo, "num_draws", self.elbo.num_particles)
+        with unmoved(self.objective), torch.random.fork_rng(devices=[]), self.autocast():
+            torch.set_rng_state(random)
+            return blame(self.model, self.guide, *args, num_particles=draws, **kwargs)
+
+    def _nonfinite(self, what: str, site: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"step {self.num_steps + 1}: {what}; {site or 'no site of this process shows why'}. "
+            "Nothing has been updated. Lower the learning rate, clip the gradient "
+            "(SVI(clip_norm=...)), bound the predicted scale, or go on without such steps "
+            "(SVI(skip_nonfinite=True))"
         )
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -286,7 +304,8 @@ class SVI(pyro.infer.SVI):
         self._checked = (self.num_steps, self.num_skipped)
         if state["optimizer"] is not None:
             if self.optimizer is None:
-                self.optimizer = build_optimizer(self.optim, self.objective)
+                self._build()
+            assert self.optimizer is not None
             self.optimizer.load_state_dict(state["optimizer"])
 
 

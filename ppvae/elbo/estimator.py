@@ -35,7 +35,7 @@ class State(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_steps = 0
+        self._num_steps = 0
         self.weight: Tensor | None = None
         self._slots: tuple[Tensor, list[tuple[Schedule, Tensor]]] | None = None  # see traced
 
@@ -47,7 +47,7 @@ class State(nn.Module):
                 "the estimator reads state.step, and a graph would keep the step it was built at "
                 "for ever; let it ask for what changes: state.at_step(schedule)"
             )
-        return self.num_steps
+        return self._num_steps
 
     def at_step(self, weight: float | Tensor | Schedule) -> Any:
         """A weight as it is now: a schedule's value at this step, anything else as given.
@@ -57,12 +57,12 @@ class State(nn.Module):
         if isinstance(weight, Tensor) or not callable(weight):
             return weight
         if self._slots is None:
-            return weight(self.num_steps)
+            return weight(self._num_steps)
         like, slots = self._slots
         for schedule, slot in slots:
             if schedule is weight:
                 return slot
-        slot = torch.full((), float(weight(self.num_steps)), dtype=like.dtype, device=like.device)
+        slot = torch.full((), float(weight(self._num_steps)), dtype=like.dtype, device=like.device)
         slots.append((weight, slot))
         return slot
 
@@ -81,16 +81,20 @@ class State(nn.Module):
             vars(self).clear()
             vars(self).update(kept)
 
+    def count(self) -> None:
+        """One more training loss was computed."""
+        self._num_steps += 1
+
     @property
     def learning(self) -> bool:
         """Whether a loss computed now is a training step."""
         return self.training and torch.is_grad_enabled()
 
     def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.num_steps}
+        return {"step": self._num_steps}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.num_steps = state["step"]
+        self._num_steps = state["step"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +214,7 @@ class Estimator(pyro.infer.ELBO):
             ) from error
         if state.learning:
             self.advance(state)
-            state.num_steps += 1
+            state.count()
         return -value
 
     def surrogate(
