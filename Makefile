@@ -13,10 +13,10 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PY := $(VENV)/bin/python
 SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py)
 
-.PHONY: help demo test test-slow test-all lint format docs bench clean clean-all
+.PHONY: help demo test test-arviz1 test-slow test-all lint format docs bench clean clean-all
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	@$(or $(PYTHON),false) -c '$(CHECK)' 2>/dev/null || { \
@@ -43,6 +43,22 @@ test-slow: $(VENV)/.installed ## only the slow tests
 test-all: $(VENV)/.installed ## all tests; those that need a GPU are skipped where there is none
 	$(PY) -m pytest -q
 
+# ArviZ 1.x needs Python 3.12 or later and is not what setup.cfg asks for, so it has an environment of its own.
+ARVIZ1 := .venv-arviz1
+ARVIZ1_PYTHON ?= $(shell for p in python3.13 python3.12 python3; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
+
+$(ARVIZ1)/.installed: constraints.txt
+	@test -n "$(ARVIZ1_PYTHON)" || { echo "ArviZ 1.x needs Python 3.12 or 3.13: make test-arviz1 ARVIZ1_PYTHON=/path/to/python3.13"; exit 1; }
+	$(ARVIZ1_PYTHON) -m venv --clear $(ARVIZ1)
+	grep -vE '^(arviz|xarray)' constraints.txt > $(ARVIZ1)/constraints.txt
+	$(ARVIZ1)/bin/python -m pip --disable-pip-version-check install --progress-bar off -c $(ARVIZ1)/constraints.txt \
+		'arviz>=1,<2' torch pyro-ppl matplotlib scikit-learn pooch pandas tqdm zuko h5netcdf h5py pytest hypothesis
+	@touch $@
+
+test-arviz1: $(ARVIZ1)/.installed ## the ArviZ bridge with ArviZ 1.x, on Python 3.12 or 3.13
+	$(ARVIZ1)/bin/python -m pytest -q tests/test_arviz.py
+
 lint: $(VENV)/.installed ## ruff (rules and format) and mypy
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m ruff format --check $(SOURCES)
@@ -56,15 +72,17 @@ docs: $(VENV)/.installed ## the site, in docs/_build/html, and the examples on i
 	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	$(PY) -m sphinx -q -W --keep-going -b doctest docs docs/_build/doctest
 
-bench: $(VENV)/.bench ## run benchmarks/speed*.py; installs NumPyro and JAX to compare with
-	@found=0; for script in benchmarks/speed*.py; do \
-		test -e "$$script" || continue; found=1; \
-		echo "== $$script"; $(PY) "$$script"; done; \
-	test $$found = 1 || { echo "no benchmarks/speed*.py here"; exit 1; }
+# `make bench BENCH_ARGS=--quick` tries all of it; `make bench BENCH_ARGS='--device cuda' BENCH_OUT=out/cuda.jsonl`.
+BENCH_OUT := out/bench.jsonl
+bench: $(VENV)/.bench ## compare speed with NumPyro, pythae, stock Pyro and hand-written PyTorch; resumes
+	$(PY) -m pytest -q tests/test_benchmarks.py -m "not slow and not cuda"
+	@for name in speed speed_scaling speed_fit speed_build evidence; do \
+		echo "== benchmarks/$$name.py"; \
+		$(PY) benchmarks/$$name.py --out $(BENCH_OUT) $(BENCH_ARGS); done
 
 clean: ## remove caches and what was built
 	rm -rf build dist ./*.egg-info docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard ppvae tests examples benchmarks docs) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## also remove .venv and out
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(ARVIZ1) out

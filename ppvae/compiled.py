@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,18 +22,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ppvae.graph import Graph, attributes, require_kept, standing_in, unmoved
-from ppvae.pairs import NotCompiled, seeded
+from ppvae.pairs import NotCompiled, Program, seeded
 from ppvae.program import local_parameters, require_own_parameters
+from ppvae.weights import log_weights
 
 
-class CompiledGradients:
-    """Loss and gradient of an objective by compiled graphs, one for each thing baked in.
+class Compiled:
+    """A computation with a module by compiled graphs, one for each thing baked in.
 
-    A graph is built at the first step with arguments of its shapes, in the modes the modules are
-    in, and compared with an eager step at the same draws before it is used.
+    A graph is built at the first call with arguments of its shapes, in the modes the modules are
+    in, and compared with an eager run at the same draws before it is used.
 
     Args:
-        objective: a module whose ``forward(*args)`` is the loss.
+        module: holds all parameters and buffers.
+        build: ``build(module, args, kwargs, progress)`` makes what is called with ``args``:
+            :class:`Gradients` or :class:`Weights`.
         required: raise where no graph can be built, instead of running eagerly.
 
     Attributes:
@@ -43,28 +46,27 @@ class CompiledGradients:
 
     max_graphs = 8
 
-    def __init__(self, objective: nn.Module, required: bool) -> None:
-        self.objective, self.required = objective, required
+    def __init__(self, module: nn.Module, build: Callable[..., Any], required: bool) -> None:
+        self.module, self.build, self.required = module, build, required
         self.build_seconds = 0.0
         self.reason: str | None = None
-        self._graphs: dict[Any, _Step | None] = {}
-        self._parameters = list(objective.parameters())
-        state = getattr(objective, "state", None)  # changes, and is asked with at_step
-        modules = [module for module in objective.modules() if module is not state]
-        self._modules = modules
+        self._graphs: dict[Any, Any] = {}
+        self._parameters = list(module.parameters())
+        state = getattr(module, "state", None)  # changes, and is asked with at_step
+        self._modules = modules = [part for part in module.modules() if part is not state]
         # Numbers and tensors that modules keep: a graph knows them as they were.
         self._numbers = [
-            (vars(module), name)
-            for module in modules
-            for name, value in vars(module).items()
+            (vars(part), name)
+            for part in modules
+            for name, value in vars(part).items()
             if isinstance(value, (int, float, str)) and name[0] != "_" and name != "training"
         ]
         self._tensors = [
-            (owned, name) for module in modules for owned, name, _ in attributes(module, deep=False)
+            (owned, name) for part in modules for owned, name, _ in attributes(part, deep=False)
         ]
 
     def __call__(self, args: tuple, kwargs: dict) -> Tensor | None:
-        """The loss, with the gradients in the parameters' ``grad``; None: run eagerly.
+        """What the graph gives; None: run eagerly.
 
         Raises:
             NotCompiled: no graph can be built, and one is required.
@@ -89,9 +91,7 @@ class CompiledGradients:
 
     def advance(self, key: Any) -> None:
         """What a step does besides what its graph does, for one that is replayed."""
-        step = self._graphs[key]
-        assert step is not None
-        step.advance()
+        self._graphs[key].advance()
 
     def built(self, key: Any) -> bool:
         """Whether there is a graph."""
@@ -99,47 +99,56 @@ class CompiledGradients:
 
     def key(self, args: tuple, kwargs: dict) -> Any:
         """What a graph depends on besides the values of tensors."""
-        first = self._parameters[0]
-        device = first.device.type
+        tensors = [*self._parameters[:1], *(arg for arg in args if isinstance(arg, Tensor))]
+        device = tensors[0].device.type if tensors else "cpu"
         return (
             tuple(_kind(arg) for arg in args),
             tuple((name, _kind(arg)) for name, arg in kwargs.items()),
-            tuple([module.training for module in self._modules]),
+            tuple([part.training for part in self._modules]),
             tuple([parameter.requires_grad for parameter in self._parameters]),
             tuple([owned.get(name) for owned, name in self._numbers]),
             tuple([id(owned.get(name)) for owned, name in self._tensors]),
-            first.dtype,
-            first.device,
+            tuple((parameter.dtype, parameter.device) for parameter in self._parameters[:1]),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
 
-    def _build(self, args: tuple, kwargs: dict) -> _Step | None:
+    def _build(self, args: tuple, kwargs: dict) -> Any:
         if any(_holds_tensor(arg) for arg in kwargs.values()) or any(
             _holds_tensor(arg) for arg in args if not isinstance(arg, Tensor)
         ):
             self._refuse("tensors are passed by keyword or inside a tuple; pass them by position")
             return None
         started = time.perf_counter()
-        with tqdm(total=3, desc="compiling the step", leave=False, disable=None) as bar:
+        with tqdm(total=2, desc="compiling", leave=False, disable=None) as bar:
             try:
-                step = _Step(self.objective, args, kwargs, bar.update)
+                return self.build(self.module, args, kwargs, bar.update)
             except NotCompiled as error:
                 self._refuse(str(error))
                 return None
             finally:
                 self.build_seconds += time.perf_counter() - started
-        return step
 
     def _refuse(self, reason: str) -> None:
         if self.required:
-            raise NotCompiled(f"compile=True, but the step cannot be compiled: {reason}")
+            raise NotCompiled(f"compile=True, but no graph can be built: {reason}")
         if self.reason is None:
-            warnings.warn(f"some steps run eagerly: {reason}", RuntimeWarning, stacklevel=5)
+            warnings.warn(
+                f"not compiled, so it runs eagerly: {reason}", RuntimeWarning, stacklevel=5
+            )
         self.reason = reason
 
 
-class _Step:
-    """One graph: loss and gradients for arguments of one kind."""
+class Gradients:
+    """The loss of an objective, with the gradients in its parameters' ``grad``, by one graph.
+
+    Args:
+        objective: a module whose ``forward(*args)`` is the loss.
+        args, kwargs: what it is called with; the graph is for tensors of these shapes.
+        progress: called after each part of the work.
+
+    Raises:
+        NotCompiled: no graph can be built, or it gives another loss or gradient.
+    """
 
     def __init__(
         self, objective: nn.Module, args: tuple, kwargs: dict, progress: Callable[[], Any]
@@ -229,10 +238,61 @@ class _Step:
         different = _difference(expected, found)
         if different is not None:
             raise NotCompiled(
-                f"at the same draws the compiled loss is {float(found[0])}, the eager one "
-                f"{float(expected[0])}, and they or a gradient differ by {different:.2g} of its "
+                f"at the same draws the compiled loss is {found[0]}, the eager one "
+                f"{expected[0]}, and they or a gradient differ by {different:.2g} of its "
                 "norm; this is a fault of the compiler"
             )
+
+
+class Weights:
+    """Log-weights of a pair without gradient, ``(K, N)``, by one graph.
+
+    Args:
+        model, guide: the pair.
+        module: owns their parameters and buffers.
+        args, kwargs, progress: as :class:`Gradients` has them; ``num_particles`` in ``kwargs``.
+
+    Raises:
+        NotCompiled: as :class:`Gradients`.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        progress: Callable[[], Any],
+    ) -> None:
+        self.inputs: list[Tensor] = [*module.parameters(), *module.buffers()]
+        self.positions = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+
+        def weigh(*inputs: Tensor) -> list[Tensor]:
+            given = list(args)
+            for position, tensor in zip(self.positions, inputs[len(self.inputs) :], strict=True):
+                given[position] = tensor
+            with torch.no_grad(), local_parameters(), pyro.validation_enabled(False):
+                with standing_in(module, self.inputs, inputs[: len(self.inputs)]):
+                    return [log_weights(model, guide, *given, **kwargs).log_w]
+
+        tensors = [args[i] for i in self.positions]
+        with unmoved(module), seeded(0, *self.inputs, *tensors):
+            eager = weigh(*self.inputs, *tensors)  # also finds what is found once for a pair
+        with unmoved(module):
+            self.graph = Graph(weigh, [*self.inputs, *tensors])
+        progress()
+        with unmoved(module), seeded(0, *self.inputs, *tensors):
+            found = [self(args)]
+        if _difference(eager, found) is not None:
+            raise NotCompiled(
+                "at the same draws the compiled log-weights differ from the eager ones"
+            )
+        progress()
+
+    def __call__(self, args: tuple) -> Tensor:
+        (log_w,) = self.graph(*self.inputs, *(args[i] for i in self.positions))
+        return log_w
 
 
 def _own(gradient: Tensor, parameter: Tensor, taken: set[int]) -> Tensor:
@@ -244,7 +304,7 @@ def _own(gradient: Tensor, parameter: Tensor, taken: set[int]) -> Tensor:
     return gradient
 
 
-def _difference(expected: list[Tensor | None], found: list[Tensor | None]) -> float | None:
+def _difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> float | None:
     """The largest relative difference of losses and gradients, if it is more than rounding."""
     loss = expected[0]
     assert loss is not None

@@ -44,7 +44,7 @@ class _Vector(dist.Independent):
             self.base_dist  # noqa: B018 - checks the parameters
 
     @property
-    def base_dist(self) -> Any:  # type: ignore[override]
+    def base_dist(self) -> Any:
         made = self.__dict__.get("_made")
         if made is None:
             shape = self.batch_shape + self.event_shape
@@ -178,7 +178,7 @@ class BinaryVector(_Vector):
         self._declare(event_dim, validate_args, logits=logits)
 
     @property
-    def _family(self) -> Any:  # type: ignore[override]
+    def _family(self) -> Any:
         return _GreyBernoulli if self._grey else dist.Bernoulli
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -44,8 +44,7 @@ def blame(model: Program, guide: Program, *args: Any, num_particles: int = 1, **
     """
     try:
         with pyro.validation_enabled(False), torch.enable_grad(), _Watch():
-            draws = {"num_particles": num_particles}
-            weights = log_weights(model, guide, *args, **draws, **kwargs)
+            weights = log_weights(model, guide, *args, num_particles=num_particles, **kwargs)
     except _Found as found:
         return str(found)
     except (ValueError, RuntimeError):  # the pair has no weights per datapoint

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.check import Checks, check_pair
-from ppvae.compiled import CompiledGradients, Replay
+from ppvae.compiled import Compiled, Gradients, Replay
 from ppvae.elbo import ELBO, Estimator
 from ppvae.graph import unmoved
 from ppvae.nonfinite import NonFiniteError, bad_gradients, blame
@@ -107,7 +107,7 @@ class SVI(pyro.infer.SVI):
         self.compile, self.skip_nonfinite = compile, skip_nonfinite
         self.synchronize: Callable[[list[Tensor]], None] | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._compiled: CompiledGradients | None = None
+        self._compiled: Compiled | None = None
         self._replays: dict[Any, Replay] = {}
         self._buffers: list[dict[str, Tensor | None]] = []  # by module: moving one replaces them
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
@@ -180,12 +180,12 @@ class SVI(pyro.infer.SVI):
         elif not math.isfinite(float(loss) + float(norm)):
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(value)
-            self._skipped += 1
             if not self.skip_nonfinite:
                 what = f"the loss is {float(loss):.6g}"
                 if math.isfinite(float(loss)):
                     what += f", but {bad_gradients(self.objective)}"
                 raise self._nonfinite(what, self._site(random, args, kwargs))
+            self._skipped += 1
             return loss
         self.optimizer.step()
         return loss
@@ -236,7 +236,7 @@ class SVI(pyro.infer.SVI):
         with local_parameters(), pyro.validation_enabled(False), self.autocast():
             if self.compile:
                 if self._compiled is None:
-                    self._compiled = CompiledGradients(self.objective, self.compile is True)
+                    self._compiled = Compiled(self.objective, Gradients, self.compile is True)
                 compiled = self._compiled(args, kwargs)
                 if compiled is not None:
                     return compiled

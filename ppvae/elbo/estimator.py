@@ -38,6 +38,7 @@ class State(nn.Module):
         self._num_steps = 0
         self.weight: Tensor | None = None
         self._slots: tuple[Tensor, list[tuple[Schedule, Tensor]]] | None = None  # see traced
+        self._asked = 0  # how many of them this loss has asked for
 
     @property
     def step(self) -> int:
@@ -59,12 +60,14 @@ class State(nn.Module):
         if self._slots is None:
             return weight(self._num_steps)
         like, slots = self._slots
-        for schedule, slot in slots:
-            if schedule is weight:
-                return slot
-        slot = torch.full((), float(weight(self._num_steps)), dtype=like.dtype, device=like.device)
-        slots.append((weight, slot))
-        return slot
+        if self._asked == len(slots):
+            value = float(weight(self._num_steps))
+            slot = torch.full((), value, dtype=like.dtype, device=like.device)
+            if type(slot) is not Tensor:  # made while tracing: it would hold this value for ever
+                raise NotCompiled("the estimator asks at_step more often in one loss than another")
+            slots.append((weight, slot))
+        self._asked += 1
+        return slots[self._asked - 1][1]
 
     @contextmanager
     def traced(self, like: Tensor) -> Iterator[list[tuple[Schedule, Tensor]]]:
@@ -74,7 +77,7 @@ class State(nn.Module):
             The schedules that were asked for, each with the tensor that holds its value.
         """
         slots: list[tuple[Schedule, Tensor]] = []
-        kept, self._slots = vars(self).copy(), (like, slots)
+        kept, self._slots, self._asked = vars(self).copy(), (like, slots), 0
         try:
             yield slots
         finally:

@@ -1,0 +1,315 @@
+"""The columns of the speed benchmarks compute the same estimator from the same parameters."""
+
+import json
+import math
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_a_script(monkeypatch):
+    """The scripts' own folder on the path; the number of threads and variables put back."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("NPROC", "XLA_PYTHON_CLIENT_PREALLOCATE", "JAX_DEFAULT_MATMUL_PRECISION"):
+        monkeypatch.setenv(name, "1")
+        monkeypatch.delenv(name)  # so that what a script sets is taken off again
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+@pytest.fixture(params=["K = 1", "K = 4", "two layers", "two layers, K = 4", "conv"])
+def workload(request, monkeypatch):
+    """Small versions of the workloads, at parameters where every term of the bound matters."""
+    import workloads
+
+    plain = workloads.Workload.networks
+
+    def larger(self, device=None):
+        networks = plain(self, device)
+        with torch.no_grad():
+            for parameter in networks.parameters():
+                parameter.mul_(1.5)
+        return networks
+
+    monkeypatch.setattr(workloads.Workload, "networks", larger)
+    small = workloads.MLP(data=6, hidden=(5,), latent=3)
+    deep = workloads.Hierarchical(latents=(3, 2), hidden=(4, 5), data=6)
+    family, K = {
+        "K = 1": (small, 1),
+        "K = 4": (small, 4),
+        "two layers": (deep, 1),
+        "two layers, K = 4": (deep, 4),
+        "conv": (workloads.Conv(), 1),
+    }[request.param]
+    return workloads.Workload(request.param, family, 7, K)
+
+
+def handwritten(workload, x, seed):
+    """Loss and gradients of the hand-written column, draws from the seed."""
+    from columns import handwritten_loss
+
+    networks = workload.networks()
+    torch.manual_seed(seed)
+    loss = handwritten_loss(networks, x, workload.num_particles)
+    loss.backward()
+    return loss.item(), [p.grad for p in networks.parameters()]
+
+
+def assert_same(found, expected):
+    """Two losses, two lists of gradients."""
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.norm()))
+
+
+def test_ppvae_and_the_handwritten_loss_agree_draw_for_draw(workload):
+    x = workload.batches(1)[0]
+    model, guide = workload.pair(workload.networks())
+    torch.manual_seed(3)
+    loss = workload.bound(model, guide)(x)
+    loss.backward()
+    gradients = [p.grad for p in [*guide.parameters(), *model.parameters()]]
+    assert_same((loss.item(), gradients), handwritten(workload, x, 3))
+
+
+def test_stock_pyro_and_the_handwritten_loss_agree_draw_for_draw(workload):
+    from columns import stock_svi
+
+    x = workload.batches(1)[0]
+    svi = stock_svi(workload, CPU)
+    networks = svi.model.__self__.networks
+    svi.loss_and_grads(svi.model, svi.guide, x)  # the first time it guesses the plates
+    networks.zero_grad()
+    torch.manual_seed(3)
+    loss = svi.loss_and_grads(svi.model, svi.guide, x)
+    assert_same((loss, [p.grad for p in networks.parameters()]), handwritten(workload, x, 3))
+
+
+def test_numpyro_has_the_same_networks(workload):
+    jax = pytest.importorskip("jax")
+    from columns import numpyro_batch
+    from jax_networks import from_torch
+
+    networks = workload.networks()
+    x, z = workload.batches(1)[0], torch.randn(7, workload.family.latents[0])
+    for network, inputs in ((networks.encoders[0], x), (networks.decoders[0], z)):
+        parameters, apply = from_torch(network)
+        found = torch.tensor(jax.device_get(apply(parameters, numpyro_batch(inputs))))
+        expected = network(inputs).detach()
+        expected = expected.movedim(1, -1) if expected.dim() == 4 else expected
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_numpyro_has_the_same_mean_loss(workload):
+    jax = pytest.importorskip("jax")
+    from columns import handwritten_loss, numpyro_batch, numpyro_svi
+
+    x, networks = workload.batches(1)[0], workload.networks()
+    svi = numpyro_svi(workload)
+    batch, draws = numpyro_batch(x), 4000 if x.dim() == 2 else 1000
+    state = svi.init(jax.random.PRNGKey(0), batch)
+    draw = jax.jit(jax.vmap(lambda key: svi.evaluate(state._replace(rng_key=key), batch)))
+    theirs = torch.tensor(jax.device_get(draw(jax.random.split(jax.random.PRNGKey(1), draws))))
+    with torch.no_grad():
+        ours = torch.stack(
+            [handwritten_loss(networks, x, workload.num_particles) for _ in range(draws)]
+        )
+    error = math.sqrt((theirs.var() + ours.var()) / draws)
+    assert abs(theirs.mean() - ours.mean()) < 4.5 * error
+    assert error < 0.1 * workload.batch  # a tenth of a nat per datapoint
+
+
+def test_pythae_has_the_same_mean_loss_or_the_same_gradient(workload, monkeypatch):
+    pytest.importorskip("pythae")
+    from columns import NotOffered, handwritten_loss, pythae_model
+    from pythae.data.datasets import DatasetOutput
+
+    x = workload.batches(1)[0]
+    if len(workload.family.latents) > 1:
+        with pytest.raises(NotOffered):
+            pythae_model(workload, CPU)
+        return
+    model, networks = pythae_model(workload, CPU), workload.networks()
+    K, latent_dim = workload.num_particles, workload.family.latents[0]
+    if K == 1:  # its KL is the closed form: equal on average over the same noise
+        differences = []
+        with torch.no_grad():
+            for seed in range(400 if x.dim() == 2 else 50):
+                torch.manual_seed(seed)
+                theirs = model(DatasetOutput(data=x)).loss * len(x)
+                torch.manual_seed(seed)
+                differences.append(theirs - handwritten_loss(networks, x, 1))
+        gap = torch.stack(differences)
+        assert abs(gap.mean()) < 4.5 * gap.std() / math.sqrt(len(gap))
+        return
+    noise = torch.randn(K, len(x), latent_dim)
+    monkeypatch.setattr(torch, "randn", lambda *shape, **kwargs: noise)
+    _, expected = handwritten(workload, x, 0)
+    model._sample_gauss = lambda loc, scale: (loc + scale * noise.transpose(0, 1), None)
+    (model(DatasetOutput(data=x)).loss * len(x)).backward()
+    found = [p.grad for p in [*model.encoder.parameters(), *model.decoder.parameters()]]
+    last = len(list(model.encoder.parameters())) - 2
+    for head in found[last : last + 2]:
+        head[latent_dim:] *= 2  # its parameters are twice ours: a log-variance
+    for theirs, ours in zip(found, expected, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * float(ours.norm()))
+
+
+def test_the_limit_has_the_products_of_the_handwritten_step_and_no_others(workload):
+    from columns import handwritten_loss
+    from matmul import training_products
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, K = workload.batches(1)[0], workload.num_particles
+    networks = workload.networks()
+    with FlopCounterMode(display=False) as step:
+        handwritten_loss(networks, x, K).backward()
+    calls = training_products(networks, x, K)
+    with FlopCounterMode(display=False) as limit:
+        for call in calls:
+            call()
+    assert limit.get_total_flops() == step.get_total_flops() > 0
+
+
+def test_both_libraries_compute_the_products_of_a_linear_layer():
+    from matmul import linear
+
+    weight = torch.randn(4, 3)
+    for library in ("aten", "onednn"):
+        if library == "onednn" and not torch.backends.mkldnn.is_available():
+            continue
+        torch.manual_seed(0)
+        calls = linear(weight, 5, True, library)
+        torch.manual_seed(0)
+        w, inputs, slope = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5, 4)
+        for call, product in zip(calls, (inputs @ w.T, slope.T @ inputs, slope @ w), strict=True):
+            torch.testing.assert_close(call(), product)
+
+
+def test_rounds_alternate():
+    from timing import alternate
+
+    order = []
+    blocks = {name: (lambda name=name: order.append(name) or len(order)) for name in "abc"}
+    taken = alternate(blocks, 3)
+    assert "".join(order) == "abc" + "acb" + "cab"
+    assert taken["b"].tolist() == [2, 6, 9]
+
+
+def test_results_resume_from_equal_code_and_settings_only(tmp_path):
+    from timing import Results, environment
+
+    path, where, settings = tmp_path / "out" / "results.jsonl", environment(CPU), {"rounds": 10}
+    assert Results(path, where, settings).get("a", lambda: {"ms": 1}) == {"ms": 1}
+    with path.open("a") as file:
+        file.write('{"key": "b", "resu')  # killed while writing
+    later = where | {"date": "another day", "load": [9.0, 9.0, 9.0]}
+    assert Results(path, later, settings).get("a", lambda: {"ms": 2}) == {"ms": 1}
+    assert Results(path, where, {"rounds": 20}).get("a", lambda: {"ms": 3}) == {"ms": 3}
+    assert (
+        Results(path, where | {"ppvae": "other"}, settings).get("a", lambda: {"ms": 4})["ms"] == 4
+    )
+
+
+def run_speed(monkeypatch, tmp_path, columns, device="cpu"):
+    """speed.py on one small workload; its table's rows."""
+    import speed
+    import workloads
+
+    small = workloads.Workload("small", workloads.MLP(data=100, hidden=(5,), latent=3), 50, 4)
+    monkeypatch.setattr(speed, "WORKLOADS", [small])
+    out = tmp_path / "speed.jsonl"
+    options = ["--quick", "--threads", "1", "--device", device, "--out", str(out)]
+    with pyro.validation_enabled(False):  # as in a fresh process; the columns share this one
+        assert speed.main([*options, "--columns", ",".join(columns)]) == 0
+    result = json.loads(out.read_text())["result"]
+    assert speed.verdict(small, result)
+    return result["columns"]
+
+
+def test_speed_runs_and_says_what_was_not_run(monkeypatch, tmp_path, capsys):
+    rows = run_speed(monkeypatch, tmp_path, ["ppvae-eager", "hand", "hand-graph", "pyro"])
+    assert rows["hand-graph"] == {"missing": "not run: needs --device cuda"}
+    for name in ("ppvae-eager", "hand", "pyro"):
+        low, high = rows[name]["ms"][1:]
+        assert 0 < low <= rows[name]["ms"][0] <= high
+    assert "| hand-graph | not run: needs --device cuda |" in capsys.readouterr().out
+
+
+def test_speed_refuses_columns_that_compute_something_else(monkeypatch, tmp_path):
+    import columns
+
+    right = columns.COLUMNS["hand"]
+
+    def wrong(workload, device):
+        column = right(workload, device)
+        column.loss_scale = 2.0
+        return column
+
+    monkeypatch.setitem(columns.COLUMNS, "hand", wrong)
+    with pytest.raises(SystemExit, match="do not compute the same loss"):
+        run_speed(monkeypatch, tmp_path, ["ppvae-eager", "hand", "pyro"])
+
+
+@pytest.mark.slow
+def test_speed_runs_every_column(monkeypatch, tmp_path):
+    pytest.importorskip("jax")
+    pytest.importorskip("pythae")
+    from columns import COLUMNS
+
+    rows = run_speed(monkeypatch, tmp_path, list(COLUMNS))
+    missing = {name for name, row in rows.items() if "missing" in row}
+    assert missing == {"hand-overhead", "hand-graph"}
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_speed_runs_on_cuda(monkeypatch, tmp_path):
+    names = ["ppvae-eager", "ppvae-compiled", "hand", "hand-compile", "hand-overhead", "hand-graph"]
+    rows = run_speed(monkeypatch, tmp_path, names, device="cuda")
+    assert not [row for row in rows.values() if "missing" in row]
+
+
+def test_the_limit_of_evidence_has_the_products_of_the_handwritten_evaluator():
+    import evidence
+    import workloads
+    from torch.utils.flop_counter import FlopCounterMode
+
+    family = workloads.MLP(data=6, hidden=(5,), latent=3)
+    workload = workloads.Workload("small", family, 7, 3000)  # three images a piece
+    x = workload.batches(1)[0]
+    with FlopCounterMode(display=False) as evaluation:
+        found = evidence.handwritten(workload, CPU)(x)
+    calls = evidence.forward_products(workload, len(x), CPU, "aten")
+    with FlopCounterMode(display=False) as limit:
+        for call in calls:
+            call()
+    assert limit.get_total_flops() == evaluation.get_total_flops() > 0
+    expected = evidence.ours(workload, CPU)(x)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.3)  # se below 0.05
+
+
+def test_fit_is_timed_against_bare_steps_without_them():
+    import speed_fit
+
+    for binarised in (False, True):
+        result = speed_fit.measure(False, binarised, 3 * speed_fit.BATCH, 3, CPU)
+        assert result["steps"] == 3
+        assert all(0.5 < ratio < 20 for ratio in result["slices"] + result["shuffled"])
+
+
+def test_memory_of_a_step_is_what_it_allocates():
+    from memory import rise
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux")
+    assert 50 < rise(lambda: torch.ones(20_000_000).sum()) < 120  # 80 MB
