@@ -4,26 +4,70 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ppvae.pair_checks import (
+    NO_INVERSE,
+    is_deterministic,
+    leakage_faults,
+    parameters_without_gradient,
+    particle_faults,
+    point_masses,
+    possible_gradients,
+    trainable_parameters,
+)
 from ppvae.pairs import DATA_PLATE, Site, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.weights import LogWeights, check_latents, log_weights
 
 # The position of an argument, and what raises ValueError for values of it that cannot be used.
-Checks = list[tuple[int, Callable[[Tensor], None]]]
+RowCheck = tuple[int, Callable[[Tensor], None]]
+Checks = Iterable[RowCheck]
 
 
 class PairError(ValueError):
     """A model/guide pair, or the data it is given, cannot work; the message lists every fault."""
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What :func:`check_pair` found right with a pair; its repr is for reading.
+
+    Attributes:
+        holds: what was checked and holds, one line each.
+        notes: what could not be checked, and why, or is worth knowing.
+        gradients: for each gradient of :mod:`ppvae.elbo` why the pair cannot be trained with it;
+            an empty string if it can.
+        row_checks: the checks of single arguments (support, labels) that hold beyond the batch, by
+            position of the argument. Iterating over the report gives them.
+    """
+
+    holds: tuple[str, ...]
+    notes: tuple[str, ...]
+    gradients: dict[str, str]
+    row_checks: tuple[RowCheck, ...]
+
+    def __iter__(self) -> Iterator[RowCheck]:
+        return iter(self.row_checks)
+
+    def __repr__(self) -> str:
+        usable = [name for name, reason in self.gradients.items() if not reason]
+        lines = ["The pair fits together.", *(f"  + {line}" for line in self.holds)]
+        lines.append(f"  + gradients of ppvae.elbo: {', '.join(usable)}")
+        for reason in dict.fromkeys(filter(None, self.gradients.values())):
+            refused = [name for name, why in self.gradients.items() if why == reason]
+            lines.append(f"  - not {', '.join(refused)}: {reason}")
+        return "\n".join([*lines, *(f"  ? {note}" for note in self.notes)])
 
 
 def check_pair(
@@ -32,21 +76,126 @@ def check_pair(
     *args: Any,
     joint: bool = False,
     **kwargs: Any,
-) -> Checks:
-    """Run the pair once on a batch and raise if anything about it is wrong.
+) -> PairReport:
+    """Run the pair on a batch, in evaluation mode, and raise if anything about it is wrong.
+
+    Beyond what :func:`check_batch` looks at, it checks that a gradient reaches every trainable
+    parameter, that no datapoint's log-probability changes with the data or draws of another, and
+    that K particles at once are weighed as one by one. It takes about a dozen runs of the pair.
+    Parameters, random stream and batch-norm statistics are left as they were.
+
+    Args:
+        model, guide: Pyro programs.
+        *args: a batch, as both are called: ``x`` or ``x, y``; two different rows at least show
+            leakage.
+        joint: allow latents outside the data plate.
+        **kwargs: passed to both programs.
+
+    Returns:
+        :class:`PairReport`: what is right, and which gradients of :mod:`ppvae.elbo` the pair can
+        be trained with.
+
+    Raises:
+        PairError: with one line per fault, naming the site, parameter or argument, what was seen,
+            and the cure.
+
+    Example:
+        >>> import torch, ppvae
+        >>> from ppvae import conditionals, guides, models, nets
+        >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
+        >>> guide = guides.Normal(nets.mlp(4, 8, 2 * 2))
+        >>> ppvae.check_pair(model, guide, torch.eye(4))
+        The pair fits together.
+          + latents ['z'] of the guide are those of the model, with equal event shapes and support
+          + data ['x'] have the likelihood's shape and lie in its support
+          + every site lies in the plate 'data', and all log-probabilities are numbers
+          + gradients reach all 8 trainable parameters
+          + no row's log-probability changes with the other rows
+          + 3 particles at once are weighed as one by one
+          + gradients of ppvae.elbo: pathwise, stl, dreg, score, vimco
+        >>> ppvae.check_pair(model, guide, torch.full((5, 4), 0.5))
+        Traceback (most recent call last):
+        ...
+        ppvae.check.PairError: site 'x': argument 'x': 20 of 20 values lie outside the ...
+    """
+    row_checks = check_batch(model, guide, *args, joint=joint, **kwargs)
+    pair = (model, guide, args, kwargs)
+    holds, notes, faults = [], [], []
+    with unnoticed(model, guide), local_parameters(), pyro.validation_enabled(False):
+        with torch.enable_grad():
+            weights = log_weights(model, guide, *args, joint=joint, **kwargs)
+            missing = parameters_without_gradient(weights, model, guide)
+            gradients = possible_gradients(weights, *pair)
+        points = point_masses(weights)
+        invertible = gradients["dreg"] != NO_INVERSE  # or draws cannot be weighed again
+        repeatable = invertible and is_deterministic(weights, *pair)
+        leaks = leakage_faults(weights, *pair) if repeatable and not joint else None
+        apart = particle_faults(weights, *pair) if repeatable and not points else None
+    latents, observed = list(weights.latents), sorted(weights.observed)
+    holds.append(
+        f"latents {latents} of the guide are those of the model, with equal event shapes and "
+        "support"
+    )
+    holds.append(f"data {observed} have the likelihood's shape and lie in its support")
+    where = "" if joint else "every site lies in the plate 'data', and "
+    holds.append(f"{where}all log-probabilities are numbers")
+    faults += [
+        f"parameter {name!r} gets no gradient: no log-probability depends on it, so it would never "
+        "be trained; use it in the program, do not detach() what it makes, or freeze it with "
+        "requires_grad_(False)"
+        for name in missing
+    ]
+    count = len(trainable_parameters(model, guide))
+    if not missing and count:
+        holds.append(f"gradients reach all {count} trainable parameters")
+    faults += leaks or []
+    if leaks == []:
+        holds.append("no row's log-probability changes with the other rows")
+    faults += apart or []
+    if apart == []:
+        holds.append("3 particles at once are weighed as one by one")
+    if not invertible:
+        notes.append("leakage and particles are not checked: draws cannot be weighed again")
+    elif not repeatable:
+        notes.append(
+            "leakage and particles are not checked: log-probabilities of the same draws differ "
+            "between two runs, since a program draws noise outside its sites"
+        )
+    elif leaks is None and not joint:
+        notes.append("leakage is not checked: it takes a batch with two different rows")
+    if isinstance(guide, AutoGuide) and guide.create_plates is None and not joint:
+        notes.append(
+            f"the parameters of {type(guide).__name__} belong to positions in the batch; for "
+            "minibatches wrap it in guides.Auto, which gives each row of the data its own"
+        )
+    if points:
+        notes.append(
+            f"latent {points[0]!r} is a point mass: the ELBO is then log p(x, z) at that point, no "
+            "bound on log p(x), and there is no evidence or k-hat"
+        )
+    if faults:
+        raise PairError("\n".join(faults))
+    return PairReport(tuple(holds), tuple(notes), gradients, tuple(row_checks))
+
+
+def check_batch(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    joint: bool = False,
+    **kwargs: Any,
+) -> list[RowCheck]:
+    """The quick part of :func:`check_pair`: two runs of the pair, for every first batch.
 
     Checked: the data are finite, of equal length and not empty; both programs run; the guide has
     the model's latents and no others, with the same event shapes and in their support; every site
     lies in the plate ``"data"`` and declares its other dimensions as event; the observations fit
     the likelihood's shape and support; no log-probability is NaN or infinitely large. A module
     with a method ``check(values)``, such as ``nets.OneHot``, is asked about an argument it is
-    called with. Parameters, random stream and batch-norm statistics are left as they were.
+    called with.
 
     Args:
-        model, guide: Pyro programs.
-        *args: a batch, as both are called: ``x`` or ``x, y``.
-        joint: allow latents outside the data plate.
-        **kwargs: passed to both programs.
+        model, guide, args, joint, kwargs: as in :func:`check_pair`.
 
     Returns:
         The checks of single arguments that also hold beyond this batch (support, labels), by
@@ -54,17 +203,6 @@ def check_pair(
 
     Raises:
         PairError: with one line per fault, naming the site or argument, what was seen, the cure.
-
-    Example:
-        >>> import torch, ppvae
-        >>> from ppvae import conditionals, guides, models, nets
-        >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
-        >>> guide = guides.Normal(nets.mlp(4, 8, 2 * 2))
-        >>> _ = ppvae.check_pair(model, guide, torch.ones(5, 4))
-        >>> ppvae.check_pair(model, guide, torch.full((5, 4), 0.5))
-        Traceback (most recent call last):
-        ...
-        ppvae.check.PairError: site 'x': argument 'x': 20 of 20 values lie outside the ...
     """
     check_tensors(model, args)
     with (
@@ -171,9 +309,9 @@ def _run(
 
 
 @contextmanager
-def _module_checks(model: Any, guide: Any, args: Sequence[Any]) -> Iterator[Checks]:
+def _module_checks(model: Any, guide: Any, args: Sequence[Any]) -> Iterator[list[RowCheck]]:
     """Let each module with a ``check`` method check the arguments it is called with; note it."""
-    noted: Checks = []
+    noted: list[RowCheck] = []
 
     def before(module: Any, inputs: tuple[Any, ...]) -> None:
         for position, arg in enumerate(args):

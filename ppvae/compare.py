@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppvae.check import check_pair
+from ppvae.check import check_batch
 from ppvae.diagnostics.evidence import log_evidence as importance_log_evidence
 from ppvae.elbo import Estimator, Objective
 from ppvae.pairs import evaluation_mode, seeded
@@ -83,7 +83,7 @@ def compare(
     if repeats < 2:
         raise ValueError(f"repeats must be at least 2, got {repeats}")
     args = (data,) if isinstance(data, Tensor) else tuple(data)
-    check_pair(model, guide, *args)
+    check_batch(model, guide, *args)
     named = _checked(estimators)
     given = getattr(log_evidence, "shape", ())
     if log_evidence is not None and tuple(given) != (len(args[0]),):

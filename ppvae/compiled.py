@@ -27,6 +27,9 @@ from ppvae.program import local_parameters, require_own_parameters
 from ppvae.weights import log_weights
 
 
+_UNKNOWN = object()
+
+
 class Compiled:
     """A computation with a module by compiled graphs, one for each thing baked in.
 
@@ -73,21 +76,20 @@ class Compiled:
         """
         key = self.key(args, kwargs)
         try:
-            known = key in self._graphs
+            graph = self._graphs.get(key, _UNKNOWN)  # one lookup: a key is long
         except TypeError:
             self._refuse("an argument that is no tensor is not hashable")
             return None
-        if not known:
-            if sum(step is not None for step in self._graphs.values()) >= self.max_graphs:
+        if graph is _UNKNOWN:
+            if sum(known is not None for known in self._graphs.values()) >= self.max_graphs:
                 self._refuse(
                     f"there are {self.max_graphs} graphs already, and this step differs from all "
                     "in the shape of an argument or in a number or mode of a module; give batches "
                     "one size, and make a number that changes a tensor, filled in place"
                 )
                 return None
-            self._graphs[key] = self._build(args, kwargs)
-        step = self._graphs[key]
-        return step(args) if step is not None else None
+            graph = self._graphs[key] = self._build(args, kwargs)
+        return graph(args) if graph is not None else None
 
     def advance(self, key: Any) -> None:
         """What a step does besides what its graph does, for one that is replayed."""

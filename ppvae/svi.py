@@ -14,7 +14,7 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
-from ppvae.check import Checks, check_pair
+from ppvae.check import Checks, check_batch
 from ppvae.compiled import Compiled, Gradients, Replay
 from ppvae.elbo import ELBO, Estimator
 from ppvae.graph import unmoved
@@ -127,9 +127,9 @@ class SVI(pyro.infer.SVI):
         """Check the pair on a batch and build the optimiser; :meth:`step` does it when needed.
 
         Returns:
-            What :func:`ppvae.check_pair` returns.
+            What :func:`ppvae.check.check_batch` returns.
         """
-        checks = check_pair(self.model, self.guide, *args, **kwargs)
+        checks = check_batch(self.model, self.guide, *args, **kwargs)
         if self.optimizer is None:
             self._build()
         return checks

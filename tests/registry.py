@@ -19,8 +19,9 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
-from ppvae import conditionals, elbo, guides, models, nets
+from ppvae import conditionals, elbo, guides, models, nets, posteriors
 from ppvae.elbo import Estimator
+from ppvae.local import Indexed
 from ppvae.program import module_of
 
 Pair = tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]
@@ -122,6 +123,44 @@ def cvae_quadrant() -> Pair:
     return model, guide, (binary(12), binary(4))
 
 
+def amortized(make: Callable[[nn.Module], nn.Module], width: int) -> Pair:
+    """A guide that differs by its conditional, a head on a network of some width."""
+    model = models.VAE(conditionals.Bernoulli(tanh(Z, 8, D)), latent_dim=Z)
+    return model, guides.Amortized(make(tanh(D, 8, width))), (binary(D),)
+
+
+def flow(layers: Callable[..., Any], **options: Any) -> Pair:
+    def make(net: nn.Module) -> nn.Module:
+        return posteriors.Flow(net, layers(Z, 3, hidden=[4], **options), Z, context_dim=3)
+
+    return amortized(make, 2 * Z + 3)
+
+
+def full_normal_conv() -> Pair:
+    model, _, args = vae_conv()
+    encoder = nets.conv_encoder(5, (1, 6, 5), channels=(3,), hidden=(8,), batch_norm=True)
+    return model, guides.Amortized(posteriors.FullNormal(encoder, dim=Z)), args
+
+
+def cvae_flow() -> Pair:
+    model, _, args = cvae_labels()
+    layers = posteriors.coupling(Z, 3, num_layers=2, hidden=[4])
+    conditional = posteriors.Flow(tanh(D + 3, 8, 2 * Z + 3), layers, Z, context_dim=3)
+    return model, guides.Amortized(conditional, condition=model.condition), args
+
+
+def per_datapoint() -> Pair:
+    """Six of ten rows, not in order."""
+    model = models.VAE(conditionals.Bernoulli(tanh(Z, 8, D)), latent_dim=Z)
+    guide = guides.PerDatapoint(conditionals.Normal(nn.Identity()), 0.3 * torch.randn(10, 2 * Z))
+    return Indexed(model), guide, (binary(D), torch.tensor([7, 0, 3, 9, 1, 4]))
+
+
+def semi_amortized(through: bool) -> Pair:
+    model, encoder, args = vae_bernoulli()
+    return model, guides.SemiAmortized(encoder, model, steps=2, lr=0.1, through=through), args
+
+
 class PyroModel(PyroModule):
     def __init__(self) -> None:
         super().__init__()
@@ -190,6 +229,17 @@ ALL_PAIRS: dict[str, Callable[[], Pair]] = {
     "cvae_labels": cvae_labels,
     "cvae_learned_prior": cvae_learned_prior,
     "cvae_quadrant": cvae_quadrant,
+    "full_normal": lambda: amortized(lambda net: posteriors.FullNormal(net, Z), Z * (Z + 3) // 2),
+    "full_normal_conv": full_normal_conv,
+    "low_rank_normal": lambda: amortized(lambda net: posteriors.LowRankNormal(net, 1), 3 * Z),
+    "mixture": lambda: amortized(lambda net: posteriors.Mixture(net, 2), 2 * (1 + 2 * Z)),
+    "iaf": lambda: flow(posteriors.iaf),
+    "coupling": lambda: flow(posteriors.coupling, num_layers=2),
+    "spline": lambda: flow(posteriors.spline, num_layers=1, bins=3),
+    "cvae_flow": cvae_flow,
+    "per_datapoint": per_datapoint,
+    "semi_amortized": lambda: semi_amortized(through=True),
+    "semi_amortized_first_order": lambda: semi_amortized(through=False),
     "pyro_modules": pyro_modules,
     "tutorial": tutorial,
 }

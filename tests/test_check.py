@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+import oracles
 import ppvae
-from ppvae import PairError, check_pair, conditionals, elbo, guides, models, nets
+from ppvae import PairError, check_pair, conditionals, elbo, guides, models, nets, posteriors
+from registry import ALL_PAIRS, build
 
 X = torch.bernoulli(torch.full((5, 4), 0.5), generator=torch.Generator().manual_seed(1))
 
@@ -185,6 +187,210 @@ def test_a_probability_of_zero_is_a_number():
     check_pair(Certain(), Toy(), torch.ones(5, 4))
 
 
+# -- what the pair does when run -------------------------------------------------------------------
+
+
+class Learned(Toy):
+    """A guide with networks, and hooks to do something wrong with them."""
+
+    def __init__(self, net=None, extra=None, batch=lambda x: x):
+        super().__init__()
+        self.net = net if net is not None else nn.Linear(4, 2)
+        self.extra, self.batch = extra, batch
+
+    def draw(self, x, name):
+        pyro.sample(name, dist.Normal(self.net(self.batch(x)), 1.0).to_event(1))
+
+
+def test_parameters_without_gradient():
+    message = refused(Model(), Learned(extra=nn.Linear(4, 2)), X)
+    assert message.count("gets no gradient") == 2
+    assert "'guide.extra.weight'" in message and "requires_grad_(False)" in message
+
+    class Detached(Learned):
+        def draw(self, x, name):
+            pyro.sample(name, dist.Normal(self.net(x).detach(), 1.0).to_event(1))
+
+    refused(Model(), Detached(), X, match=("'guide.net.weight'", "'guide.net.bias'", "detach()"))
+    check_pair(Model(), Learned(extra=nn.Linear(4, 2).requires_grad_(False)), X)
+    # both of a pair's faults, and a parameter of both programs once
+    shared = nn.Linear(4, 2)
+    model = Model()
+    model.shared = shared
+    message = refused(model, Learned(extra=shared), X)
+    assert message.count("gets no gradient") == 2 and "'model.shared.weight'" in message
+
+
+def test_score_only_parameters_get_a_gradient():
+    check_pair(DiscreteModel(), DiscreteGuide(), X)
+
+
+class DiscreteModel(ppvae.Program):
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(torch.full((4,), 0.5)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(0.2 + 0.6 * h).to_event(1), obs=x)
+
+
+class DiscreteGuide(ppvae.Program):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=self.net(x)).to_event(1))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda x: x - x.mean(0),
+        lambda x: x.cumsum(0),
+        lambda x: x.flip(0),
+        lambda x: x.roll(1, 0),
+        lambda x: torch.softmax(x @ x.T, -1) @ x,
+    ],
+    ids=["mean", "rows before", "flip", "roll", "attention"],
+)
+def test_leakage_in_the_guide(batch):
+    x = torch.bernoulli(torch.full((7, 4), 0.5))
+    refused(Model(), Learned(batch=batch), x, match=("site 'z' of the guide", "others", "own data"))
+
+
+def test_leakage_in_the_model():
+    class Mixing(ppvae.Program):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                logits = z[..., :1] + z.mean(-2, keepdim=True)[..., 1:] * torch.ones(4)
+                pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    message = refused(Mixing(), Toy(), X)
+    assert "site 'x' of the model" in message and "of the guide" not in message
+
+
+def test_leakage_by_labels_and_keywords():
+    class ByLabel(Toy):
+        def draw(self, x, name):
+            y = self.y.to(x)
+            pyro.sample(name, dist.Normal((y - y.mean())[:, None].expand(-1, 2), 1.0).to_event(1))
+
+        def forward(self, x, y):
+            self.y = y
+            super().forward(x)
+
+    class Ignoring(Model):
+        def forward(self, x, y):
+            super().forward(x)
+
+    refused(Ignoring(), ByLabel(), X, Y, match="site 'z' of the guide")
+    refused(Ignoring(), ByLabel(), X, y=Y, match="site 'z' of the guide")
+
+
+def test_batch_norm_leaks_only_without_running_statistics():
+    norm = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    check_pair(Model(), Learned(norm), X)
+    norm = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    refused(Model(), Learned(norm), X, match=("site 'z' of the guide", "running statistics"))
+
+
+def test_equal_rows_show_no_leakage_and_say_so():
+    leaks = Learned(batch=lambda x: x - x.mean(0))
+    for x in (X[:1], torch.ones(5, 4)):
+        report = check_pair(Model(), leaks, x)
+        assert "two different rows" in repr(report) and len(report.notes) == 1
+
+
+def test_particles():
+    class Decoder(Model):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=self.net(z)).to_event(1), obs=x)
+
+    unfolded = nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 1, 1))
+    unfolded = nn.Sequential(unfolded, nn.Flatten())
+    refused(Decoder(unfolded), Toy(), X, match=("with one particle but not with 3", "flat_batch"))
+    check_pair(Decoder(nets.flat_batch(unfolded)), Toy(), X)
+
+    class Attends(nn.Module):  # over dim 0: particles, if there are several
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 4)
+
+        def forward(self, z):
+            return self.net(z - z.mean(0)) if z.dim() > 2 else self.net(z)
+
+    message = refused(Decoder(Attends()), Toy(), X)
+    assert "site 'x' of the model: 3 particles" in message and "one by one" in message
+
+
+def test_noise_outside_sites_is_noted_not_blamed():
+    noisy = Learned(batch=lambda x: x + torch.randn_like(x))
+    report = check_pair(Model(), noisy, X)
+    assert "draws noise outside its sites" in repr(report)
+
+
+def test_gradients_that_are_possible():
+    report = check_pair(*vae(), X)
+    assert report.gradients == dict.fromkeys(("pathwise", "stl", "dreg", "score", "vimco"), "")
+    gradients = check_pair(DiscreteModel(), DiscreteGuide(), X).gradients
+    assert [name for name, reason in gradients.items() if not reason] == ["score", "vimco"]
+    assert gradients["pathwise"] == "Bernoulli at latent 'h' has no reparameterised sampler"
+
+
+@pytest.mark.parametrize("gradient", ["pathwise", "dreg", "score", "vimco"])
+@pytest.mark.parametrize("pair", ["normal", "discrete", "flow without inverse"])
+def test_the_report_tells_which_estimators_will_raise(pair, gradient):
+    if pair == "normal":
+        model, guide = vae()
+    elif pair == "discrete":
+        model, guide = DiscreteModel(), DiscreteGuide()
+    else:
+        layers = [dist.transforms.planar(2)]
+        flow = posteriors.Flow(nets.mlp(4, 8, 4), layers, 2)
+        model, guide = vae()[0], guides.Amortized(flow)
+    reason = check_pair(model, guide, X).gradients[gradient]
+    loss = elbo.IWELBO(3, gradient)(model, guide)
+    if reason:
+        with pytest.raises(ValueError, match=r"reparameterised|no inverse"):
+            loss(X)
+    else:
+        loss(X).backward()
+
+
+@pytest.mark.parametrize("pair", ALL_PAIRS)
+def test_no_false_alarm(pair):
+    model, guide, args = build(pair)
+    for rows in (slice(None), slice(1)):
+        report = check_pair(model, guide, *[arg[rows] for arg in args])
+        assert "gradients reach all" in repr(report)
+        assert "one by one" in repr(report)
+        assert ("other rows" in repr(report)) == (rows == slice(None))
+        assert not any(report.gradients.values())
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("bottom_up", [True, False])
+def test_no_false_alarm_with_several_latents(bottom_up):
+    model = oracles.TwoLevelModel()
+    check_pair(model, oracles.TwoLevelGuide(model, bottom_up), torch.linspace(-2, 2, 5))
+    check_pair(oracles.MixtureModel(), oracles.MixtureGuide(), torch.linspace(-2, 2, 5))
+    check_pair(oracles.BeliefNet(), oracles.BeliefGuide(), torch.eye(4))
+
+
+def test_the_report_reads_well():
+    text = repr(check_pair(*cvae(), X, Y))
+    assert text.splitlines()[0] == "The pair fits together."
+    assert all(len(line) <= 100 and line.startswith("  ") for line in text.splitlines()[1:])
+    assert "latents ['z']" in text and "data ['x']" in text
+
+
 # -- the data ----------------------------------------------------------------------------------
 
 
@@ -312,7 +518,7 @@ def test_a_module_is_only_asked_about_arguments():
             with pyro.plate("data", len(x)):
                 k = pyro.sample("k", dist.Categorical(torch.ones(3)))
                 if self.observe:
-                    logits = self.condition(k[None])[0].sum(-1, keepdim=True).expand(-1, 4)
+                    logits = self.condition(k[None])[0].sum(-1, keepdim=True).expand(*k.shape, 4)
                     pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
 
     check_pair(DrawnLabel(True), DrawnLabel(False), X)

@@ -291,3 +291,42 @@ def test_compare_elbos(name, tmp_path, capsys):
     assert (tmp_path / "estimators.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="already holds"):
         example.main(["--smoke", "--data", name, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("latent_dim", ["2", "3"])
+def test_custom_guide(tmp_path, latent_dim, capsys):
+    import importlib
+
+    importlib.import_module("reporting")
+    example = importlib.import_module("custom_guide")
+    example.main(["--smoke", "--latent-dim", latent_dim, "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "instead of an encoder" in shown
+    table = [row.split(",") for row in (tmp_path / "guides.csv").read_text().splitlines()]
+    assert len(table) == 1 + 5 and table[0][1:3] == ["ELBO", "IWELBO-50"]
+    for row in table[1:]:
+        assert float(row[2]) >= float(row[1])  # by Jensen, from the same draws
+    assert (tmp_path / "guides.png").exists() == (latent_dim == "2")
+    with pytest.raises(ValueError, match="already holds"):
+        example.main(["--smoke", "--out", str(tmp_path)])
+
+
+def test_posterior_diagnostics(tmp_path, capsys):
+    import importlib
+
+    import arviz
+
+    importlib.import_module("reporting")
+    example = importlib.import_module("posterior_diagnostics")
+    example.main(["--smoke", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    for words in ("Report of 40 datapoints", "Calibration, 100 sim", "Predictive check", "r_hat"):
+        assert words in shown
+    assert {path.name for path in tmp_path.iterdir()} == set(example.FILES)
+    for path in tmp_path.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    idata = arviz.from_netcdf(str(tmp_path / "posterior.nc"))
+    assert idata.posterior["z"].shape == (1, 500, 2, 2)
+    idata.close()
+    with pytest.raises(ValueError, match="already holds"):
+        example.main(["--smoke", "--out", str(tmp_path)])

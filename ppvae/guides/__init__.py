@@ -1,6 +1,24 @@
-"""Amortised guides: programs that draw a model's latents from q(z | x)."""
+"""Guides: programs that draw a model's latents from q(z | x)."""
 
-from ppvae.guides.normal import Normal
+from ppvae.guides.amortized import Amortized, Normal
+from ppvae.guides.auto import Auto
+from ppvae.guides.bottom_up import BottomUp
+from ppvae.guides.ladder import Ladder
+from ppvae.guides.per_datapoint import PerDatapoint
+from ppvae.guides.point_mass import PointMass
 from ppvae.guides.prior import Prior
+from ppvae.guides.responsibilities import Responsibilities
+from ppvae.guides.semi_amortized import SemiAmortized
 
-__all__ = ["Normal", "Prior"]
+__all__ = [
+    "Amortized",
+    "Auto",
+    "BottomUp",
+    "Ladder",
+    "Normal",
+    "PerDatapoint",
+    "PointMass",
+    "Prior",
+    "Responsibilities",
+    "SemiAmortized",
+]

@@ -1,0 +1,20 @@
+"""Posteriors: conditionals q(z | x) beyond the diagonal normal, for ``guides.Amortized``.
+
+Each is a head on a network, as those of :mod:`ppvae.conditionals` are, so it can stand wherever a
+conditional can: as a learned prior p(z | y), or in a VampPrior.
+"""
+
+from ppvae.posteriors.flows import Flow, coupling, iaf, spline
+from ppvae.posteriors.mixture import Mixture, MixtureOfNormals
+from ppvae.posteriors.normals import FullNormal, LowRankNormal
+
+__all__ = [
+    "Flow",
+    "FullNormal",
+    "LowRankNormal",
+    "Mixture",
+    "MixtureOfNormals",
+    "coupling",
+    "iaf",
+    "spline",
+]
