@@ -16,7 +16,7 @@ SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py)
 .PHONY: help demo test test-arviz1 test-slow test-all lint format docs bench clean clean-all
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	@$(or $(PYTHON),false) -c '$(CHECK)' 2>/dev/null || { \
@@ -45,7 +45,7 @@ test-all: $(VENV)/.installed ## all tests; those that need a GPU are skipped whe
 
 # ArviZ 1.x needs Python 3.12 or later and is not what setup.cfg asks for, so it has an environment of its own.
 ARVIZ1 := .venv-arviz1
-ARVIZ1_PYTHON ?= $(shell for p in python3.13 python3.12 python3; do \
+ARVIZ1_PYTHON ?= $(shell for p in python3.13 python3.12 python3 $(foreach v,3.13 3.12,$(wildcard $(HOME)/.pyenv/versions/$(v)*/bin/python)); do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 
 $(ARVIZ1)/.installed: constraints.txt

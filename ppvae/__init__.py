@@ -4,31 +4,54 @@ Every VAE is a Pyro ``model``/``guide`` pair; every bound and every diagnostic i
 their log-weights.
 """
 
-from ppvae import conditionals, data, diagnostics, elbo, guides, models, nets, program
+from ppvae import (
+    conditionals,
+    data,
+    diagnostics,
+    elbo,
+    guides,
+    metrics,
+    models,
+    nets,
+    posteriors,
+    program,
+)
+from ppvae.alternate import alternate
+from ppvae.callbacks import Callback
 from ppvae.check import PairError, check_pair
+from ppvae.checkpoint import CheckpointError, Checkpoints
 from ppvae.compare import compare
+from ppvae.diagnostics import diagnose
+from ppvae.history import History
 from ppvae.program import Program
 from ppvae.svi import SVI
-from ppvae.train import History, fit
+from ppvae.train import fit
 from ppvae.weights import LogWeights, log_weights
 
 __version__ = "0.1.0"
 __all__ = [
     "SVI",
+    "Callback",
+    "CheckpointError",
+    "Checkpoints",
     "History",
     "LogWeights",
     "PairError",
     "Program",
+    "alternate",
     "check_pair",
     "compare",
     "conditionals",
     "data",
+    "diagnose",
     "diagnostics",
     "elbo",
     "fit",
     "guides",
     "log_weights",
+    "metrics",
     "models",
     "nets",
+    "posteriors",
     "program",
 ]

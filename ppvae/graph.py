@@ -80,6 +80,7 @@ def _lift_constants(traced: GraphModule) -> list[Tensor]:
     for name, nodes in held.items():
         with traced.graph.inserting_after(last):
             last = traced.graph.placeholder(f"reached_{name.strip('_')}")
+            last.meta["val"] = getattr(traced, name)
         for node in nodes:
             node.replace_all_uses_with(last)
             traced.graph.erase_node(node)

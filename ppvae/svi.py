@@ -19,6 +19,7 @@ from ppvae.compiled import Compiled, Gradients, Replay
 from ppvae.elbo import ELBO, Estimator
 from ppvae.graph import unmoved
 from ppvae.nonfinite import NonFiniteError, bad_gradients, blame
+from ppvae.pairs import NotCompiled
 from ppvae.program import local_parameters, method_owners, require_own_parameters
 
 
@@ -221,6 +222,8 @@ class SVI(pyro.infer.SVI):
         """The loss, detached, with the gradient in the parameters' ``grad``."""
         try:
             return self._loss(args, kwargs)
+        except NotCompiled:
+            raise
         except (RuntimeError, ValueError) as error:
             # a sampler given NaN raises; on the CPU the site can be named
             parameter = next(self.objective.parameters())

@@ -1,7 +1,7 @@
 """Every pair and every estimator that the laws are tested on. A new one is tested by being listed.
 
 ``build(name)`` gives ``(model, guide, args)``: small, in float32, seeded. Each pair has the single
-latent ``"z"``, with a sample path.
+latent ``"z"``, hierarchies ``"z1"``, ``"z2"``, ``"z3"``, all with a sample path.
 """
 
 from __future__ import annotations
@@ -149,6 +149,52 @@ def cvae_flow() -> Pair:
     return model, guides.Amortized(conditional, condition=model.condition), args
 
 
+def upward(width_in: int, width: int) -> nn.Module:
+    """One block of a ladder's upward pass, with batch norm."""
+    layers = nn.Sequential(nn.Linear(width_in, width), nn.BatchNorm1d(width), nn.Tanh())
+    return nets.flat_batch(layers)
+
+
+def hierarchical() -> Pair:
+    levels = [conditionals.Normal(tanh(Z, 6, 2 * Z)) for _ in range(2)]
+    model = models.Hierarchical(conditionals.Bernoulli(tanh(Z, 8, D)), levels, latent_dim=Z)
+    up = [conditionals.Normal(tanh(width, 6, 2 * Z)) for width in (D, Z, Z)]
+    return model, guides.BottomUp(model, up), (binary(D),)
+
+
+def ladder() -> Pair:
+    """Three levels, batch norm upward."""
+    model, _, args = hierarchical()
+    blocks = [upward(D, 8), upward(8, 6), upward(6, 4)]
+    heads = [conditionals.Normal(nn.Linear(width, 2 * Z), positive=softplus) for width in (8, 6, 4)]
+    return model, guides.Ladder(model, blocks, heads), args
+
+
+def softplus(raw: Tensor) -> Tensor:
+    return nn.functional.softplus(raw)
+
+
+def ladder_conv() -> Pair:
+    """Two levels of feature maps, z1 (2, 3, 3) and z2 (1, 3, 3), under a vector."""
+
+    def conv(a: int, b: int, norm: bool = False, stride: int = 1) -> nn.Module:
+        layers = [nn.Conv2d(a, b, 3, stride, padding=1)]
+        layers += [nn.BatchNorm2d(b), nn.Tanh()] if norm else []
+        return nets.flat_batch(nn.Sequential(*layers), event_dim=3)
+
+    def maps(net: nn.Module) -> nn.Module:
+        return conditionals.Normal(net, event_dim=3)
+
+    unfold = nn.Sequential(tanh(Z, 2 * 9), nn.Unflatten(-1, (2, 3, 3)))
+    up = nn.Upsample(scale_factor=2)
+    image = nets.flat_batch(nn.Sequential(up, nn.Conv2d(2, 1, 3, padding=1)), event_dim=3)
+    likelihood = conditionals.Bernoulli(image, event_dim=3)
+    model = models.Hierarchical(likelihood, [maps(conv(1, 4)), maps(unfold)], latent_dim=Z)
+    blocks = [conv(1, 4, True, stride=2), conv(4, 4, True), nn.Sequential(conv(4, 2), nn.Flatten())]
+    heads = [maps(conv(4, 4)), maps(conv(4, 2)), conditionals.Normal(nn.Linear(18, 2 * Z))]
+    return model, guides.Ladder(model, blocks, heads), (binary(1, 6, 6),)
+
+
 def per_datapoint() -> Pair:
     """Six of ten rows, not in order."""
     model = models.VAE(conditionals.Bernoulli(tanh(Z, 8, D)), latent_dim=Z)
@@ -240,6 +286,9 @@ ALL_PAIRS: dict[str, Callable[[], Pair]] = {
     "per_datapoint": per_datapoint,
     "semi_amortized": lambda: semi_amortized(through=True),
     "semi_amortized_first_order": lambda: semi_amortized(through=False),
+    "hierarchical": hierarchical,
+    "ladder": ladder,
+    "ladder_conv": ladder_conv,
     "pyro_modules": pyro_modules,
     "tutorial": tutorial,
 }

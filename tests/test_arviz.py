@@ -1,7 +1,9 @@
 """`to_arviz`: named dimensions, the right draws, and a file ArviZ can read."""
 
+import dataclasses
 import warnings
 
+import matplotlib.pyplot
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -22,6 +24,7 @@ GROUPS = [
     "posterior",
     "posterior_predictive",
     "sample_stats",
+    "log_likelihood",
     "prior",
     "prior_predictive",
     "observed_data",
@@ -66,9 +69,14 @@ def sizes(variable):
     return dict(variable.sizes)
 
 
+def groups(idata):
+    """Their names, on ArviZ 0.x (InferenceData) and 1.x (DataTree)."""
+    return sorted(idata.children) if hasattr(idata, "children") else sorted(idata.groups())
+
+
 def test_groups_and_dimensions():
     idata = to_arviz(*vae(), X, num_draws=7)
-    assert sorted(idata.groups()) == sorted(GROUPS)  # no log_likelihood, no constant_data
+    assert groups(idata) == sorted(GROUPS)  # no constant_data
     latent = {"chain": 1, "draw": 7, "datapoint": 5, "latent": 2}
     data = {"chain": 1, "draw": 7, "datapoint": 5, "x_dim": 4}
     for group, name, expected in [
@@ -77,9 +85,14 @@ def test_groups_and_dimensions():
         ("posterior_predictive", "x", data),
         ("prior_predictive", "x", data),
         ("sample_stats", "log_weight", {"chain": 1, "draw": 7, "datapoint": 5}),
+        ("sample_stats", "khat", {"datapoint": 5}),
+        ("sample_stats", "ess", {"datapoint": 5}),
+        ("log_likelihood", "x", {"datapoint": 5}),
+        ("log_likelihood", "x_se", {"datapoint": 5}),
         ("observed_data", "x", {"datapoint": 5, "x_dim": 4}),
     ]:
-        assert list(idata[group]) == [name]
+        assert name in idata[group].data_vars
+        assert len(idata[group].data_vars) == {"sample_stats": 3, "log_likelihood": 2}.get(group, 1)
         assert sizes(idata[group][name]) == expected
         assert idata[group][name].dims == tuple(expected)
 
@@ -141,7 +154,7 @@ def test_conditional_pair():
     loc, scale = prior.mean.detach().numpy(), prior.variance.sqrt().detach().numpy()
     assert (np.abs(z.mean(0) - loc) < 5 * scale / np.sqrt(400)).all()
     assert np.abs(loc[0] - loc[1]).max() > 5 * scale.max() / np.sqrt(400)
-    assert sorted(idata.groups()) == sorted([*GROUPS, "constant_data"])
+    assert groups(idata) == sorted([*GROUPS, "constant_data"])
 
 
 def test_conditions_of_several_dimensions():
@@ -231,15 +244,13 @@ def test_file_and_back(tmp_path):
     path = tmp_path / "posterior.nc"
     idata.to_netcdf(path)
     read = arviz.from_netcdf(path)
-    assert sorted(read.groups()) == sorted(idata.groups())
-    for group in idata.groups():
+    assert groups(read) == groups(idata)
+    for group in groups(idata):
         assert read[group].equals(idata[group])
 
 
+@pytest.mark.filterwarnings("ignore:Variables x in")  # arviz 1.x: x is binary
 def test_arviz_takes_it():
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     idata = to_arviz(*vae(), X, num_draws=50, seed=0)
@@ -248,11 +259,209 @@ def test_arviz_takes_it():
     assert summary["mean"].iloc[0] == pytest.approx(
         idata.posterior["z"].values[0, :, 0, 0].mean(), abs=6e-4
     )
-    arviz.plot_posterior(idata, var_names=["z"], coords={"datapoint": 0})
-    arviz.plot_ppc(idata, var_names=["x"], num_pp_samples=10)
+    if arviz.__version__.startswith("0."):
+        arviz.plot_posterior(idata, var_names=["z"], coords={"datapoint": 0})
+        arviz.plot_ppc(idata, var_names=["x"], num_pp_samples=10)
+        log_w = idata.sample_stats["log_weight"].values[0]
+        assert np.isfinite(arviz.psislw(log_w.T)[1]).all()
+    else:  # other names there
+        arviz.plot_dist(idata, var_names=["z"], coords={"datapoint": 0}, backend="matplotlib")
+        arviz.plot_ppc_dist(idata, var_names=["x"], num_samples=10, backend="matplotlib")
+    arviz.plot_forest(idata, var_names=["z"], coords={"datapoint": [0, 1]})
+    arviz.plot_pair(idata, var_names=["z"], coords={"datapoint": 0})
     pyplot.close("all")
-    log_w = idata.sample_stats["log_weight"].values[0]
-    assert np.isfinite(arviz.psislw(log_w.T)[1]).all()
+
+
+# -- what is drawn otherwise -------------------------------------------------------------------
+
+
+MEANS = torch.tensor([[-3.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+MARK = {"enumerate": "parallel"}
+
+
+def clusters(summed_in="model", one_hot=False):
+    """z in one of three clusters c, which is summed out in the model or in the guide."""
+
+    def draw(probs, infer):
+        if one_hot:
+            return pyro.sample("c", dist.OneHotCategorical(probs), infer=infer)
+        return pyro.sample("c", dist.Categorical(probs), infer=infer)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = draw(torch.ones(3) / 3, MARK if summed_in == "model" else None)
+            mean = c @ MEANS if one_hot else MEANS[c]
+            z = pyro.sample("z", dist.Normal(mean, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            if summed_in == "guide":
+                draw(torch.tensor([0.2, 0.3, 0.5]), MARK)
+            pyro.sample("z", dist.Normal(0.8 * x, 0.447).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("num_draws", [1, 2000])
+@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize("summed_in", ["model", "guide"])
+def test_a_latent_that_is_summed_out_is_drawn_from_its_conditional(summed_in, one_hot, num_draws):
+    x = torch.tensor([[0.0, 1.0], [-3.0, 0.5], [1.0, 2.0], [0.2, 2.0]])
+    idata = to_arviz(*clusters(summed_in, one_hot), x, num_draws=num_draws, seed=0)
+    c, z = idata.posterior["c"], torch.tensor(idata.posterior["z"].values[0])
+    assert c.dims == ("chain", "draw", "datapoint", *(["c_dim"] if one_hot else []))
+    assert sizes(idata.prior["c"]) == sizes(c)
+    assert idata.posterior_predictive["x"].shape == (1, num_draws, 4, 2)
+    drawn = torch.tensor(c.values[0])
+    classes = drawn if one_hot else torch.nn.functional.one_hot(drawn.long(), 3).float()
+    log_p = torch.stack([dist.Normal(m, 1.0).log_prob(z).sum(-1) for m in MEANS], -1)
+    exact = log_p.softmax(-1)  # p(c | z), of each draw
+    error = (classes - exact).mean(0)
+    se = ((exact * (1 - exact)).sum(0)).sqrt() / num_draws
+    assert (error.abs() < 4.5 * se + 1e-4).all() or num_draws == 1
+
+
+def test_a_draw_that_depends_on_a_latent_that_is_summed_out():
+    model, _ = clusters("guide")
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.ones(3) / 3), infer=MARK)
+            pyro.sample("z", dist.Normal(MEANS[c], 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="depends on one that it enumerates; draw both"):
+        to_arviz(model, guide, torch.zeros(4, 2))
+
+
+def test_a_global_latent():
+    def model(x):
+        t = pyro.sample("t", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(t, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("t", dist.Normal(x.mean(0) * 5 / 6, 6**-0.5).to_event(1))  # the posterior
+
+    x = torch.randn(5, 2)
+    with pytest.raises(ValueError, match="joint=True"):
+        to_arviz(model, guide, x)
+    idata = to_arviz(model, guide, x, num_draws=30, joint=True, seed=0)
+    assert idata.posterior["t"].dims == ("chain", "draw", "latent")
+    assert idata.posterior_predictive["x"].shape == (1, 30, 5, 2)
+    assert idata.sample_stats["log_weight"].dims == ("chain", "draw")
+    covariance = torch.eye(5) + torch.ones(5, 5)
+    exact = dist.MultivariateNormal(torch.zeros(5), covariance).log_prob(x.T).sum()
+    assert float(idata.log_likelihood["x"]) == pytest.approx(exact.item(), abs=1e-4)
+    assert idata.log_likelihood["x"].dims == ()
+
+
+def test_a_likelihood_that_cannot_be_drawn():
+    model = models.VAE(conditionals.BagOfWords(nets.mlp(2, 7)), latent_dim=2)
+    guide = guides.Normal(nets.mlp(7, 4))
+    x = torch.poisson(torch.ones(5, 7))
+    with pytest.raises(ValueError, match=r"WordCounts needs total_count.*predictive=False exports"):
+        to_arviz(model, guide, x, num_draws=5)
+    idata = to_arviz(model, guide, x, num_draws=5, predictive=False)
+    assert groups(idata) == sorted(set(GROUPS) - {"posterior_predictive", "prior_predictive"})
+    assert sizes(idata.prior["z"]) == {"chain": 1, "draw": 5, "datapoint": 5, "latent": 2}
+
+
+# -- numbers of a report, Markov chains --------------------------------------------------------
+
+
+def test_the_log_likelihood_is_marginal():
+    model, guide = vae()
+    evidence = diagnostics.log_evidence(model, guide, X, num_particles=200, seed=3)
+    idata = to_arviz(model, guide, X, num_draws=200, seed=3)
+    for name, expected in (("x", evidence.log_evidence), ("x_se", evidence.log_evidence_se)):
+        assert np.allclose(idata.log_likelihood[name].values, expected.numpy())
+    assert np.array_equal(idata.sample_stats["khat"].values, evidence.khat.numpy())
+    assert np.allclose(idata.sample_stats["ess"].values, evidence.ess.numpy())
+    # There is no draw to leave one out of, so ArviZ's loo refuses instead of giving a number.
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        arviz.loo(idata)
+
+
+def test_of_a_report():
+    model, guide = vae()
+    report = diagnostics.diagnose(model, guide, X, num_particles=50, seed=0)
+    whole = report.to_arviz(num_draws=6, seed=1)
+    assert sizes(whole.posterior["z"]) == {"chain": 1, "draw": 6, "datapoint": 5, "latent": 2}
+    chosen = report.worst(2)
+    some = report.to_arviz(chosen, num_draws=6, seed=1, dims={"z": ["factor"]})
+    assert some.posterior["z"].dims == ("chain", "draw", "datapoint", "factor")
+    assert some.posterior["datapoint"].values.tolist() == chosen.tolist()
+    assert np.array_equal(some.observed_data["x"].values, X[chosen].numpy())
+    for idata, index in ((whole, torch.arange(5)), (some, chosen)):
+        assert np.array_equal(idata.log_likelihood["x"].values, report.log_evidence[index].numpy())
+        assert np.array_equal(idata.sample_stats["khat"].values, report.khat[index].numpy())
+    masked = report.to_arviz(report.khat > report.khat.median(), num_draws=6)
+    assert masked.posterior["datapoint"].size == 2
+    assert report.to_arviz([-1], num_draws=6).posterior["datapoint"].values.tolist() == [4]
+    named = report.to_arviz([0, 1], num_draws=6, coords={"datapoint": ["a", "b"]})
+    assert named.posterior["datapoint"].values.tolist() == ["a", "b"]
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # arviz 0.23 with pandas 3.1
+def test_held_out_evidence_as_elpd():
+    good, bad = (diagnostics.diagnose(*vae(), X, num_particles=60, seed=seed) for seed in (0, 1))
+    bad = dataclasses.replace(bad, log_evidence=good.log_evidence - torch.tensor([1.0, 2, 3, 4, 5]))
+    elpd = good.to_elpd()
+    assert "5 observations" in repr(elpd)
+    table = arviz.compare({"bad": bad.to_elpd(), "good": elpd})
+    assert list(table.index) == ["good", "bad"]
+    column = "elpd_loo" if "elpd_loo" in table else "elpd"
+    assert float(table[column].iloc[0]) == pytest.approx(
+        float(good.log_evidence.sum()),
+        abs=0.5,  # 1.x rounds to what the error allows
+    )
+    assert abs(float(table["elpd_diff"].iloc[1])) == pytest.approx(15.0, abs=0.5)
+    assert float(table["dse"].iloc[1]) == pytest.approx(5**0.5 * np.std([1, 2, 3, 4, 5]), rel=0.13)
+    arviz.plot_khat(elpd)
+    matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize(
+    ("datapoints", "num_draws", "match"),
+    [
+        ([], 10, r"datapoints is empty: give indices, e.g. report.worst\(10\)"),
+        ([5], 10, "must be indices of the report's 5 datapoints"),
+        ([[0, 1]], 10, "must be indices"),
+        (None, 10**7, "choose some"),
+    ],
+)
+def test_bad_choices_of_a_report(datapoints, num_draws, match):
+    report = diagnostics.diagnose(*vae(), X, num_particles=30, num_aggregate=0)
+    with pytest.raises(ValueError, match=match):
+        report.to_arviz(datapoints, num_draws=num_draws)
+
+
+class Chains:
+    """What the exporter needs of Markov chains."""
+
+    def __init__(self):
+        self.draws = {"z": torch.randn(4, 200, 3, 2), "s": torch.randn(4, 200, 3)}
+        self.log_joint = torch.randn(4, 200, 3)
+
+
+def test_markov_chains():
+    chains = Chains()
+    idata = diagnostics.chains_to_arviz(chains, coords={"datapoint": ["a", "b", "c"]})
+    assert groups(idata) == ["posterior", "sample_stats"]
+    assert idata.posterior["z"].dims == ("chain", "draw", "datapoint", "z_dim")
+    assert idata.posterior["s"].dims == ("chain", "draw", "datapoint")
+    assert np.array_equal(idata.posterior["z"].values, chains.draws["z"].numpy())
+    assert idata.sample_stats["lp"].shape == (4, 200, 3)
+    summary = arviz.summary(idata, var_names=["z"])
+    assert len(summary) == 6
+    assert (summary["r_hat"].astype(float) < 1.05).all()
+
+
+def test_arviz_is_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "arviz", None)
+    with pytest.raises(ImportError, match="pip install arviz"):
+        to_arviz(*vae(), X)
 
 
 @pytest.mark.parametrize("num_draws", [0, -3])

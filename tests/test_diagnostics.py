@@ -104,6 +104,17 @@ def test_khat_is_arvizs(tail, K, float64):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_khat_of_weights_that_are_zero(float64):
+    log_w = torch.randn(1000, 5)
+    log_w[:5, 0] = log_w[:990, 1] = log_w[:400, 2] = -math.inf
+    log_w[:996, 3] = -math.inf  # four weights left: no tail
+    torch.testing.assert_close(diagnostics.khat(log_w)[:3], arviz_khat(log_w)[:3])
+    assert diagnostics.khat(log_w)[:3].ne(0).all()
+    assert diagnostics.khat(log_w)[3] == math.inf == arviz_khat(log_w)[3]
+    log_w[:, 0], log_w[3, 1], log_w[3, 2] = -math.inf, math.nan, math.inf
+    assert diagnostics.khat(log_w).isnan().tolist() == [True, True, True, False, False]
+
+
 def test_khat_ignores_a_constant_and_the_order(float64):
     log_w = torch.randn(400, 300)  # more columns than are fitted at once
     expected = diagnostics.khat(log_w)

@@ -1,9 +1,12 @@
 """`ppvae.fit`: one loop, a function of its seeds; and `History`, what it saw."""
 
+import csv
 import functools
 import math
 import sys
+import threading
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -18,6 +21,7 @@ from ppvae.train import mean_bound
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 X = torch.bernoulli(torch.full((50, 4), 0.5), generator=torch.Generator().manual_seed(1))
 Y = torch.arange(50) % 3
+GREY = torch.rand(50, 4, generator=torch.Generator().manual_seed(2))
 
 
 def vae(seed=0, dim=4, loss=None, optim=ADAM, **options):
@@ -252,8 +256,34 @@ def test_nan_loss():
     torch.manual_seed(0)
     model = models.VAE(conditionals.Bernoulli(Explodes()), latent_dim=2)
     svi = ppvae.SVI(model, guides.Normal(nets.mlp(4, 8, 4)), ADAM)
-    with pytest.raises(FloatingPointError, match="the loss became nan in epoch 2"):
+    with pytest.raises(FloatingPointError, match=r"step \d: the loss is nan; site 'x'"):
         fit(svi, X, epochs=9)
+
+
+def test_skipped_steps_are_counted_and_left_out_of_the_mean():
+    class Spoils(ppvae.Callback):
+        def on_step_end(self, svi, loss):
+            svi.model.likelihood.net.spoilt = svi.num_steps in (1, 5, 6)
+
+    class Net(nn.Module):
+        spoilt = False
+
+        def __init__(self):
+            super().__init__()
+            self.net = nets.mlp(2, 8, 4)
+
+        def forward(self, z):
+            return self.net(z) * (math.nan if self.spoilt else 1.0)
+
+    torch.manual_seed(0)
+    model = models.VAE(conditionals.Bernoulli(Net()), latent_dim=2)
+    guide = guides.Normal(nets.mlp(4, 8, 4))
+    svi = ppvae.SVI(model, guide, ADAM, skip_nonfinite=True)
+    history = fit(svi, X, callbacks=Spoils(), epochs=3)
+    assert history.column("skipped") == [1, 2, 0]
+    assert history.column("step") == [4, 8, 12]
+    assert svi.num_skipped == 3
+    assert all(-6 < value < -2 for value in history.column("train_objective"))
 
 
 # -- schedules ---------------------------------------------------------------------------------
@@ -273,7 +303,8 @@ def test_beta_is_called_with_the_step_and_saved():
     beta = Recorder()
     svi = vae(loss=elbo.ELBO(beta=beta))
     fit(svi, X, valid=X[:20], epochs=2)
-    assert beta.seen == list(range(8))  # not advanced by checks or validation
+    assert sorted(set(beta.seen)) == list(range(8))  # not advanced by checks or validation
+    assert beta.seen == sorted(beta.seen)
     other = vae(loss=elbo.ELBO(beta=beta))
     other.load_state_dict(svi.state_dict())
     other.step(X)
@@ -575,6 +606,206 @@ def test_fit_on_cuda_and_back():
 def test_same_seed_same_history_on_cuda():
     runs = [numbers(fit(vae(), X, valid=X, device="cuda")) for _ in range(2)]
     assert runs[0] == runs[1]
+
+
+# -- data that stay on the disk ----------------------------------------------------------------
+
+
+def mapped(tmp_path, array, name="x.npy"):
+    np.save(tmp_path / name, array)
+    return np.load(tmp_path / name, mmap_mode="r")
+
+
+def on_disk(array, values):
+    """Whether a tensor's memory is that of a mapped array."""
+    first = array.__array_interface__["data"][0]
+    return first <= values.data_ptr() < first + array.nbytes
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, np.uint8])
+def test_a_mapped_file_trains_as_its_copy_in_memory(dtype, tmp_path):
+    array = mapped(tmp_path, X.numpy().astype(dtype))
+    streamed, resident = data.from_arrays(array, Y), data.from_arrays(X, Y)
+    assert on_disk(array, streamed.train.values)
+    assert repr(streamed) == repr(resident)
+    assert torch.equal(streamed.train.x, resident.train.x)
+    assert torch.equal(streamed.valid.x, resident.valid.x)
+    assert torch.equal(streamed.train.y, resident.train.y)
+    one, other = vae(), vae()
+    torch.manual_seed(0)
+    expected = numbers(fit(one, resident))
+    torch.manual_seed(0)
+    assert numbers(fit(other, streamed, device="cpu")) == expected  # whatever its dtype, in float32
+    assert on_disk(array, streamed.to("cpu").train.values)
+    assert not [thread for thread in threading.enumerate() if thread.name == "ppvae reader"]
+
+
+def test_supervised_rows_of_a_mapped_file_stay_together(tmp_path):
+    y = (X[:, 0] + X[:, 1]).long()
+    spy = Spy(cvae())
+    fit(spy, data.from_arrays(mapped(tmp_path, X.numpy()), y).supervised())
+    assert spy.batches
+    for a, b in spy.batches:
+        assert torch.equal((a[:, 0] + a[:, 1]).long(), b)
+
+
+def test_a_mapped_file_is_binarised_batch_by_batch(tmp_path):
+    grey = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (3000, 1))
+    train = data.from_arrays(mapped(tmp_path, grey), binarize="dynamic", seed=4).train
+    seen = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        spy = Spy(vae(dim=64))
+        fit(spy, train, batch_size=500)
+        seen.append(torch.stack([x for (x,) in spy.batches if len(x) == 500]))
+    assert torch.equal(*seen)
+    batches = seen[0]
+    assert set(batches.unique().tolist()) == {0.0, 1.0}
+    means = batches.mean((0, 1))
+    error = (means - torch.from_numpy(grey[0])) / (0.25 / batches[..., 0].numel()) ** 0.5
+    assert error.abs().max() < 4.5  # of 64, each at most standard normal: below 1e-3 in all
+    flat = batches[:, :, 32].reshape(len(batches), -1)
+    assert torch.corrcoef(flat).fill_diagonal_(0).abs().max() < 5 / 500**0.5  # fresh each time
+    with pytest.raises(ValueError, match="binarised batch by batch"):
+        train.draw(1)
+    assert torch.equal(train.x, train.draw(0))
+    with pytest.raises(ValueError, match="binarize='static' keeps one draw"):
+        data.from_arrays(mapped(tmp_path, grey), binarize="static")
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({1999: math.nan}, r"x \(rows .*\) has 4 NaN"),
+        ({1999: 2.0}, "x ranges from .* rescale x or give support"),
+    ],
+)
+def test_a_mapped_file_is_looked_through_in_pieces(bad, match, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.arrays, "PIECE", 400)
+    x = X.repeat(40, 1).numpy()
+    assert data.from_arrays(mapped(tmp_path, x)).support == "binary"
+    for row, value in bad.items():
+        x[row] = value
+    with pytest.raises(ValueError, match=match):
+        data.from_arrays(mapped(tmp_path, x, "bad.npy"), support="binary")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "support"),
+    [
+        ([0, 1], "binary"),
+        ([0.5, 1], "unit_interval"),
+        ([1, 3], "counts"),
+        ([-1, 3], "integer"),
+        ([0.5, 3], "real"),
+        ([0.5, -1], "real"),
+        ([1.5, 1], "real"),
+    ],
+)
+def test_the_support_of_pieces_is_that_of_the_whole(pieces, support, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.arrays, "PIECE", 10)
+    x = np.repeat(np.asarray(pieces, np.float32), 10)[:, None]
+    assert data.from_arrays(mapped(tmp_path, x)).support == data.from_arrays(x).support == support
+
+
+@pytest.mark.parametrize(
+    ("value", "binarize", "match"),
+    [
+        (0.5, None, r"argument 'x' in data: 4 of 64 values lie outside"),
+        (math.nan, None, "'x' has 4 NaN"),
+        (255.0, "dynamic", r"data \(binarize='dynamic'\) must lie in \[0, 1\], and range from"),
+    ],
+)
+def test_rows_of_a_file_are_checked_before_their_step(value, binarize, match):
+    svi = vae()
+    split = data.Split(far(90, value), rows=torch.arange(100), binarize=binarize)
+    with pytest.raises(ValueError, match=match):
+        fit(svi, split)
+    assert svi.num_steps < 7
+    good = data.Split(far(90, 1.0), rows=torch.arange(100), binarize=binarize)
+    assert len(fit(svi, good, valid=good).rows) == 2
+    with pytest.raises(ValueError, match=match.replace("data", "valid")):
+        fit(svi, good, valid=split)
+
+
+def test_an_error_while_reading_ahead_is_raised():
+    split = data.Split(X, rows=torch.arange(50))
+    svi, reads = vae(), []
+
+    def read(index):
+        reads.append(index)
+        if len(reads) > 6:
+            raise OSError("the disk is gone")
+        return data.Split.read(split, index)
+
+    object.__setattr__(split, "read", read)
+    with pytest.raises(OSError, match="the disk is gone"):
+        fit(svi, split)
+    assert svi.num_steps == 5  # the pair was checked on the first of six reads
+    assert not [thread for thread in threading.enumerate() if thread.name == "ppvae reader"]
+
+
+@pytest.mark.cuda
+def test_a_mapped_file_on_cuda(tmp_path):
+    array = mapped(tmp_path, GREY.numpy())
+    svi = vae()
+    history = fit(svi, data.from_arrays(array, binarize="dynamic"), device="cuda")
+    assert next(svi.model.parameters()).is_cuda
+    assert math.isfinite(history.rows[-1]["valid_bound"])
+
+
+# -- callbacks and loggers ---------------------------------------------------------------------
+
+
+def test_callbacks_are_called_after_steps_and_epochs():
+    calls = []
+
+    class Notes(ppvae.Callback):
+        def on_step_end(self, svi, loss):
+            calls.append(svi.num_steps)
+            assert loss.shape == ()
+
+        def on_epoch_end(self, svi, history):
+            calls.append(f"epoch {len(history.rows)}")
+            return len(history.rows) == 2
+
+    history = fit(vae(), X, epochs=9, callbacks=[Notes(), ppvae.Callback()])
+    assert calls == [1, 2, 3, 4, "epoch 1", 5, 6, 7, 8, "epoch 2"]
+    assert not history.stopped_early
+
+
+def test_a_csv_logger_gets_every_row(tmp_path):
+    logger = pytest.importorskip("lightning_fabric.loggers").CSVLogger(tmp_path, name="run")
+    history = fit(vae(), X, valid=X, epochs=3, loggers=logger)
+    (path,) = tmp_path.rglob("metrics.csv")
+    with open(path, newline="") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    assert rows == history.rows
+
+
+def test_the_log_of_a_resumed_run_has_all_of_it(tmp_path):
+    class Log:
+        def __init__(self):
+            self.rows = []
+
+        def log_metrics(self, metrics, step):
+            self.rows.append((step, metrics["epoch"]))
+
+    fit(vae(), X, checkpoint=tmp_path)
+    log = Log()
+    fit(vae(), X, epochs=4, checkpoint=tmp_path, resume=True, loggers=[log])
+    assert log.rows == [(4, 1), (8, 2), (12, 3), (16, 4)]
+
+
+def test_a_tensorboard_logger(tmp_path):
+    loggers = pytest.importorskip("lightning_fabric.loggers")
+    pytest.importorskip("tensorboardX")
+    logger = loggers.TensorBoardLogger(tmp_path, name="run")
+    fit(vae(), X, valid=X, loggers=[logger])
+    (path,) = tmp_path.rglob("events.out.tfevents.*")
+    written = path.read_bytes()
+    assert b"valid_bound" in written
+    assert b"train_objective" in written
 
 
 # -- history -----------------------------------------------------------------------------------

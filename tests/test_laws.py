@@ -240,16 +240,16 @@ def test_k_particles_at_once_equal_k_one_by_one(pair: str) -> None:
         module.eval()
     K = 3
     weights = ppvae.log_weights(model, guide, *args, num_particles=K)
-    (latent,) = weights.latents
     with local_parameters(), torch.no_grad():
         for k in range(K):
-            drawn = poutine.trace(guide).get_trace(*args)
-            z = weights.guide_trace.nodes[latent]["value"][k]
-            drawn.nodes[latent]["value"] = z
-            log_q = drawn.nodes[latent]["fn"].log_prob(z)
-            trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args)
+            drawn = {n: weights.guide_trace.nodes[n]["value"][k] for n in weights.latents}
+            at_draws = poutine.condition(guide, data=drawn)
+            guide_trace = poutine.trace(at_draws).get_trace(*args)
+            trace = poutine.trace(poutine.condition(model, data=drawn)).get_trace(*args)
+            guide_trace.compute_log_prob()
             trace.compute_log_prob()
-            sites = [latent, *weights.observed]
+            log_q = sum(guide_trace.nodes[name]["log_prob"] for name in weights.latents)
+            sites = [*weights.latents, *weights.observed]
             log_p = sum(trace.nodes[name]["log_prob"] for name in sites)
             torch.testing.assert_close(weights.log_w[k], log_p - log_q, rtol=1e-5, atol=1e-5)
 

@@ -37,6 +37,9 @@ TABLE = pandas.DataFrame(
 )
 TABLE.attrs = {"log_evidence": -4.2, "reference": "exact"}
 
+POINTS = torch.arange(1, 20) / 20
+BAND = (POINTS, POINTS - 0.2, POINTS + 0.2)
+
 # One call of every public function, as (function, arguments); all torch tensors.
 CALLS = {
     "training_curve": ([torch.tensor([-3.0, -1.0, -2.0]), torch.tensor([-4.0, -2.0, -3.0])], {}),
@@ -47,7 +50,20 @@ CALLS = {
     "manifold": ([torch.linspace(0, 1, 9 * 12).reshape(9, 12), (3, 4), GRID], {}),
     "interpolation": ([X.reshape(2, 3, 12), (3, 4)], {}),
     "latent_scatter": ([X[:, :2], torch.tensor([0, 1, 2, 0, 1, 2])], {}),
+    "em_steps": ([[-9.0, -7.0, -6.5], [-9.0, -7.0], [-8.0, -6.8]], {}),
+    "gaussian_components": (
+        [X[:, :2], torch.ones(6, 1), torch.zeros(1, 2), torch.eye(2).unsqueeze(0)],
+        {},
+    ),
+    "levels_over_training": ([[1, 2], {"z1": [3.0, 9.0], "z2": [0.0, 1.0]}, "KL [nats]"], {}),
     "khat": ([torch.tensor([0.1, 0.9, 0.6, 0.3])], {}),
+    "khat_histogram": ([torch.tensor([0.1, 0.9, 0.6, 0.3])], {}),
+    "worst_points": ([X, torch.tensor([2.0, 1.0, 0.9, 0.8, 0.7, 0.6]), (3, 4)], {}),
+    "kl_per_unit": ([torch.tensor([0.1, 2.0, 0.0]), torch.tensor([True, True, False])], {}),
+    "rate_distortion": ([{"VAE": (20.0, 80.0), "beta 4": (8.0, 100.0)}], {}),
+    "sbc_ecdf": ([{"z": torch.arange(40).reshape(20, 2) % 20}, 19, BAND], {}),
+    "coverage": ([torch.tensor([0.5, 0.9]), {"z": torch.tensor([[0.4], [0.8]])}, 100], {}),
+    "predictive_check": ([torch.tensor([1.0, 2.0]), torch.linspace(0, 3, 60).reshape(30, 2)], {}),
     "bound_against_particles": ([TABLE], {}),
     "snr_against_particles": ([TABLE], {"part": "model"}),
     "variance_against_time": ([TABLE], {}),

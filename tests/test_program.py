@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -48,8 +49,10 @@ def test_stock_engines_train_every_parameter(pair: str, engine: str) -> None:
     model, guide, args = build(pair)
     before = values(model, guide)
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=STOCK[engine]())
-    for _ in range(2):
-        svi.step(*args)
+    refuses = engine == "TraceMeanField" and pair == "hierarchical"  # a bottom-up guide
+    with pytest.warns(match="mean field restriction") if refuses else nullcontext():
+        for _ in range(2):
+            svi.step(*args)
     assert unmoved(before, model, guide) == []
 
 

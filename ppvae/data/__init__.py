@@ -11,6 +11,7 @@ from .dataset import Dataset
 from .fetch import cache_folder
 from .files import from_csv, from_images, from_npz
 from .quadrant import quadrants
+from .sparse import EmptyDocumentWarning, from_counts
 from .split import Split
 from .synthetic import (
     GaussianMixture,
@@ -22,11 +23,13 @@ from .synthetic import (
 __all__ = [
     "NAMES",
     "Dataset",
+    "EmptyDocumentWarning",
     "GaussianMixture",
     "LinearGaussian",
     "Split",
     "cache_folder",
     "from_arrays",
+    "from_counts",
     "from_csv",
     "from_images",
     "from_npz",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, get_args
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from .dataset import Dataset, Support
 from .split import Binarize, Split, check_binarize, check_choice, check_unit_interval
+
+PIECE = 2**22  # values of a mapped file that are looked at together
 
 
 def from_arrays(
@@ -26,6 +29,10 @@ def from_arrays(
     name: str = "arrays",
 ) -> Dataset:
     """A `Dataset` from arrays or tensors: checked, split at random (by class with labels), copied.
+
+    A file mapped into memory, `np.load("x.npy", mmap_mode="r")`, is not copied: the training part
+    stays in the file and `ppvae.fit` reads it batch by batch. It is looked through once here, in
+    pieces. The validation and test parts are read into memory: give numbers of rows.
 
     Args:
         x: `(N, D)` rows, `(N, H, W)` or `(N, C, H, W)` images; finite numbers, N at least 3.
@@ -53,6 +60,7 @@ def from_arrays(
     ('real', 2, 80, 10, 10)
     """
     check_binarize(binarize)
+    mapped = isinstance(x, np.memmap)
     rows = _numbers(x, "x")
     if rows.ndim not in (2, 3, 4):
         raise ValueError(
@@ -66,14 +74,18 @@ def from_arrays(
             f"x holds 8-bit values (uint8) up to {rows.max()}: pass x / 255 for grey levels, or "
             "support='counts' to model the numbers themselves"
         )
-    values = _finite(rows, "x")
-    found = infer_support(values)
+    if mapped:
+        values = map_tensor(rows, "x")
+        found = mapped_support(rows, support, binarize)
+    else:
+        values = _finite(rows, "x")
+        found = infer_support(values)
+        check_support(values, support or found)
+        if binarize is not None:
+            check_unit_interval(values, f"x (binarize={binarize!r})")
     stated = f"support {found!r} inferred" if support is None else f"support {support!r} given"
-    check_support(values, support or found)
     labels = None if y is None else _conditions(y, len(values))
     num_classes = int(labels.max()) + 1 if labels is not None and labels.ndim == 1 else None
-    if binarize is not None:
-        check_unit_interval(values, f"x (binarize={binarize!r})")
     index = split_rows(
         len(values),
         valid,
@@ -85,8 +97,11 @@ def from_arrays(
         values = values.flatten(1)
     train, valid_part, test_part = (
         # a seed of its own for each part, so that parts share no binarisation noise
-        Split(values[i], None if labels is None else labels[i], binarize, 3 * seed + part)
+        Split(values, part_y, binarize, 3 * seed + part, rows=i)
+        if mapped and part == 0
+        else Split(_gathered(values, i), part_y, binarize, 3 * seed + part)
         for part, i in enumerate(map(torch.from_numpy, index))
+        for part_y in [None if labels is None else labels[i]]
     )
     how = "at random" if num_classes is None else "at random by class"
     return Dataset(
@@ -99,6 +114,46 @@ def from_arrays(
         num_classes=num_classes,
         source=f"arrays of the user; {stated}; split {how}, seed {seed}",
     )
+
+
+def map_tensor(array: np.ndarray, name: str) -> Tensor:
+    """An array as a tensor on the same memory: the file, if it is mapped.
+
+    Raises:
+        TypeError: torch has no such dtype.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor do we
+        try:
+            return torch.from_numpy(array)
+        except (TypeError, ValueError) as error:  # other byte orders raise the latter
+            raise TypeError(
+                f"{name} is a mapped file of dtype {array.dtype}, which torch cannot map: store it "
+                "as native float32, float16 or uint8"
+            ) from error
+
+
+def mapped_support(array: np.ndarray, given: Support | None, binarize: Binarize | None) -> Support:
+    """Look through a mapped array in pieces, as `from_arrays` does through one in memory."""
+    order: list[Support] = ["binary", "unit_interval", "counts", "integer", "real"]
+    step = max(1, PIECE // max(1, array[0].size))
+    seen: set[Support] = set()
+    for first in range(0, len(array), step):
+        piece = array[first : first + step]
+        values = _finite(piece, f"x (rows {first} to {first + len(piece) - 1})")
+        if given is not None:
+            check_support(values, given)
+        if binarize is not None:
+            check_unit_interval(values, f"x (binarize={binarize!r})")
+        seen.add(infer_support(values))
+    if "unit_interval" in seen and seen & {"counts", "integer"}:
+        return "real"
+    return max(seen, key=order.index)
+
+
+def _gathered(values: Tensor, index: Tensor) -> Tensor:
+    """Rows in the default float dtype; those of a mapped file are cast only here."""
+    return values[index].to(torch.get_default_dtype())
 
 
 def infer_support(values: Tensor) -> Support:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import images, synthetic
+from . import binary_images, har, images, synthetic, text
 from .dataset import Dataset
 from .files import from_csv, from_images, from_npz
 
@@ -17,6 +17,11 @@ LOADERS: dict[str, Callable[..., Dataset]] = {
     "mnist": images.mnist,
     "fashion_mnist": images.fashion_mnist,
     "freyfaces": images.freyfaces,
+    "binarized_mnist": binary_images.binarized_mnist,
+    "omniglot": binary_images.omniglot,
+    "har": har.har,
+    "20newsgroups": text.newsgroups,
+    "rcv1": text.rcv1,
     "gaussian_mixture": synthetic.gaussian_mixture,
     "linear_gaussian": synthetic.linear_gaussian,
 }
@@ -40,12 +45,18 @@ def load(
     "mnist"             50,000/10,000/10,000   (1, 28, 28)          "dynamic"
     "fashion_mnist"     50,000/10,000/10,000   (1, 28, 28)          "dynamic"
     "freyfaces"         1,565/200/200          (1, 28, 20)          None
+    "binarized_mnist"   50,000/10,000/10,000   (1, 28, 28)          (binarised)
+    "omniglot"          23,000/1,345/8,070     (1, 28, 28)          "dynamic"
+    "har"               6,617/735/2,947        (561,)               (real values)
+    "20newsgroups"      10,258/1,000/7,487     (1995,)              (counts)
+    "rcv1"              8,000/1,000/1,000      (2000,)              (real values)
     "gaussian_mixture"  1,600/200/200          (2,)                 (real values)
     "linear_gaussian"   1,600/200/200          (8,)                 (real values)
     ==================  =====================  ===================  ================
 
-    "mnist" and "fashion_mnist" are downloaded once into `cache_folder()`; "freyfaces" must be put
-    there.
+    "mnist", "fashion_mnist", "binarized_mnist", "omniglot", "har", "20newsgroups" and "rcv1" are
+    downloaded once into `cache_folder()`; "freyfaces" must be put there. Sources and licences are
+    in the docstrings of the loaders: `data.text`, `data.har`, `data.binary_images`.
 
     Args:
         name: one of the names above, or a path; paths go to `from_npz`, `from_csv`, `from_images`.
@@ -53,8 +64,10 @@ def load(
             the table (None for a path).
         flatten: store images as `(N, D)` rows; False keeps `(N, C, H, W)`.
         seed: of random splits, of the binarisation and of synthetic data, 0 or more.
-        **options: of one data set. `num_valid`: "mnist", "fashion_mnist". `num`: synthetic ones.
-            `num_components`: "gaussian_mixture". `dim`, `latent_dim`: "linear_gaussian". `x`, `y`:
+        **options: of one data set. `num_valid`: "mnist", "fashion_mnist", "har", "20newsgroups".
+            `num`: synthetic ones, "rcv1". `num_words`: "20newsgroups", "rcv1". `version`:
+            "20newsgroups". `num_components`: "gaussian_mixture". `dim`, `latent_dim`:
+            "linear_gaussian". `x`, `y`:
             `.npz`. `label`: `.csv`. `size`, `grey`: folders. `valid`, `test`, `support`, `shape`:
             all paths.
 
@@ -82,7 +95,7 @@ with scikit-learn; grey levels / 16; split at random by class, seed 0
     if binarize != "default":
         if "binarize" not in accepted and binarize is not None:
             raise ValueError(
-                f"binarize={binarize!r} needs grey levels, and {str(name)!r} has real values: "
+                f"binarize={binarize!r} needs grey levels, and {str(name)!r} has none: "
                 "leave it out"
             )
         if "binarize" in accepted:

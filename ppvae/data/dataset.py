@@ -31,6 +31,7 @@ class Dataset:
         num_classes: C for labels 0..C-1, else None.
         source: citation, address, and how the data were split.
         log_evidence: exact `log p(x)`, `(N, D) -> (N,)` in nats, where it is known; else None.
+        vocabulary: for counts of words, the words in the order of the columns; else None.
 
     >>> from ppvae import data
     >>> digits = data.load("digits")
@@ -47,6 +48,7 @@ class Dataset:
     num_classes: int | None = None
     source: str = ""
     log_evidence: Callable[[Tensor], Tensor] | None = None
+    vocabulary: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_choice("support", self.support, get_args(Support))

@@ -5,12 +5,18 @@ from __future__ import annotations
 import gzip
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
 URLS = {
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    "binarized_mnist": "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
+    "omniglot": "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/",
+    "har": "https://archive.ics.uci.edu/ml/machine-learning-databases/00240/",
+    "20news": "https://raw.githubusercontent.com/sophieburkhardt/dirichlet-vae-topic-models/"
+    "3d3593654272b01877ae70a07f9e3b562987830d/data/20news/",
 }
 MD5 = {
     "mnist/train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
@@ -21,6 +27,20 @@ MD5 = {
     "fashion_mnist/train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
     "fashion_mnist/t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "fashion_mnist/t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+SHA256 = {
+    "binarized_mnist/binarized_mnist_train.amat": (
+        "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d"
+    ),
+    "binarized_mnist/binarized_mnist_valid.amat": (
+        "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2"
+    ),
+    "binarized_mnist/binarized_mnist_test.amat": (
+        "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c"
+    ),
+    "20news/train.feat": "6c4b612d03bb54c68c923ae7b689398c4a7bd1046b0874332dfe0a0c42830143",
+    "20news/test.feat": "5e5beaff3c66affeb08aeefb69e40e3e1c52360cdad2df03e7df2ecb6b79fad0",
+    "20news/vocab.new": "75594f361e317a8c8fafca9846e903143ff25bb57ac4207ff850ef4245eb94bb",
 }
 
 
@@ -39,12 +59,13 @@ def cache_folder() -> Path:
 
 
 def fetch(folder: str, file: str) -> Path:
-    """Path of a file in the cache, downloaded if it is not there; its checksum always holds.
+    """Path of a file in the cache, downloaded if it is not there; a known checksum always holds.
 
-    A file that is there is only read, so the cache folder may be read-only.
+    A file that is there is only read, so the cache folder may be read-only. Of files without a
+    published checksum (OMNIGLOT, HAR) the loader checks the contents.
 
     Args:
-        folder: "mnist" or "fashion_mnist".
+        folder: a key of `URLS`.
         file: name of the file.
 
     Raises:
@@ -54,18 +75,22 @@ def fetch(folder: str, file: str) -> Path:
     """
     import pooch
 
-    path, md5, url = cache_folder() / folder / file, MD5[f"{folder}/{file}"], URLS[folder] + file
+    path, url, key = cache_folder() / folder / file, URLS[folder] + quote(file), f"{folder}/{file}"
+    kind, known = ("md5", MD5[key]) if key in MD5 else ("sha256", SHA256.get(key))
     if path.exists():
-        found = pooch.file_hash(str(path), alg="md5")
-        if found != md5:
-            raise ValueError(f"{path} is corrupt (md5 {found}, not {md5}): delete it and try again")
+        found = pooch.file_hash(str(path), alg=kind)
+        if known is not None and found != known:
+            raise ValueError(
+                f"{path} is corrupt ({kind} {found}, not {known}): delete it and try again"
+            )
         return path
     try:
-        pooch.retrieve(url, known_hash=f"md5:{md5}", fname=file, path=path.parent)
+        known_hash = None if known is None else f"{kind}:{known}"
+        pooch.retrieve(url, known_hash=known_hash, fname=file, path=path.parent)
     except ValueError as error:  # pooch checks before it moves the file into the cache
         raise ValueError(
-            f"the download of {url} is corrupt (md5 is not {md5}) and was not kept: try again, or "
-            f"put the right file at {path}"
+            f"the download of {url} is corrupt ({kind} is not {known}) and was not kept: try "
+            f"again, or put the right file at {path}"
         ) from error
     except OSError as error:  # requests' errors are OSErrors too
         raise ConnectionError(

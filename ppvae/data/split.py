@@ -33,6 +33,9 @@ class Split:
         missing: `(D_missing,)` positions in a flat row that become `x`; None for all.
             `quadrants` sets it and `visible`.
         visible: `(D_visible,)` positions in a flat row that become `y`; None to leave `y` alone.
+        rows: `(N,)` which rows of `values` are this part, for values that stay where they are, such
+            as a file mapped into memory: `ppvae.fit` then reads a batch when it needs it, and
+            binarises it on the device. None: `values` are the rows, and move with `to`.
 
     Raises:
         ValueError: lengths differ, `binarize` is unknown, grey levels leave [0, 1], `seed`
@@ -52,25 +55,29 @@ class Split:
     supervised: bool = False
     missing: Tensor | None = None
     visible: Tensor | None = None
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_binarize(self.binarize)
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: give 0 or more")
-        if self.y is not None and len(self.y) != len(self.values):
-            raise ValueError(
-                f"y has {len(self.y)} rows and values {len(self.values)}: give one y per row"
-            )
+        if self.y is not None and len(self.y) != len(self):
+            raise ValueError(f"y has {len(self.y)} rows and values {len(self)}: give one y per row")
         if self.supervised and self.y is None:
             raise ValueError("supervised=True needs y, and y is None: give labels or conditions")
-        if self.binarize is not None:
+        if self.rows is not None and self.binarize == "static":
+            raise ValueError(
+                "binarize='static' keeps one draw of all rows, and rows=... is for values that do "
+                "not fit into memory: use binarize='dynamic', or store the draw in the file"
+            )
+        if self.binarize is not None and self.rows is None:  # else from_arrays has looked
             check_unit_interval(self.values, f"values (binarize={self.binarize!r})")
 
     @cached_property
     def x(self) -> Tensor:
         """What the model sees, `(N, *event)`; with binarisation the draw of epoch 0, kept.
 
-        Evaluate on this: it does not change.
+        Evaluate on this: it does not change. With `rows` it is read into memory.
 
         >>> from ppvae import data
         >>> data.load("digits").test.x.unique()
@@ -106,14 +113,51 @@ class Split:
         """
         if self.binarize != "dynamic" or epoch == 0:
             return self.args
-        rows = self._rows(epoch)
-        x = _columns(rows, self.missing)
-        if not self.supervised:
-            return (x,)
-        # the visible pixels must come from the same draw as the missing ones
-        y = self.y if self.visible is None else _columns(rows, self.visible)
-        assert y is not None
-        return (x, y)
+        if self.rows is not None:
+            raise ValueError(
+                "with rows=... an epoch is binarised batch by batch: use read and present"
+            )
+        return self._columns(self._rows(epoch), self.y)
+
+    def read(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows as they are stored, and their `y`, for `present`: copies, on the host.
+
+        They are read in the order of the file, and returned in that of `index`.
+
+        Args:
+            index: `(B,)` which of the N rows of this part.
+
+        >>> values = torch.arange(10.0)[:, None]
+        >>> part = Split(values, rows=torch.tensor([7, 5, 3]))
+        >>> len(part), part.read(torch.tensor([2, 0]))[0].flatten()
+        (3, tensor([3., 7.]))
+        """
+        stored = index if self.rows is None else self.rows[index]
+        ascending, order = stored.sort()
+        values = self.values.index_select(0, ascending)
+        values = torch.empty_like(values).index_copy_(0, order, values)
+        return values, None if self.y is None else self.y.index_select(0, index)
+
+    def present(
+        self, values: Tensor, y: Tensor | None, epoch: int, key: int = 0
+    ) -> tuple[Tensor, ...]:
+        """What the model is called with for rows from `read`, wherever they have been moved.
+
+        Args:
+            values: `(B, *event)`, of any dtype; cast to the default float dtype.
+            y: `(B,)` or `(B, D)`, or None.
+            epoch: 0, 1, 2, ...
+            key: tells the batches of an epoch apart: a draw is a function of (seed, epoch, key).
+
+        >>> part = Split(torch.full((4, 3), 0.5), binarize="dynamic", rows=torch.arange(4))
+        >>> rows = part.read(torch.tensor([0, 2]))
+        >>> torch.equal(part.present(*rows, 1, 7)[0], part.present(*rows, 1, 7)[0])
+        True
+        """
+        values = values.to(torch.get_default_dtype())
+        if self.binarize is not None:
+            values = _draw(values, values.device, self.seed, epoch, key)
+        return self._columns(values, y)
 
     @property
     def args(self) -> tuple[Tensor, ...]:
@@ -129,11 +173,13 @@ class Split:
         return (self.x,)
 
     def to(self, device: torch.device | str) -> Split:
-        """The same split with its tensors on `device`.
+        """The same split with its tensors on `device`; with `rows` it stays where it is.
 
         >>> Split(torch.zeros(2, 3)).to("cpu").values.device
         device(type='cpu')
         """
+        if self.rows is not None:
+            return self
         moved = {
             name: None if tensor is None else tensor.to(device)
             for name, tensor in {
@@ -145,32 +191,49 @@ class Split:
         return replace(self, values=self.values.to(device), **moved)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.values if self.rows is None else self.rows)
 
     def __repr__(self) -> str:
         y = None if self.y is None else tuple(self.y.shape)
         return (
-            f"Split(values={tuple(self.values.shape)}, y={y}, binarize={self.binarize!r}, "
-            f"seed={self.seed}, supervised={self.supervised})"
+            f"Split(values={(len(self), *self.values.shape[1:])}, y={y}, "
+            f"binarize={self.binarize!r}, seed={self.seed}, supervised={self.supervised}"
+            f"{'' if self.rows is None else ', read in batches'})"
         )
 
     def _rows(self, epoch: int) -> Tensor:
         """Whole rows as the model would see them, before `missing` and `visible` pick columns."""
+        values = self.values
+        if self.rows is not None:
+            values = values.index_select(0, self.rows).to(torch.get_default_dtype())
         if self.binarize is None:
-            return self.values
-        device = torch.device("cpu") if epoch == 0 else self.values.device
-        # SeedSequence mixes the pair, so that neighbouring seeds and epochs share no stream
-        mixed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator(device).manual_seed(int(mixed))
-        # float32 whatever the dtype of the values, so that the draw does not depend on it
-        uniform = torch.rand(
-            self.values.shape, generator=generator, device=device, dtype=torch.float32
-        )
-        return uniform.lt_(self.values.to(device)).to(self.values)
+            return values
+        device = torch.device("cpu") if epoch == 0 else values.device
+        return _draw(values, device, self.seed, epoch)
+
+    def _columns(self, rows: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+        """`(x,)` or `(x, y)` of whole rows."""
+        x = _columns(rows, self.missing)
+        if not self.supervised:
+            return (x,)
+        # the visible pixels must come from the same draw as the missing ones
+        y = y if self.visible is None else _columns(rows, self.visible)
+        assert y is not None
+        return (x, y)
+
+
+def _draw(values: Tensor, device: torch.device, *words: int) -> Tensor:
+    """Bernoulli draws with probabilities `values`, a function of the words."""
+    # SeedSequence mixes them, so that neighbouring seeds and epochs share no stream
+    mixed = np.random.SeedSequence(list(words)).generate_state(1, np.uint64)[0]
+    generator = torch.Generator(device).manual_seed(int(mixed))
+    # float32 whatever the dtype of the values, so that the draw does not depend on it
+    uniform = torch.rand(values.shape, generator=generator, device=device, dtype=torch.float32)
+    return uniform.lt_(values.to(device)).to(values)
 
 
 def _columns(rows: Tensor, index: Tensor | None) -> Tensor:
-    return rows if index is None else rows[:, index]
+    return rows if index is None else rows[:, index.to(rows.device)]
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -1,7 +1,55 @@
-"""What a trained pair is worth: held-out evidence, Pareto k-hat, ArviZ export."""
+"""What a trained pair is worth: its report, evidence, reference posteriors, calibration, ArviZ."""
 
-from ppvae.diagnostics.arviz_bridge import to_arviz
+from ppvae.diagnostics.ais import (
+    AnnealedEvidence,
+    Sandwich,
+    ais,
+    bdmc,
+    reverse_ais,
+    sigmoid_schedule,
+)
+from ppvae.diagnostics.arviz_bridge import chains_to_arviz, to_arviz
+from ppvae.diagnostics.calibration import Calibration, sbc
+from ppvae.diagnostics.chains import PosteriorDraws
+from ppvae.diagnostics.compare_posteriors import PosteriorComparison, compare_posteriors
 from ppvae.diagnostics.evidence import Evidence, log_evidence
+from ppvae.diagnostics.gaps import Gaps, gaps
+from ppvae.diagnostics.hmc import hmc
+from ppvae.diagnostics.metropolis import metropolis
+from ppvae.diagnostics.nuts import nuts
+from ppvae.diagnostics.predictive import PredictiveCheck, predictive_check
 from ppvae.diagnostics.psis import khat
+from ppvae.diagnostics.quadrature import Quadrature, quadrature
+from ppvae.diagnostics.report import Report, diagnose
+from ppvae.diagnostics.summaries import Aggregate
 
-__all__ = ["Evidence", "khat", "log_evidence", "to_arviz"]
+__all__ = [
+    "Aggregate",
+    "AnnealedEvidence",
+    "Calibration",
+    "Evidence",
+    "Gaps",
+    "PosteriorComparison",
+    "PosteriorDraws",
+    "PredictiveCheck",
+    "Quadrature",
+    "Report",
+    "Sandwich",
+    "ais",
+    "bdmc",
+    "chains_to_arviz",
+    "compare_posteriors",
+    "diagnose",
+    "gaps",
+    "hmc",
+    "khat",
+    "log_evidence",
+    "metropolis",
+    "nuts",
+    "predictive_check",
+    "quadrature",
+    "reverse_ais",
+    "sbc",
+    "sigmoid_schedule",
+    "to_arviz",
+]

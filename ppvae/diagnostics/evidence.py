@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
-from ppvae.check import check_tensors
+from ppvae.check import PairError, check_batch, check_tensors, names
 from ppvae.diagnostics.psis import khat
+from ppvae.pair_checks import point_masses
 from ppvae.pairs import evaluation_mode, seeded
-from ppvae.weights import log_weights
+from ppvae.weights import LogWeights, log_weights
+
+_BLOCK = 256  # datapoints whose weights are summarised at once
+_CHECKED_ROWS = 100  # with which the pair is run before all of them
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Evidence:
         ess: effective sample size of the weights, between 1 and K.
         khat: Pareto shape of the weights' tail, see :func:`ppvae.diagnostics.khat`.
         elbo: the evidence lower bound from the same draws, nats.
+        gap_se: standard error of ``gap``, nats: smaller than those of its two parts, which share
+            their draws.
         num_particles: K.
     """
 
@@ -35,7 +42,13 @@ class Evidence:
     ess: Tensor
     khat: Tensor
     elbo: Tensor
+    gap_se: Tensor
     num_particles: int
+
+    @property
+    def gap(self) -> Tensor:
+        """Log p(x) - ELBO = KL(q(z | x) || p(z | x)), nats: what the guide loses, ``(N,)``."""
+        return self.log_evidence - self.elbo
 
     @property
     def mean(self) -> float:
@@ -53,21 +66,34 @@ class Evidence:
         """Monte-Carlo standard error of :attr:`mean` for these very datapoints."""
         return self.log_evidence_se.square().sum().sqrt().item() / len(self.log_evidence)
 
+    @property
+    def unreliable(self) -> float:
+        """The share of datapoints whose k-hat exceeds 0.7, of those that have one."""
+        known = self.khat[~self.khat.isnan()]
+        return (known > 0.7).double().mean().item() if len(known) else math.nan
+
     def __repr__(self) -> str:
-        bad = (self.khat > 0.7).double().mean().item()
         return "\n".join(
             [
                 f"Evidence of {len(self.log_evidence)} datapoints, K = {self.num_particles} "
                 "particles [nats per datapoint]",
-                f"log p(x)  {self.mean:.2f} ± {self.mean_se:.2f} over datapoints, "
-                f"± {self.mean_mc_se:.3f} Monte Carlo",
-                f"ELBO      {self.elbo.mean().item():.2f}  "
-                f"(gap {self.mean - self.elbo.mean().item():.2f})",
-                f"ESS       median {self.ess.median().item():.0f} of {self.num_particles}",
-                f"k-hat     median {self.khat.median().item():.2f}, "
-                f"above 0.7 on {bad:.0%} of points",
+                *self._lines(),
             ]
         )
+
+    def _lines(self) -> list[str]:
+        tail = (
+            f"median {self.khat.median().item():.2f}, above 0.7 on {self.unreliable:.0%} of points"
+        )
+        if self.khat.isnan().all():
+            tail = "none: it takes more than 20 particles"
+        return [
+            f"log p(x)  {self.mean:.2f} ± {self.mean_se:.2f} over datapoints, "
+            f"± {self.mean_mc_se:.3f} Monte Carlo",
+            f"ELBO      {self.elbo.mean().item():.2f}  (gap {self.gap.mean().item():.2f})",
+            f"ESS       median {self.ess.median().item():.0f} of {self.num_particles}",
+            f"k-hat     {tail}",
+        ]
 
 
 def log_evidence(
@@ -84,7 +110,7 @@ def log_evidence(
 
     Its expectation is the IWELBO of K particles: a lower bound, that K = 5000 makes tight for a
     good guide. For a conditional pair, called with ``x, y``, it is log p(x | y). Programs run in
-    evaluation mode.
+    evaluation mode. :func:`ppvae.diagnose` gives this and what else the same draws tell.
 
     Args:
         model, guide: Pyro programs; ``guides.Prior(model)`` as guide gives plain Monte Carlo.
@@ -98,7 +124,8 @@ def log_evidence(
         :class:`Evidence`.
 
     Raises:
-        ValueError: NaN, infinite or empty data; fewer than two particles; the pair does not fit.
+        ValueError: NaN, infinite or empty data; fewer than two particles; the pair does not fit;
+            a weight is NaN or infinite, with the datapoint and the site.
 
     Source: Rezende, Mohamed & Wierstra 2014, appendix E; Burda et al. 2016.
 
@@ -122,42 +149,148 @@ def log_evidence(
         raise ValueError(
             f"num_particles must be at least 2 for a standard error, got {num_particles}"
         )
+    check_data(model, guide, args)
+    return weigh(model, guide, args, num_particles, max_rows, seed)
+
+
+def weigh(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: Sequence[Any],
+    num_particles: int,
+    max_rows: int,
+    seed: int | None,
+    visit: Callable[[slice, LogWeights], None] | None = None,
+) -> Evidence:
+    """The one pass over all weights.
+
+    Args:
+        model, guide, args, num_particles, max_rows, seed: as :func:`log_evidence` has them.
+        visit: is shown every piece, with the datapoints it is about, as soon as it is drawn.
+    """
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    rows = count_rows(args)
+    columns: list[dict[str, Tensor]] = []
+    waiting: list[Tensor] = []
+    drawn = 0
+    with torch.no_grad(), evaluation_mode(model, guide), pyro.validation_enabled(False):
+        with seeded(seed, *args):
+            for part, sizes in pieces(rows, num_particles, max_rows):
+                batch = take(args, part)
+                of_part = []
+                for size in sizes:
+                    weights = log_weights(model, guide, *batch, num_particles=size)
+                    if not (weights.log_w < math.inf).all():
+                        raise ValueError(_not_finite(weights, part.start))
+                    if part.start == 0 and (points := point_masses(weights)):
+                        raise ValueError(
+                            f"latent {points[0]!r} is a point mass in the guide, so it has no "
+                            "importance weights: no log p(x), no k-hat. Use a guide with a "
+                            "density, e.g. guides.Normal, or guides.Prior(model)"
+                        )
+                    if visit is not None:
+                        visit(part, weights)
+                    of_part.append(weights.log_w)
+                waiting.append(torch.cat(of_part))
+                drawn += waiting[-1].shape[1]
+                if drawn >= _BLOCK or part.stop >= rows:
+                    columns.append(_summary(torch.cat(waiting, 1), part.stop - drawn))
+                    waiting, drawn = [], 0
+    joined = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+    return Evidence(**joined, num_particles=num_particles)
+
+
+def check_data(model: Callable[..., Any], guide: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Raise ``PairError`` unless the pair fits and every row is what it takes.
+
+    The pass over the weights has Pyro's validation off, so this comes first.
+    """
     check_tensors(model, args)
+    count_rows(args)
+    for position, check in check_batch(model, guide, *take(args, slice(_CHECKED_ROWS))):
+        try:
+            check(args[position])
+        except ValueError as error:
+            raise PairError(f"argument {names(model, args)[position]!r}: {error}") from error
+
+
+def reason(error: Exception) -> str:
+    """What an error says, without the table of shapes that Pyro appends."""
+    return str(error).partition("\nTrace Shapes:")[0]
+
+
+def count_rows(args: Sequence[Any]) -> int:
+    """N, the length of the first tensor."""
     rows = next((len(arg) for arg in args if isinstance(arg, Tensor)), 0)
     if rows == 0:
-        raise ValueError("no data: call log_evidence(model, guide, x), with tensors")
+        raise ValueError(
+            "no data: call with (model, guide, x), x a tensor of one row per datapoint"
+        )
+    return rows
+
+
+def take(args: Sequence[Any], rows: Any) -> list[Any]:
+    """The same rows of every tensor; what is no tensor stays."""
+    return [arg[rows] if isinstance(arg, Tensor) else arg for arg in args]
+
+
+def pieces(rows: int, num_particles: int, max_rows: int) -> Iterator[tuple[slice, list[int]]]:
+    """Datapoints, and numbers of particles that add up to K, of at most ``max_rows`` rows each."""
     particles = min(num_particles, max_rows)
+    full, rest = divmod(num_particles, particles)
+    sizes = [particles] * full + ([rest] if rest else [])
     datapoints = max(1, max_rows // particles)
-    chunks = []
-    with torch.no_grad(), evaluation_mode(model, guide):
-        with seeded(seed, *args):
-            for start in range(0, rows, datapoints):
-                part = [
-                    arg[start : start + datapoints] if isinstance(arg, Tensor) else arg
-                    for arg in args
-                ]
-                drawn = [
-                    log_weights(model, guide, *part, num_particles=size).log_w
-                    for size in _sizes(num_particles, particles)
-                ]
-                chunks.append(_summary(torch.cat(drawn)))
-    value, se, ess, k, elbo = (torch.cat(column) for column in zip(*chunks, strict=True))
-    return Evidence(value, se, ess, k, elbo, num_particles)
+    for start in range(0, rows, datapoints):
+        yield slice(start, min(start + datapoints, rows)), sizes
 
 
-def _sizes(total: int, at_once: int) -> list[int]:
-    full, rest = divmod(total, at_once)
-    return [at_once] * full + ([rest] if rest else [])
+def summarise(log_w: Tensor) -> Evidence:
+    """What log-weights ``(K, N)`` tell, K >= 2."""
+    return Evidence(**_summary(log_w, 0), num_particles=len(log_w))
 
 
-def _summary(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _summary(log_w: Tensor, start: int) -> dict[str, Tensor]:
+    """By name, what the weights of the datapoints from ``start`` on tell."""
     k = khat(log_w)
     log_w = log_w.double().cpu()
     K = log_w.shape[0]
     log_mean = torch.logsumexp(log_w, 0) - math.log(K)
+    if (empty := log_mean == -math.inf).any():
+        raise ValueError(
+            f"all {K} weights of datapoint {start + int(empty.nonzero()[0])} are zero: p(x, z) = 0 "
+            "at every draw of the guide, so its evidence cannot be estimated. Check that the "
+            "datapoint lies in the likelihood's support and the guide's draws in the prior's"
+        )
     relative = (log_w - log_mean).exp()  # w / mean(w)
     ess = K / relative.square().mean(0)
     se = (relative.var(0) / K).sqrt()
-    return log_mean, se, ess, k, log_w.mean(0)
+    gap_se = ((relative - log_w).var(0) / K).sqrt()
+    return {
+        "log_evidence": log_mean,
+        "log_evidence_se": se,
+        "ess": ess,
+        "khat": k,
+        "elbo": log_w.mean(0),
+        "gap_se": gap_se,
+    }
+
+
+def _not_finite(weights: LogWeights, start: int) -> str:
+    """Which datapoint, which site."""
+    bad = ~(weights.log_w < math.inf)
+    row = int(bad.any(0).nonzero()[0])
+    value = "NaN" if weights.log_w[:, row].isnan().any() else "infinite"
+    # Too small a log q is as bad as too large a log p.
+    sites = [
+        f"{name!r} of the {program}"
+        for program, terms, sign in (("model", weights.log_p, 1), ("guide", weights.log_q, -1))
+        for name, term in terms.items()
+        if not (sign * term.expand(*term.shape[:-1], bad.shape[1])[..., row] < math.inf).all()
+    ]
+    return (
+        f"the log-weight of datapoint {start + row} is {value} for {int(bad[:, row].sum())} of "
+        f"{len(bad)} particles, because of the log-probability of site {' and '.join(sites)}. "
+        f"Look at row {start + row} of the data and at what the networks make of it: a scale that "
+        "under- or overflows, parameters that are NaN after a training that diverged"
+    )

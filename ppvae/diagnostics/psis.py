@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+MIN_TAIL = 5  # weights; ArviZ's, too
 _CHUNK = 256  # datapoints fitted at once: bounds memory to about 20 MB at K = 5000
 
 
@@ -18,11 +19,13 @@ def khat(log_w: Tensor) -> Tensor:
     estimate is not to be trusted at this K, and the guide is far from the posterior.
 
     Args:
-        log_w: log-weights ``(K, N)``, any constant added.
+        log_w: log-weights ``(K, N)``, any constant added; minus infinity is a weight of zero.
 
     Returns:
-        ``(N,)``, float64. NaN for K <= 20 (a tail of four points cannot be fitted); 0 where the
-        weights are constant up to rounding (an exact guide: there is no tail).
+        ``(N,)``, float64, on the CPU. NaN for K <= 20 (a tail of four points cannot be fitted) and
+        where a weight is NaN or infinite, or all are zero; 0 where the weights are constant up to
+        rounding (an exact guide: there is no tail); infinite where fewer than five weights of the
+        tail differ from its threshold.
 
     Source: Vehtari, Simpson, Gelman, Yao & Gabry, Pareto Smoothed Importance Sampling, 2024; the
     fit of Zhang & Stephens, 2009, with the weakly informative prior on k. Equal to ArviZ's.
@@ -37,24 +40,31 @@ def khat(log_w: Tensor) -> Tensor:
     """
     if log_w.dim() != 2:
         raise ValueError(f"log_w must be (K, N), got shape {tuple(log_w.shape)}")
-    K = log_w.shape[0]
-    tail = math.ceil(min(K / 5, 3 * math.sqrt(K)))
-    if tail <= 4:
+    log_w, tail = log_w.detach(), tail_length(log_w.shape[0])
+    if tail < MIN_TAIL:
         return torch.full((log_w.shape[1],), math.nan, dtype=torch.float64)
-    rounding = 64 * torch.finfo(log_w.dtype).eps * log_w.abs().amax(0).clamp(min=1)
-    constant = (log_w.amax(0) - log_w.amin(0) <= rounding).cpu()
-    rows = log_w.detach().double().cpu().T
-    rows = rows - rows.amax(1, keepdim=True)
-    largest = rows.topk(tail + 1, dim=1).values.flip(1)  # ascending; the first is the threshold
+    high, low = log_w.amax(0), log_w.amin(0)
+    # Of an infinite range, rounding says nothing.
+    rounding = 64 * torch.finfo(log_w.dtype).eps * torch.maximum(high.abs(), low.abs()).clamp(min=1)
+    constant = ((high - low <= rounding) & low.isfinite()).cpu()
+    undefined = ~high.isfinite().cpu()
+    # Only the tail leaves the device; ascending, the first is the threshold.
+    largest = log_w.T.topk(tail + 1, dim=1).values.flip(1).double().cpu()
+    largest = largest - largest[:, -1:]
     threshold = largest[:, :1].clamp(min=math.log(torch.finfo(torch.float64).tiny))
     excess = largest[:, 1:].exp() - threshold.exp()
     above = largest[:, 1:] > threshold
-    k = torch.empty(len(rows), dtype=torch.float64)
+    k = torch.empty(len(largest), dtype=torch.float64)
     # Ties with the threshold shorten a row's tail, so rows are fitted by the length of theirs.
     for length in above.sum(1).unique().tolist():
         for index in (above.sum(1) == length).nonzero().squeeze(1).split(_CHUNK):
-            k[index] = _shape(excess[index, tail - length :]) if length > 4 else math.inf
-    return k.masked_fill(constant, 0.0)
+            k[index] = _shape(excess[index, tail - length :]) if length >= MIN_TAIL else math.inf
+    return k.masked_fill(constant, 0.0).masked_fill(undefined, math.nan)
+
+
+def tail_length(num_particles: int) -> int:
+    """How many of K weights the Pareto distribution is fitted to."""
+    return math.ceil(min(num_particles / 5, 3 * math.sqrt(num_particles)))
 
 
 def _shape(excess: Tensor) -> Tensor:

@@ -1,6 +1,11 @@
 """Models: one file per family, each a Pyro program that reads on one screen."""
 
+from ppvae.models.autoencoder import Autoencoder
 from ppvae.models.cvae import CVAE
+from ppvae.models.hierarchical import Hierarchical
+from ppvae.models.mixture import GaussianMixture
+from ppvae.models.nvdm import NVDM
+from ppvae.models.vade import VaDE
 from ppvae.models.vae import VAE
 
-__all__ = ["CVAE", "VAE"]
+__all__ = ["CVAE", "NVDM", "VAE", "Autoencoder", "GaussianMixture", "Hierarchical", "VaDE"]

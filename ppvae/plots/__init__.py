@@ -7,6 +7,15 @@ estimated here. ``ax=None`` makes a figure of its own; pass ``ax`` to compose se
 """
 
 from ppvae.plots.curves import khat, latent_scatter, training_curve
+from ppvae.plots.diagnostics import (
+    coverage,
+    khat_histogram,
+    kl_per_unit,
+    predictive_check,
+    rate_distortion,
+    sbc_ecdf,
+    worst_points,
+)
 from ppvae.plots.estimators import (
     bound_against_particles,
     snr_against_particles,
@@ -20,18 +29,33 @@ from ppvae.plots.images import (
     quadrant_completion,
     reconstructions,
 )
+from ppvae.plots.models import em_steps, gaussian_components, levels_over_training
+from ppvae.plots.posteriors import gap_bars, posterior_contours, posterior_intervals
 
 __all__ = [
     "bound_against_particles",
     "class_grid",
+    "coverage",
+    "em_steps",
+    "gap_bars",
+    "gaussian_components",
     "image_grid",
     "interpolation",
     "khat",
+    "khat_histogram",
+    "kl_per_unit",
     "latent_scatter",
+    "levels_over_training",
     "manifold",
+    "posterior_contours",
+    "posterior_intervals",
+    "predictive_check",
     "quadrant_completion",
+    "rate_distortion",
     "reconstructions",
+    "sbc_ecdf",
     "snr_against_particles",
     "training_curve",
     "variance_against_time",
+    "worst_points",
 ]

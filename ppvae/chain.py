@@ -1,0 +1,98 @@
+"""The shapes of modules that feed each other, found and checked by running them once on zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppvae.pairs import evaluation_mode
+
+Shape = tuple[int, ...]
+
+
+class Chain:
+    """Runs levels one after the other, so that widths that do not fit are named before training.
+
+    Args:
+        name: of the variable that the first level is called with.
+        shape: its event shape.
+        like: the module whose device and dtype the zeros have.
+
+    Attributes:
+        shapes: event shape by name, in the order found.
+
+    Example:
+        >>> chain = Chain("x", (5,), like=nn.Linear(5, 3))
+        >>> _ = chain.follow("block 1", "d1", nn.Linear(5, 3))
+        >>> chain.shapes
+        {'x': (5,), 'd1': (3,)}
+        >>> chain.follow("block 2", "d2", nn.Linear(4, 2))
+        Traceback (most recent call last):
+        ...
+        ValueError: the levels do not chain: block 2 fails for d1 of shape (3,); so far ...
+    """
+
+    def __init__(self, name: str, shape: Shape, like: nn.Module) -> None:
+        self.shapes = {name: shape}
+        floats = (p for p in like.parameters() if p.is_floating_point())
+        self._value = next(floats, torch.zeros(())).new_zeros((2, *shape))
+
+    def follow(self, label: str, name: str, level: nn.Module, shape: Shape | None = None) -> Any:
+        """Run a level on the latest variable; what it gives becomes the latest, ``name``.
+
+        Args:
+            label: what the level is called in a message.
+            name: of the variable that it gives: a tensor, or the value of a distribution.
+            level: a network or a conditional.
+            shape: what the event shape must be, if known.
+
+        Returns:
+            What the level gave.
+
+        Raises:
+            ValueError: the level fails, or gives another shape; the message has all shapes so far.
+        """
+        found, zeros = self._run(label, name, level, shape)
+        self.shapes[name], self._value = tuple(zeros.shape[1:]), zeros
+        return found
+
+    def branch(self, label: str, name: str, level: nn.Module, shape: Shape | None = None) -> Any:
+        """Run a level on the latest variable, as :meth:`follow`, without going on from there."""
+        return self._run(label, name, level, shape)[0]
+
+    def _run(
+        self, label: str, name: str, level: nn.Module, shape: Shape | None
+    ) -> tuple[Any, Tensor]:
+        latest = next(reversed(self.shapes))
+        try:
+            with evaluation_mode(level), torch.no_grad():
+                found = level(self._value)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the levels do not chain: {label} fails for {latest} of shape "
+                f"{self.shapes[latest]}; so far {self._table()}. Give its network an input of "
+                f"that shape. It said: {error}"
+            ) from error
+        if isinstance(found, Tensor):
+            zeros = torch.zeros_like(found)
+        else:
+            zeros = self._value.new_zeros((2, *found.event_shape), dtype=_dtype(found))
+        if shape is not None and tuple(zeros.shape[1:]) != shape:
+            raise ValueError(
+                f"the levels do not chain: {label} gives {name} of shape "
+                f"{tuple(zeros.shape[1:])}, but it has shape {shape} in the model; so far "
+                f"{self._table()}. Change the last width of {label} (twice the size of the latent "
+                "for a normal with a predicted scale)"
+            )
+        return found, zeros
+
+    def _table(self) -> str:
+        return ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
+
+
+def _dtype(fn: Any) -> torch.dtype | None:
+    """Of a distribution's values, where it is not that of the parameters."""
+    return torch.long if isinstance(getattr(fn, "base_dist", fn), dist.Categorical) else None

@@ -1,0 +1,346 @@
+"""Simulation-based calibration: is q(z | x) the posterior, on data drawn from the model itself?"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from ppvae.diagnostics.evidence import check_data, count_rows, reason, take
+from ppvae.diagnostics.summaries import sum_of
+from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
+from ppvae.pairs import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Program,
+    Site,
+    evaluation_mode,
+    own_path,
+    replay,
+    sample_sites,
+    seeded,
+    trace,
+)
+from ppvae.weights import log_weights, reduce_site
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TestQuantity = Callable[..., Tensor]
+_LOG_JOINT, _LOG_Q = "log p(x, z)", "log q(z | x)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Calibration:
+    r"""Ranks of true latents among a guide's draws, over simulated data sets of one row each.
+
+    If the guide is the posterior, each rank is uniform on 0 .. ``num_draws``.
+
+    Attributes:
+        ranks: by quantity, ``(S, D)``: how many of the draws lie below the true value; D units of
+            a latent, 1 for a test quantity.
+        num_draws: L, draws of q(z | x) per simulation.
+        absent: quantities that this pair does not have, and why.
+    """
+
+    ranks: dict[str, Tensor]
+    num_draws: int
+    absent: dict[str, str]
+
+    @property
+    def num_simulations(self) -> int:
+        """S."""
+        return len(next(iter(self.ranks.values())))
+
+    @functools.cached_property
+    def p_values(self) -> dict[str, Tensor]:
+        """By quantity, the chi-square p-value of every unit, ``(D,)``."""
+        return {name: chi_square(ranks, self.num_draws) for name, ranks in self.ranks.items()}
+
+    @property
+    def p_value(self) -> float:
+        """Of all quantities together: the least, times their number (Bonferroni), at most 1."""
+        every = torch.cat(list(self.p_values.values()))
+        return min(1.0, every.min().item() * len(every))
+
+    def coverage(self, levels: Sequence[float] | Tensor) -> dict[str, Tensor]:
+        """How often credible sets of q hold the true value; calibrated if equal to their level.
+
+        Central intervals of every latent unit, and for ``"log q(z | x)"`` the sets of highest
+        density of all latents together.
+
+        Args:
+            levels: in (0, 1); multiples of 2 / (num_draws + 1) suffer no rounding.
+
+        Returns:
+            By quantity ``(levels, D)``, each with standard error sqrt(level (1 - level) / S).
+        """
+        wanted = torch.as_tensor(levels, dtype=torch.float64).reshape(-1, 1, 1)
+        if not ((wanted > 0) & (wanted < 1)).all():
+            raise ValueError(f"levels must lie in (0, 1), got {levels}")
+        found = {}
+        for name, ranks in self.ranks.items():
+            place = (ranks.double() + 0.5) / (self.num_draws + 1)
+            # The size of the smallest set around the centre, or the mode, that holds the truth.
+            size = 1 - place if name == _LOG_Q else (2 * place - 1).abs()
+            found[name] = (size <= wanted).double().mean(1)
+        return found
+
+    def band(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the whole ECDF of uniform ranks stays with this probability.
+
+        Returns:
+            ``(points, lower, upper)``, ``(L,)`` each, as fractions.
+        """
+        return ecdf_band(self.num_simulations, self.num_draws, level)
+
+    @property
+    def verdict(self) -> list[str]:
+        """What the ranks say, and what to do next."""
+        if self.p_value > 0.01:
+            return [
+                f"No sign of miscalibration in {self.num_simulations} simulations "
+                f"(p = {self.p_value:.2g} over {sum(len(p) for p in self.p_values.values())} "
+                "quantities)."
+            ]
+        said = []
+        count = sum(len(p) for p in self.p_values.values())
+        for name, values in self.p_values.items():
+            if name in _DENSITIES:
+                continue
+            kinds: dict[str, list[int]] = {}
+            for unit in (values * count < 0.01).nonzero().flatten().tolist():
+                kind = departure(self.ranks[name][:, unit], self.num_draws)
+                kinds.setdefault(kind, []).append(unit)
+            for kind, units in kinds.items():
+                shown = ", ".join(map(str, units[:5])) + (", ..." if len(units) > 5 else "")
+                word = "unit" if len(units) == 1 else "units"
+                which = f"{name!r}" if len(values) == 1 else f"{name!r}, {word} {shown}"
+                said.append(f"{which}: {_MEANING[kind]}")
+        if not said:
+            said = [
+                "Every unit by itself is calibrated, all of them together are not: q drops a "
+                "dependence between them. Try a guide with full covariance, or a flow."
+            ]
+        return [
+            f"The guide is not the posterior on the model's own data (p = {self.p_value:.1g}).",
+            *said,
+        ]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Calibration, {self.num_simulations} simulations, {self.num_draws} draws each",
+            "",
+            f"{'quantity':24s}{'p (chi-square)':>16s}"
+            f"{'50 % sets hold':>16s}{'90 % sets hold':>16s}",
+        ]
+        covered = self.coverage([0.5, 0.9])
+        for name, values in self.p_values.items():
+            for unit, p in enumerate(values.tolist()):
+                label = name if len(values) == 1 else f"{name}[{unit}]"
+                shares = [f"{covered[name][i, unit].item():.1%}" for i in (0, 1)]
+                lines.append(f"{label:24s}{p:16.2g}{shares[0]:>16s}{shares[1]:>16s}")
+        lines += ["", "Verdict", *(f"- {sentence}" for sentence in self.verdict)]
+        if self.absent:
+            lines += ["", "Absent", *(f"- {what}: {why}." for what, why in self.absent.items())]
+        return "\n".join(lines)
+
+    def plot(self) -> Figure:
+        """The ECDFs of the ranks with their band, and the coverage of credible sets."""
+        from matplotlib import pyplot as plt
+
+        from ppvae.plots import diagnostics as pictures
+
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+        pictures.sbc_ecdf(self.ranks, self.num_draws, self.band(), ax=left)
+        levels = torch.arange(1, 50) / 50
+        pictures.coverage(levels, self.coverage(levels), self.num_simulations, ax=right)
+        return figure
+
+
+_DENSITIES = (_LOG_JOINT, _LOG_Q)
+_MEANING = {
+    "narrow": "q is too narrow; try a guide with full covariance, a flow, or training with IWELBO.",
+    "wide": "q is too wide; train the guide for longer.",
+    "shifted": "q is shifted; try a larger encoder, or train the guide for longer.",
+    "other": "q has the wrong shape; try a flow guide.",
+}
+
+
+def sbc(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_simulations: int = 1000,
+    num_draws: int = 99,
+    test_quantities: Mapping[str, TestQuantity] | None = None,
+    max_rows: int = 10_000,
+    seed: int | None = None,
+) -> Calibration:
+    r"""Simulation-based calibration of an amortised guide, all simulations in one batched pass.
+
+    .. math:: z^*, x^* \sim p(z)\,p(x \mid z),\qquad z_1, \dots, z_L \sim q(z \mid x^*),\qquad
+              r = \#\{l : f(z_l, x^*) < f(z^*, x^*)\}
+
+    If q is the posterior, r is uniform on 0 .. L for every f. The latents' own units alone do not
+    see a dropped correlation, so f is also log p(x, z), which depends on the data (Modrák et al.),
+    and log q(z | x), whose ranks are the coverage of sets of highest density. The draws of a guide
+    are independent, so none have to be thinned. It tests the guide on the *model's* data; how the
+    guide does on yours is what :func:`ppvae.diagnose` tells.
+
+    Args:
+        model, guide: Pyro programs; the guide is amortised, so that it takes simulated rows.
+        *args: data, as both are called, of any number of rows. What the model observes is replaced
+            by what it draws; conditions such as y are used as they are, row after row, again from
+            the first when they are used up.
+        num_simulations: S >= 100.
+        num_draws: L >= 19; L + 1 with many divisors gives even bins.
+        test_quantities: further f, by name: ``f(z, *args)`` of ``z``, by site a tensor
+            ``(..., S, *event)``, gives ``(..., S)``.
+        max_rows: largest number of (draw, simulation) rows computed at once.
+        seed: draw with this seed and leave the random stream as it was; None: draw from it.
+
+    Returns:
+        :class:`Calibration`.
+
+    Raises:
+        ValueError: bad arguments; the model cannot draw x; the value of an observed site is none
+            of the arguments.
+
+    Source: Talts et al., Validating Bayesian inference algorithms with simulation-based
+    calibration, 2018; Säilynoja, Bürkner & Vehtari 2022 (bands); Modrák et al. 2023 (f that depend
+    on the data).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from ppvae import diagnostics
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0., 1.))
+        ...         pyro.sample("x", dist.Normal(z, 1.), obs=x)
+        >>> def guide(x, sd=0.5 ** 0.5):  # the posterior
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, sd))
+        >>> bool(diagnostics.sbc(model, guide, torch.zeros(1), seed=0).p_value > 0.01)
+        True
+        >>> narrow = lambda x: guide(x, sd=0.7 * 0.5 ** 0.5)
+        >>> bool(diagnostics.sbc(model, narrow, torch.zeros(1), seed=0).p_value < 1e-4)
+        True
+    """
+    if num_simulations < 100:
+        raise ValueError(f"num_simulations must be at least 100, got {num_simulations}")
+    if num_draws < 19:
+        raise ValueError(f"num_draws must be at least 19, got {num_draws}")
+    if max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    check_data(model, guide, args)
+    tests, absent = dict(test_quantities or {}), dict[str, str]()
+    columns: dict[str, list[Tensor]] = {}
+    rows = torch.arange(num_simulations) % count_rows(args)
+    with torch.no_grad(), evaluation_mode(model, guide), own_path():
+        with pyro.validation_enabled(False), seeded(seed, *args):
+            for index in rows.split(max(1, max_rows // num_draws)):
+                dream, dreamt = simulate(model, take(args, index))
+                for name, ranks in _ranks(
+                    model, guide, dream, dreamt, num_draws, tests, absent
+                ).items():
+                    columns.setdefault(name, []).append(ranks)
+    return Calibration({n: torch.cat(parts) for n, parts in columns.items()}, num_draws, absent)
+
+
+def simulate(model: Program, args: Sequence[Any]) -> tuple[Trace, tuple[Any, ...]]:
+    """Draw latents and data from the model: its trace, and ``args`` with the drawn data in place.
+
+    Raises:
+        ValueError: an observed value is none of the arguments, or x cannot be drawn.
+    """
+    sites = sample_sites(trace(model, tuple(args), {}))
+    observed = {name: site for name, site in sites.items() if site["is_observed"]}
+    try:
+        dream = trace(poutine.uncondition(model), tuple(args), {})
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"x cannot be drawn from the model: {reason(error)}") from error
+    dreamt = list(args)
+    for name, site in observed.items():
+        position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
+        if position is None:
+            raise ValueError(
+                f"simulated data are put in the place of the observed ones, but the value of site "
+                f"{name!r} is none of the arguments; observe an argument itself, obs=x"
+            )
+        dreamt[position] = dream.nodes[name]["value"]
+    return dream, tuple(dreamt)
+
+
+def _ranks(
+    model: Program,
+    guide: Program,
+    dream: Trace,
+    args: tuple[Any, ...],
+    num_draws: int,
+    tests: dict[str, TestQuantity],
+    absent: dict[str, str],
+) -> dict[str, Tensor]:
+    """By quantity ``(n, D)``, on the CPU."""
+    weights = log_weights(model, guide, *args, num_particles=num_draws)
+    truth, drawn = sample_sites(dream), sample_sites(weights.guide_trace)
+    n, found = count_rows(args), {}
+    z_true, z_drawn = {}, {}
+    for name, site in drawn.items():
+        if name in weights.enumerated or name not in truth:
+            absent[name] = "it is summed out or auxiliary, so the guide does not draw it"
+            continue
+        z_true[name] = rows_first(truth[name])  # (n, ...)
+        z_drawn[name] = rows_first(site)  # (L, n, ...)
+        found[name] = _rank(z_drawn[name].reshape(num_draws, n, -1), z_true[name].reshape(n, -1))
+    if weights.enumerated:
+        absent["densities"] = "a latent is summed out"
+    else:
+        at_truth = [_log_density(replay(program, dream, args, {}), n) for program in (model, guide)]
+        at_draws = [sum_of(list(terms.values())) for terms in (weights.log_p, weights.log_q)]
+        for name, a, b in zip(_DENSITIES, at_draws, at_truth, strict=True):
+            found[name] = _rank(a.expand(num_draws, n)[..., None], b[:, None])
+    for name, quantity in tests.items():
+        a, b = quantity(z_drawn, *args), quantity(z_true, *args)
+        if a.shape != (num_draws, n) or b.shape != (n,):
+            raise ValueError(
+                f"test quantity {name!r} must give (..., S) for z of (..., S, *event), got "
+                f"{tuple(a.shape)} for {num_draws} draws and {tuple(b.shape)} for the truth of "
+                f"{n} simulations; sum over the event dims only, as z['z'].sum(-1)"
+            )
+        found[name] = _rank(a[..., None], b[:, None])
+    return found
+
+
+def _log_density(drawn: Trace, rows: int) -> Tensor:
+    """The log-density of a trace, ``(n,)``."""
+    sites = list(sample_sites(drawn).values())
+    dims = [f.dim for site in sites for f in site["cond_indep_stack"] if f.dim is not None]
+    terms = [
+        reduce_site(site, site["fn"].log_prob(site["value"]), min(dims, default=0))
+        for site in sites
+    ]
+    return sum_of(terms).expand(1, rows)[0]
+
+
+def rows_first(site: Site) -> Tensor:
+    """A draw as ``(particles if any, datapoints, rest)``."""
+    value, event_dim = site["value"], site["fn"].event_dim
+    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+    moved = [dims[name] - event_dim for name in (PARTICLE_PLATE, DATA_PLATE) if name in dims]
+    return value.movedim(moved, list(range(len(moved))))
+
+
+def _rank(draws: Tensor, truth: Tensor) -> Tensor:
+    """How many draws ``(L, n, D)`` lie below the truth ``(n, D)``; ties are broken at random."""
+    below, ties = (draws < truth).sum(0), (draws == truth).sum(0)
+    below = below + (torch.rand(ties.shape, device=ties.device) * (ties + 1)).long()
+    return below.cpu()

@@ -1,0 +1,374 @@
+"""Markov chains over all datapoints at once: adaptation, gates, reruns, and their result."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppvae.diagnostics.joint import Joint
+from ppvae.pairs import seeded
+
+RHAT, ESS_PER_CHAIN, DIVERGENT = 1.01, 100, 1e-3  # the gates; Vehtari et al. 2021 for the first two
+
+
+@dataclass(frozen=True)
+class PosteriorDraws:
+    r"""Draws of p(z | x) for each of N datapoints by MCMC, and whether they can be trusted.
+
+    A datapoint passes (``converged``) if its rank-normalised split R-hat is at most 1.01 and its
+    effective sample size, of the bulk and of the tails, at least 100 per chain (the worst over
+    coordinates and log p(x, z)), and at most one transition in a thousand diverged. Moments are
+    NaN where it does not.
+
+    All tensors are on the CPU.
+
+    Attributes:
+        draws: by site, ``(chain, draw, datapoint, ...)``: inner plates, then the event.
+        unconstrained: ``(chain, draw, datapoint, D)``, the coordinates that were sampled.
+        log_joint: ``(chain, draw, datapoint)``, the log-density of ``unconstrained`` with x, nats.
+        rhat: ``(N,)``, worst; NaN where a chain did not move.
+        ess: ``(N,)``, worst of bulk and tails.
+        accept: ``(N,)``, mean acceptance probability.
+        divergences: ``(N,)``, transitions whose energy error exceeded 1,000 nats or was NaN.
+        step_size: ``(N,)``, before jitter.
+        reruns: ``(N,)``, how many times a datapoint was run again because it did not pass.
+        method: what made them.
+        seconds: wall time.
+    """
+
+    draws: dict[str, Tensor] = field(repr=False)
+    unconstrained: Tensor
+    log_joint: Tensor
+    rhat: Tensor
+    ess: Tensor
+    accept: Tensor
+    divergences: Tensor
+    step_size: Tensor
+    reruns: Tensor
+    method: str
+    seconds: float
+
+    @property
+    def num_datapoints(self) -> int:
+        """N."""
+        return self.unconstrained.shape[2]
+
+    @property
+    def converged(self) -> Tensor:
+        """``(N,)``, bool: which datapoints passed every gate."""
+        chains, draws = self.unconstrained.shape[:2]
+        diverged = self.divergences > DIVERGENT * chains * draws
+        return (self.rhat <= RHAT) & (self.ess >= ESS_PER_CHAIN * chains) & ~diverged
+
+    def flat(self, site: str) -> Tensor:
+        """All chains' draws of a site in one, ``(chain * draw, datapoint, ...)``."""
+        return self.draws[site].flatten(0, 1)
+
+    def mean(self, site: str) -> Tensor:
+        """Posterior mean of a site, ``(N, ...)``; NaN where the datapoint did not pass."""
+        return self._where_converged(self.flat(site).mean(0))
+
+    def sd(self, site: str) -> Tensor:
+        """Posterior standard deviation of a site, ``(N, ...)``; NaN where it did not pass."""
+        return self._where_converged(self.flat(site).std(0))
+
+    def _where_converged(self, values: Tensor) -> Tensor:
+        shape = (-1,) + (1,) * (values.dim() - 1)
+        return torch.where(self.converged.reshape(shape), values, values.new_tensor(math.nan))
+
+    def __repr__(self) -> str:
+        chains, draws, N, D = self.unconstrained.shape
+        passed = int(self.converged.sum())
+        lines = [
+            f"{self.method}: p(z | x) of {N} datapoints, {D} coordinates, {chains} chains x "
+            f"{draws} draws, {self.seconds / N:.2f} s per datapoint",
+            f"R-hat       worst {_nanmax(self.rhat):.3f}, above {RHAT} on "
+            f"{int((~(self.rhat <= RHAT)).sum())} datapoints",
+            f"ESS         median {self.ess.nanmedian().item():.0f}, below {ESS_PER_CHAIN * chains} "
+            f"on {int((~(self.ess >= ESS_PER_CHAIN * chains)).sum())}",
+            f"acceptance  median {self.accept.median().item():.2f}, smallest "
+            f"{self.accept.min().item():.2f}; {int(self.divergences.sum())} divergences on "
+            f"{int((self.divergences > 0).sum())} datapoints",
+        ]
+        if passed == N:
+            lines.append(f"verdict     all {N} datapoints passed: use them as a reference")
+        else:
+            bad = (~self.converged).nonzero().flatten().tolist()
+            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            cure = "more draws or leapfrog steps" if self.method == "HMC" else "more draws, or HMC"
+            lines.append(
+                f"verdict     {len(bad)} of {N} datapoints did not pass ({shown}): their moments "
+                f"are NaN; {cure}, or look for separate modes"
+            )
+        return "\n".join(lines)
+
+
+def _nanmax(values: Tensor) -> float:
+    return values[~values.isnan()].max().item() if not values.isnan().all() else math.nan
+
+
+class Point(NamedTuple):
+    """Where chains are: u ``(C, N, D)``, log p(x, u) ``(C, N)``, and its gradient if needed."""
+
+    u: Tensor
+    value: Tensor
+    gradient: Tensor
+
+
+# Point, step size (C or 1, N), scale of the coordinates (N, D) -> Point, acceptance probability
+# (C, N), diverged (C, N).
+Transition = Callable[[Point, Tensor, Tensor], tuple[Point, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long chains run, and how their steps are adapted."""
+
+    num_chains: int
+    num_warmup: int
+    num_draws: int
+    thin: int
+    target_accept: float
+    step_size: float | None
+    start: Literal["guide", "prior"]
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for settings that cannot work."""
+        if self.num_chains < 2:
+            raise ValueError(
+                f"num_chains must be at least 2, got {self.num_chains}: R-hat compares chains"
+            )
+        if self.num_draws < 8:
+            raise ValueError(
+                f"num_draws must be at least 8 for R-hat and ESS, got {self.num_draws}"
+            )
+        if self.num_warmup < (20 if self.step_size is None else 0):
+            raise ValueError(
+                f"num_warmup must be at least 20 for the step sizes to adapt, got {self.num_warmup}"
+            )
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"step_size must be positive, got {self.step_size}")
+        if not 0 < self.target_accept < 1:
+            raise ValueError(f"target_accept must lie in (0, 1), got {self.target_accept}")
+        if self.start not in ("guide", "prior"):
+            raise ValueError(f'start must be "guide" or "prior", got {self.start!r}')
+
+
+def sample(
+    joint: Joint,
+    transition: Callable[[Joint, Tensor], Transition],
+    settings: Settings,
+    *,
+    method: str,
+    max_rows: int,
+    max_reruns: int,
+    seed: int | None,
+) -> PosteriorDraws:
+    """Run chains on all datapoints, and again, longer and with smaller steps, where they failed.
+
+    Args:
+        joint: the pair's densities.
+        transition: makes a transition, from densities and an example of where chains are.
+        settings: of the first run.
+        method: a name for the result.
+        max_rows: largest number of chains x datapoints run together.
+        max_reruns: how often datapoints that do not pass are run again: each time with twice the
+            warm-up, twice the draws (every second kept), and half the distance to acceptance 1.
+        seed: None: draw from the global stream.
+    """
+    settings.check()
+    started = time.perf_counter()
+    with seeded(seed, *joint.args):
+        result = _blocks(joint, transition, settings, method, max_rows, 0)
+        for rerun in range(1, max_reruns + 1):
+            failed = (~result.converged).nonzero().flatten()
+            if not len(failed) or settings.step_size is not None:
+                break
+            longer = Settings(
+                settings.num_chains,
+                settings.num_warmup * 2**rerun,
+                settings.num_draws,
+                settings.thin * 2**rerun,
+                1 - (1 - settings.target_accept) / 2**rerun,
+                None,
+                settings.start,
+            )
+            again = _blocks(joint.rows(failed), transition, longer, method, max_rows, rerun)
+            result = _replaced(result, failed, again)
+    return replace(result, seconds=time.perf_counter() - started)
+
+
+def _blocks(
+    joint: Joint, transition: Any, settings: Settings, method: str, max_rows: int, rerun: int
+) -> PosteriorDraws:
+    size = max(1, max_rows // settings.num_chains)
+    parts = []
+    for rows in torch.arange(joint.num_datapoints).split(size):
+        block = joint.rows(rows) if len(rows) < joint.num_datapoints else joint
+        parts.append(_run(block, transition, settings, method, rerun))
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _run(
+    joint: Joint,
+    make: Callable[[Joint, Tensor], Transition],
+    settings: Settings,
+    method: str,
+    rerun: int,
+) -> PosteriorDraws:
+    start = joint.draw_q if settings.start == "guide" else joint.draw_prior
+    u = start(settings.num_chains)
+    joint.require_finite(u, f"draws from the {settings.start}")
+    transition = make(joint, u)
+    # A first guess of the scales: how far draws spread.
+    spread = start(100).std(0).clamp(min=1e-3)
+    point, step, scale = _warm_up(joint, transition, settings, u, spread)
+
+    kept: list[Tensor] = []
+    values: list[Tensor] = []
+    accept = u.new_zeros(joint.num_datapoints)
+    divergences = torch.zeros_like(accept)
+    for i in range(settings.num_draws * settings.thin):
+        point, accepted, diverged = transition(point, step, scale)
+        accept += accepted.mean(0)
+        divergences += diverged.sum(0)
+        if (i + 1) % settings.thin == 0:
+            kept.append(point.u)
+            values.append(point.value)
+    unconstrained = torch.stack(kept, 1)  # (C, S, N, D)
+    log_joint = torch.stack(values, 1).cpu()
+    flat = unconstrained.flatten(0, 1)
+    parts = [joint.constrain(some) for some in flat.split(max(1, 20_000 // flat.shape[1]))]
+    draws = {
+        name: torch.cat([part[name] for part in parts]).unflatten(0, unconstrained.shape[:2]).cpu()
+        for name in joint.layouts
+    }
+    unconstrained = unconstrained.cpu()
+    rhat, ess = convergence(torch.cat([unconstrained, log_joint.unsqueeze(-1)], -1))
+    return PosteriorDraws(
+        draws,
+        unconstrained,
+        log_joint,
+        rhat,
+        ess,
+        (accept / (settings.num_draws * settings.thin)).cpu(),
+        divergences.long().cpu(),
+        step.cpu(),
+        torch.full((joint.num_datapoints,), rerun),
+        method,
+        0.0,
+    )
+
+
+def _warm_up(
+    joint: Joint, transition: Transition, settings: Settings, u: Tensor, scale: Tensor
+) -> tuple[Point, Tensor, Tensor]:
+    """Adapt step sizes and scales per datapoint: a fifth of the time steps only, then windows."""
+    value, gradient = joint.value_and_grad(u)
+    point = Point(u, value, gradient)
+    W, N = settings.num_warmup, joint.num_datapoints
+    first = settings.step_size or 0.5 * joint.dim**-0.25
+    step = u.new_full((N,), first)
+    averaging = DualAveraging(step, settings.target_accept)
+    # Scales are updated at the end of each window from the draws in it.
+    ends = [W // 5, 2 * W // 5, 4 * W // 5]
+    window: list[Tensor] = []
+    for i in range(W):
+        if settings.step_size is None:
+            step = averaging.step
+        point, accepted, _ = transition(point, step, scale)
+        averaging.update(accepted.mean(0))
+        if ends[0] <= i < ends[2]:
+            window.append(point.u)
+        if i + 1 in ends[1:]:
+            n = len(window) * len(u)
+            variance = torch.stack(window).flatten(0, 1).var(0)
+            scale = ((n * variance + 5 * scale.square() * 1e-2) / (n + 5)).sqrt()
+            averaging = DualAveraging(averaging.smoothed, settings.target_accept)
+            window = []
+    return point, step if settings.step_size is not None else averaging.smoothed, scale
+
+
+class DualAveraging:
+    """Step sizes per datapoint that bring acceptance to a target (Hoffman & Gelman 2014)."""
+
+    def __init__(self, step: Tensor, target: float) -> None:
+        self.mu, self.target = (10 * step).log(), target
+        self.step = self.smoothed = step
+        self.error = torch.zeros_like(step)
+        self.count = 0
+
+    def update(self, accepted: Tensor) -> None:
+        """Take in acceptance probabilities ``(N,)``."""
+        self.count += 1
+        t = self.count
+        weight = 1 / (t + 10)
+        self.error = (1 - weight) * self.error + weight * (self.target - accepted)
+        log_step = self.mu - math.sqrt(t) / 0.05 * self.error
+        self.step = log_step.exp()
+        share = t**-0.75
+        self.smoothed = (share * log_step + (1 - share) * self.smoothed.log()).exp()
+
+
+def convergence(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Worst R-hat and worst ESS over the last dim of ``(chain, draw, N, D)``, each ``(N,)``.
+
+    By ArviZ: rank-normalised split R-hat, and the smaller of bulk and tail ESS.
+    """
+    import arviz
+
+    values = draws.double().numpy()
+    N, D = values.shape[2:]
+    rhat, ess = np.full((N, D), np.nan), np.full((N, D), np.nan)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # chains that do not move: NaN says so
+        for n in range(N):
+            for d in range(D):
+                chain = values[:, :, n, d]
+                if not np.isfinite(chain).all() or (np.ptp(chain, axis=1) == 0).any():
+                    continue
+                rhat[n, d] = arviz.rhat(chain, method="rank")
+                ess[n, d] = min(arviz.ess(chain, method="bulk"), arviz.ess(chain, method="tail"))
+    # NaN in any coordinate: NaN
+    return torch.tensor(rhat.max(-1)), torch.tensor(ess.min(-1))
+
+
+_PER_DATAPOINT = ("rhat", "ess", "accept", "divergences", "step_size", "reruns")
+
+
+def _joined(parts: list[PosteriorDraws]) -> PosteriorDraws:
+    first = parts[0]
+    columns: dict[str, Any] = {
+        name: torch.cat([getattr(p, name) for p in parts]) for name in _PER_DATAPOINT
+    }
+    return replace(
+        first,
+        draws={name: torch.cat([p.draws[name] for p in parts], 2) for name in first.draws},
+        unconstrained=torch.cat([p.unconstrained for p in parts], 2),
+        log_joint=torch.cat([p.log_joint for p in parts], 2),
+        **columns,
+    )
+
+
+def _replaced(result: PosteriorDraws, rows: Tensor, again: PosteriorDraws) -> PosteriorDraws:
+    def put(old: Tensor, new: Tensor, dim: int) -> Tensor:
+        return old.index_copy(dim, rows, new.to(old.dtype))
+
+    columns: dict[str, Any] = {
+        name: put(getattr(result, name), getattr(again, name), 0) for name in _PER_DATAPOINT
+    }
+    return replace(
+        result,
+        draws={name: put(old, again.draws[name], 2) for name, old in result.draws.items()},
+        unconstrained=put(result.unconstrained, again.unconstrained, 2),
+        log_joint=put(result.log_joint, again.log_joint, 2),
+        **columns,
+    )

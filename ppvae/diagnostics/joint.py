@@ -1,0 +1,421 @@
+"""A pair's densities at given latents, in unconstrained coordinates: chains x datapoints.
+
+HMC, Metropolis, annealing, quadrature and the gaps evaluate log p(x, z), log p(z) and log q(z | x)
+here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ppvae.check import check_tensors
+from ppvae.pairs import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Site,
+    evaluation_mode,
+    is_enumerated,
+    own_path,
+    replay,
+    sample_sites,
+    structure,
+    trace,
+    unnoticed,
+)
+from ppvae.weights import check_latents, reduce_site, sum_out
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a latent lies in the unconstrained vector of a datapoint.
+
+    Attributes:
+        plates: sizes of the plate dims right of the chains, 1 where the site is in no plate.
+        data_dim: which of them is the data plate, a negative batch dim.
+        inner: sizes of the plates inside a datapoint that the site is in.
+        unconstrained: its event shape in unconstrained coordinates.
+        size: how many coordinates it takes per datapoint.
+    """
+
+    plates: tuple[int, ...]
+    data_dim: int
+    inner: tuple[int, ...]
+    unconstrained: tuple[int, ...]
+    size: int
+
+    def pack(self, values: Tensor) -> Tensor:
+        """``(C, *plates, *event)`` to ``(C, N, size)``."""
+        position = len(self.plates) + 1 + self.data_dim
+        return values.movedim(position, 1).flatten(2) if values.dim() > 2 else values.unsqueeze(-1)
+
+    def unpack(self, u: Tensor) -> Tensor:
+        """``(C, N, size)`` to ``(C, *plates, *event)``."""
+        position = len(self.plates) + self.data_dim
+        inner = self.plates[:position] + self.plates[position + 1 :]
+        values = u.reshape(*u.shape[:2], *inner, *self.unconstrained)
+        return values.movedim(1, position + 1)
+
+
+class Joint:
+    r"""log p(x_n, z) of each datapoint as a function of unconstrained latents u.
+
+    .. math:: \ell(u) = \log p(x, T(u)) + \log |\det T'(u)|
+
+    T maps onto the supports of the model's latents (``biject_to``), site by site as the model is
+    run, so a support may depend on other latents. Latents that are marked
+    ``infer={"enumerate": "parallel"}``, in the model or in the guide, are summed out. Inner plates
+    are part of a datapoint's u. Programs run in evaluation mode.
+
+    Args:
+        model, guide: Pyro programs; the guide says how deep plates nest, and gives draws.
+        *args: data, as both are called.
+
+    Attributes:
+        layouts: :class:`Layout` of each latent, in the order of the model.
+        dim: D, the number of unconstrained coordinates per datapoint.
+        num_datapoints: N.
+        dtype, device: of u.
+
+    Raises:
+        ValueError: a latent is discrete and not enumerated, or lies outside the data plate; the
+            pair does not fit; the data are empty or not finite.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         rate = pyro.sample("rate", dist.Gamma(2., 1.))
+        ...         pyro.sample("x", dist.Poisson(rate), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("rate", dist.Gamma(2. + x, 2.))  # the exact posterior
+        >>> joint = Joint(model, guide, torch.tensor([1., 3.]))
+        >>> u = torch.zeros(5, 2, 1)  # five chains; rate = exp(u) = 1
+        >>> value, gradient = joint.value_and_grad(u)
+        >>> value[0]  # log p(x, rate) + log |d rate / d u|
+        tensor([-2.0000, -3.7918])
+        >>> gradient[0].T
+        tensor([[1., 3.]])
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> None:
+        check_tensors(model, args)
+        self.model, self.guide, self.args = model, guide, args
+        with own_path(), unnoticed(model, guide):
+            self._structure = structure(model, guide, args, {})
+            with self._chains(2):
+                drawn = trace(guide, args, {})
+                scored = replay(model, drawn, args, {})
+        sites, guide_sites = sample_sites(scored), sample_sites(drawn)
+        check_latents(sites, guide_sites)
+        self._enumerated = {
+            name for name, site in {**guide_sites, **sites}.items() if is_enumerated(site)
+        }
+        self.auxiliary = sorted(guide_sites.keys() - sites.keys())
+        self.observed = frozenset(name for name, site in sites.items() if site["is_observed"])
+        self.layouts: dict[str, Layout] = {}
+        for name, site in sites.items():
+            if not site["is_observed"] and name not in self._enumerated:
+                self.layouts[name] = _layout(site, self._leftmost)
+        if not self.layouts:
+            raise ValueError("the model has no continuous latent, so there is nothing to sample")
+        example = sites[next(iter(self.layouts))]["value"]
+        self.dtype, self.device = example.dtype, example.device
+        self.dim = sum(layout.size for layout in self.layouts.values())
+        first = next(iter(self.layouts.values()))
+        self.num_datapoints = first.plates[first.data_dim]
+        self._same_support = all(
+            _same(sites[name]["fn"].support, guide_sites[name]["fn"].support)
+            for name in self.layouts
+        )
+
+    def rows(self, index: Tensor) -> Joint:
+        """The same pair on some datapoints, ``index`` of whole numbers ``(n,)``."""
+        args = [a[index.to(a.device)] if isinstance(a, Tensor) else a for a in self.args]
+        return Joint(self.model, self.guide, *args)
+
+    # -- densities -------------------------------------------------------------------------------
+    def __call__(self, u: Tensor) -> Tensor:
+        """log p(x, u), ``(C, N, D)`` to ``(C, N)``, in nats."""
+        return self._sum(self.terms(u).values(), u)
+
+    def prior_and_joint(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(u) and log p(x, u), each ``(C, N)``, from one run of the model."""
+        terms = self.terms(u)
+        prior = self._sum([term for name, term in terms.items() if name not in self.observed], u)
+        return prior, self._sum(terms.values(), u)
+
+    def log_q(self, u: Tensor) -> Tensor:
+        """log q(u | x) of the guide, ``(C, N)``.
+
+        Raises:
+            ValueError: the guide cannot be evaluated at given latents: a flow without inverse,
+                auxiliary latents, or another support than the model's.
+        """
+        if self.auxiliary or not self._same_support:
+            why = (
+                f"it has auxiliary latents {self.auxiliary}, which would have to be integrated out"
+                if self.auxiliary
+                else "its support is not the model's"
+            )
+            raise ValueError(f'the guide has no density at given latents: {why}; use start="prior"')
+        try:
+            return self._sum(self._terms(self.guide, u).values(), u)
+        except KeyError as error:  # what Pyro's flows without an inverse raise
+            if "intermediates cache" not in str(error):
+                raise
+            raise ValueError(
+                "a flow of the guide (planar, radial, Sylvester, ...) has no inverse, so the guide "
+                'has no density at given latents; use start="prior"'
+            ) from error
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x, u) ``(C, N)`` and its gradient ``(C, N, D)``."""
+        return gradient_of(self, u)
+
+    def terms(self, u: Tensor) -> dict[str, Tensor]:
+        """The model's terms by site, each broadcastable to ``(..., C, N)``."""
+        return self._terms(self.model, u)
+
+    # -- draws and coordinates -------------------------------------------------------------------
+    @torch.no_grad()
+    def draw_q(self, chains: int) -> Tensor:
+        """Independent draws of the guide, ``(C, N, D)``."""
+        with self._running(), self._chains(chains):
+            drawn = trace(self.guide, self.args, {})
+            return self._pack(replay(self.model, drawn, self.args, {}))
+
+    @torch.no_grad()
+    def draw_prior(self, chains: int) -> Tensor:
+        """Independent draws of the prior, ``(C, N, D)``."""
+        with self._running(), self._chains(chains):
+            return self._pack(trace(poutine.uncondition(self.model), self.args, {}))
+
+    def coordinates(self, drawn: Trace) -> Tensor:
+        """u of the latents in a trace of the model without plate of chains, ``(N, D)``."""
+        return self._pack(drawn)[0]
+
+    @torch.no_grad()
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        """The latents at u by site, each ``(C, N, ...)``: inner plates, then event dims."""
+        with self._running(), self._chains(len(u)), _Given(self._unpack(u)):
+            sites = sample_sites(trace(self.model, self.args, {}))
+        values = {}
+        for name, layout in self.layouts.items():
+            value = _value(sites[name], self._leftmost)
+            value = value.movedim(len(layout.plates) + 1 + layout.data_dim, 1)
+            shape = (*value.shape[:2], *layout.inner, *sites[name]["fn"].event_shape)
+            values[name] = value.reshape(shape)
+        return values
+
+    def require_finite(self, u: Tensor, start: str) -> None:
+        """Raise ``ValueError`` unless log p(x, u) is finite: which datapoint, which site."""
+        with torch.no_grad():
+            terms = self.terms(u)
+        if self._sum(terms.values(), u).isfinite().all():
+            return
+        for name, term in terms.items():
+            bad = ~term.isfinite().expand(*term.shape[:-2], *u.shape[:2]).flatten(0, -2).all(0)
+            if bad.any():
+                rows = bad.nonzero().flatten().tolist()
+                raise ValueError(
+                    f"log p of site {name!r} is NaN or infinite at the start ({start}) for "
+                    f"{len(rows)} of {self.num_datapoints} datapoints, the first is datapoint "
+                    f"{rows[0]}; look at the data and the model's output there, or start "
+                    "elsewhere with init=..."
+                )
+
+    # -- inside ----------------------------------------------------------------------------------
+    @property
+    def _leftmost(self) -> int:
+        return -1 - self._structure.nesting
+
+    def _chains(self, chains: int) -> Any:
+        """The plate of chains, left of all others: also for one chain, so shapes do not vary."""
+        return pyro.plate(PARTICLE_PLATE, chains, dim=-1 - self._structure.nesting)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with own_path(), evaluation_mode(self.model, self.guide):
+            with pyro.validation_enabled(False):
+                yield
+
+    def _pack(self, drawn: Trace) -> Tensor:
+        sites, parts = sample_sites(drawn), []
+        for name, layout in self.layouts.items():
+            value, support = _value(sites[name], self._leftmost), sites[name]["fn"].support
+            value = value if _is_real(support) else biject_to(support).inv(value)
+            parts.append(layout.pack(value))
+        return torch.cat(parts, -1)
+
+    def _unpack(self, u: Tensor) -> dict[str, Tensor]:
+        parts = u.split([layout.size for layout in self.layouts.values()], -1)
+        return {
+            name: layout.unpack(part)
+            for (name, layout), part in zip(self.layouts.items(), parts, strict=True)
+        }
+
+    def _terms(self, program: Callable[..., Any], u: Tensor) -> dict[str, Tensor]:
+        """Log-density of each site of a program at u, Jacobian included."""
+        if self._enumerated:
+            marked = poutine.infer_config(program, self._mark)
+            program = EnumMessenger(first_available_dim=self._leftmost - 1)(marked)
+        with self._running(), _Given(self._unpack(u)) as given, self._chains(len(u)):
+            sites = sample_sites(trace(program, self.args, {}))
+            terms = {name: self._log_prob(site, given) for name, site in sites.items()}
+        return terms
+
+    def _mark(self, site: Site) -> dict[str, Any]:
+        return {"enumerate": "parallel"} if site["name"] in self._enumerated else {}
+
+    def _log_prob(self, site: Site, given: _Given) -> Tensor:
+        value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        if site["name"] in given.log_det:
+            value = value + given.log_det[site["name"]]
+        return reduce_site(site, value, self._leftmost)
+
+    def _sum(self, terms: Any, u: Tensor) -> Tensor:
+        return sum_out(cast(Tensor, sum(terms))).expand(u.shape[:2])
+
+
+def traced(function: Callable[..., Any], *example: Tensor) -> Callable[..., Any]:
+    """A function of tensors of these shapes as one graph, without Pyro's handlers in each call.
+
+    Several times faster where tensors are small. The function itself is returned if it cannot be
+    traced, or if the graph does not give the same at another point.
+    """
+    example = tuple(tensor.contiguous() for tensor in example)
+    try:
+        graph = make_fx(lambda *tensors: function(*tensors))(*example)  # methods, too
+        other = [0.9 * tensor.flip(0) + 0.05 for tensor in example]
+        pairs = zip(graph(*other), function(*other), strict=True)
+        same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) for a, b in pairs)
+    except Exception:  # whatever is really wrong is raised by the function itself, when called
+        return function
+    if not same:
+        return function
+
+    @torch.no_grad()  # the gradient is in the graph, so nothing else has to be followed
+    def call(*tensors: Tensor) -> Any:
+        return graph(*(tensor.contiguous() for tensor in tensors))  # strides are in it as well
+
+    return call
+
+
+def gradient_of(density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    """A density's values ``(C, N)`` at u ``(C, N, D)``, and their gradient."""
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        value = density(u)
+        (gradient,) = torch.autograd.grad(value.sum(), u)
+    return value.detach(), gradient
+
+
+class _Given(Messenger):
+    """Sets each latent to the value that an unconstrained one stands for."""
+
+    def __init__(self, unconstrained: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.unconstrained = unconstrained
+        self.log_det: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        u = self.unconstrained.get(msg["name"])
+        if u is None or msg["is_observed"]:
+            return
+        support = msg["fn"].support
+        if _is_real(support):
+            msg["value"] = u
+        else:
+            transform = biject_to(support)
+            msg["value"] = transform(u)
+            log_det = transform.log_abs_det_jacobian(u, msg["value"])
+            extra = transform.codomain.event_dim - msg["fn"].event_dim
+            if extra < 0:  # the transform acts on less than an event
+                log_det = log_det.flatten(extra).sum(-1)
+            self.log_det[msg["name"]] = log_det
+        msg["done"] = True
+
+
+def _value(site: Site, leftmost: int) -> Tensor:
+    """A site's value, expanded to all its plates: ``(C, *plates, *event)``."""
+    sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"]}
+    batch = [sizes.get(dim, 1) for dim in range(leftmost, 0)]
+    value: Tensor = site["value"].expand(*batch, *site["fn"].event_shape)
+    return value
+
+
+def _layout(site: Site, leftmost: int) -> Layout:
+    """The layout of a latent of a trace with a plate of chains."""
+    name, fn = site["name"], site["fn"]
+    if fn.support.is_discrete:
+        raise ValueError(
+            f"latent {name!r} is discrete ({type(fn).__name__}), so it has no gradient and no "
+            'unconstrained coordinates; sum it out: mark it infer={"enumerate": "parallel"} in the '
+            "model"
+        )
+    frames = [frame for frame in site["cond_indep_stack"] if frame.name == DATA_PLATE]
+    if not frames:
+        raise ValueError(
+            f"latent {name!r} lies outside the plate {DATA_PLATE!r}, so there is no posterior per "
+            f'datapoint; put it inside `with pyro.plate("{DATA_PLATE}", len(x)):`'
+        )
+    value, data_dim = _value(site, leftmost), frames[0].dim
+    event = tuple(biject_to(fn.support).inv(value).shape[-leftmost:])
+    plates = tuple(value.shape[1:-leftmost])
+    inside = {f.dim for f in site["cond_indep_stack"]} - {data_dim}
+    inner = tuple(size for i, size in enumerate(plates) if i - len(plates) in inside)
+    return Layout(plates, data_dim, inner, event, math.prod(inner + event))
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two supports have the same unconstrained coordinates, as far as can be told."""
+    if _is_real(first) or _is_real(second):
+        return _is_real(first) and _is_real(second)
+    return type(first) is type(second)
+
+
+def simulate(model: Callable[..., Any], *args: Any) -> tuple[tuple[Any, ...], Trace]:
+    """Data like ``args`` drawn from the model, and the trace with the latents they came from.
+
+    Every argument that is observed is replaced; the others (what a model is conditioned on) stay.
+
+    Raises:
+        ValueError: an observed value is not one of the arguments, so it cannot be replaced.
+    """
+    with torch.no_grad(), own_path(), evaluation_mode(model):
+        observed = sample_sites(trace(model, args, {}))
+        dream = trace(poutine.uncondition(model), args, {})
+    dreamt = list(args)
+    for name, site in observed.items():
+        if site["is_observed"]:
+            position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
+            if position is None:
+                raise ValueError(
+                    f"the data are to be replaced by draws of the model, but the value of site "
+                    f"{name!r} is none of the arguments; observe an argument itself, obs=x"
+                )
+            dreamt[position] = dream.nodes[name]["value"]
+    return tuple(dreamt), dream

@@ -1,0 +1,434 @@
+"""``diagnose``: what a pair's draws tell about every datapoint and every latent unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ppvae.diagnostics.evidence import Evidence, check_data, count_rows, weigh
+from ppvae.diagnostics.psis import MIN_TAIL, tail_length
+from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+COLLAPSED_KL, COLLAPSED_SHARE = 0.01, 0.99  # nats, of the datapoints: Lucas et al. 2019
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Report(Evidence):
+    r"""What :func:`ppvae.diagnose` found: :class:`Evidence` and what else the draws tell.
+
+    Tensors are float64 on the CPU; values are in nats per datapoint. Dictionaries are by latent
+    site; what a pair does not have is not in them, and ``absent`` says why.
+
+    Attributes:
+        kl: KL(q || p) of every latent given those it depends on, ``(N,)``; latents summed out
+            together are one entry, ``"c+z"``.
+        kl_per_dimension: the same by unit, ``(N, D)``, for vectors of independent units.
+        reconstruction: :math:`E_q \log p(x \mid z)`, ``(N,)``; minus the distortion. None where it
+            cannot be told from the KL.
+        posterior_mean: :math:`E_q[z_d \mid x]`, ``(N, D)``.
+        activity: variance over the datapoints of ``posterior_mean``, ``(D,)``.
+        threshold: what ``activity`` exceeds for an active unit.
+        marginal_mean, marginal_sd: of the aggregated posterior q(z), by unit, ``(D,)``.
+        aggregate: mutual information and the fit of q(z) to the prior,
+            :class:`~ppvae.diagnostics.summaries.Aggregate`; None where it is absent.
+        absent: by quantity that this pair does not have, the reason.
+        pair: model, guide and args.
+    """
+
+    kl: dict[str, Tensor]
+    kl_per_dimension: dict[str, Tensor]
+    reconstruction: Tensor | None
+    posterior_mean: dict[str, Tensor]
+    activity: dict[str, Tensor]
+    threshold: float
+    marginal_mean: dict[str, Tensor]
+    marginal_sd: dict[str, Tensor]
+    aggregate: Aggregate | None
+    absent: dict[str, str]
+    pair: tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]] = field(repr=False)
+
+    # -- per datapoint -------------------------------------------------------------------------
+
+    @property
+    def rate(self) -> Tensor | None:
+        """The rate, KL(q(z | x) || p(z)) of all latents together, ``(N,)``."""
+        return torch.stack(list(self.kl.values())).sum(0) if self.kl else None
+
+    def worst(self, count: int = 10) -> Tensor:
+        """Indices of the datapoints with the largest k-hat, worst first, ``(count,)``."""
+        k = self.khat.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        return k.argsort(descending=True, stable=True)[:count]
+
+    def table(self) -> pandas.DataFrame:
+        """One row per datapoint: every ``(N,)`` quantity, in nats."""
+        import pandas
+
+        columns = {
+            "log_evidence": self.log_evidence,
+            "log_evidence_se": self.log_evidence_se,
+            "elbo": self.elbo,
+            "gap": self.gap,
+            "gap_se": self.gap_se,
+            "ess": self.ess,
+            "khat": self.khat,
+            **{f"kl_{name}": kl for name, kl in self.kl.items()},
+        }
+        if self.reconstruction is not None:
+            columns["reconstruction"] = self.reconstruction
+        frame = pandas.DataFrame({name: column.numpy() for name, column in columns.items()})
+        return frame.rename_axis("datapoint")
+
+    # -- units and the aggregated posterior ----------------------------------------------------
+
+    @property
+    def active(self) -> dict[str, Tensor]:
+        """Which units are active, ``(D,)`` bool: ``activity`` above the threshold."""
+        return {name: variance > self.threshold for name, variance in self.activity.items()}
+
+    @property
+    def active_units(self) -> int:
+        """How many units are active, over all latents."""
+        return sum(int(units.sum()) for units in self.active.values())
+
+    @property
+    def collapsed(self) -> dict[str, Tensor]:
+        """Which units are collapsed, ``(D,)`` bool: a KL below 0.01 nats on 99 % of datapoints.
+
+        Source: Lucas, Tucker, Grosse & Norouzi, Don't blame the ELBO!, 2019, definition 1.
+        """
+        return {
+            name: (kl < COLLAPSED_KL).double().mean(0) >= COLLAPSED_SHARE
+            for name, kl in self.kl_per_dimension.items()
+        }
+
+    @property
+    def mutual_information(self) -> float:
+        """Of datapoint and latents under the guide, nats; see ``aggregate``. NaN if absent."""
+        return math.nan if self.aggregate is None else self.aggregate.mutual_information
+
+    @property
+    def marginal_kl(self) -> float:
+        r"""KL(q(z) || p(z)) of the aggregated posterior, nats: mean rate less mutual information.
+
+        Of these N datapoints; for the distribution they come from an upper bound in expectation.
+        NaN where the prior differs by datapoint, as p(z | y) does.
+        """
+        rate, found = self.rate, self.aggregate
+        if rate is None or found is None or found.prior_differs:
+            return math.nan
+        return rate.mean().item() - found.mutual_information
+
+    @property
+    def rate_distortion(self) -> tuple[float, float]:
+        """(mean rate, mean distortion): one point of the plane, nats; their sum is -ELBO."""
+        rate, reconstruction = self.rate, self.reconstruction
+        if rate is None or reconstruction is None:
+            return math.nan, math.nan
+        return rate.mean().item(), -reconstruction.mean().item()
+
+    # -- what to do ----------------------------------------------------------------------------
+
+    @property
+    def verdict(self) -> list[str]:
+        """What the numbers say, and what to do next, one sentence or two each."""
+        return [*self._about_weights(), *self._about_units(), *self._about_prior()]
+
+    def _about_weights(self) -> list[str]:
+        bad, gap = self.unreliable, self.gap.mean().item()
+        said = [
+            f"k-hat <= 0.7 on all points: log p(x) and its standard errors can be trusted at "
+            f"K = {self.num_particles}."
+            if bad == 0
+            else f"k-hat > 0.7 on {_share(bad)} of points: there log p(x) is only a lower bound, "
+            "and its standard error means little. Try a flow guide or more particles; worst(10) "
+            "names the points."
+        ]
+        if gap > 1:
+            more = "at least " if bad > 0.05 else ""
+            said.append(
+                f"The guide loses {more}{gap:.1f} nats per datapoint: diagnostics.gaps tells "
+                "whether to its family (try a flow) or to amortisation (try a larger encoder)."
+            )
+        return said
+
+    def _about_units(self) -> list[str]:
+        said = []
+        for name, units in self.collapsed.items():
+            count, all_units = int(units.sum()), len(units)
+            if count == all_units:
+                said.append(
+                    f"Posterior collapse: q = p on every unit of {name!r}, so the model ignores "
+                    "it. Try elbo.LinearWarmup or elbo.FreeBits, or a weaker decoder."
+                )
+            elif count:
+                said.append(
+                    f"{count} of {all_units} units of {name!r} are collapsed: the model does not "
+                    "use them. If it should, try elbo.LinearWarmup or elbo.FreeBits; if not, make "
+                    "the latent smaller."
+                )
+        return said
+
+    def _about_prior(self) -> list[str]:
+        found = self.aggregate
+        if found is None:
+            return []
+        if found.mutual_information > found.ceiling - 1 and len(self.khat) > 1:
+            return [
+                f"The mutual information is at its ceiling, log N = {found.ceiling:.1f}: pass more "
+                "datapoints to measure it."
+            ]
+        if self.marginal_kl > max(1.0, 0.1 * found.mutual_information):
+            return [
+                f"The prior is {self.marginal_kl:.1f} nats from where the guide puts the data, so "
+                "new draws will look worse than reconstructions. Try a learned prior: "
+                "conditionals.VampPrior or conditionals.Mixture."
+            ]
+        return []
+
+    def __repr__(self) -> str:
+        head = f"{'nats per datapoint':24s}{'mean':>10s}{'± s.e.':>10s}"
+        head += "".join(f"{q:>10s}" for q in ("5 %", "median", "95 %"))
+        lines = [
+            f"Report of {len(self.khat)} datapoints, K = {self.num_particles} particles",
+            "",
+            head,
+            *(_row(name, column) for name, column in self.columns()),
+            "",
+            *(f"{name:24s}{value}" for name, value in self.facts()),
+            "",
+            "Verdict",
+            *(f"- {sentence}" for sentence in self.verdict),
+        ]
+        if self.absent:
+            lines += ["", "Absent", *(f"- {what}: {why}." for what, why in self.absent.items())]
+        return "\n".join(lines)
+
+    def columns(self) -> list[tuple[str, Tensor]]:
+        """What there is per datapoint, by the names that the tables have."""
+        columns = [("log p(x)", self.log_evidence), ("ELBO", self.elbo), ("gap", self.gap)]
+        columns += [(f"KL of {name!r}", kl) for name, kl in self.kl.items()]
+        if self.reconstruction is not None:
+            columns.append(("reconstruction", self.reconstruction))
+        return [*columns, ("ESS [draws]", self.ess), ("Pareto k-hat", self.khat)]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What there is of all datapoints together: a name, and the value in words."""
+        said = [("k-hat > 0.7", f"{_share(self.unreliable)} of points")]
+        for name, units in self.active.items():
+            value = f"{int(units.sum())} of {len(units)} active (variance of the mean > "
+            value += f"{self.threshold:g})"
+            if name in self.collapsed:
+                value += f", {int(self.collapsed[name].sum())} collapsed"
+            said.append((f"units of {name!r}", value))
+        if self.aggregate is not None:
+            found = self.aggregate
+            value = f"{found.mutual_information:.2f} ± {found.mutual_information_se:.2f} (upper "
+            value += f"bound {found.mutual_information_upper:.2f}; ceiling log N = "
+            said.append(("mutual information", value + f"{found.ceiling:.2f})"))
+        if not math.isnan(self.marginal_kl):
+            said.append(("KL(q(z) || p(z))", f"{self.marginal_kl:.2f}"))
+        rate, distortion = self.rate_distortion
+        if not math.isnan(rate):
+            said.append(("rate, distortion", f"{rate:.2f}, {distortion:.2f}"))
+        return said
+
+    # -- elsewhere -----------------------------------------------------------------------------
+
+    def to_arviz(self, datapoints: Any = None, num_draws: int = 100, **options: Any) -> Any:
+        """Draws for ArviZ, with this report's numbers beside them.
+
+        As :func:`ppvae.diagnostics.to_arviz`, with ``log_likelihood``, ``khat`` and ``ess`` taken
+        from this report's K particles.
+
+        Args:
+            datapoints: which, as indices, e.g. ``report.worst(10)``; all by default.
+            num_draws: draws per datapoint.
+            **options: as in :func:`ppvae.diagnostics.to_arviz`: ``coords``, ``dims``, ``seed``, ...
+
+        Raises:
+            ValueError: no datapoint is chosen, one does not exist, or all of them would take more
+                than a gigabyte.
+        """
+        from ppvae.diagnostics.arviz_bridge import of_report
+
+        return of_report(self, datapoints, num_draws, **options)
+
+    def to_elpd(self) -> Any:
+        """Log p(x) as ArviZ's ``ELPDData``, for ``az.compare`` and ``az.plot_khat``.
+
+        For datapoints that the pair was not trained on, the sum of log p(x) *is* the expected log
+        predictive density: nothing has to be left out. ArviZ knows these numbers by the name of
+        leave-one-out, so they stand there as ``elpd_loo``; ``p_loo`` has no meaning and is NaN.
+
+        Raises:
+            ImportError: ArviZ is not installed.
+        """
+        from ppvae.diagnostics.arviz_bridge import elpd_of_report
+
+        return elpd_of_report(self)
+
+    def plot(self, image_shape: Sequence[int] | None = None) -> Figure:
+        """The pictures of this report in one figure.
+
+        Args:
+            image_shape: of one datapoint, such as ``(28, 28)``, to draw the worst ones.
+        """
+        from ppvae.diagnostics.html import figure
+
+        return figure(self, image_shape)
+
+    def to_html(
+        self, path: str | Path, image_shape: Sequence[int] | None = None, title: str | None = None
+    ) -> Path:
+        """Write one self-contained page: verdict, tables that sort, pictures.
+
+        Args:
+            path: of the file; an older one is replaced.
+            image_shape: of one datapoint, such as ``(28, 28)``, to draw the worst ones.
+            title: of the page.
+
+        Returns:
+            The path.
+        """
+        from ppvae.diagnostics.html import write
+
+        return write(self, Path(path), image_shape, title)
+
+
+def diagnose(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_particles: int = 1000,
+    max_rows: int = 10_000,
+    threshold: float = 0.01,
+    num_aggregate: int = 1000,
+    seed: int | None = None,
+) -> Report:
+    r"""Ask whether a pair's posterior can be trusted, datapoint by datapoint and unit by unit.
+
+    One pass over K draws per datapoint gives log p(x) with its standard error, the effective
+    sample size, Pareto k-hat, ELBO and gap, the KL of every latent, and the reconstruction. From
+    these follow active units, collapse and the rate-distortion point; further draws give the
+    mutual information
+
+    .. math:: I_q(x; z) = E\,\log\frac{q(z \mid x)}{q(z)},\qquad
+              E\,\mathrm{KL}(q(z \mid x) \,\|\, p(z)) = I_q(x; z) + \mathrm{KL}(q(z) \,\|\, p(z))
+
+    with :math:`q(z) = \frac1N \sum_n q(z \mid x_n)` over the datapoints given. Where q and p have a
+    closed-form KL that is valid, KL is that; elsewhere the mean over the draws. Programs run in
+    evaluation mode.
+
+    Args:
+        model, guide: Pyro programs, ppvae's or your own.
+        *args: data, as both are called; the first dimension of each tensor is the datapoints.
+        num_particles: K >= 21: k-hat is a fit to the largest min(K / 5, 3 sqrt(K)) weights, and
+            five are the least.
+        max_rows: largest number of (particle, datapoint) rows computed at once, which bounds the
+            memory: with a 784-200-200-784 decoder 10,000 rows take about 0.2 GB.
+        threshold: a unit is active if the variance of its posterior mean exceeds this, > 0
+            (Burda et al.: 0.01).
+        num_aggregate: about so many draws of z, of datapoints spread over the data, for the mutual
+            information, which takes ``num_aggregate * N`` densities q(z | x); 0 leaves it out.
+        seed: draw with this seed and leave the random stream as it was; None: draw from it.
+
+    Returns:
+        :class:`~ppvae.diagnostics.Report`; print it.
+
+    Raises:
+        ValueError: bad arguments or data; the pair does not fit; a latent lies outside the data
+            plate; a weight is NaN or infinite. The message names argument, datapoint or site.
+
+    Source: Burda, Grosse & Salakhutdinov 2016 (evidence, active units, appendix C); Vehtari et al.
+    2024 (k-hat); Yao et al., Yes, but did it work?, 2018; Hoffman & Johnson 2016 (decomposition);
+    Alemi et al., Fixing a broken ELBO, 2018 (rate and distortion).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch, ppvae
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z, 1.).to_event(1), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.8).to_event(1))  # a little too wide
+        >>> x = 2 ** 0.5 * torch.randn(500, 1)
+        >>> report = ppvae.diagnose(model, guide, x, num_particles=200, seed=0)
+        >>> report.active_units, bool((report.khat < 0.7).all())
+        (1, True)
+        >>> print(report.verdict[0])
+        k-hat <= 0.7 on all points: log p(x) and its standard errors can be trusted at K = 200.
+    """
+    if tail_length(num_particles) < MIN_TAIL:
+        raise ValueError(
+            f"num_particles={num_particles} is too few for k-hat, a fit to the largest "
+            f"min(K / 5, 3 sqrt(K)) of K weights of which there must be {MIN_TAIL}: pass 21 or "
+            "more, 1000 for numbers to report; diagnostics.log_evidence takes fewer"
+        )
+    if not threshold > 0:
+        raise ValueError(f"threshold must be positive, got {threshold}")
+    if num_aggregate < 0:
+        raise ValueError(f"num_aggregate must be 0 or more, got {num_aggregate}")
+    check_data(model, guide, args)
+    terms = SiteTerms(count_rows(args), num_particles)
+    evidence = weigh(model, guide, args, num_particles, max_rows, seed, terms)
+    absent, found = terms.absent, None
+    if num_aggregate:
+        try:
+            found = aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed)
+        except (NotImplementedError, KeyError) as error:  # a flow without inverse
+            absent["mutual information"] = (
+                "the guide has no density at points it has not drawn, as a flow without inverse "
+                f"({type(error).__name__}: {error})"
+            )
+    if found is not None and found.prior_differs:
+        absent["KL(q(z) || p(z))"] = "the prior differs by datapoint, so there is no one p(z)"
+    reconstruction = terms.column("reconstruction").get("")
+    mean, square, variance = (terms.column(q) for q in ("mean", "square", "variance"))
+    marginal_mean = {name: value.mean(0) for name, value in mean.items()}
+    return Report(
+        **vars(evidence),
+        kl=terms.column("kl"),
+        kl_per_dimension=terms.column("kl_per_dimension"),
+        reconstruction=reconstruction,
+        posterior_mean=mean,
+        activity=terms.activity(),
+        threshold=threshold,
+        marginal_mean=marginal_mean,
+        marginal_sd={
+            n: (square[n].mean(0) + variance[n].mean(0) - m.square()).clamp(min=0).sqrt()
+            for n, m in marginal_mean.items()
+        },
+        aggregate=found,
+        absent=absent,
+        pair=(model, guide, args),
+    )
+
+
+def _share(value: float) -> str:
+    """A percentage that is 0 or 100 only if it is."""
+    if math.isnan(value):
+        return "none"
+    if 0 < value < 0.01 or 0.99 < value < 1:
+        return f"{100 * value:.2g} %" if value < 0.5 else f"{100 * value:.3g} %"
+    return f"{100 * value:.0f} %"
+
+
+def _row(name: str, column: Tensor) -> str:
+    known = column[column.isfinite()]
+    if not len(known):
+        return f"{name:24s}{'-':>10s}"
+    se = known.std().item() / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    low, middle, high = known.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=known.dtype)).tolist()
+    values = (known.mean().item(), se, low, middle, high)
+    return f"{name:24s}" + "".join(f"{value:10.2f}" for value in values)

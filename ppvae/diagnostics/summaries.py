@@ -1,0 +1,327 @@
+"""What the draws tell about single latents: KL by site and dimension, activity, information."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Independent
+
+from ppvae.diagnostics.evidence import count_rows, take
+from ppvae.elbo.standard import ELBO, closed_form_kl, dimension_rates
+from ppvae.pairs import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Program,
+    Site,
+    evaluation_mode,
+    own_path,
+    sample_sites,
+    seeded,
+    structure,
+    trace,
+)
+from ppvae.weights import LogWeights, reduce_site
+
+_CLOSED = ELBO(kl="mixed")  # closed forms where they are valid, draws elsewhere
+Absent = dict[str, str]  # quantity -> why there is none
+
+
+class SiteTerms:
+    """Means over the particles, gathered piece by piece from the pass over the weights.
+
+    Attributes:
+        absent: what is not defined for this pair, and why.
+    """
+
+    def __init__(self, rows: int, num_particles: int) -> None:
+        self.rows, self.num_particles = rows, num_particles
+        self.sums: dict[tuple[str, str], Tensor] = {}
+        self.absent: Absent = {}
+
+    def __call__(self, part: slice, weights: LogWeights) -> None:
+        """Take in the weights of some particles of the datapoints ``part``."""
+        share = weights.num_particles / self.num_particles
+        for key, values in _terms(weights, self.absent).items():
+            mean = values.mean(-2, dtype=torch.float64)  # (..., n)
+            if key not in self.sums:
+                self.sums[key] = mean.new_zeros(*mean.shape[:-1], self.rows)
+            self.sums[key][..., part] += share * mean
+
+    def column(self, quantity: str) -> dict[str, Tensor]:
+        """By site, ``(N,)`` or ``(N, D)``, on the CPU."""
+        return {s: v.movedim(-1, 0).cpu() for (q, s), v in self.sums.items() if q == quantity}
+
+    def activity(self) -> dict[str, Tensor]:
+        r"""By site, the variance over datapoints of :math:`E_q[z_d \mid x]`, ``(D,)``.
+
+        The variance that a mean of K draws has of its own is taken off.
+        """
+        if self.rows == 1:
+            return {}
+        found = {}
+        squares = self.column("square")
+        for name, mean in self.column("mean").items():
+            noise = (squares[name] - mean.square()).clamp(min=0) / max(self.num_particles - 1, 1)
+            found[name] = (mean.var(0) - noise.mean(0)).clamp(min=0)
+        return found
+
+
+def _terms(weights: LogWeights, absent: Absent) -> dict[tuple[str, str], Tensor]:
+    """By quantity and site, ``(..., K or 1, N or 1)``."""
+    weights = replace(weights, site_scales={})  # a scale is an objective's affair
+    if weights.enumerated:
+        return _enumerated_terms(weights, absent)
+    closed = closed_form_kl(_CLOSED, weights)
+    found = {("reconstruction", ""): sum_of([weights.log_p[n] for n in weights.observed])}
+    for name, log_q in weights.log_q.items():
+        log_p = weights.log_p.get(name, torch.zeros_like(log_q))
+        found["kl", name] = closed.get(name, log_q - log_p)
+        q, p = weights.guide_trace.nodes[name], weights.model_trace.nodes.get(name)
+        if _units_are_independent(q, p):
+            found["kl_per_dimension", name] = dimension_rates(weights, name, name in closed)
+        else:
+            absent[f"KL per dimension of {name!r}"] = (
+                "guide and model must both draw it from a vector of independent dimensions"
+            )
+        found |= _moments(name, q, weights.leftmost, absent)
+    return found
+
+
+def sum_of(terms: Sequence[Tensor]) -> Tensor:
+    """Their sum, a tensor also of one."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _units_are_independent(q: Site, p: Site | None) -> bool:
+    return p is not None and all(
+        isinstance(site["fn"], Independent)
+        and site["fn"].reinterpreted_batch_ndims == 1
+        and len(site["fn"].event_shape) == 1
+        for site in (q, p)
+    )
+
+
+def _moments(name: str, site: Site, leftmost: int, absent: Absent) -> dict[tuple[str, str], Tensor]:
+    """Mean, squared mean and variance of every unit of a latent given x and what it depends on."""
+    fn = site["fn"]
+    inner = {frame.name for frame in site["cond_indep_stack"]} - {DATA_PLATE, PARTICLE_PLATE}
+    if inner:
+        absent[f"activity of {name!r}"] = f"it lies in the inner plate {min(inner)!r}"
+        return {}
+    try:
+        mean, variance = fn.mean, fn.variance
+    except (NotImplementedError, AttributeError):  # a flow, say: then by its draws
+        mean, variance = site["value"], torch.zeros_like(site["value"])
+    if not (mean.is_floating_point() and mean.isfinite().all()):
+        absent[f"activity of {name!r}"] = "its values have no mean (unordered classes)"
+        return {}
+    mean, variance = _by_unit(site, mean, leftmost), _by_unit(site, variance, leftmost)
+    return {
+        ("mean", name): mean,
+        ("square", name): mean.double().square(),
+        ("variance", name): variance,
+    }
+
+
+def _by_unit(site: Site, values: Tensor, leftmost: int) -> Tensor:
+    """Values of a site, batch and event shape, as ``(D, K or 1, N or 1)``."""
+    batch = site["fn"].batch_shape
+    values = values.expand(batch + site["fn"].event_shape).reshape(*batch, -1).movedim(-1, 0)
+    values = values.reshape(len(values), *(1,) * (-leftmost - len(batch)), *batch)
+    values = reduce_site({**site, "mask": None}, values, leftmost)
+    # What depends on x only was expanded to all particles: one is enough.
+    return values[:, :1] if values.stride(1) == 0 else values
+
+
+def _enumerated_terms(weights: LogWeights, absent: Absent) -> dict[tuple[str, str], Tensor]:
+    """With latents summed out: KL by group of sites, and no moments of single units."""
+    names = ", ".join(sorted(weights.enumerated))
+    in_model = [dim for name, dim in weights.enumerated.items() if name not in weights.log_q]
+    reached = any(
+        weights.log_p[n].dim() >= -dim and weights.log_p[n].shape[dim] > 1
+        for n in weights.observed
+        for dim in in_model
+    )
+    found = {}
+    if reached:
+        absent["KL and reconstruction"] = (
+            f"{names} is summed out in the model and the data depend on it, so they are one number"
+        )
+    else:
+        likelihood, rates = _CLOSED._terms(weights)
+        found = {("reconstruction", ""): likelihood}
+        found |= {("kl", name): rate for name, rate in rates.items()}
+    for name in weights.log_q.keys() - weights.enumerated.keys():
+        site = weights.guide_trace.nodes[name]
+        if weights.log_q[name].dim() <= 2:
+            found |= _moments(name, site, weights.leftmost, absent)
+        else:
+            absent[f"activity of {name!r}"] = "it depends on a latent that is summed out"
+    for name in weights.log_q.keys() & weights.enumerated.keys():
+        absent[f"activity of {name!r}"] = "it is summed out"
+    absent["KL per dimension"] = f"{names} is summed out"
+    return found
+
+
+# ------------------------------------------------------------------------------ all datapoints
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    r"""The aggregated posterior :math:`q(z) = \frac1N \sum_n q(z \mid x_n)` of N datapoints.
+
+    Attributes:
+        mutual_information: :math:`I_q = E\,\log q(z \mid x) / q(z)`, nats: that of these N
+            datapoints up to its standard error; in expectation a lower bound for the distribution
+            they come from; never above ``ceiling``.
+        mutual_information_se: its standard error over draws and datapoints.
+        mutual_information_upper: the same with the datapoint itself left out of q(z): in
+            expectation an upper bound for the distribution the datapoints come from (NaN for one).
+        ceiling: log N, the largest value that N datapoints can show.
+        prior_differs: whether p(z) depends on the datapoint, as p(z | y) does.
+        ks: by site and unit, the largest distance between the distribution functions of q(z) and
+            of the prior, from the same number of draws of each, ``(D,)``.
+        num_draws: M, how many draws of z all this was estimated from.
+    """
+
+    mutual_information: float
+    mutual_information_se: float
+    mutual_information_upper: float
+    ceiling: float
+    prior_differs: bool
+    ks: dict[str, Tensor]
+    num_draws: int
+
+
+def aggregate(
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    max_pairs: int,
+    num_draws: int,
+    seed: int | None,
+) -> Aggregate:
+    r"""Mutual information of datapoint and latents under the guide, all latents together.
+
+    .. math:: \hat I = \frac1M \sum_m \log q(z_m \mid x_m) - \log\frac1N \sum_n q(z_m \mid x_n)
+
+    Args:
+        model, guide, args: as :func:`ppvae.diagnose` has them.
+        max_pairs: densities q(z_m | x_n) computed at once, which bounds the memory.
+        num_draws: about so many draws, of datapoints spread over the data.
+        seed: as there.
+
+    Raises:
+        NotImplementedError: the guide has no density at a given point (a flow without inverse).
+
+    Source: Hoffman & Johnson, ELBO surgery, 2016; the bounds: Poole et al., On variational bounds
+    of mutual information, 2019, sections 2.1 and 2.3.
+    """
+    rows = count_rows(args)
+    chosen = torch.linspace(0, rows - 1, min(rows, num_draws), dtype=torch.float64).round().long()
+    repeats = -(-num_draws // len(chosen))
+    chosen = chosen.repeat_interleave(repeats)
+    wide = min(rows, max(1, math.isqrt(max_pairs)))
+    high = max(1, max_pairs // wide)
+    nesting = structure(model, guide, tuple(args), {}).nesting
+    with torch.no_grad(), evaluation_mode(model, guide), own_path():
+        with pyro.validation_enabled(False), seeded(seed, *args):
+            some = take(args, chosen)
+            z = _draws(guide, some)
+            prior = _draws(model, some)
+            first = _at(model, some, {n: v[:1] for n, v in prior.items()}, nesting)
+            own, total, others = [], [], []
+            for block in torch.arange(len(chosen)).split(high):
+                here = {name: values[block.to(values.device)] for name, values in z.items()}
+                log_q = torch.cat(
+                    [
+                        _at(guide, take(args, slice(start, start + wide)), here, nesting)
+                        for start in range(0, rows, wide)
+                    ],
+                    1,
+                )
+                log_q = log_q.double().cpu()  # (m, N)
+                index = (torch.arange(len(block)), chosen[block])
+                own.append(log_q[index])
+                total.append(log_q.logsumexp(1) - math.log(rows))
+                log_q[index] = -math.inf
+                others.append(log_q.logsumexp(1) - math.log(max(rows - 1, 1)))
+    spread = first.max() - first.min()
+    ratio = (torch.cat(own) - torch.cat(total)).reshape(-1, repeats).mean(1)  # by datapoint
+    upper = (torch.cat(own) - torch.cat(others)).mean().item()
+    return Aggregate(
+        mutual_information=ratio.mean().item(),
+        mutual_information_se=ratio.std().item() / math.sqrt(len(ratio)) if rows > 1 else math.nan,
+        mutual_information_upper=upper if rows > 1 else math.nan,
+        ceiling=math.log(rows),
+        prior_differs=bool(spread > 1e-4 * (1 + first.abs().max())),
+        ks={n: _distance(z[n], prior[n]) for n in z if n in prior},
+        num_draws=len(chosen),
+    )
+
+
+def _draws(program: Program, args: Sequence[Any]) -> dict[str, Tensor]:
+    """A draw of every latent for every datapoint, ``(N, *other batch dims, *event)``."""
+    drawn = {}
+    for name, site in sample_sites(trace(program, tuple(args), {})).items():
+        if not site["is_observed"]:
+            dims = [f.dim for f in site["cond_indep_stack"] if f.name == DATA_PLATE]
+            drawn[name] = site["value"].movedim(dims[0] - site["fn"].event_dim, 0)
+    return drawn
+
+
+def _at(program: Program, args: Sequence[Any], z: dict[str, Tensor], nesting: int) -> Tensor:
+    """Log-density of the latents at draws m given the datapoints n, ``(m, n)``."""
+    count, rows = len(next(iter(z.values()))), count_rows(args)
+    plate = pyro.plate(PARTICLE_PLATE, count, dim=-1 - nesting)
+    with plate, AtDraws(z, nesting):
+        sites = sample_sites(trace(program, tuple(args), {}))
+    terms = [
+        reduce_site(site, site["fn"].log_prob(site["value"]), -1 - nesting)
+        for name, site in sites.items()
+        if name in z
+    ]
+    return sum_of(terms).expand(count, rows)
+
+
+class AtDraws(Messenger):
+    """Puts draws m in the place of particles, every one at every datapoint.
+
+    Args:
+        z: by site, ``(m, *batch dims other than the data plate's, *event)``.
+        nesting: how many plate dims the pair uses.
+    """
+
+    def __init__(self, z: dict[str, Tensor], nesting: int) -> None:
+        super().__init__()
+        self.z, self.nesting = z, nesting
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.z or msg["is_observed"]:
+            return
+        values, event_dim = self.z[msg["name"]], msg["fn"].event_dim
+        (frame,) = (f for f in msg["cond_indep_stack"] if f.name == DATA_PLATE)
+        values = values.unsqueeze(values.dim() + 1 + frame.dim - event_dim)
+        missing = self.nesting + 1 + event_dim - values.dim()
+        values = values.reshape(len(values), *(1,) * missing, *values.shape[1:])
+        shape = list(values.shape)
+        shape[frame.dim - event_dim] = frame.size
+        msg["value"] = values.expand(shape)
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """Kolmogorov and Smirnov's distance of two samples ``(M, ...)``, unit by unit, ``(D,)``."""
+    a, b = (v.detach().reshape(len(v), -1).double().cpu().T.contiguous() for v in (a, b))
+    points = torch.cat([a, b], 1)
+    below = [torch.searchsorted(v.sort(1).values, points, right=True) / v.shape[1] for v in (a, b)]
+    return (below[0] - below[1]).abs().amax(1)

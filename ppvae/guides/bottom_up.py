@@ -1,0 +1,73 @@
+"""The guide of a hierarchical model that goes the other way: from the data up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyro
+from torch import Tensor, nn
+
+from ppvae.chain import Chain
+from ppvae.models.hierarchical import Hierarchical
+from ppvae.program import Program, data_plate
+
+
+class BottomUp(Program):
+    r"""Draws each level of a hierarchy from the one below it.
+
+    .. math:: z_1 \sim q_\phi(z_1 \mid x),\qquad z_l \sim q_\phi(z_l \mid z_{l-1})
+
+    The model draws :math:`z_l` from the level above, which this guide draws from :math:`z_l`. So
+    only the top level has a closed-form KL: use ``kl="sampled"`` or ``"mixed"``.
+
+    Args:
+        model: what it is a guide of; only its shapes are looked at.
+        levels: the conditionals q(z1 | x), q(z2 | z1), ..., one for each latent.
+
+    Raises:
+        ValueError: another number of levels than the model has, or a level that does not take
+            what the one below gives, or gives another size than the model's latent has.
+
+    Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016 (two levels);
+    Sønderby et al., Ladder Variational Autoencoders, 2016.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import conditionals, guides, models, nets
+        >>> model = models.Hierarchical(
+        ...     conditionals.Bernoulli(nets.mlp(8, 64, 784)),
+        ...     levels=[conditionals.Normal(nets.mlp(4, 16, 2 * 8))],
+        ...     latent_dim=4,
+        ... )
+        >>> up = [nets.mlp(784, 64, 2 * 8), nets.mlp(8, 16, 2 * 4)]
+        >>> guide = guides.BottomUp(model, [conditionals.Normal(net) for net in up])
+        >>> guide(torch.zeros(5, 784)).shape  # the top latent
+        torch.Size([5, 4])
+    """
+
+    def __init__(self, model: Hierarchical, levels: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(levels)
+        require_levels("BottomUp(levels)", len(levels), model)
+        chain = Chain("x", model.shapes["x"], like=self)
+        for level, conditional in enumerate(levels, 1):
+            below, name = ("x" if level == 1 else f"z{level - 1}"), f"z{level}"
+            chain.follow(f"q({name} | {below})", name, conditional, model.shapes[name])
+
+    def forward(self, x: Tensor, size: int | None = None) -> Tensor:
+        """Draw z1, z2, ... in the plate ``"data"``; returns the top one."""
+        with data_plate(x, size=size):
+            z = x
+            for level, conditional in enumerate(self.levels, 1):
+                z = pyro.sample(f"z{level}", conditional(z))
+        return z
+
+
+def require_levels(argument: str, number: int, model: Hierarchical) -> None:
+    """Raise ``ValueError`` unless a guide has as many levels as the model has latents."""
+    latents = [name for name in model.shapes if name != "x"]
+    if number != len(latents):
+        raise ValueError(
+            f"{argument} has {number} entries, but the model has {len(latents)} latents "
+            f"{latents}; give one for each, the lowest first"
+        )

@@ -1,0 +1,219 @@
+"""A mixture of normals in the data space: the latent-variable model whose log p(x) is exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppvae.distributions import DiagonalNormal
+from ppvae.program import Program, data_plate
+
+COLLAPSED = 1e-5  # smallest variance of a component, as a share of the data's mean variance
+
+
+class CollapsedComponent(ValueError):
+    """A component has shrunk to a point or a plane, where the likelihood has no maximum."""
+
+
+class GaussianMixture(Program):
+    r"""A mixture of normals, its cluster summed out exactly.
+
+    .. math:: c \sim \text{Cat}(\pi),\qquad x \mid c \sim \mathcal N(\mu_c, \Sigma_c),\qquad
+              p(x) = \sum_c \pi_c\, \mathcal N(x;\, \mu_c, \Sigma_c)
+
+    The site ``"c"`` is marked for enumeration. With a guide that leaves it out every bound is
+    log p(x) itself, and training is maximum likelihood. With
+    :class:`~ppvae.guides.Responsibilities` the ELBO is the function that EM maximises, in the guide
+    and in the model by turns: :meth:`m_step` is the second half.
+
+    Args:
+        num_components: C >= 1.
+        dim: D, the size of x.
+        full: whether :math:`\Sigma_c` has all its entries, or only its diagonal.
+
+    Attributes:
+        logits: unnormalised log-weights, ``(C,)``.
+        loc: means, ``(C, D)``; draws from N(0, I) at first, see :meth:`start`.
+        log_scale, lower: of the Cholesky factor of :math:`\Sigma_c`, the logarithm of the diagonal,
+            ``(C, D)``, and what is below it, ``(C, D, D)``; without ``full`` there is no ``lower``.
+
+    Source: Dempster, Laird & Rubin, Maximum likelihood from incomplete data via the EM algorithm,
+    1977; Neal & Hinton, A view of the EM algorithm, 1998 (as maximisation of one bound).
+
+    Example:
+        >>> from ppvae import guides, models
+        >>> noise = torch.randn(50, 2)
+        >>> x = torch.cat([noise - 5, noise + 5])
+        >>> model = models.GaussianMixture(2, dim=2)
+        >>> model.start(x)
+        >>> guide = guides.Responsibilities(model)
+        >>> for _ in range(20):
+        ...     guide.e_step(model)
+        ...     model.m_step(x, guide.posterior(x).probs)
+        >>> model.weights().probs.detach()
+        tensor([0.5000, 0.5000])
+    """
+
+    def __init__(self, num_components: int, dim: int, full: bool = True) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(num_components))
+        self.loc = nn.Parameter(torch.randn(num_components, dim))
+        self.log_scale = nn.Parameter(torch.zeros(num_components, dim))
+        self.lower = nn.Parameter(torch.zeros(num_components, dim, dim)) if full else None
+
+    def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+        """Observe ``x``, ``(N, D)``; or draw ``size`` new rows if x is None. Returns x."""
+        with data_plate(x, size=size):
+            c = pyro.sample("c", self.weights(), infer={"enumerate": "parallel"})
+            value: Tensor = pyro.sample("x", self.component(c), obs=x)
+        return value
+
+    # -- densities -----------------------------------------------------------------------------
+    def weights(self) -> dist.Categorical:
+        """p(c)."""
+        return dist.Categorical(logits=self.logits)
+
+    def component(self, c: Tensor) -> dist.TorchDistribution:
+        """p(x | c), of the batch shape of ``c``."""
+        if self.lower is None:
+            return DiagonalNormal(self.loc[c], self.log_scale.exp()[c])
+        return dist.MultivariateNormal(self.loc[c], scale_tril=self.scale_tril()[c])
+
+    def scale_tril(self) -> Tensor:
+        r"""The Cholesky factors of :math:`\Sigma_c`, ``(C, D, D)``."""
+        diagonal = torch.diag_embed(self.log_scale.exp())
+        return diagonal if self.lower is None else diagonal + self.lower.tril(-1)
+
+    def log_joint(self, x: Tensor) -> Tensor:
+        """Log p(x, c) of every cluster, ``(N, C)``."""
+        every = torch.arange(len(self.logits), device=x.device)
+        log_joint: Tensor = self.weights().logits + self.component(every).log_prob(x.unsqueeze(-2))
+        return log_joint
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """Log p(x) of each row, exact, ``(N,)``, nats."""
+        return self.log_joint(x).logsumexp(-1)
+
+    def posterior(self, x: Tensor) -> dist.Categorical:
+        """p(c | x), the responsibilities, exact; batch shape ``(N,)``."""
+        return dist.Categorical(logits=self.log_joint(x))
+
+    # -- parameters without gradients ----------------------------------------------------------
+    @torch.no_grad()
+    def initialise(self, weights: Tensor, loc: Tensor, covariance: Tensor) -> None:
+        r"""Set the parameters.
+
+        Args:
+            weights: ``(C,)``, positive; normalised if they do not sum to one.
+            loc: ``(C, D)``.
+            covariance: :math:`\Sigma_c`, ``(C, D, D)``; without ``full``, variances ``(C, D)``.
+        """
+        shapes = self.logits.shape, self.loc.shape, self.loc.shape
+        if self.lower is not None:
+            shapes = (*shapes[:2], self.lower.shape)
+        given = {"weights": weights, "loc": loc, "covariance": covariance}
+        for (name, value), shape in zip(given.items(), shapes, strict=True):
+            if value.shape != shape:
+                raise ValueError(
+                    f"{name} must be {tuple(shape)} for this mixture, got {tuple(value.shape)}"
+                )
+        self.logits.copy_((weights / weights.sum()).log())
+        self.loc.copy_(loc)
+        if self.lower is None:
+            self.log_scale.copy_(covariance.log() / 2)
+        else:
+            tril = torch.linalg.cholesky(covariance)
+            self.log_scale.copy_(tril.diagonal(dim1=-2, dim2=-1).log())
+            self.lower.copy_(tril.tril(-1))
+
+    @torch.no_grad()
+    def start(self, x: Tensor, seed: int = 0) -> None:
+        """Start at equal weights, means at different rows of x, and the variances of x.
+
+        Raises:
+            ValueError: x has fewer different rows than there are components.
+        """
+        rows = self._require_points(x).unique(dim=0)
+        C = len(self.logits)
+        if len(rows) < C:
+            raise ValueError(
+                f"{len(rows)} different points ({len(x)} rows) cannot start {C} components; use "
+                f"at most {len(rows)} components, or more data"
+            )
+        random = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(rows), generator=random)[:C].to(x.device)
+        variance = x.var(0, correction=0).expand(C, -1)
+        covariance = variance if self.lower is None else torch.diag_embed(variance)
+        self.initialise(torch.ones_like(self.logits), rows[chosen], covariance)
+
+    @torch.no_grad()
+    def m_step(self, x: Tensor, responsibilities: Tensor, reg_covar: float = 1e-6) -> None:
+        r"""Set the parameters to the maximum of the ELBO at given q(c | x), in closed form.
+
+        .. math:: N_c = \sum_n q_{nc},\quad \pi_c = \frac{N_c}{N},\quad
+                  \mu_c = \frac1{N_c} \sum_n q_{nc} x_n,\quad
+                  \Sigma_c = \frac1{N_c} \sum_n q_{nc} (x_n - \mu_c)(x_n - \mu_c)^\top + r I
+
+        Args:
+            x: ``(N, D)``, all the data.
+            responsibilities: q(c | x_n), ``(N, C)``.
+            reg_covar: r >= 0, added to the variances, as scikit-learn does.
+
+        Raises:
+            ValueError: fewer points than components.
+            CollapsedComponent: a component has no points, or no spread in some direction.
+        """
+        self._require_points(x)
+        counts = responsibilities.sum(0)
+        self._require(counts > 10 * torch.finfo(x.dtype).eps, "has no points", counts)
+        loc = responsibilities.T @ x / counts.unsqueeze(-1)
+        apart = x - loc.unsqueeze(1)  # (C, N, D)
+        weighted = responsibilities.T.unsqueeze(-1) * apart
+        if self.lower is None:
+            covariance = (weighted * apart).sum(1) / counts.unsqueeze(-1) + reg_covar
+        else:
+            covariance = weighted.mT @ apart / counts.reshape(-1, 1, 1)
+            covariance = covariance + reg_covar * torch.eye(x.shape[1]).to(x)
+        self._require_spread(x, covariance, counts)
+        self.initialise(counts, loc, covariance)
+
+    def require_spread(self, x: Tensor) -> None:
+        """Raise :class:`CollapsedComponent` if a component has; for training by gradients."""
+        with torch.no_grad():
+            tril = self.scale_tril()
+            covariance = tril @ tril.mT
+            if self.lower is None:
+                covariance = covariance.diagonal(dim1=-2, dim2=-1)
+            self._require_spread(x, covariance, self.posterior(x).probs.sum(0))
+
+    def _require_spread(self, x: Tensor, covariance: Tensor, counts: Tensor) -> None:
+        full = covariance.dim() == 3
+        least = torch.linalg.eigvalsh(covariance)[:, 0] if full else covariance.amin(-1)
+        enough = least > COLLAPSED * x.var(0, correction=0).mean()
+        self._require(enough, "has collapsed: it has next to no spread in some direction", counts)
+
+    def _require(self, good: Tensor, what: str, counts: Tensor) -> None:
+        if not good.all():
+            bad = int((~good).nonzero()[0])
+            raise CollapsedComponent(
+                f"component {bad} {what} (it holds {float(counts[bad]):.3g} of "
+                f"{float(counts.sum()):.0f} points), and the likelihood grows without limit there. "
+                "Start elsewhere (another seed), use fewer components, drop columns of x that are "
+                "constant or copies, full=False, or a larger reg_covar, such as 1e-3 times the "
+                "variance of x"
+            )
+
+    def _require_points(self, x: Tensor) -> Any:
+        C, D = self.loc.shape
+        if x.dim() != 2 or x.shape[1] != D:
+            raise ValueError(f"x must be (N, {D}) for this mixture, got {tuple(x.shape)}")
+        if len(x) < C:
+            raise ValueError(
+                f"{len(x)} points are fewer than the {C} components; use at most {len(x)} "
+                "components, or more data"
+            )
+        return x

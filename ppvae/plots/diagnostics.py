@@ -1,0 +1,324 @@
+"""Pictures of a diagnosis: k-hat, units, rate and distortion, calibration, predictive checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppvae.plots.common import (
+    BLUE,
+    GREY,
+    MARKERS,
+    ORANGE,
+    PALETTE,
+    RED,
+    Values,
+    array,
+    axes,
+    number,
+)
+from ppvae.plots.images import image_grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def khat_histogram(khat_values: Values, ax: Axes | None = None) -> Axes:
+    r"""Draw the distribution of Pareto k-hat, coloured by what it means, with the thresholds.
+
+    Args:
+        khat_values: ``(N,)``; NaN is left out. Values above 2 are gathered in the last bin.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if there is no k-hat to draw.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = khat_histogram([0.1, 0.2, 0.6, 0.9], ax=Figure().subplots())
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['good: 2', 'usable: 1', 'unreliable: 1']
+    """
+    values = array(khat_values)
+    values = values[~np.isnan(values)] if values.ndim == 1 else np.empty(0)
+    if not len(values):
+        raise ValueError(
+            "khat_values must be (N,) with at least one that is not NaN; k-hat takes more than 20 "
+            "particles"
+        )
+    ax = axes(ax)
+    low, high = np.floor(10 * max(values.min(), -1.5)) / 10, 2.0
+    if values.max() <= 1.2:
+        high = 1.2
+    shown = np.clip(values, low, high - 1e-9)
+    edges = np.arange(round(low * 20), round(high * 20) + 1) / 20
+    for left, right, colour, label in (
+        (-np.inf, 0.5, BLUE, "good"), (0.5, 0.7, ORANGE, "usable"), (0.7, np.inf, RED, "unreliable")
+    ):  # fmt: skip
+        inside = (values > left) & (values <= right)
+        # A value on a threshold belongs to the bin below it.
+        below = np.nextafter(shown[inside], -np.inf)
+        ax.hist(below, edges.tolist(), color=colour, edgecolor="white", linewidth=0.4,
+                label=f"{label}: {inside.sum():,}")  # fmt: skip
+    for threshold, style in ((0.5, ":"), (0.7, "--")):
+        ax.axvline(threshold, color=GREY, ls=style, lw=1.2)
+    note = f" (above {high:g} in the last bar)" if values.max() > high else ""
+    ax.set(xlabel=r"Pareto $\hat{k}$" + note, ylabel="datapoints", xlim=(edges[0], edges[-1]))
+    ax.legend(loc="best", frameon=False, fontsize="small")
+    return ax
+
+
+def worst_points(
+    images: Values, khat_values: Values, shape: Sequence[int], ax: Axes | None = None
+) -> Axes:
+    """Draw the images of the datapoints with the largest k-hat, each with its k-hat below.
+
+    Args:
+        images: ``(M, D)``, worst first, pixels in [0, 1].
+        khat_values: ``(M,)``.
+        shape: of one image, ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)``.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = worst_points(torch.rand(3, 6), [2.0, 1.0, 0.8], (2, 3), ax=Figure().subplots())
+        >>> [text.get_text() for text in ax.texts]
+        ['2.00', '1.00', '0.80']
+    """
+    pixels, values = array(images), array(khat_values)
+    if values.shape != (len(pixels),):
+        raise ValueError(f"khat_values must be ({len(pixels)},), one per image, got {values.shape}")
+    columns = min(5, len(pixels))
+    ax = image_grid(pixels.reshape(len(pixels), -1), shape, ax, columns=columns)
+    height, width = shape[-2:]
+    for i, value in enumerate(values):
+        row, column = divmod(i, columns)
+        ax.text((column + 0.04) * width - 0.5, (row + 0.97) * height - 0.5, f"{value:.2f}",
+                fontsize="small", color="black", va="bottom",
+                bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "linewidth": 0})  # fmt: skip
+    return ax
+
+
+def kl_per_unit(
+    kl: Values, active: Values | None = None, name: str = "z", ax: Axes | None = None
+) -> Axes:
+    """Draw the mean KL of every latent unit, largest first, active units apart from the others.
+
+    Args:
+        kl: ``(N, D)`` nats, by datapoint, or ``(D,)``.
+        active: ``(D,)`` bool: which units are active; all by default.
+        name: of the latent.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = kl_per_unit([0.1, 2.0, 0.0], active=[1, 1, 0], ax=Figure().subplots())
+        >>> [float(bar.get_height()) for bar in ax.patches]
+        [2.0, 0.1, 0.0]
+    """
+    values = array(kl)
+    values = values.mean(0) if values.ndim == 2 else values
+    flags = np.ones(len(values)) if active is None else array(active)
+    if values.ndim != 1 or flags.shape != values.shape:
+        raise ValueError(
+            f"kl must be (N, D) or (D,) and active (D,), got {array(kl).shape} and {flags.shape}"
+        )
+    order = np.argsort(-values, kind="stable")
+    ax = axes(ax)
+    place = np.arange(len(values))
+    ax.bar(place, values[order], color=[BLUE if flags[i] else GREY for i in order])
+    if len(values) <= 32:
+        ax.set_xticks(place, [str(i) for i in order], fontsize="small")
+    else:
+        ax.set_xticks([])
+    bars = [(BLUE, f"active: {int(flags.sum())}"), (GREY, f"not active: {int((flags == 0).sum())}")]
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colour, label=label) for colour, label in bars]
+    ax.legend(handles=handles, frameon=False, fontsize="small")
+    ax.set(xlabel=f"unit of {name}, sorted", ylabel="mean KL(q || p) [nats]",
+           xlim=(-0.7, len(values) - 0.3))  # fmt: skip
+    return ax
+
+
+def rate_distortion(points: Mapping[str, tuple[float, float]], ax: Axes | None = None) -> Axes:
+    """Draw pairs in the plane of rate and distortion, with the lines of equal ELBO.
+
+    Args:
+        points: by name, (rate, distortion), nats, as ``report.rate_distortion`` gives them.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if there is no finite point.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = rate_distortion({"VAE": (20.0, 80.0), "beta 4": (8.0, 100.0)},
+        ...                      ax=Figure().subplots())
+        >>> ax.get_xlabel()
+        'rate, KL(q || p) [nats]'
+    """
+    if not points or not np.isfinite(array([list(p) for p in points.values()])).all():
+        raise ValueError(f"points must be finite (rate, distortion) by name, got {dict(points)}")
+    ax = axes(ax)
+    for i, (label, (rate, distortion)) in enumerate(points.items()):
+        ax.plot(rate, distortion, MARKERS[i % 10], color=PALETTE[i % 10], ms=9, mec="black",
+                mew=0.6, label=label)  # fmt: skip
+    rates, distortions = (np.array(v) for v in zip(*points.values(), strict=True))
+    reach = max(np.ptp(rates), np.ptp(distortions), 0.2 * float((rates + distortions).max()))
+    left, bottom = max(0.0, rates.mean() - reach), distortions.mean() - reach
+    right, top = rates.mean() + reach, distortions.mean() + reach
+    total = np.linspace(left + bottom, right + top, 7)[1:-1]
+    for value in total:
+        ax.plot([left, right], [value - left, value - right], color=GREY, lw=0.8, ls=":", zorder=0)
+        x = min(right - 0.17 * (right - left), value - bottom - 0.04 * (top - bottom))
+        if left < x:  # above the line, which falls
+            ax.annotate(f"ELBO {number(-value, '.0f')}", (x, value - x), fontsize="x-small",
+                        color=GREY, ha="left", va="bottom")  # fmt: skip
+    ax.set(xlim=(left, right), ylim=(bottom, top), xlabel="rate, KL(q || p) [nats]",
+           ylabel="distortion, -E log p(x | z) [nats]".replace("-", "\N{MINUS SIGN}"))  # fmt: skip
+    ax.legend(frameon=False, fontsize="small", loc="upper right")
+    return ax
+
+
+def sbc_ecdf(
+    ranks: Mapping[str, Values],
+    num_draws: int,
+    band: tuple[Any, Any, Any],
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw each ECDF of ranks less the uniform one, with the band that all of it should stay in.
+
+    Args:
+        ranks: by quantity, ``(S, D)``, as ``calibration.ranks``.
+        num_draws: L, so ranks lie in 0 .. L.
+        band: ``(points, lower, upper)``, as ``calibration.band()``.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes; a line leaves the band where its quantity is not calibrated.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from ppvae.plots.diagnostics import sbc_ecdf
+        >>> points = torch.arange(1, 20) / 20
+        >>> ax = sbc_ecdf({"z": torch.randint(20, (50, 2))}, 19, (points, points - .2, points + .2),
+        ...               ax=Figure().subplots())
+        >>> len(ax.lines)  # zero, and a line for each unit
+        3
+    """
+    points, lower, upper = (array(b) for b in band)
+    ax = axes(ax)
+    x = np.concatenate([[0], points, [1]])
+    low, high = (np.concatenate([[0], b - points, [0]]) for b in (lower, upper))
+    ax.fill_between(x, low, high, color=GREY, alpha=0.3, lw=0, label="95 % band, all of a line")
+    ax.axhline(0, color=GREY, lw=0.8)
+    inside = outside = 0
+    for i, (name, values) in enumerate(ranks.items()):
+        columns = array(values)
+        for unit, column in enumerate(columns.T):
+            counts = np.bincount(column.astype(int), minlength=num_draws + 1)
+            ecdf = counts.cumsum()[:-1] / len(column)
+            left = (ecdf < lower) | (ecdf > upper)
+            outside, inside = outside + bool(left.any()), inside + (not left.any())
+            ax.plot(x, np.concatenate([[0], ecdf - points, [0]]), color=PALETTE[i % 10], lw=1.2,
+                    ls=("-", "--", ":", "-.")[i % 4],
+                    label=None if unit else _units(name, columns))  # fmt: skip
+    ax.set(xlabel="rank of the true value among the draws, as a fraction",
+           ylabel="ECDF less the uniform one", xlim=(0, 1))  # fmt: skip
+    ax.set_title(f"{outside} of {inside + outside} lines leave the band", fontsize="medium")
+    ax.legend(frameon=False, fontsize="x-small", loc="best")
+    return ax
+
+
+def coverage(
+    levels: Values,
+    covered: Mapping[str, Values],
+    num_simulations: int,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw how often credible sets hold the true value against their level.
+
+    Args:
+        levels: ``(levels,)`` in (0, 1).
+        covered: by quantity ``(levels, D)``, as ``calibration.coverage(levels)``.
+        num_simulations: S, for the band of two standard errors at each level.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes; below the diagonal a guide is too sure.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = coverage([0.5, 0.9], {"z": [[0.4], [0.8]]}, 100, ax=Figure().subplots())
+        >>> ax.get_ylabel()
+        'share that hold the true value'
+    """
+    level = array(levels)
+    ax = axes(ax)
+    reach = 2 * np.sqrt(level * (1 - level) / num_simulations)
+    ax.fill_between(level, level - reach, level + reach, color=GREY, alpha=0.3, lw=0,
+                    label="± 2 standard errors")  # fmt: skip
+    ax.plot([0, 1], [0, 1], color=GREY, lw=0.8)
+    for i, (name, values) in enumerate(covered.items()):
+        columns = array(values).reshape(len(level), -1)
+        for unit, column in enumerate(columns.T):
+            ax.plot(level, column, color=PALETTE[i % 10], lw=1.2, ls=("-", "--", ":", "-.")[i % 4],
+                    label=None if unit else _units(name, columns))  # fmt: skip
+    ax.set(xlabel="level of the credible set", ylabel="share that hold the true value",
+           xlim=(0, 1), ylim=(0, 1), aspect="equal")  # fmt: skip
+    ax.legend(frameon=False, fontsize="x-small", loc="upper left")
+    return ax
+
+
+def _units(name: str, columns: np.ndarray) -> str:
+    return name if columns.shape[1] == 1 else f"{name} ({columns.shape[1]} units)"
+
+
+def predictive_check(
+    observed: Values, replicated: Values, name: str = "statistic", ax: Axes | None = None
+) -> Axes:
+    """Draw the distribution of a statistic of drawn data, and its value for the data.
+
+    Args:
+        observed: ``(N,)``, T(x) of each datapoint.
+        replicated: ``(K, N)``, T of every draw of it.
+        name: of the statistic.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes; both are averaged over the datapoints.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from ppvae import plots
+        >>> ax = plots.predictive_check([1.0, 2.0], torch.rand(50, 2), ax=Figure().subplots())
+        >>> ax.get_title()
+        'p = 0.000'
+    """
+    value, drawn = array(observed).mean(), array(replicated).mean(1)
+    ax = axes(ax, (4.5, 3.4))
+    ax.hist(drawn, bins=min(40, max(10, len(drawn) // 10)), color=BLUE, label="drawn")
+    ax.axvline(value, color=RED, lw=2, label="data")
+    p = (drawn > value).mean() + 0.5 * (drawn == value).mean()
+    ax.set(xlabel=f"{name}, mean over datapoints", ylabel="draws")
+    ax.set_title(f"p = {p:.3f}", fontsize="medium")
+    ax.legend(frameon=False, fontsize="small")
+    return ax

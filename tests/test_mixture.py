@@ -1,0 +1,316 @@
+"""The mixture of normals and EM, against scikit-learn, enumeration and the exact log p(x)."""
+
+import functools
+import io
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+
+import ppvae
+from oracles import assert_mean
+from ppvae import elbo, guides, models
+from ppvae.models.mixture import CollapsedComponent
+
+pytestmark = pytest.mark.usefixtures("float64")
+BOUND = elbo.ELBO()
+
+
+def no_guide(x, size=None):
+    """The cluster is summed out in the model: there is nothing left to infer."""
+
+
+def three_clusters(rows=180):
+    random = torch.Generator().manual_seed(2)
+    noise = torch.randn(3, rows // 3, 2, generator=random)
+    shapes = torch.tensor(
+        [[[1.0, 0.0], [0.8, 0.4]], [[0.5, 0.0], [0.0, 1.2]], [[0.7, 0.0], [-0.5, 0.6]]]
+    )
+    centres = torch.tensor([[-2.0, 0.0], [1.5, 1.5], [1.0, -2.5]])
+    return (noise @ shapes.mT + centres.unsqueeze(1)).reshape(-1, 2)
+
+
+def started(x, full=True, C=3):
+    model = models.GaussianMixture(C, 2, full=full)
+    model.start(x)
+    return model
+
+
+def em(model, x, steps, **options):
+    guide = guides.Responsibilities(model)
+    for _ in range(steps):
+        guide.e_step(model)
+        model.m_step(x, guide.posterior(x).probs, **options)
+
+
+def covariance(model):
+    tril = model.scale_tril()
+    return tril @ tril.mT
+
+
+def sklearn_mixture(model, x, steps, full=True, **options):
+    """scikit-learn's EM from the model's present parameters."""
+    from sklearn.mixture import GaussianMixture
+
+    precision = torch.linalg.inv(covariance(model))
+    precision = precision if full else precision.diagonal(dim1=-2, dim2=-1)
+    return GaussianMixture(
+        len(model.logits),
+        covariance_type="full" if full else "diag",
+        weights_init=model.weights().probs.detach().numpy(),
+        means_init=model.loc.detach().numpy().copy(),
+        precisions_init=precision.detach().numpy(),
+        init_params="random_from_data",
+        max_iter=steps,
+        tol=0.0,
+        random_state=0,
+        **options,
+    )
+
+
+# ------------------------------------------------------------------------------ EM
+
+
+@pytest.mark.filterwarnings("ignore:Best performing initialization did not converge")
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("steps", [1, 40])
+def test_em_equals_scikit_learn(full, steps):
+    x = three_clusters()
+    model = started(x, full)
+    theirs = sklearn_mixture(model, x, steps, full).fit(x.numpy())
+    em(model, x, steps)
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-6)
+    close(model.weights().probs.detach(), torch.tensor(theirs.weights_))
+    close(model.loc.detach(), torch.tensor(theirs.means_))
+    ours = covariance(model).detach()
+    close(ours if full else ours.diagonal(dim1=1, dim2=2), torch.tensor(theirs.covariances_))
+    close(model.log_evidence(x).detach(), torch.tensor(theirs.score_samples(x.numpy())))
+    close(model.posterior(x).probs.detach(), torch.tensor(theirs.predict_proba(x.numpy())))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_bound_touches_the_evidence_and_neither_falls(full):
+    x = three_clusters()
+    model = started(x, full)
+    guide = guides.Responsibilities(model)
+    before = model.log_evidence(x).sum()
+    for _ in range(15):
+        guide.e_step(model)
+        touching = BOUND.evaluate(model, guide, x)
+        torch.testing.assert_close(touching, model.log_evidence(x), rtol=0, atol=1e-10)
+        model.m_step(x, guide.posterior(x).probs, reg_covar=0.0)
+        evidence, bound = model.log_evidence(x), BOUND.evaluate(model, guide, x)
+        assert bound.sum() >= touching.sum() - 1e-9
+        assert evidence.sum() >= before - 1e-9
+        gap = torch.distributions.kl_divergence(guide.posterior(x), model.posterior(x))
+        torch.testing.assert_close(evidence - bound, gap, rtol=0, atol=1e-10)
+        assert gap.sum() > 0
+        before = evidence.sum()
+
+
+def test_the_m_step_is_where_the_gradient_of_the_bound_vanishes():
+    x = three_clusters()
+    for full in (True, False):
+        model = started(x, full)
+        guide = guides.Responsibilities(model)
+        objective = BOUND(model, guide)
+        objective(x).backward()
+        before = {name: p.grad.abs().max() for name, p in model.named_parameters()}
+        assert all(size > 0.1 for name, size in before.items())
+        objective.zero_grad()
+        model.m_step(x, guide.posterior(x).probs, reg_covar=0.0)
+        objective(x).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad.abs().max() < 1e-9, name
+
+
+# ------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("estimator", [elbo.ELBO(), elbo.IWELBO(3)])
+def test_without_a_guide_every_bound_is_the_evidence(estimator):
+    x = three_clusters()
+    model = started(x)
+    torch.testing.assert_close(
+        estimator.evaluate(model, no_guide, x), model.log_evidence(x).detach()
+    )
+    loss = estimator(model, no_guide)(x)
+    loss.backward()
+    by_bound = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    (-model.log_evidence(x).sum()).backward()
+    torch.testing.assert_close(by_bound, [p.grad for p in model.parameters()])
+
+
+def test_gradient_of_the_bound_at_the_e_step_is_that_of_the_evidence():
+    """Fisher's identity."""
+    x = three_clusters()
+    model = started(x)
+    BOUND(model, guides.Responsibilities(model))(x).backward()
+    by_bound = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    (-model.log_evidence(x).sum()).backward()
+    torch.testing.assert_close(by_bound, [p.grad for p in model.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore:Best performing initialization did not converge")
+def test_gradient_ascent_reaches_the_likelihood_of_scikit_learn():
+    x = three_clusters()
+    model = started(x)
+    theirs = sklearn_mixture(model, x, 500, reg_covar=0.0).fit(x.numpy())
+    objective = BOUND(model, no_guide)
+    optimiser = torch.optim.LBFGS(
+        objective.parameters(), max_iter=300, line_search_fn="strong_wolfe", tolerance_change=1e-12
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        loss = objective(x)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    assert model.log_evidence(x).mean().item() == pytest.approx(theirs.score(x.numpy()), abs=1e-6)
+
+
+def test_fit_trains_it_by_minibatches():
+    x = three_clusters()
+    model = started(x)
+    before = model.log_evidence(x).mean()
+    adam = functools.partial(torch.optim.Adam, lr=0.05)
+    svi = ppvae.SVI(model, no_guide, adam, elbo.ELBO())
+    ppvae.fit(svi, x, epochs=10, batch_size=60, progress=False)
+    assert model.log_evidence(x).mean() > before + 0.1
+    model.require_spread(x)
+
+
+# ------------------------------------------------------------------------------ Monte Carlo
+
+
+def drawn(model):
+    """The same model, its cluster not marked to be summed out."""
+    return poutine.infer_config(model, config_fn=lambda site: {"enumerate": None})
+
+
+def test_prior_sampling_is_unbiased_with_the_variance_of_enumeration():
+    x = three_clusters()[::30]
+    model = started(x)
+    em(model, three_clusters(), 5)
+    weights = ppvae.log_weights(model, guides.Prior(drawn(model)), x, num_particles=20_000)
+    assert weights.enumerated == {}
+    w, p = weights.log_w.exp().detach(), model.log_evidence(x).exp().detach()
+    assert_mean(w, p, "mean")
+    likelihood = (model.log_joint(x) - model.weights().logits).exp()  # p(x | c)
+    variance = (model.weights().probs * likelihood.square()).sum(-1) - p.square()
+    assert_mean((w - p).square(), variance.detach(), "variance")
+
+
+def test_the_optimal_proposal_has_no_variance():
+    x = three_clusters()[::30]
+    model = started(x)
+    weights = ppvae.log_weights(
+        model, guides.Responsibilities(model, draw=True), x, num_particles=50
+    )
+    exact = model.log_evidence(x).expand(50, -1)
+    torch.testing.assert_close(weights.log_w, exact, rtol=0, atol=1e-10)
+
+
+def test_draws_have_the_moments_of_the_mixture():
+    x = three_clusters()
+    model = started(x)
+    em(model, x, 5, reg_covar=0.0)
+    with torch.no_grad():
+        draws = model(size=20_000)
+    assert_mean(draws, x.mean(0), "mean")  # EM matches the first two moments of its data
+    assert_mean(draws.square(), x.square().mean(0), "square")
+
+
+# ------------------------------------------------------------------------------ bad data
+
+
+def test_fewer_points_than_components():
+    model = models.GaussianMixture(5, 2)
+    with pytest.raises(ValueError, match="3 points are fewer than the 5 components"):
+        model.start(torch.randn(3, 2))
+    with pytest.raises(ValueError, match="3 points are fewer than the 5 components"):
+        model.m_step(torch.randn(3, 2), torch.full((3, 5), 0.2))
+    with pytest.raises(ValueError, match=r"2 different points \(40 rows\)"):
+        model.start(torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(20, 1))
+    with pytest.raises(ValueError, match=r"x must be \(N, 2\)"):
+        model.start(torch.randn(30, 3))
+    with pytest.raises(ValueError, match=r"covariance must be \(5, 2, 2\)"):
+        model.initialise(torch.ones(5), torch.zeros(5, 2), torch.ones(5, 2))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_component_on_one_point_is_named(full):
+    x = torch.cat([three_clusters(), torch.tensor([[30.0, 30.0]])])
+    model = started(x, full, C=2)
+    wide = covariance(model).detach()
+    loc = torch.tensor([[0.0, 0.0], [30.0, 30.0]])
+    model.initialise(torch.ones(2), loc, wide if full else wide.diagonal(dim1=1, dim2=2))
+    with pytest.raises(CollapsedComponent, match=r"component 1 has collapsed.*holds 1 of 181"):
+        em(model, x, 20)
+    em(model, x, 20, reg_covar=0.1)  # the cure
+    assert model.log_evidence(x).isfinite().all()
+
+
+def test_an_empty_component_and_a_constant_column_are_named():
+    x = three_clusters()
+    q = torch.zeros(len(x), 3)
+    q[:, 0] = q[:, 2] = 0.5
+    with pytest.raises(CollapsedComponent, match="component 1 has no points"):
+        started(x).m_step(x, q)
+    flat = torch.cat([x[:, :1], torch.full((len(x), 1), 0.3)], 1)
+    with pytest.raises(CollapsedComponent, match="columns of x that are constant"):
+        models.GaussianMixture(2, 2).m_step(flat, torch.full((len(x), 2), 0.5))
+
+
+def test_a_component_that_collapsed_under_gradients_is_named():
+    x = three_clusters()
+    for full in (True, False):
+        model = started(x, full)
+        model.require_spread(x)
+        with torch.no_grad():
+            model.log_scale[2, 1] = -12.0
+        with pytest.raises(CollapsedComponent, match="component 2"):
+            model.require_spread(x)
+
+
+# ------------------------------------------------------------------------------ as a pair
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_it_is_a_pair(full):
+    x = three_clusters(30)
+    model = started(x, full)
+    guide = guides.Responsibilities(model)
+    ppvae.check_pair(model, guide, x)
+    ppvae.check_pair(model, no_guide, x)
+    scaled = BOUND(model, guide)(x[:10], size=30)
+    torch.testing.assert_close(scaled, 3 * BOUND(model, guide)(x[:10]))
+    assert not [p for p in guide.parameters() if p.requires_grad]
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = models.GaussianMixture(3, 2, full=full)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other.log_evidence(x), model.log_evidence(x))
+    assert len(pyro.get_param_store()) == 0
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_compiled_equals_eager(guided, monkeypatch):
+    import torch._inductor.compile_fx as inductor
+
+    monkeypatch.setattr(inductor, "compile_fx", lambda graph, inputs: lambda *a: graph(*a))
+    torch.set_default_dtype(torch.float32)  # as it is used; the fixture sets it back
+    x = three_clusters(30)
+    losses = []
+    for compiled in (False, True):
+        model = started(x)
+        guide = guides.Responsibilities(model) if guided else no_guide
+        svi = ppvae.SVI(model, guide, torch.optim.Adam, elbo.ELBO(), compile=compiled)
+        losses.append([svi.step(x) for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

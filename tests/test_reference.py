@@ -1,0 +1,788 @@
+"""Reference posteriors: HMC, Metropolis, NUTS, annealing and quadrature against exact answers."""
+
+import math
+import sys
+import warnings
+from statistics import NormalDist
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import ppvae
+from oracles import LinearGuide, LinearModel, MixtureModel, TwoLevelGuide, TwoLevelModel
+from ppvae import conditionals, diagnostics, guides, models, nets
+from ppvae.check import PairError
+from ppvae.diagnostics.ais import _Path as Path_
+from ppvae.diagnostics.chains import ESS_PER_CHAIN, RHAT, convergence
+from ppvae.diagnostics.joint import Joint, simulate, traced
+from ppvae.local import Indexed
+from ppvae.program import data_plate
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import arviz
+
+
+def limit(count):
+    """So many standard errors that one of `count` exceeds them once in 1e4 tests."""
+    return NormalDist().inv_cdf(1 - 1e-4 / (2 * count))
+
+
+def ess(draws, method):
+    """ArviZ's effective sample size of each column of ``(chain, draw, N, d)``, ``(N, d)``."""
+    values = draws.double().numpy()
+    found = [
+        [float(arviz.ess(values[:, :, n, d], method=method)) for d in range(values.shape[3])]
+        for n in range(values.shape[2])
+    ]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def assert_moments(draws, mean, sd):
+    """Mean and sd of ``(chain, draw, N, d)`` are exact within errors that their ESS gives."""
+    flat = draws.flatten(0, 1)
+    errors = (flat.mean(0) - mean).abs() / (sd / ess(draws, "mean").sqrt())
+    assert errors.max() < limit(errors.numel()), errors.max()
+    # sd of s is about sd / sqrt(2 n) for a normal posterior
+    spread = (flat.std(0) / sd - 1).abs() * (2 * ess(draws, "sd")).sqrt()
+    assert spread.max() < limit(spread.numel()), spread.max()
+    # all datapoints and latents together: a bias of one percent shows
+    squares = ((draws - mean) / sd).square()
+    pooled = squares.mean() - 1
+    se = squares.flatten(0, 1).std(0) / ess(squares, "mean").sqrt()
+    assert pooled.abs() < limit(1) * se.square().sum().sqrt() / se.numel(), pooled
+
+
+def linear(rows=12, scale=1.0, shift=0.0, latent=2):
+    model = LinearModel(latent, 5)
+    x = model.draw(rows)
+    A, a, S = model.posterior()
+    with torch.no_grad():
+        return model, LinearGuide(model, scale, shift), x, (x @ A.T + a, S), model.log_evidence(x)
+
+
+def decoder_pair(latent, data_dim=60, sharp=3.0, rows=8, seed=0):
+    """A random sharpened Bernoulli decoder, as in the measurements, and data drawn from it."""
+    torch.manual_seed(seed)
+    net = nets.mlp(latent, 40, data_dim, activation=nn.Tanh)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(sharp)
+    model = models.VAE(conditionals.Bernoulli(net), latent_dim=latent)
+    with torch.no_grad():
+        x = model(size=rows)
+    return model, guides.Prior(model), x
+
+
+# -- the log-joint ------------------------------------------------------------------------------
+
+
+def test_joint_equals_the_formula(float64):
+    model, guide, x, _, _ = linear()
+    joint = Joint(model, guide, x)
+    u = torch.randn(3, len(x), 2)
+    prior = dist.Normal(0.0, 1.0).log_prob(u).sum(-1)
+    fit = dist.Normal(u @ model.weight.T + model.bias, model.log_sigma.exp()).log_prob(x).sum(-1)
+    torch.testing.assert_close(joint(u), prior + fit)
+    torch.testing.assert_close(joint.prior_and_joint(u), (prior, prior + fit))
+    torch.testing.assert_close(joint.log_q(u), guide.posterior(x).log_prob(u))
+    value, gradient = joint.value_and_grad(u)
+    leaf = u.clone().requires_grad_()
+    expected = torch.autograd.grad(joint(leaf).sum(), leaf)[0]
+    torch.testing.assert_close((value, gradient), ((prior + fit).detach(), expected))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_joint_is_that_of_log_weights(float64):
+    """log p - log q at the guide's own draws is what ppvae.log_weights gives."""
+    torch.manual_seed(3)
+    model, guide = TwoLevelModel(), TwoLevelGuide(TwoLevelModel(), bottom_up=True, scale=0.7)
+    x = torch.randn(4)
+    joint = Joint(model, guide, x)
+    torch.manual_seed(5)
+    u = joint.draw_q(6)
+    torch.manual_seed(5)
+    weights = ppvae.log_weights(model, guide, x, num_particles=6)
+    torch.testing.assert_close(joint(u) - joint.log_q(u), weights.log_w.detach())
+    assert list(joint.layouts) == ["z2", "z1"] and joint.dim == 2
+
+
+def test_supports_are_transformed(float64):
+    """Positive, bounded by another latent, and a simplex: densities of u integrate to p(x)."""
+
+    def model(x):
+        with data_plate(x):
+            scale = pyro.sample("scale", dist.Gamma(2.0, 3.0))
+            share = pyro.sample("share", dist.Uniform(torch.zeros(()), scale))
+            pyro.sample("x", dist.Normal(share, 0.5), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            scale = pyro.sample("scale", dist.Gamma(torch.full_like(x, 2.0), 3.0))
+            pyro.sample("share", dist.Uniform(torch.zeros(()), scale))
+
+    x = torch.tensor([0.2, 1.0])
+    found = diagnostics.quadrature(model, guide, x, num_points=321)
+    torch.manual_seed(0)
+    scale = dist.Gamma(2.0, 3.0).sample((400_000, 1))
+    weights = dist.Normal(scale * torch.rand(400_000, 1), 0.5).log_prob(x).exp()
+    se = weights.std(0) / math.sqrt(len(weights)) / weights.mean(0)
+    assert ((found.log_evidence - weights.mean(0).log()).abs() < 4 * se).all()
+    joint = Joint(model, guide, x)
+    u = joint.draw_q(7)
+    values = joint.constrain(u)
+    assert (values["share"] < values["scale"]).all() and (values["share"] > 0).all()
+    log_det = joint(u) - sum(t.detach() for t in constrained_terms(model, x, values))
+    # exp for the first; for the second, a sigmoid times the first
+    exact = 2 * values["scale"].log() + nn.functional.logsigmoid(torch.stack([u, -u]))[..., 1].sum(
+        0
+    )
+    torch.testing.assert_close(log_det.detach(), exact)
+
+
+def constrained_terms(model, x, values):
+    with pyro.plate("chains", 7, dim=-2):
+        given = pyro.poutine.condition(model, values)
+        trace = pyro.poutine.trace(given).get_trace(x)
+    trace.compute_log_prob()
+    return [trace.nodes[name]["log_prob"] for name in ("scale", "share", "x")]
+
+
+@pytest.mark.slow
+def test_simplex_latent_has_one_coordinate_less(float64):
+    def model(x):
+        with data_plate(x):
+            p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("x", dist.Categorical(p), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("p", dist.Dirichlet(torch.ones(len(x), 3)))
+
+    x = torch.tensor([0, 2])
+    joint = Joint(model, guide, x)
+    assert joint.dim == 2
+    draws = diagnostics.hmc(model, guide, x, seed=0)
+    assert draws.draws["p"].shape == (4, 600, 2, 3) and draws.converged.all()
+    counts = 1 + nn.functional.one_hot(x, 3)  # conjugate
+    exact = dist.Dirichlet(counts.double())
+    assert_moments(draws.draws["p"], exact.mean, exact.variance.sqrt())
+    torch.testing.assert_close(
+        diagnostics.quadrature(model, guide, x).log_evidence,
+        torch.full((2,), -math.log(3)),
+        atol=1e-8,
+        rtol=0,
+    )
+
+
+def test_inner_plates_belong_to_a_datapoint(float64):
+    """Two latents in an inner plate, left or right of the data plate, as in one vector."""
+
+    def make(data_dim):
+        def model(x):
+            with pyro.plate("data", 3, dim=data_dim), pyro.plate("parts", 2, dim=-3 - data_dim):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", 3, dim=data_dim), pyro.plate("parts", 2, dim=-3 - data_dim):
+                pyro.sample("z", dist.Normal(0.8 * x, 0.5))
+
+        return model, guide
+
+    parts = torch.randn(3, 2)
+    right, left = Joint(*make(-2), parts), Joint(*make(-1), parts.T.contiguous())
+    u = torch.randn(5, 3, 2)
+    exact = dist.Normal(u, 0.5).log_prob(parts) + dist.Normal(0.0, 1.0).log_prob(u)
+    for joint in (right, left):
+        assert joint.num_datapoints == 3 and joint.dim == 2
+        torch.testing.assert_close(joint(u), exact.sum(-1))
+        torch.testing.assert_close(joint.constrain(u)["z"], u)
+        torch.testing.assert_close(joint.draw_q(400).mean(0), 0.8 * parts, atol=0.15, rtol=0)
+
+
+@pytest.mark.slow
+def test_enumerated_latents_are_summed_out(float64):
+    class Model(MixtureModel):
+        def forward(self, x):
+            with data_plate(x):
+                c = pyro.sample(
+                    "c", dist.Categorical(logits=self.logits), infer={"enumerate": "parallel"}
+                )
+                z = pyro.sample("z", dist.Normal(self.loc[c], 1.0))
+                pyro.sample("x", dist.Normal(z, 0.8), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(0.5 * x, 1.0))
+
+    model, x = Model(), torch.tensor([-1.0, 0.4, 3.0])
+    exact = model.log_evidence(x).detach()
+    found = diagnostics.quadrature(model, guide, x)
+    torch.testing.assert_close(found.log_evidence, exact, atol=1e-8, rtol=0)
+    draws = diagnostics.hmc(model, guide, x, seed=1)
+    assert draws.converged.all()
+    assert_moments(draws.draws["z"].unsqueeze(-1), found.mean, found.sd)
+    annealed = diagnostics.ais(model, guide, x, start="prior", seed=1)
+    assert_within(annealed, exact)
+
+
+def test_latents_that_the_guide_enumerates_are_summed_out_too(float64):
+    """log p(x, z) and log q(z | x), with c summed out of both."""
+    model = MixtureModel()
+
+    def guide(x):
+        with data_plate(x):
+            q = dist.Categorical(torch.tensor([0.2, 0.5, 0.3]))
+            c = pyro.sample("c", q, infer={"enumerate": "parallel"})
+            pyro.sample("z", dist.Normal(model.loc.detach()[c], 2.0))
+
+    x, u = torch.tensor([-1.0, 0.4, 3.0]), torch.randn(5, 3, 1)
+    joint = Joint(model, guide, x)
+    assert list(joint.layouts) == ["z"]
+    parts = dist.Normal(model.loc, 1.0).log_prob(u) + model.logits.log_softmax(-1)
+    exact = parts.logsumexp(-1) + dist.Normal(u.squeeze(-1), 0.8).log_prob(x)
+    torch.testing.assert_close(joint(u), exact)
+    parts = dist.Normal(model.loc, 2.0).log_prob(u) + torch.tensor([0.2, 0.5, 0.3]).log()
+    torch.testing.assert_close(joint.log_q(u), parts.logsumexp(-1))
+    assert joint.draw_q(4).shape == joint.draw_prior(4).shape == (4, 3, 1)
+
+
+def test_densities_are_traced(float64):
+    """One graph in place of Pyro's handlers, of a method too; what cannot be traced stays."""
+    model, guide, x, _, _ = linear(rows=4)
+    joint, u = Joint(model, guide, x), torch.randn(3, 4, 2)
+    density = joint.value_and_grad
+    graph = traced(density, u)
+    assert graph is not density
+    for other in (2 * u, u[:1].expand(3, -1, -1), u.transpose(0, 1).contiguous().transpose(0, 1)):
+        torch.testing.assert_close(graph(other), density(other))
+    path = Path_(joint, "guide", diagnostics.sigmoid_schedule(3), 1, 3)
+    assert all(not hasattr(graph, "__func__") for graph in path.graphs.values())
+    assert path.graphs
+
+    def untraceable(u):
+        return (u if u.sum() > 0 else -u,)
+
+    assert traced(untraceable, u) is untraceable
+
+
+def test_rows_are_the_same_datapoints(float64):
+    model, guide, x, _, _ = linear()
+    joint, u = Joint(model, guide, x), torch.randn(3, 12, 2)
+    rows = torch.tensor([7, 2])
+    torch.testing.assert_close(joint.rows(rows)(u[:, rows]), joint(u)[:, rows])
+
+
+# -- HMC, Metropolis, NUTS ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["guide", pytest.param("prior", marks=pytest.mark.slow)])
+def test_hmc_moments_are_exact(float64, start):
+    model, guide, x, (mean, S), _ = linear(rows=50, scale=0.5, shift=0.4)
+    draws = diagnostics.hmc(model, guide, x, start=start, seed=1)
+    assert draws.converged.all(), draws
+    assert draws.draws["z"].shape == (4, 600, 50, 2)
+    assert_moments(draws.draws["z"], mean, S.diagonal().sqrt())
+    correlation = torch.stack([torch.corrcoef(z.T)[0, 1] for z in draws.flat("z").transpose(0, 1)])
+    exact = S[0, 1] / (S[0, 0] * S[1, 1]).sqrt()
+    assert ((correlation - exact).abs() < limit(50) / math.sqrt(300)).all()
+
+
+@pytest.mark.slow
+def test_wide_jitter_mixes_the_variances(monkeypatch):
+    """Trap: with steps of one length, trajectories are periodic and variances mix slowly."""
+    model, guide, x = decoder_pair(10, data_dim=100, sharp=2.0, rows=16)
+    failed = {}
+    for jitter in ((0.3, 1.2), (0.8, 1.2), (1.0, 1.0)):
+        monkeypatch.setattr(sys.modules["ppvae.diagnostics.hmc"], "JITTER", jitter)
+        draws = diagnostics.hmc(model, guide, x, max_reruns=0, seed=0)
+        failed[jitter] = int((~draws.converged).sum())
+    assert failed[0.3, 1.2] < failed[0.8, 1.2] < failed[1.0, 1.0], failed
+    assert failed[0.3, 1.2] <= 4 and failed[1.0, 1.0] >= 12, failed
+
+
+@pytest.mark.slow
+def test_hmc_with_correlated_and_unequal_scales(float64):
+    """A posterior with correlation 0.8 and scales 100 apart, which unscaled HMC would not mix."""
+    scales, rho = torch.tensor([0.05, 5.0]), 0.8
+    covariance = scales.outer(scales) * torch.tensor([[1.0, rho], [rho, 1.0]])
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), covariance))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1e3), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+
+    draws = diagnostics.hmc(model, guide, torch.zeros(5), seed=0)
+    assert draws.converged.all(), draws
+    assert_moments(draws.draws["z"], torch.zeros(5, 2), scales)
+
+
+@pytest.mark.slow
+def test_hmc_on_a_decoder_against_quadrature():
+    """A nonlinear posterior in two dimensions (float32, Bernoulli decoder)."""
+    model, guide, x = decoder_pair(2)
+    draws = diagnostics.hmc(model, guide, x, seed=2, max_reruns=3)
+    exact = diagnostics.quadrature(model, guide, x)
+    passed = draws.converged
+    assert passed.sum() >= 7, draws
+    error = (draws.mean("z") - exact.mean)[passed].abs() / exact.sd[passed]
+    se = 1 / ess(draws.draws["z"], "mean").sqrt()[passed]
+    assert (error < limit(error.numel()) * se).all(), (error / se).max()
+    ratio = (draws.sd("z") / exact.sd)[passed]
+    assert ratio.min() > 0.9 and ratio.max() < 1.1
+
+
+def test_gates_are_arvizs(float64):
+    model, guide, x, _, _ = linear(rows=3)
+    draws = diagnostics.hmc(model, guide, x, num_draws=100, max_reruns=0, seed=0)
+    seen = torch.cat([draws.unconstrained, draws.log_joint.unsqueeze(-1)], -1).numpy()
+    for n in range(3):
+        columns = [seen[:, :, n, d] for d in range(3)]
+        assert draws.rhat[n] == max(float(arviz.rhat(c)) for c in columns)
+        bulk, tail = ([float(arviz.ess(c, method=m)) for c in columns] for m in ("bulk", "tail"))
+        assert draws.ess[n] == min(bulk + tail)
+    joint = Joint(model, guide, x)
+    flat = draws.unconstrained.flatten(0, 1)
+    torch.testing.assert_close(draws.log_joint.flatten(0, 1), joint(flat).detach())
+
+
+@pytest.mark.parametrize(("step_size", "accept"), [(50.0, 0.05), (1e-4, 0.99)])
+def test_a_bad_step_size_fails_the_gate(float64, step_size, accept):
+    """Too large: frozen chains, divergences. Too small: chains that have not moved."""
+    model, guide, x, _, _ = linear(rows=4)
+    draws = diagnostics.hmc(
+        model, guide, x, step_size=step_size, num_warmup=0, num_draws=50, seed=0
+    )
+    assert not draws.converged.any()
+    assert draws.mean("z").isnan().all() and draws.sd("z").isnan().all()
+    assert "4 of 4 datapoints did not pass" in repr(draws)
+    assert (draws.accept < accept).all() if step_size > 1 else (draws.accept > accept).all()
+    assert (draws.divergences > 0).all() == (step_size > 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, True),
+        ({"rhat": 1.011}, False),
+        ({"rhat": math.nan}, False),
+        ({"ess": 399.0}, False),
+        ({"ess": math.nan}, False),
+        ({"divergences": 4}, True),  # of 4,000 transitions
+        ({"divergences": 5}, False),
+    ],
+)
+def test_each_gate_by_itself(changes, passes):
+    z = torch.randn(4, 1000, 1, 2)
+    seen = {"rhat": 1.0, "ess": 4000.0, "accept": 0.8, "divergences": 0, "step_size": 1.0}
+    columns = {name: torch.tensor([value]) for name, value in (seen | changes).items()}
+    draws = diagnostics.PosteriorDraws(
+        draws={"z": z},
+        unconstrained=z,
+        log_joint=z.sum(-1),
+        reruns=torch.zeros(1, dtype=torch.long),
+        method="HMC",
+        seconds=1.0,
+        **columns,
+    )
+    assert draws.converged.tolist() == [passes]
+    assert draws.mean("z").isfinite().all() == passes
+
+
+def test_frozen_chains_have_no_rhat():
+    draws = torch.randn(4, 50, 3, 2)
+    draws[1, :, 0] = 0.3  # one chain of the first datapoint does not move
+    draws[2, 10, 1, 1] = math.inf
+    rhat, size = convergence(draws)
+    assert rhat.isnan().tolist() == [True, True, False]
+    assert size.isnan().tolist() == [True, True, False]
+
+
+def test_separate_modes_fail_the_gate(float64):
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 3.0))
+            pyro.sample("x", dist.Normal(z.abs(), 0.1), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(torch.zeros_like(x), 3.0))
+
+    torch.manual_seed(0)
+    x = torch.tensor([4.0, 4.0])
+    draws = diagnostics.hmc(
+        model, guide, x, num_chains=8, num_draws=200, num_warmup=50, max_reruns=0, seed=3
+    )
+    assert not draws.converged.any() and (draws.rhat > 1.3).all()
+
+
+@pytest.mark.slow
+def test_only_failed_datapoints_run_again(float64):
+    """With few draws some fail; those that pass keep their draws bit for bit."""
+    model, guide, x, (mean, S), _ = linear(rows=12)
+    options = {"num_draws": 250, "num_leapfrog": 3, "seed": 0}
+    once = diagnostics.hmc(model, guide, x, max_reruns=0, **options)
+    more = diagnostics.hmc(model, guide, x, max_reruns=3, **options)
+    failed = ~once.converged
+    assert 0 < failed.sum() < 12, once
+    assert ((more.reruns > 0) == failed).all()
+    kept = once.unconstrained[:, :, ~failed]
+    assert torch.equal(more.unconstrained[:, :, ~failed], kept)
+    assert more.converged.sum() > once.converged.sum()
+    assert more.step_size[failed].mean() < once.step_size[failed].mean()
+    good = more.converged
+    assert_moments(more.draws["z"][:, :, good], mean[good], S.diagonal().sqrt())
+
+
+def test_seed_blocks_and_stream(float64):
+    model, guide, x, (mean, S), _ = linear(rows=5)
+    options = {"num_draws": 60, "num_warmup": 40, "max_reruns": 0}
+    before = torch.random.get_rng_state()
+    first = diagnostics.hmc(model, guide, x, seed=7, **options)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    again = diagnostics.hmc(model, guide, x, seed=7, **options)
+    assert torch.equal(first.unconstrained, again.unconstrained)
+    cut = diagnostics.hmc(model, guide, x, seed=7, max_rows=8, **options)  # two rows at once
+    assert cut.unconstrained.shape == first.unconstrained.shape
+    assert ((cut.flat("z").mean(0) - mean).abs() < 0.5 * S.diagonal().sqrt()).all()
+    one = diagnostics.hmc(model, guide, x[:1], seed=7, **options)
+    assert one.unconstrained.shape == (4, 60, 1, 2)
+
+
+def test_convolutional_pair_and_modes_are_left_alone():
+    shape = (1, 6, 5)
+    net = nets.conv_decoder(2, shape, channels=(3,), hidden=(8,), batch_norm=True)
+    model = models.VAE(conditionals.Bernoulli(net, event_dim=3), latent_dim=2).train()
+    guide = guides.Normal(nets.conv_encoder(4, shape, channels=(3,), hidden=(8,)))
+    x = torch.bernoulli(torch.full((3, *shape), 0.4))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    draws = diagnostics.hmc(model, guide, x, num_draws=50, num_warmup=20, max_reruns=0, seed=0)
+    assert draws.unconstrained.isfinite().all() and model.training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert not pyro.get_param_store().keys()
+
+
+def test_metropolis_moments_are_exact(float64):
+    model, guide, x, (mean, S), _ = linear(rows=50, scale=2.0)
+    draws = diagnostics.metropolis(model, guide, x, seed=1)
+    assert draws.method == "Metropolis" and ((draws.accept - 0.3).abs() < 0.1).all()
+    assert_moments(draws.draws["z"], mean, S.diagonal().sqrt())
+    good = draws.converged
+    assert good.any() and draws.mean("z")[good].isfinite().all()
+
+
+@pytest.mark.slow
+def test_nuts_agrees_with_hmc_and_quadrature():
+    model, guide, x = decoder_pair(2, rows=2, sharp=2.0)
+    oracle = diagnostics.nuts(model, x, num_chains=2, num_warmup=150, num_draws=300, seed=0)
+    draws = diagnostics.hmc(model, guide, x, seed=0)
+    exact = diagnostics.quadrature(model, guide, x)
+    assert oracle.draws["z"].shape == (2, 300, 2, 2) and draws.converged.all()
+    for found in (oracle, draws):
+        error = (found.flat("z").mean(0) - exact.mean).abs() / exact.sd
+        se = 1 / ess(found.draws["z"], "mean").sqrt()
+        assert (error < limit(4) * se).all(), found.method
+    # log p(x, z): NUTS's own run of the model against the joint
+    joint = Joint(model, guide, x)
+    seen = joint(oracle.flat("z")).detach()
+    torch.testing.assert_close(oracle.log_joint.flatten(0, 1), seen, atol=1e-3, rtol=1e-4)
+
+
+# -- annealing and quadrature -------------------------------------------------------------------
+
+
+def assert_within(annealed, exact):
+    """log E w is log p(x): every datapoint within standard errors and the log's own bias."""
+    error = (annealed.log_evidence - exact).abs()
+    bias = annealed.log_evidence_se.square()  # of the log of a mean, to first order half of it
+    assert (error < limit(len(error)) * annealed.log_evidence_se + bias + 1e-8).all(), (
+        error / annealed.log_evidence_se
+    ).max()
+
+
+@pytest.mark.parametrize("start", ["guide", pytest.param("prior", marks=pytest.mark.slow)])
+def test_annealing_from_both_sides_is_exact(float64, start):
+    model, guide, x, _, exact = linear(rows=8, scale=0.5, shift=0.5)
+    options = {"start": start, "num_temperatures": 40, "num_chains": 32, "seed": 2}
+    assert_within(diagnostics.ais(model, guide, x, **options), exact)
+    draws = diagnostics.hmc(model, guide, x, num_draws=400, seed=1)
+    upper = diagnostics.reverse_ais(model, guide, x, draws=draws, **options)
+    assert upper.side == "upper" and "if these are exact" in upper.note
+    assert_within(upper, exact)
+
+
+def test_annealing_is_unbiased_with_few_temperatures(float64):
+    """E w = p(x) for any path: the mean of exp(log w - log p) over many chains is 1."""
+    model, guide, x, _, exact = linear(rows=6, scale=0.7, shift=0.3)
+    for temperatures in (1, 4):
+        found = diagnostics.ais(
+            model, guide, x, num_temperatures=temperatures, num_chains=4000, max_rows=10**6, seed=3
+        )
+        ratio = (found.log_w - exact).exp()
+        se = ratio.std(0) / math.sqrt(len(ratio))
+        assert ((ratio.mean(0) - 1).abs() < limit(6) * se).all()
+
+
+def test_bdmc_sandwiches_the_evidence(float64, monkeypatch):
+    """On data drawn from the model: lower <= log p(x) <= upper in the mean, and both close in."""
+    # the simulated latents as they are: transitions would hide wrong ones
+    monkeypatch.setattr(sys.modules["ppvae.diagnostics.ais"], "REFRESH", 0)
+    model, guide, x, _, _ = linear(rows=200, scale=0.5, shift=0.5)
+    gaps = []
+    for temperatures in (2, 40):
+        both = diagnostics.bdmc(
+            model, guide, x, num_temperatures=temperatures, num_chains=4, seed=4
+        )
+        with torch.no_grad():
+            exact = model.log_evidence(both.args[0])
+        assert not torch.equal(both.args[0], x)
+        below, above = exact - both.lower.log_evidence, both.upper.log_evidence - exact
+        for side in (below, above):
+            assert side.mean() > -4 * side.std() / math.sqrt(200)
+        gaps.append(both.gap.mean())
+    assert gaps[1] < gaps[0] / 2, gaps
+
+
+def test_simulated_latents_are_posterior_draws(float64):
+    model, _, x, _, _ = linear(rows=400)
+    (new,), dream = simulate(model, x)
+    A, a, S = model.posterior()
+    z = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(S), (dream.nodes["z"]["value"] - new @ A.T - a).T, upper=False
+    ).detach()
+    assert (z.mean(1).abs() < limit(4) / math.sqrt(400)).all()
+    assert ((z.square().mean(1) - 1).abs() < limit(4) * math.sqrt(2 / 400)).all()
+
+
+def test_annealing_beats_importance_sampling_from_a_poor_guide(float64):
+    """q shifted by 1.5 sd, ten latents: IS with 5,000 draws is nats below, AIS is not."""
+    model = LinearModel(10, 12, sigma=0.5)
+    x = model.draw(8)
+    _, _, S = model.posterior()
+    with torch.no_grad():
+        exact = model.log_evidence(x)
+    guide = LinearGuide(model, scale=0.7, shift=1.5 * S.diagonal().sqrt())
+    sampled = diagnostics.log_evidence(model, guide, x, num_particles=5000, seed=0)
+    annealed = diagnostics.ais(model, guide, x, num_temperatures=100, seed=0)
+    assert (exact - sampled.log_evidence).mean() > 1.0
+    assert (exact - annealed.log_evidence).mean().abs() < 0.15
+    assert sampled.khat.median() > 0.7
+
+
+def test_quadrature_is_exact(float64):
+    for latent in (1, 2):
+        model, guide, x, (mean, S), exact = linear(latent=latent, scale=0.1, shift=3.0)
+        found = diagnostics.quadrature(model, guide, x)
+        assert (found.log_evidence - exact).abs().max() < 1e-8
+        assert (found.mean - mean).abs().max() < 1e-8
+        assert (found.covariance - S).abs().max() < 1e-8
+        assert found.error.max() < 1e-8
+        assert found.axes.shape == (12, latent, 161)
+
+
+def test_quadrature_finds_a_narrow_posterior(float64):
+    """A thousandth of the prior's width, between the points of the first grid."""
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1e-3), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+
+    x = torch.tensor([0.31234, -1.7])
+    found = diagnostics.quadrature(model, guide, x)
+    exact = dist.Normal(0.0, math.sqrt(1 + 1e-6)).log_prob(x)
+    torch.testing.assert_close(found.log_evidence, exact, atol=1e-8, rtol=0)
+    with pytest.raises(ValueError, match=r"does not resolve the posterior of 2 datapoints"):
+        diagnostics.quadrature(model, guide, x, tolerance=1e-18)
+
+
+@pytest.mark.slow
+def test_evidence_methods_agree_on_a_decoder():
+    """AIS from the prior and from a poor guide, importance sampling, quadrature: Z = 2."""
+    model, prior, x = decoder_pair(2, sharp=2.0)
+    torch.manual_seed(1)
+    guide = guides.Normal(nets.mlp(60, 20, 4, activation=nn.Tanh))  # untrained
+    exact = diagnostics.quadrature(model, guide, x).log_evidence
+    for start in ("guide", "prior"):
+        found = diagnostics.ais(model, guide, x, start=start, num_chains=32, seed=5)
+        assert_within(found, exact)
+    naive = diagnostics.log_evidence(model, prior, x, num_particles=20_000, seed=0)
+    error = (naive.log_evidence - exact).abs()
+    assert (error < limit(8) * naive.log_evidence_se + naive.log_evidence_se.square()).all()
+
+
+@pytest.mark.slow
+def test_gaussian_fitted_to_hmc_draws_is_a_good_proposal():
+    """HMC, then IS from a normal fitted to its draws: k-hat small, evidence as quadrature's."""
+    model, guide, x = decoder_pair(2, sharp=2.0)
+    exact = diagnostics.quadrature(model, guide, x).log_evidence
+    z = diagnostics.hmc(model, guide, x, seed=0).flat("z")
+    covariance = torch.stack([torch.cov(column.T) for column in z.transpose(0, 1)])
+
+    mean = z.mean(0)
+
+    def fitted(x, rows):
+        with data_plate(x):
+            pyro.sample("z", dist.MultivariateNormal(mean[rows], 1.5 * covariance[rows]))
+
+    rows = torch.arange(len(x))
+    found = diagnostics.log_evidence(Indexed(model), fitted, x, rows, num_particles=4000, seed=0)
+    assert (found.log_evidence - exact).abs().max() < 0.1 and found.khat.median() < 0.7
+
+
+def test_schedule():
+    betas = diagnostics.sigmoid_schedule(10)
+    assert betas[0] == 0 and betas[-1] == 1 and (betas.diff() > 0).all()
+    torch.testing.assert_close(betas + betas.flip(0), torch.ones_like(betas))  # symmetric
+
+
+# -- bad use ---------------------------------------------------------------------------------------
+
+
+def test_discrete_latents_are_refused():
+    model = MixtureModel()
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("c", dist.Categorical(torch.ones(len(x), 3)))
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    for call in (diagnostics.hmc, diagnostics.metropolis, diagnostics.ais, diagnostics.quadrature):
+        with pytest.raises(ValueError, match=r"latent 'c' is discrete.*enumerate.*parallel"):
+            call(model, guide, torch.zeros(2))
+
+
+def test_empty_selection_and_bad_data():
+    model, guide, x, _, _ = linear()
+    for call in (diagnostics.hmc, diagnostics.ais, diagnostics.quadrature, diagnostics.metropolis):
+        with pytest.raises(PairError, match="'x' is empty"):
+            call(model, guide, x[:0])
+        with pytest.raises(PairError, match="row 1"):
+            call(model, guide, torch.where(torch.arange(12).unsqueeze(-1) == 1, math.nan, x))
+    with pytest.raises(PairError, match="'x' is empty"):
+        diagnostics.nuts(model, x[:0])
+
+
+def test_non_finite_start_names_site_and_datapoint():
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            scale = torch.where(x > 4, math.nan, 1.0)
+            pyro.sample("x", dist.Normal(z, scale, validate_args=False), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = torch.tensor([0.0, 1.0, 5.0, 6.0])
+    message = r"site 'x' is NaN or infinite at the start .* 2 of 4 datapoints, the first is .* 2"
+    for call in (diagnostics.hmc, diagnostics.ais, diagnostics.metropolis):
+        with pytest.raises(ValueError, match=message):
+            call(model, guide, x)
+
+
+def test_latent_outside_the_data_plate():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with data_plate(x):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="'z' lies outside the plate 'data'"):
+        diagnostics.hmc(model, guide, torch.zeros(3))
+
+
+def test_guides_without_a_density_say_so():
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    flow = dist.transforms.Planar(2)
+
+    def planar(x):
+        base = dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1)
+        with data_plate(x):
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    def auxiliary(x):
+        with data_plate(x):
+            a = pyro.sample("a", dist.Normal(x, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(torch.stack([a, a], -1), 1.0).to_event(1))
+
+    x = torch.zeros(3)
+    for guide, why in ((planar, "no inverse"), (auxiliary, "auxiliary latents")):
+        with pytest.raises(ValueError, match=f'{why}.*start="prior"'):
+            diagnostics.ais(model, guide, x, num_temperatures=3)
+        found = diagnostics.ais(model, guide, x, num_temperatures=3, start="prior")
+        assert found.log_evidence.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_chains": 1}, "num_chains must be at least 2"),
+        ({"num_draws": 3}, "num_draws must be at least 8"),
+        ({"num_warmup": 5}, "num_warmup must be at least 20"),
+        ({"num_leapfrog": 0}, "num_leapfrog must be at least 1"),
+        ({"step_size": -1.0}, "step_size must be positive"),
+        ({"target_accept": 1.0}, "target_accept must lie"),
+        ({"start": "encoder"}, 'start must be "guide" or "prior"'),
+    ],
+)
+def test_bad_settings(options, message):
+    model, guide, x, _, _ = linear(rows=2)
+    with pytest.raises(ValueError, match=message):
+        diagnostics.hmc(model, guide, x, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_chains": 1}, "num_chains must be at least 2"),
+        ({"num_temperatures": 0}, "num_temperatures must be at least 1"),
+        ({"temperatures": torch.tensor([0.0, 0.5])}, "from 0 to 1"),
+        ({"temperatures": torch.tensor([0.0, 0.7, 0.5, 1.0])}, "must rise"),
+        ({"start": "encoder"}, 'start must be "guide" or "prior"'),
+    ],
+)
+def test_bad_annealing(options, message):
+    model, guide, x, _, _ = linear(rows=2)
+    with pytest.raises(ValueError, match=message):
+        diagnostics.ais(model, guide, x, **options)
+
+
+def test_quadrature_refuses_many_latents():
+    model, guide, x, _, _ = linear(rows=2, latent=3)
+    with pytest.raises(ValueError, match="this model has 3 per datapoint"):
+        diagnostics.quadrature(model, guide, x)
+
+
+def test_draws_of_other_data_are_refused(float64):
+    model, guide, x, _, _ = linear(rows=3)
+    draws = diagnostics.hmc(model, guide, x, num_draws=20, num_warmup=20, max_reruns=0)
+    with pytest.raises(ValueError, match="draws are of 3 datapoints"):
+        diagnostics.reverse_ais(model, guide, x[:2], draws=draws)
+    with pytest.raises(ValueError, match="fewer than num_chains"):
+        diagnostics.reverse_ais(model, guide, x, draws=draws, num_chains=1000)
+
+
+def test_verdict_says_what_to_do(float64):
+    model, guide, x, _, _ = linear(rows=3)
+    draws = diagnostics.hmc(model, guide, x, seed=0)
+    assert "all 3 datapoints passed" in repr(draws)
+    assert draws.rhat.max() <= RHAT and draws.ess.min() >= 4 * ESS_PER_CHAIN

@@ -1,0 +1,256 @@
+"""VaDE: the cluster summed out, drawn, or mean-field; against stock Pyro, quadrature, sklearn."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import TraceEnum_ELBO
+from torch import nn
+from torch.nn.functional import softplus
+
+import oracles
+import ppvae
+from oracles import assert_mean, exact_gradient, trainable
+from ppvae import conditionals, elbo, guides, models, nets
+from ppvae.program import data_plate
+
+D, Z, C, N = 5, 2, 3, 6
+
+
+def pair(latent_dim=Z, likelihood=None):
+    decoder = nets.mlp(latent_dim, 8, D, activation=nn.Tanh)
+    prior = conditionals.Mixture(C, latent_dim, spread=1.5)
+    with torch.no_grad():
+        prior.logits.copy_(torch.tensor([0.3, -0.8, 0.5]))
+        prior.log_scale.uniform_(-0.7, 0.2)
+    model = models.VaDE((likelihood or conditionals.Bernoulli)(decoder), prior)
+    guide = guides.Normal(nets.mlp(D, 8, 2 * latent_dim, activation=nn.Tanh))
+    return model, guide, torch.bernoulli(torch.full((N, D), 0.4))
+
+
+class ClusterGuide(ppvae.Program):
+    """z ~ q(z | x), and then c: from p(c | z), or from the paper's q(c | x)."""
+
+    def __init__(self, guide, model, mean_field=None):
+        super().__init__()
+        self.guide, self.model, self.mean_field = guide, model, mean_field
+
+    def forward(self, x):
+        summed = {"enumerate": "parallel"}
+        with data_plate(x):
+            z = pyro.sample("z", self.guide.posterior(x))
+            if self.mean_field is None:
+                probs = self.model.responsibilities(z)
+            else:
+                probs = self.mean_field
+            pyro.sample("c", dist.Categorical(probs), infer=summed)
+
+
+# ------------------------------------------------------------------------------ the two forms
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("K", [1, 50])
+def test_the_cluster_summed_out_is_the_mixture_prior(K):
+    model, guide, x = pair()
+    marginal = models.VAE(model.likelihood, prior=model.prior)
+    found = []
+    for program in (model, marginal):
+        torch.manual_seed(3)
+        log_w = ppvae.log_weights(program, guide, x, num_particles=K).log_w
+        assert log_w.shape == (K, N)
+        found.append((log_w, exact_gradient(log_w.sum(), trainable(model, guide))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+    assert found[0][1].abs().max() > 0.1
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("K", [1, 7])
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_stock_trace_enum_at_the_same_draws(where, K):
+    """Summed out in the model; and with c drawn from p(c | z), which loses nothing."""
+    model, guide, x = pair()
+    stock_guide = guide if where == "model" else ClusterGuide(guide, model)
+    stock = TraceEnum_ELBO(num_particles=K, vectorize_particles=True, max_plate_nesting=1)
+    losses, grads = [], []
+    for loss, program in ((stock, stock_guide), (elbo.ELBO(K), guide)):
+        torch.manual_seed(1)
+        losses.append(loss.differentiable_loss(model, program, x))
+        grads.append(exact_gradient(losses[-1], trainable(model, guide)))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-10)
+    assert grads[0].abs().max() > 0.1
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_evidence_by_quadrature():
+    """One latent dimension: log p(x) from a grid over z with the cluster summed by hand."""
+    model, guide, x = pair(latent_dim=1)
+    z = torch.linspace(-12, 12, 4001)
+    prior = model.prior
+    log_pz = (
+        prior.logits.log_softmax(0)
+        + dist.Normal(prior.loc[:, 0], prior.log_scale[:, 0].exp()).log_prob(z[:, None])
+    ).logsumexp(1)
+    logits = model.likelihood.net(z[:, None])
+    log_px = (x @ logits.T) - softplus(logits).sum(1)
+    exact = (log_px + log_pz).logsumexp(1) + (z[1] - z[0]).log()
+    log_w = ppvae.log_weights(model, guide, x, num_particles=20_000).log_w.detach()
+    assert_mean((log_w - exact.detach()).exp(), 1.0)
+
+
+# ------------------------------------------------------------------------------ the paper's form
+
+
+def paper_terms(model, guide, x, gamma):
+    """The paper's equation 12 with given q(c | x) = gamma: closed forms, reconstruction left out.
+
+    Written from the authors' formula, with log variances; N rows, in nats.
+    """
+    mu, log_var = guide.outputs(x).chunk(2, -1)
+    log_var = 2 * log_var
+    pi, mu_c, log_var_c = (
+        model.prior.logits.softmax(0),
+        model.prior.loc,
+        2 * model.prior.log_scale,
+    )
+    spread = log_var.exp()[:, None] + (mu[:, None] - mu_c) ** 2
+    log_p_z = -0.5 * (log_var_c + spread / log_var_c.exp()).sum(-1)  # without log 2 pi, twice
+    return (
+        (gamma * log_p_z).sum(-1)
+        + 0.5 * (1 + log_var).sum(-1)
+        + (gamma * (pi.log() - gamma.log())).sum(-1)
+    )
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_papers_bound_is_the_mean_field_elbo_and_lies_below():
+    """q(z | x) q(c | x): equal to ELBO with c in the guide; below by E KL(q(c | x) || p(c | z))."""
+    model, guide, x = pair(latent_dim=1)
+    points, mass = oracles.hermite(80)
+    posterior = guide.posterior(x)
+    z = posterior.base_dist.loc + posterior.base_dist.scale * points[:, None, None]  # (G, N, 1)
+    p_c = model.responsibilities(z)
+    gamma = (mass[:, None, None] * p_c).sum(0)  # equation 16, by quadrature
+    log_prior = model.prior().log_prob(z)
+    kl_free = (mass[:, None] * (log_prior - posterior.log_prob(z))).sum(0)  # -KL(q(z|x) || p(z))
+    mean_field = paper_terms(model, guide, x, gamma)
+    lost = (mass[:, None, None] * gamma * (gamma.log() - p_c.log())).sum((0, 2))
+    torch.testing.assert_close(kl_free - mean_field, lost, rtol=0, atol=1e-8)
+    assert (lost > 1e-4).any() and (lost >= 0).all()
+    # the exact optimum of q(c | x) is proportional to exp E log p(c | z), not to E p(c | z)
+    best = (mass[:, None, None] * p_c.log()).sum(0).softmax(-1)
+    assert (paper_terms(model, guide, x, best) > mean_field).all()
+
+    with torch.no_grad():
+        fit = (mass[:, None] * model.likelihood(z).log_prob(x)).sum(0)
+        explicit = elbo.ELBO()(model, ClusterGuide(guide, model, gamma.detach()))
+        drawn = torch.stack([-explicit(x) for _ in range(2000)])
+        assert_mean(drawn, (fit + mean_field).sum())
+        marginal = elbo.ELBO()(model, guide)
+        assert_mean(torch.stack([-marginal(x) for _ in range(2000)]), (fit + kl_free).sum())
+
+
+@pytest.mark.usefixtures("float64")
+def test_cluster_probabilities():
+    model, guide, x = pair()
+    posterior = guide.posterior(x)
+    joint = torch.stack(
+        [
+            model.prior.logits.log_softmax(0)[c]
+            + dist.Normal(model.prior.loc[c], model.prior.log_scale[c].exp())
+            .log_prob(posterior.mean)
+            .sum(-1)
+            for c in range(C)
+        ],
+        -1,
+    )
+    torch.testing.assert_close(model.responsibilities(posterior.mean), joint.softmax(-1))
+    many = posterior.sample((4000,))
+    assert_mean(model.responsibilities(many).detach() - model.clusters(posterior, 200_000), 0.0)
+    assert not model.clusters(posterior).requires_grad
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        model.clusters(posterior, 0)
+
+
+def test_generation_follows_the_cluster():
+    prior = conditionals.Mixture(2, 1)
+    prior.initialise(torch.ones(2), torch.tensor([[-9.0], [9.0]]), torch.full((2, 1), 0.1))
+    model = models.VaDE(conditionals.Bernoulli(nn.Linear(1, 1)), prior)
+    with torch.no_grad():
+        model.likelihood.net.weight.fill_(5.0)
+    c = torch.arange(40) % 2
+    assert torch.equal(model(c=c)[:, 0], c.float())
+    drawn = model(size=400)
+    assert drawn.shape == (400, 1)
+    assert_mean(drawn[:, 0], 0.5)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [elbo.ELBO(2), elbo.ELBO(2, beta=0.5), elbo.IWELBO(5, "dreg"), elbo.RenyiELBO(3, alpha=0.5)],
+    ids=str,
+)
+def test_it_trains(estimator):
+    model, guide, x = pair()
+    svi = ppvae.SVI(model, guide, torch.optim.Adam, estimator)
+    before = [p.clone() for p in trainable(model, guide)]
+    svi.step(x)
+    for old, new in zip(before, trainable(model, guide), strict=True):
+        assert not torch.equal(old, new)
+
+
+@pytest.mark.slow  # a compiler runs
+def test_compiled_equals_eager():
+    losses = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model, guide, x = pair()
+        svi = ppvae.SVI(model, guide, torch.optim.Adam, elbo.ELBO(2), compile=compile)
+        svi.prepare(x)
+        torch.manual_seed(1)
+        losses.append([svi.step(x) for _ in range(4)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------ initialisation
+
+
+def blobs(count=60, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(count) % C
+    centres = torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 8.0]])
+    return centres[y] + 0.5 * torch.randn(count, Z, generator=generator), y
+
+
+def test_initialise_takes_over_scikit_learns_mixture():
+    model, _, _ = pair()
+    codes, _ = blobs()
+    mixture = model.initialise(codes, seed=4)
+    torch.testing.assert_close(model.prior.loc.double(), torch.tensor(mixture.means_), rtol=1e-5,
+                               atol=1e-5)  # fmt: skip
+    variances = (2 * model.prior.log_scale).exp().double()
+    torch.testing.assert_close(variances, torch.tensor(mixture.covariances_), rtol=1e-4, atol=1e-6)
+    assert torch.equal(model.prior.logits, torch.zeros(C))  # equal weights
+    found = model.responsibilities(codes).argmax(1)
+    assert found.tolist() == mixture.predict(codes.numpy()).tolist()
+    assert model.prior.loc.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.randn(2, Z), r"2 codes are fewer than the 3 clusters"),
+        (torch.randn(9, Z + 1), r"give \(N, 2\)"),
+        (torch.full((9, Z), torch.nan), "diverged in pretraining"),
+        (torch.randn(9, 1) * torch.tensor([[1.0, 0.0]]), r"dimensions \[1\] .* constant"),
+        (torch.cat([torch.randn(9, Z), torch.full((1, Z), 1e3)]), "collapsed .* another seed"),
+        (torch.cat([torch.randn(9, Z), torch.full((9, Z), 50.0)]), "collapsed .* duplicates"),
+    ],
+)
+def test_codes_that_cannot_start_a_mixture(codes, message):
+    model, _, _ = pair()
+    before = model.prior.loc.clone()
+    with pytest.raises(ValueError, match=message):
+        model.initialise(codes)
+    assert torch.equal(model.prior.loc, before)
