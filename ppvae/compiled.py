@@ -26,7 +26,6 @@ from ppvae.pairs import NotCompiled, Program, seeded
 from ppvae.program import local_parameters, require_own_parameters
 from ppvae.weights import log_weights
 
-
 _UNKNOWN = object()
 
 

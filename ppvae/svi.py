@@ -167,23 +167,25 @@ class SVI(pyro.infer.SVI):
         for parameter in parameters:
             parameter.grad = None
         loss = self._differentiate(args, kwargs, random)
+        over_all = loss  # all processes decide alike whether a step is finite
         if self.synchronize is not None:
-            self.synchronize([_gradient(parameter) for parameter in parameters])
+            over_all = loss.clone()
+            self.synchronize([*(_gradient(parameter) for parameter in parameters), over_all])
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         if self._withholds(loss):
-            bad = ~torch.isfinite(loss + norm)
+            bad = ~torch.isfinite(over_all + norm)
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self._skipped += bad.long()
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(torch.where(bad, value, buffer))
-        elif not math.isfinite(float(loss) + float(norm)):
+        elif not math.isfinite(float(over_all) + float(norm)):
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(value)
             if not self.skip_nonfinite:
-                what = f"the loss is {float(loss):.6g}"
-                if math.isfinite(float(loss)):
+                what = f"the loss is {float(over_all):.6g}"
+                if math.isfinite(float(over_all)):
                     what += f", but {bad_gradients(self.objective)}"
                 raise self._nonfinite(what, self._site(random, args, kwargs))
             self._skipped += 1

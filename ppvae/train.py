@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
@@ -131,6 +132,7 @@ def fit(
     train_data = source("data", getattr(data, "train", data))
     valid_data = source("valid", valid) if valid is not None else None
     train_data.check_processes()
+    _require_whole(svi.guide, train_data)
     if target is not None:
         _move(svi, target)
     train_data.check(svi, svi.prepare(*train_data.first()))
@@ -157,12 +159,18 @@ def fit(
     if on_epoch_end is not None:
         after_epoch.insert(0, on_epoch_end)
     every_steps = files.every_steps if files is not None else None
+
+    def clock() -> float:
+        """Seconds of training: compiling is reported apart."""
+        return time.perf_counter() - svi.build_seconds
+
     quiet = None if progress and processes.rank == 0 else True
     bar = tqdm(total=epochs, initial=len(history.rows), unit="epoch", disable=quiet)
     with bar, processes.joined(svi), signals(files is not None) as interrupt:
         while not at.over(epochs, patience):
             epoch, skipped = svi.num_epochs + 1, svi.num_skipped - at.skipped
-            started = time.perf_counter() - at.seconds
+            built = svi.build_seconds
+            started = clock() - at.seconds
             batches = train_data.epoch(seed, epoch, skip=at.batch, training=True)
             for batch, rows in batches:
                 processes.contributes = rows > 0
@@ -173,7 +181,7 @@ def fit(
                 due = every_steps is not None and svi.num_steps % every_steps == 0
                 alone = processes.size == 1  # several processes stop where they meet
                 if files is not None and (due or (interrupt.asked and alone)):
-                    at.seconds = time.perf_counter() - started
+                    at.seconds = clock() - started
                     at.skipped = svi.num_skipped - skipped
                     run.write(files)
                     if processes.any(interrupt.asked):
@@ -185,7 +193,7 @@ def fit(
             svi.num_epochs = epoch
             processes.average_buffers(svi.objective)
             total, count = processes.sum(float(at.total), float(at.count))
-            seconds = time.perf_counter() - started  # float(total) has waited for the device
+            seconds = clock() - started  # float(total) has waited for the device
             objective = total / count if count else math.nan
             row = {"epoch": epoch, "step": svi.num_steps, "train_objective": objective}
             if valid_data is not None:
@@ -198,6 +206,8 @@ def fit(
             if svi.skip_nonfinite:
                 row["skipped"] = svi.num_skipped - skipped
             row |= {"lr": float(svi.optimizer.param_groups[0]["lr"]), "seconds": seconds}
+            if svi.build_seconds > built:
+                row["build_seconds"] = svi.build_seconds - built
             history.rows.append(row)
             if scheduler is not None:
                 if isinstance(scheduler, ReduceLROnPlateau):
@@ -233,6 +243,18 @@ def fit(
     if at.best_state is not None:
         svi.objective.load_state_dict(at.best_state, strict=False)  # the step count goes on
     return history
+
+
+def _require_whole(guide: Any, data: Source) -> None:
+    """Refuse minibatches for a guide whose parameters belong to positions in a batch."""
+    if not isinstance(guide, AutoGuide) or guide.create_plates is not None:
+        return
+    if data.loads or data.reads or len(data.whole(0)[0]) > data.batch_size:
+        raise ValueError(
+            f"{type(guide).__name__} has parameters for the positions of a batch, not for "
+            "datapoints, so minibatches would share them; wrap it (guides.Auto), or train on all "
+            "the data at once (batch_size)"
+        )
 
 
 def mean_bound(

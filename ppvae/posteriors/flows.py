@@ -224,7 +224,16 @@ def _import_zuko() -> Any:
 
 
 class _Autoregressive(ConditionalAutoRegressiveNN):
-    """Pyro inverts with zeros of the default dtype, whatever that of the flow is."""
+    """Pyro inverts with zeros of the default dtype, whatever that of the flow is.
+
+    It also loops over the permutation, which a graph can only do over Python numbers.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        permutation = self._buffers.pop("permutation")
+        assert permutation is not None
+        self.permutation = permutation.tolist()
 
     def forward(self, x: Tensor, context: Tensor) -> Any:
         return super().forward(x.to(context.dtype), context)
