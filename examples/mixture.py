@@ -61,9 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tril = model.scale_tril()
     plots.gaussian_components(x, model.posterior(x).probs, model.loc, tril @ tril.mT, left)
     left.set(xlabel="1st principal component", ylabel="2nd principal component")
-    first = min(8, args.iterations)
-    plots.em_steps(evidence[: first + 1], after_e[:first], after_m[:first], right)
-    right.set_title(f"the first {first} iterations", fontsize="medium")
+    shown = slice(1, 8)  # the first iteration, from random rows, would flatten the rest
+    plots.em_steps(evidence[1:9], after_e[shown], after_m[shown], right, start=1)
     reporting.save(right, out / "em.png")
     draw_density(model, x, out)
     draw_proposals(table, out)
@@ -189,11 +188,13 @@ def draw_proposals(table: pd.DataFrame, out: Path) -> None:
     for (name, rows), colour, marker in zip(
         table.groupby(level=0, sort=False), (RED, ORANGE, BLUE), "osD", strict=True
     ):
-        spread = rows["sd / p(x)"].clip(lower=1e-16)
-        ax.plot(rows.index.get_level_values("K"), spread, color=colour, marker=marker, label=name)
-    ax.set(xscale="log", yscale="log", xlabel="draws of c, K",
+        ax.plot(rows.index.get_level_values("K"), rows["sd / p(x)"], color=colour, marker=marker,
+                label=name)  # fmt: skip
+    ax.set_yscale("symlog", linthresh=0.1)  # zero is on it
+    ax.set_yticks([0, 0.1, 0.3, 1, 3], ["0", "0.1", "0.3", "1", "3"])
+    ax.set(xscale="log", ylim=(-0.02, 4), xlabel="draws of c, K",
            ylabel="standard deviation of the estimate / p(x)")  # fmt: skip
-    ax.legend(frameon=False, fontsize="small", title="proposal q(c)", loc="center right")
+    ax.legend(frameon=False, fontsize="small", title="proposal q(c)", loc="upper right")
     reporting.save(ax, out / "proposals.png")
 
 

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.to(device), guide.to(device)
     if args.passes:
         adam = ppvae.alternate(adam, model, guide, steps=steps)
-    svi = ppvae.SVI(model, guide, adam, elbo.ELBO(kl="mixed"))
+    svi = ppvae.SVI(model, guide, adam, elbo.ELBO(kl="mixed"), clip_norm=args.clip_norm)
     turns = f"{args.passes} passes each in turn" if args.passes else "both at each step"
     print(f"\nTraining on {device}: at most {args.epochs} passes, {turns}", flush=True)
     started = time.perf_counter()
@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     reporting.save(history.plot(), out / "training.png")
-    reporting.save(document_map(guide, dataset, counts[: args.num_map]), out / "documents.png")
+    spread = torch.linspace(0, len(counts) - 1, min(args.num_map, len(counts))).long()
+    reporting.save(document_map(guide, dataset, counts.cpu(), spread), out / "documents.png")
     reporting.print_files(out, FILES)
 
 
@@ -209,22 +210,24 @@ def words_and_topics(
     return "\n".join(lines) + "\n"
 
 
-def document_map(guide: guides.Normal, dataset: data.Dataset, counts: Tensor) -> Any:
+def document_map(guide: guides.Normal, dataset: data.Dataset, counts: Tensor, index: Tensor) -> Any:
     """Means of q(z | x) by t-SNE, coloured by label, or by groups that their words name."""
     from sklearn.cluster import KMeans
     from sklearn.manifold import TSNE
 
+    counts = counts[index]  # the files are in the order of the newsgroups, so not the first ones
     with torch.no_grad():
-        z = guide.posterior(counts).mean.cpu().numpy()
+        z = guide.cpu().posterior(counts).mean.numpy()
     place = TSNE(perplexity=min(30, len(z) // 4), init="pca", random_state=0).fit_transform(z)
     y = dataset.test.y
     if y is not None:
-        labels, names = y[: len(z)].numpy(), None
+        labels, names = y[index].numpy(), None
     else:
         labels = KMeans(8, n_init=4, random_state=0).fit_predict(z)
-        names = [name_of(counts.cpu().numpy(), labels == k, dataset) for k in range(8)]
+        names = [name_of(counts.numpy(), labels == k, dataset) for k in range(8)]
     ax = plots.latent_scatter(place, labels, class_names=names)
-    colours = "newsgroup" if y is not None else "k-means groups of z, named by their words"
+    colours = "newsgroup" if y is not None else "k-means groups of z"
+    ax.get_legend().set_title("newsgroup" if y is not None else "words that set it apart")
     ax.set(xlabel="t-SNE, first axis", ylabel="t-SNE, second axis", xticks=[], yticks=[])
     ax.set_title(f"{len(z):,} test documents; colour: {colours}", fontsize="medium")
     return ax
@@ -259,6 +262,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="documents per step (default: %(default)s)")
     add("--lr", type=float, default=5e-4, help="Adam's learning rate; the paper: 5e-5 (default: "
         "%(default)s)")  # fmt: skip
+    add("--clip-norm", type=float, help="largest norm of the gradient, summed over a batch; both "
+        "networks count (default: no clipping)")  # fmt: skip
     add("--num-samples", type=int, default=20, help="draws per test document (default: "
         "%(default)s)")  # fmt: skip
     add("--lda-iterations", type=int, default=20, help="passes of LDA (default: %(default)s)")

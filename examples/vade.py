@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started, best = time.perf_counter(), -1.0
     for seed in range(args.seed, args.seed + args.num_seeds):
         score = functools.partial(metrics.clustering, labels=y, num_clusters=clusters)
-        for method, found in baselines(x, clusters, seed).items():
+        for method, found in baselines(x, clusters, seed, args.num_starts).items():
             scores[method].append(score(found))
 
         # VAE + GMM: a VAE from scratch, then a mixture on its means.
@@ -80,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(vae, guide, x, args.pretrain_epochs + args.epochs, args, device, seed)
         by_gmm = models.VaDE(likelihood(decoder), mixture(args, clusters).to(device))
         codes = means(guide, x)
-        scores["VAE + GMM"].append(score(by_gmm.initialise(codes, seed).predict(codes.cpu())))
+        scores["VAE + GMM"].append(
+            score(by_gmm.initialise(codes, seed, args.num_starts).predict(codes.cpu()))
+        )
 
         # AE + GMM: an autoencoder, then a mixture on its codes. This is where VaDE starts.
         pyro.set_rng_seed(seed)
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = models.VaDE(likelihood(decoder), mixture(args, clusters).to(device))
         guide = guides.Normal(encoder)
         codes = means(guide, x)
-        start = model.initialise(codes, seed).predict(codes.cpu())
+        start = model.initialise(codes, seed, args.num_starts).predict(codes.cpu())
         scores["AE + GMM"].append(score(start))
 
         # VaDE: the same networks go on, with the mixture as prior.
@@ -172,15 +174,17 @@ def means(guide: guides.Normal, x: Tensor) -> Tensor:
     return mean
 
 
-def baselines(x: Tensor, clusters: int, seed: int) -> dict[str, Any]:
+def baselines(x: Tensor, clusters: int, seed: int, starts: int) -> dict[str, Any]:
     """scikit-learn on the data themselves."""
     from sklearn.cluster import KMeans
     from sklearn.mixture import GaussianMixture
 
     rows = x.cpu().double().numpy()
-    gmm = GaussianMixture(clusters, covariance_type="diag", reg_covar=1e-3, random_state=seed)
+    gmm = GaussianMixture(
+        clusters, covariance_type="diag", reg_covar=1e-3, n_init=starts, random_state=seed
+    )
     return {
-        "k-means": KMeans(clusters, n_init=10, random_state=seed).fit_predict(rows),
+        "k-means": KMeans(clusters, n_init=starts, random_state=seed).fit_predict(rows),
         "GMM": gmm.fit_predict(rows),
     }
 
@@ -312,9 +316,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="widths of the encoder, mirrored in the decoder; the paper: 500 500 2000 "
         "(default: 256 256)")  # fmt: skip
     add("--latent-dim", type=int, default=10, help="size of z (default: %(default)s)")
-    add("--pretrain-epochs", type=int, default=100, help="of the autoencoder (default: "
+    add("--num-starts", type=int, default=10, help="of each mixture and of k-means; the most "
+        "likely is taken (default: %(default)s)")  # fmt: skip
+    add("--pretrain-epochs", type=int, default=60, help="of the autoencoder (default: "
         "%(default)s)")  # fmt: skip
-    add("--epochs", type=int, default=100, help="of VaDE; the paper on MNIST: 3000 (default: "
+    add("--epochs", type=int, default=200, help="of VaDE; the paper on MNIST: 3000 (default: "
         "%(default)s)")  # fmt: skip
     add("--batch-size", type=int, default=100, help="rows per step (default: %(default)s)")
     add("--lr", type=float, default=2e-3, help="Adam's first learning rate (default: %(default)s)")
@@ -326,7 +332,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
     add("--quick", "--smoke", action="store_true", help="a check that all runs, in seconds")
     args = parser.parse_args(argv)
-    for name in ("num_seeds", "latent_dim", "pretrain_epochs", "epochs", "batch_size"):
+    for name in (
+        "num_seeds",
+        "num_starts",
+        "latent_dim",
+        "pretrain_epochs",
+        "epochs",
+        "batch_size",
+    ):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
     if args.quick:

@@ -20,6 +20,7 @@ class Chain:
         name: of the variable that the first level is called with.
         shape: its event shape.
         like: the module whose device and dtype the zeros have.
+        integer: whether that variable is of integers.
 
     Attributes:
         shapes: event shape by name, in the order found.
@@ -35,10 +36,11 @@ class Chain:
         ValueError: the levels do not chain: block 2 fails for d1 of shape (3,); so far ...
     """
 
-    def __init__(self, name: str, shape: Shape, like: nn.Module) -> None:
+    def __init__(self, name: str, shape: Shape, like: nn.Module, integer: bool = False) -> None:
         self.shapes = {name: shape}
         floats = (p for p in like.parameters() if p.is_floating_point())
-        self._value = next(floats, torch.zeros(())).new_zeros((2, *shape))
+        self._zero = next(floats, torch.zeros(())).new_zeros(())
+        self._value = self._zeros(shape, integer)
 
     def follow(self, label: str, name: str, level: nn.Module, shape: Shape | None = None) -> Any:
         """Run a level on the latest variable; what it gives becomes the latest, ``name``.
@@ -79,7 +81,8 @@ class Chain:
         if isinstance(found, Tensor):
             zeros = torch.zeros_like(found)
         else:
-            zeros = self._value.new_zeros((2, *found.event_shape), dtype=_dtype(found))
+            classes = isinstance(getattr(found, "base_dist", found), dist.Categorical)
+            zeros = self._zeros(found.event_shape, classes)
         if shape is not None and tuple(zeros.shape[1:]) != shape:
             raise ValueError(
                 f"the levels do not chain: {label} gives {name} of shape "
@@ -89,10 +92,13 @@ class Chain:
             )
         return found, zeros
 
+    @property
+    def integer(self) -> bool:
+        """Whether the latest variable is of integers, as classes are."""
+        return not self._value.is_floating_point()
+
+    def _zeros(self, shape: Shape, integer: bool) -> Tensor:
+        return self._zero.new_zeros((2, *shape), dtype=torch.long if integer else None)
+
     def _table(self) -> str:
         return ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
-
-
-def _dtype(fn: Any) -> torch.dtype | None:
-    """Of a distribution's values, where it is not that of the parameters."""
-    return torch.long if isinstance(getattr(fn, "base_dist", fn), dist.Categorical) else None

@@ -10,6 +10,7 @@ import pickle
 import random
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,11 @@ from torch import Tensor
 FORMAT = 1  # raised when an older ppvae could not read what is written
 MAGIC = "ppvae checkpoint"
 _NAME = re.compile(r"step-(\d{8,})\.pt")
+# What zipfile and torch.load raise at bytes that are not theirs, depending on where they differ.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError),
+)
 
 
 class CheckpointError(RuntimeError):
@@ -191,7 +197,7 @@ def _content(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(
             f"{path} is damaged, truncated or no checkpoint at all ({error})"
         ) from error

@@ -91,6 +91,11 @@ def fit_local(
     """
     if steps < 1 or num_particles < 1:
         raise ValueError(f"steps and num_particles must be >= 1, got {steps}, {num_particles}")
+    if not isinstance(guide, torch.nn.Module):
+        raise ValueError(
+            f"fit_local optimises a guide's own parameters, so the guide must be an nn.Module, got "
+            f"{type(guide).__name__}; pass guide.local(x), or guides.PerDatapoint(...)"
+        )
     owner = module_of(model)
     fixed = {id(p) for p in owner.parameters()} if owner is not None else set()
     moving = [p for p in guide.parameters() if p.requires_grad and id(p) not in fixed]

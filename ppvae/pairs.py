@@ -124,6 +124,35 @@ def replay(program: Program, drawn: Trace, args: Args, kwargs: Kwargs) -> Trace:
     return trace(poutine.replay(program, trace=drawn), args, kwargs)
 
 
+@torch.no_grad()
+def simulate(model: Program, args: Args, kwargs: Kwargs) -> tuple[Args, Trace]:
+    """Data drawn from the model in the place of the observed arguments, and the model's trace.
+
+    What is not observed (a condition y) stays; the trace holds the latents the data came from.
+
+    Raises:
+        ValueError: an observed value is none of the arguments, or x cannot be drawn.
+    """
+    observed = sample_sites(trace(model, args, kwargs))
+    try:
+        dream = trace(poutine.uncondition(model), args, kwargs)
+    except (ValueError, NotImplementedError) as error:
+        reason = str(error).partition("\nTrace Shapes:")[0]  # which Pyro appends
+        raise ValueError(f"x cannot be drawn from the model: {reason}") from error
+    dreamt = list(args)
+    for name, site in observed.items():
+        if not site["is_observed"]:
+            continue
+        position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
+        if position is None:
+            raise ValueError(
+                f"draws of the model are put in the place of the observed data, but the value of "
+                f"site {name!r} is none of the arguments; observe an argument itself, obs=x"
+            )
+        dreamt[position] = dream.nodes[name]["value"]
+    return tuple(dreamt), dream
+
+
 def sample_sites(drawn: Trace) -> dict[str, Site]:
     """The random sites of a trace: no plates' subsample sites, no ``pyro.deterministic``."""
     return {

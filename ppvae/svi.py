@@ -237,8 +237,12 @@ class SVI(pyro.infer.SVI):
             return torch.full((), math.nan, dtype=parameter.dtype, device=parameter.device)
 
     def _loss(self, args: tuple, kwargs: dict) -> Tensor:
-        # validated once, in prepare
-        with local_parameters(), pyro.validation_enabled(False), self.autocast():
+        with (
+            local_parameters(),
+            pyro.validation_enabled(False),  # validated once, in prepare
+            torch.enable_grad(),
+            self.autocast(),
+        ):
             if self.compile:
                 if self._compiled is None:
                     self._compiled = Compiled(self.objective, Gradients, self.compile is True)
@@ -345,6 +349,12 @@ def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
             f"{optim!r}"
         )
     factory = optim.func if isinstance(optim, functools.partial) else optim
+    closure = inspect.signature(getattr(factory, "step", lambda closure=None: None)).parameters
+    if "closure" in closure and closure["closure"].default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{factory.__name__} evaluates the loss several times in a step, and a step of SVI is "
+            "one loss and one gradient; use torch.optim.Adam or another first-order optimiser"
+        )
     given = optim.keywords if isinstance(optim, functools.partial) else {}
     if "fused" not in given and "foreach" not in given and _can_fuse(factory, parameters):
         return optim(parameters, fused=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from ppvae.pairs import (
     replay,
     run,
     sample_sites,
-    trace,
+    simulate,
 )
 
 
@@ -196,21 +195,8 @@ def dream_log_q(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Te
         ValueError: an observed value is not one of the arguments, so it cannot be replaced.
     """
     with own_path():
-        with torch.no_grad():
-            observed = sample_sites(trace(model, args, kwargs))
-            dream = trace(poutine.uncondition(model), args, kwargs)
-        dreamt = list(args)
-        for name, site in observed.items():
-            if site["is_observed"]:
-                position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
-                if position is None:
-                    raise ValueError(
-                        f"the sleep phase replaces the data by draws of the model, but the value "
-                        f"of site {name!r} is none of the arguments; observe an argument itself, "
-                        "obs=x, or use insomnia=1"
-                    )
-                dreamt[position] = dream.nodes[name]["value"]
-        sites = sample_sites(replay(guide, dream, tuple(dreamt), kwargs))
+        dreamt, dream = simulate(model, args, kwargs)
+        sites = sample_sites(replay(guide, dream, dreamt, kwargs))
         leftmost = _leftmost_plate(list(sites.values()))
         terms = [_log_prob(site, leftmost, joint=False) for site in sites.values()]
         return cast(Tensor, sum(terms))

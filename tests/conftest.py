@@ -16,6 +16,8 @@ settings.load_profile("ppvae")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # First, while this process has no threads: a fork beside those of JAX or a compiler may hang.
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

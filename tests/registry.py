@@ -69,6 +69,11 @@ def vae_bag_of_words() -> Pair:
     return model, guides.Normal(tanh(7, 8, 2 * Z)), (torch.poisson(torch.ones(N, 7)),)
 
 
+def nvdm() -> Pair:
+    guide = guides.Normal(tanh(7, 8, 2 * Z))
+    return models.NVDM(7, Z, length=7), guide, (torch.poisson(torch.ones(N, 7)),)
+
+
 def vae_mixture_prior() -> Pair:
     likelihood = conditionals.Bernoulli(tanh(Z, 8, D))
     model = models.VAE(likelihood, prior=conditionals.Mixture(3, Z))
@@ -268,6 +273,7 @@ ALL_PAIRS: dict[str, Callable[[], Pair]] = {
     "vae_normal_scale_per_dim": lambda: vae_normal(conditionals.Scale(0.7, (D,))),
     "vae_categorical": vae_categorical,
     "vae_bag_of_words": vae_bag_of_words,
+    "nvdm": nvdm,
     "vae_mixture_prior": vae_mixture_prior,
     "vae_vamp_prior": vae_vamp_prior,
     "vae_conv": vae_conv,

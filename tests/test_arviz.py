@@ -428,6 +428,9 @@ def test_held_out_evidence_as_elpd():
         ([], 10, r"datapoints is empty: give indices, e.g. report.worst\(10\)"),
         ([5], 10, "must be indices of the report's 5 datapoints"),
         ([[0, 1]], 10, "must be indices"),
+        ([0.5], 10, "must be indices"),
+        (torch.ones(4, dtype=torch.bool), 10, "must be indices.*or a mask"),
+        (torch.zeros(5, dtype=torch.bool), 10, "datapoints is empty"),
         (None, 10**7, "choose some"),
     ],
 )
@@ -435,6 +438,24 @@ def test_bad_choices_of_a_report(datapoints, num_draws, match):
     report = diagnostics.diagnose(*vae(), X, num_particles=30, num_aggregate=0)
     with pytest.raises(ValueError, match=match):
         report.to_arviz(datapoints, num_draws=num_draws)
+
+
+@pytest.mark.parametrize(
+    ("datapoints", "found"),
+    [
+        (slice(1, 3), [1, 2]),
+        (3, [3]),
+        ([-1, 0], [4, 0]),
+        (torch.tensor([True, False, True, False, False]), [0, 2]),
+        (np.array([4, 2]), [4, 2]),
+        (None, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_choices_of_a_report(datapoints, found):
+    report = diagnostics.diagnose(*vae(), X, num_particles=30, num_aggregate=0)
+    idata = report.to_arviz(datapoints, num_draws=2)
+    assert idata.posterior["datapoint"].values.tolist() == found
+    np.testing.assert_array_equal(idata.observed_data["x"], X[found])
 
 
 class Chains:

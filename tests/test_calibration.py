@@ -280,6 +280,22 @@ def test_what_cannot_be_simulated():
         diagnostics.sbc(*discrete(torch.tensor([0.1, 0.6])), torch.zeros(1)).coverage([1.5])
 
 
+def test_a_guide_that_fails_on_simulated_data_is_not_ranked():
+    """Draws that are NaN lie below nothing, and would look like a guide that is too narrow."""
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):  # exp overflows at x = 0.89
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x / 2, (100 * x).exp()).to_event(1))
+
+    with pytest.raises(ValueError, match=r"on data drawn from the model.*site 'z' of the guide"):
+        diagnostics.sbc(model, guide, torch.zeros(2, 1), seed=0)
+
+
 # -- predictive checks -------------------------------------------------------------------------
 
 MEAN = {"mean": lambda x: x.mean(-1), "first squared": lambda x: x[:, 0].square()}

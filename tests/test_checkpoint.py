@@ -20,6 +20,8 @@ import ppvae
 from ppvae import CheckpointError, Checkpoints, conditionals, data, elbo, guides, models, nets
 from ppvae.checkpoint import plain, read
 
+pytestmark = pytest.mark.forks
+
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 X = torch.bernoulli(torch.full((50, 4), 0.5), generator=torch.Generator().manual_seed(1))
 GREY = torch.rand(50, 4, generator=torch.Generator().manual_seed(2))

@@ -505,9 +505,90 @@ def test_float32_and_one_datapoint():
     model, guide, args = build("vae_bernoulli")
     report = diagnose(model, guide, args[0][:1], num_particles=21, seed=0)
     assert report.log_evidence.dtype == torch.float64
-    assert report.activity == {}
-    assert report.mutual_information == pytest.approx(0.0, abs=1e-6)
+    assert report.activity == {} and report.aggregate is None
+    assert report.absent["activity and mutual information"] == "they take two datapoints"
     assert "Report of 1 datapoints" in repr(report)
+    assert "nan" not in repr(report)
+
+
+def test_zero_weights_make_the_elbo_minus_infinity_in_the_table_too():
+    """A mean over the finite rows alone would be an ELBO above log p(x)."""
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Poisson(z.relu()), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(0.3 * x, 1.0))
+
+    x = torch.tensor([0.0, 1.0, 2.0, 4.0])
+    report = diagnose(model, guide, x, num_particles=200, seed=0)
+    assert report.elbo.isneginf().tolist() == [False, True, True, True]
+    assert report.log_evidence.isfinite().all()
+    (elbo,) = (line for line in repr(report).splitlines() if line.startswith("ELBO"))
+    assert elbo.split()[1:3] == ["-inf", "-"]
+    assert "The ELBO is minus infinity on 75 % of points" in repr(report)
+    z = torch.linspace(1e-6, 12, 20001)  # log p(x) by the midpoint rule
+    density = dist.Poisson(z).log_prob(x[1:, None]) + dist.Normal(0.0, 1.0).log_prob(z)
+    exact = (density.exp().sum(1) * (z[1] - z[0])).log()
+    assert ((report.log_evidence[1:] - exact).abs() < 5 * report.log_evidence_se[1:]).all()
+
+
+def test_a_discrete_latent_has_ties_and_is_told_so():
+    def model(x):
+        with data_plate(x):
+            c = pyro.sample("c", dist.Bernoulli(0.7))
+            pyro.sample("x", dist.Normal(4 * c - 2, 1.0), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("c", dist.Bernoulli(0.5))
+
+    report = diagnose(model, guide, torch.tensor([-2.0, 3.0]), num_particles=100, seed=0)
+    assert report.khat.isposinf().all()
+    assert "On 100 % of points k-hat is infinite because the largest" in report.verdict[1]
+
+
+def test_bernoulli_latents(float64):
+    """Torch's KL of Bernoullis of several particles and of the prior does not broadcast."""
+
+    class Coins(ppvae.Program):
+        def __init__(self, guide):
+            super().__init__()
+            self.guide, self.net = guide, nets.mlp(8 if guide else 3, 16, 3 if guide else 8)
+
+        def forward(self, x):
+            with data_plate(x):
+                logits = self.net(x) if self.guide else torch.tensor([0.0, 1.0, -1.0])
+                h = pyro.sample("h", dist.Bernoulli(logits=logits).to_event(1))
+                if not self.guide:
+                    x_h = dist.Bernoulli(logits=3 * self.net(h)).to_event(1)
+                    pyro.sample("x", x_h, obs=x)
+
+    model, guide = Coins(guide=False), Coins(guide=True)
+    x = torch.bernoulli(torch.full((12, 8), 0.5))
+    report = diagnose(model, guide, x, num_particles=2000, seed=0)
+    states = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
+    with torch.no_grad():
+        prior = dist.Bernoulli(logits=torch.tensor([0.0, 1.0, -1.0])).log_prob(states).sum(-1)
+        given = dist.Bernoulli(logits=3 * model.net(states)).log_prob(x[:, None]).sum(-1)
+        q = guide.net(x).sigmoid()
+    exact = (prior + given).logsumexp(1)
+    assert ((report.log_evidence - exact).abs() < 5 * report.log_evidence_se).all()
+    p = torch.tensor([0.0, 1.0, -1.0]).sigmoid()
+    kl = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    torch.testing.assert_close(report.kl_per_dimension["h"], kl)
+    assert report.active["h"].shape == (3,)
+
+
+def test_two_datapoints_that_share_nothing_are_not_at_the_ceiling(float64):
+    """log 2 is less than a nat, so "within a nat of the ceiling" says nothing."""
+    model, _, x = linear()
+    report = diagnose(model, guides.Prior(model), x[:2], num_particles=50, seed=0)
+    assert report.mutual_information == pytest.approx(0.0, abs=1e-9)
+    assert not any("ceiling" in sentence for sentence in report.verdict)
 
 
 # -- what is refused ---------------------------------------------------------------------------

@@ -18,6 +18,8 @@ import ppvae
 from ppvae import CheckpointError, Checkpoints, conditionals, data, elbo, guides, models, nets
 from ppvae.processes import Processes
 
+pytestmark = pytest.mark.forks
+
 fabric_module = pytest.importorskip("lightning_fabric")
 
 SLOWLY = pytest.mark.slow

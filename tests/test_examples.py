@@ -330,3 +330,49 @@ def test_posterior_diagnostics(tmp_path, capsys):
     idata.close()
     with pytest.raises(ValueError, match="already holds"):
         example.main(["--smoke", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("mixture", [], ("scikit-learn's EM", "gradient ascent", "posterior after 2 EM steps")),
+        ("autoencoder", [], ("beta-VAE", "the encoder", "the same sigma^2 beta")),
+        ("hierarchical", [], ("bottom-up, fine-tuned", "ladder, fine-tuned", "active z3")),
+        pytest.param(
+            "hierarchical",
+            ["--net", "conv", "--latents", "2", "3"],
+            ("'z2': (3, 2, 2)", "ladder"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "hierarchical",
+            ["--latents", "4", "3", "2", "1", "--guides", "ladder"],
+            ("active z4",),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "hierarchical",
+            ["--no-batch-norm", "--fine-tune", "0", "--warm-up", "0"],
+            ("KL z3",),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_model_families(name, options, words, tmp_path, capsys):
+    import importlib
+
+    dtype = torch.get_default_dtype()
+    importlib.import_module("reporting")
+    example = importlib.import_module(name)
+    try:
+        example.main(["--quick", *options, "--device", "cpu", "--out", str(tmp_path)])
+    finally:
+        torch.set_default_dtype(dtype)  # the mixture runs in float64
+    shown = capsys.readouterr().out
+    for word in words:
+        assert word in shown
+    assert {path.name for path in tmp_path.iterdir()} == set(example.FILES)
+    for path in tmp_path.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="already holds"):
+        example.main(["--quick", "--out", str(tmp_path)])

@@ -420,6 +420,8 @@ def test_local_keeps_the_family_and_leaves_the_guide_alone():
         guides.Amortized(nn.Linear(4, 2)).local(x)
     with pytest.raises(ValueError, match="no trainable parameter that is not the model's"):
         fit_local(Indexed(model), local.requires_grad_(False), x, index)
+    with pytest.raises(ValueError, match=r"must be an nn\.Module, got function"):
+        fit_local(Indexed(model), lambda x, index: local(x, index), x, index)
 
 
 def test_individual_inference_in_fit_and_in_evidence():

@@ -340,6 +340,15 @@ def test_levels_that_do_not_chain_are_named_with_their_widths():
         guides.Ladder(model, blocks, [*heads[:2], Normal(nets.mlp(5, 10))])
 
 
+def test_an_encoder_of_classes_is_shown_integers():
+    embed = nn.Sequential(nn.Embedding(4, 5), nn.Flatten(-2), nn.Linear(15, 2 * 2))
+    likelihood = conditionals.Categorical(nets.mlp(2, 3 * 4), num_classes=4)
+    model = models.Hierarchical(likelihood, [Normal(nets.mlp(2, 4))], latent_dim=2)
+    guide = guides.BottomUp(model, [Normal(embed), Normal(nets.mlp(2, 4))])
+    weights = ppvae.log_weights(model, guide, torch.randint(4, (6, 3)), num_particles=5)
+    assert weights.log_w.shape == (5, 6)
+
+
 def test_looking_at_shapes_moves_nothing():
     block = nets.flat_batch(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)))
     before = {name: value.clone() for name, value in block.state_dict().items()}

@@ -15,6 +15,7 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel, assert_below, assert_mean, trainable
 from ppvae import elbo
+from ppvae.elbo.estimator import State
 from ppvae.program import data_plate, local_parameters
 from registry import ALL_ESTIMATORS, ALL_PAIRS, build, cross, owners
 
@@ -153,7 +154,7 @@ def test_full_data_and_minibatches_have_the_same_expectation(label: str, way: st
 
 def repeated_losses(estimator: elbo.ELBO, model, guide, x: Tensor, draws: int = 3000) -> Tensor:
     weights = ppvae.log_weights(model, guide, x.repeat(draws, 1))
-    return estimator.effective(weights, 0)[0].reshape(draws, len(x)).sum(1).detach()
+    return estimator.effective(weights, State())[0].reshape(draws, len(x)).sum(1).detach()
 
 
 @pytest.mark.usefixtures("float64")

@@ -263,8 +263,24 @@ def test_an_empty_component_and_a_constant_column_are_named():
     with pytest.raises(CollapsedComponent, match="component 1 has no points"):
         started(x).m_step(x, q)
     flat = torch.cat([x[:, :1], torch.full((len(x), 1), 0.3)], 1)
-    with pytest.raises(CollapsedComponent, match="columns of x that are constant"):
+    with pytest.raises(ValueError, match="column 1 of x is constant"):
         models.GaussianMixture(2, 2).m_step(flat, torch.full((len(x), 2), 0.5))
+    line = torch.stack([x[:, 0], 2 * x[:, 0]], 1)
+    with pytest.raises(CollapsedComponent, match=r"component 0 has collapsed.*sums of others"):
+        models.GaussianMixture(2, 2).m_step(line, torch.full((len(x), 2), 0.5))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_units_of_the_columns_do_not_matter(full):
+    """No false alarm where one column is in kilometres and the other in millimetres."""
+    x = three_clusters() * torch.tensor([1e-4, 1e3])
+    model = started(x, full)
+    em(model, x, 10, reg_covar=0.0)
+    model.require_spread(x)
+    same = started(three_clusters(), full)
+    em(same, three_clusters(), 10, reg_covar=0.0)
+    # The start of both takes the same rows, sorted by the first column.
+    torch.testing.assert_close(model.posterior(x).probs, same.posterior(three_clusters()).probs)
 
 
 def test_a_component_that_collapsed_under_gradients_is_named():

@@ -243,3 +243,72 @@ def test_a_model_for_another_vocabulary_is_refused_before_any_step():
     with pytest.raises(ValueError, match="7"):
         ppvae.fit(ppvae.SVI(model, guide, adam), dataset, epochs=1, progress=False)
     assert exact_gradient(model.word_vectors.sum(), [model.word_vectors]).sum() == 6 * Z
+
+
+# ------------------------------------------------------------------------------ the example
+
+
+@pytest.fixture
+def example(monkeypatch):
+    import importlib
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    return importlib.import_module("nvdm")
+
+
+def test_the_bound_of_lda(example):
+    """One topic: exact. Two: below log p by quadrature over the share of the first, and near."""
+    counts = scipy.sparse.csr_array(corpus(6))
+    rng = np.random.default_rng(0)
+    topics = rng.dirichlet(np.ones(V), size=2)
+    found = example.lda_bound(counts, topics[:1], alpha=0.5)
+    np.testing.assert_allclose(found, corpus(6) @ np.log(topics[0]), rtol=1e-10)
+    alpha = 1.5
+    share = (np.arange(20_000) + 0.5) / 20_000
+    log_density = (alpha - 1) * np.log(share * (1 - share)) + math.lgamma(2 * alpha)
+    log_density -= 2 * math.lgamma(alpha)
+    mixed = np.log(share[:, None] * topics[0] + (1 - share[:, None]) * topics[1])
+    exact = np.log(np.exp(mixed @ corpus(6).T + log_density[:, None]).mean(0))
+    bound = example.lda_bound(counts, topics, alpha)
+    assert (bound < exact).all() and (exact - bound < 0.5).all()
+
+
+def test_the_example_runs(example, tmp_path, monkeypatch, capsys):
+    import hashlib
+    import json
+
+    from ppvae.data import fetch
+
+    rng = np.random.default_rng(0)
+    words = [f"word{v}" for v in range(40)]
+    files = {"vocab.new": "".join(f"{w} 0\n" for w in words)}
+    for part, rows in (("train", 90), ("test", 60)):
+        lines = [
+            "1 " + " ".join(f"{v + 1}:{c}" for v, c in enumerate(row) if c)
+            for row in rng.poisson(0.7, (rows, 40))
+        ]
+        files[f"{part}.feat"] = "\n".join([*lines, "1 "]) + "\n"
+    for name, content in files.items():
+        (tmp_path / "20news").mkdir(exist_ok=True)
+        (tmp_path / "20news" / name).write_text(content)
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        monkeypatch.setitem(fetch.SHA256, f"20news/{name}", digest)
+    monkeypatch.setenv("PPVAE_DATA", str(tmp_path))
+    out = tmp_path / "out"
+    options = ["--quick", "--device", "cpu", "--num-valid", "20", "--out", str(out)]
+    example.main([*options, "--words", "word3", "word7"])
+    shown = capsys.readouterr().out
+    assert "2 empty documents dropped" in shown and "word3      " in shown
+    assert {path.name for path in out.iterdir()} == set(example.FILES)
+    found = json.loads((out / "results.json").read_text())["perplexity"]
+    assert len(found) == 4
+    bound, weighted = found["NVDM, ELBO"], found["NVDM, log p by 20 importance samples"]
+    for definition in ("per_document", "corpus"):
+        assert bound[definition] > weighted[definition] > 1  # the tighter bound, by Jensen
+    # uniform words: nobody can do better than 40 but by chance
+    assert found["one unigram for all"]["corpus"] == pytest.approx(40, rel=0.1)
+    with pytest.raises(ValueError, match="already holds"):
+        example.main(options)
+    with pytest.raises(ValueError, match="'word99' is not in the vocabulary"):
+        example.main([*options, "--overwrite", "--words", "word99"])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -40,6 +41,12 @@ TABLE.attrs = {"log_evidence": -4.2, "reference": "exact"}
 POINTS = torch.arange(1, 20) / 20
 BAND = (POINTS, POINTS - 0.2, POINTS + 0.2)
 
+DRAWS = torch.linspace(-2, 2, 400).repeat(2, 1).T + torch.sin(torch.arange(800.0)).reshape(400, 2)
+GAPS = {
+    name: SimpleNamespace(approximation=torch.tensor([0.2, 0.4]), amortisation=torch.tensor(values))
+    for name, values in (("diagonal", [1.0, 2.0]), ("flow", [0.3, -0.4]))
+}
+
 # One call of every public function, as (function, arguments); all torch tensors.
 CALLS = {
     "training_curve": ([torch.tensor([-3.0, -1.0, -2.0]), torch.tensor([-4.0, -2.0, -3.0])], {}),
@@ -63,6 +70,9 @@ CALLS = {
     "rate_distortion": ([{"VAE": (20.0, 80.0), "beta 4": (8.0, 100.0)}], {}),
     "sbc_ecdf": ([{"z": torch.arange(40).reshape(20, 2) % 20}, 19, BAND], {}),
     "coverage": ([torch.tensor([0.5, 0.9]), {"z": torch.tensor([[0.4], [0.8]])}, 100], {}),
+    "gap_bars": ([GAPS], {}),
+    "posterior_contours": ([DRAWS, 1.3 * DRAWS.flip(0)], {}),
+    "posterior_intervals": ([DRAWS, 1.3 * DRAWS.flip(0)], {}),
     "predictive_check": ([torch.tensor([1.0, 2.0]), torch.linspace(0, 3, 60).reshape(30, 2)], {}),
     "bound_against_particles": ([TABLE], {}),
     "snr_against_particles": ([TABLE], {"part": "model"}),

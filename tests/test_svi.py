@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 import ppvae
 from ppvae import conditionals, elbo, guides, models, nets
+from registry import build
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 X = torch.bernoulli(torch.full((20, 4), 0.5), generator=torch.Generator().manual_seed(1))
@@ -420,3 +421,17 @@ def test_fused_on_cuda():
 def test_default_arguments_on_cuda(kind):
     model, guide = (program.cuda() for program in vae())
     ppvae.SVI(model, guide, kind).step(X.cuda())
+
+
+def test_an_optimiser_that_evaluates_the_loss_itself_is_refused() -> None:
+    model, guide, args = build("vae_bernoulli")
+    with pytest.raises(TypeError, match=r"LBFGS evaluates the loss several times.*Adam"):
+        ppvae.SVI(model, guide, torch.optim.LBFGS).step(*args)
+
+
+def test_a_step_inside_no_grad_is_a_step() -> None:
+    model, guide, args = build("vae_bernoulli")
+    svi = ppvae.SVI(model, guide)
+    with torch.no_grad():
+        first = svi.step(*args)
+    assert svi.num_steps == 1 and first > 0

@@ -91,13 +91,15 @@ def binarized_mnist(flatten: bool = True, seed: int = 0) -> Dataset:
     Source: Larochelle and Murray (2011),
     http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/
     """
-    parts = [
+    train, valid, test = (
         Split(_amat(fetch("binarized_mnist", f"binarized_mnist_{part}.amat"), rows, flatten))
         for part, rows in MNIST_ROWS.items()
-    ]
+    )
     return Dataset(
         "binarized_mnist",
-        *parts,
+        train,
+        valid,
+        test,
         support="binary",
         shape=(1, 28, 28),
         source="Larochelle and Murray (2011), http://www.cs.toronto.edu/~larocheh/public/datasets/"

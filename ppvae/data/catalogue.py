@@ -95,8 +95,7 @@ with scikit-learn; grey levels / 16; split at random by class, seed 0
     if binarize != "default":
         if "binarize" not in accepted and binarize is not None:
             raise ValueError(
-                f"binarize={binarize!r} needs grey levels, and {str(name)!r} has none: "
-                "leave it out"
+                f"binarize={binarize!r} needs grey levels, and {str(name)!r} has none: leave it out"
             )
         if "binarize" in accepted:
             options["binarize"] = binarize

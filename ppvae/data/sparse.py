@@ -146,7 +146,7 @@ def split_counts(
     else:
         index = list(split_rows(len(rows), valid, test, seed, numbers))
         owners = [parts[0]] * 3
-    splits = (
+    train_part, valid_part, test_part = (
         Split(
             cast(Tensor, matrix),
             None if y is None else y[torch.from_numpy(i)],
@@ -159,7 +159,9 @@ def split_counts(
     how = "at random" if labels is None else "at random by class"
     return Dataset(
         name,
-        *splits,
+        train_part,
+        valid_part,
+        test_part,
         support=support,
         shape=(int(rows.shape[1]),),
         num_classes=None if labels is None else int(labels.max()) + 1,

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ppvae.diagnostics.chains import Point, PosteriorDraws
 from ppvae.diagnostics.hmc import leapfrog
-from ppvae.diagnostics.joint import Joint, simulate, traced
-from ppvae.pairs import seeded
+from ppvae.diagnostics.joint import Joint, traced
+from ppvae.pairs import evaluation_mode, own_path, seeded, simulate
 
 TARGET_ACCEPT = 0.8
 REFRESH = 10  # transitions at the posterior that part chains which start from one exact draw
@@ -329,7 +329,8 @@ def bdmc(
     betas = _schedule(temperatures, num_temperatures)
     _check(num_chains, num_leapfrog, start)
     with seeded(seed, *args):
-        simulated, dream = simulate(model, *args)
+        with own_path(), evaluation_mode(model):
+            simulated, dream = simulate(model, args, {})
         joint = Joint(model, guide, *simulated)
         exact = joint.coordinates(dream)
         lower, upper, begin = [], [], 0
@@ -367,7 +368,7 @@ class _Path:
         """Draws of r, ``(C, N, D)``."""
         guide = self.start == "guide"
         u = self.joint.draw_q(num_chains) if guide else self.joint.draw_prior(num_chains)
-        self.joint.require_finite(u, f"draws from the {self.start}")
+        self.joint.require_finite(u, self.start)
         return u
 
     def ends(self, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -225,16 +225,21 @@ def of_report(
     require_arviz()
     model, guide, args = report.pair
     rows = len(report.khat)
-    index = torch.arange(rows) if datapoints is None else torch.as_tensor(datapoints).cpu()
-    if index.dtype == torch.bool:
-        index = index.nonzero().flatten()
-    if index.numel() == 0:
-        raise ValueError("datapoints is empty: give indices, e.g. report.worst(10)")
-    if index.dim() != 1 or int(index.max()) >= rows or int(index.min()) < -rows:
+    if isinstance(datapoints, Tensor):
+        datapoints = datapoints.cpu().numpy()
+    wanted = slice(None) if datapoints is None else datapoints
+    try:
+        chosen = np.arange(rows)[wanted] if np.size(wanted) else np.arange(0)
+    except IndexError:
+        chosen = np.empty((0, 0))
+    if chosen.ndim > 1:
         raise ValueError(
-            f"datapoints must be indices of the report's {rows} datapoints, got {datapoints!r}"
+            f"datapoints must be indices of the report's {rows} datapoints, or a mask of them, got "
+            f"{datapoints!r}"
         )
-    index = index % rows
+    index = torch.from_numpy(np.atleast_1d(chosen))
+    if not len(index):
+        raise ValueError("datapoints is empty: give indices, e.g. report.worst(10)")
     width = sum(arg[0].numel() for arg in args if isinstance(arg, Tensor))
     if (size := 2 * num_draws * len(index) * width) > _LARGEST:
         raise ValueError(
@@ -243,7 +248,6 @@ def of_report(
             if predictive
             else f"{num_draws} draws of {len(index)} datapoints are too many; choose some"
         )
-    chosen = take(args, index)
     columns = {
         field.name: getattr(report, field.name)[index]
         for field in fields(Evidence)
@@ -251,7 +255,8 @@ def of_report(
     }
     evidence = Evidence(**columns, num_particles=report.num_particles)
     coords = {"datapoint": index.numpy(), **(coords or {})}
-    return _export(model, guide, chosen, num_draws, coords, dims, False, predictive, seed, evidence)
+    some = take(args, index)
+    return _export(model, guide, some, num_draws, coords, dims, False, predictive, seed, evidence)
 
 
 def elpd_of_report(report: Report) -> Any:

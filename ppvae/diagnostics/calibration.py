@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppvae.diagnostics.evidence import check_data, count_rows, reason, take
+from ppvae.diagnostics.evidence import check_data, count_rows, not_finite, take
 from ppvae.diagnostics.summaries import sum_of
 from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
 from ppvae.pairs import (
@@ -27,7 +27,7 @@ from ppvae.pairs import (
     replay,
     sample_sites,
     seeded,
-    trace,
+    simulate,
 )
 from ppvae.weights import log_weights, reduce_site
 
@@ -213,7 +213,7 @@ def sbc(
 
     Raises:
         ValueError: bad arguments; the model cannot draw x; the value of an observed site is none
-            of the arguments.
+            of the arguments; a log-density at simulated data is NaN or infinite.
 
     Source: Talts et al., Validating Bayesian inference algorithms with simulation-based
     calibration, 2018; Säilynoja, Bürkner & Vehtari 2022 (bands); Modrák et al. 2023 (f that depend
@@ -248,36 +248,12 @@ def sbc(
     with torch.no_grad(), evaluation_mode(model, guide), own_path():
         with pyro.validation_enabled(False), seeded(seed, *args):
             for index in rows.split(max(1, max_rows // num_draws)):
-                dream, dreamt = simulate(model, take(args, index))
+                dreamt, dream = simulate(model, tuple(take(args, index)), {})
                 for name, ranks in _ranks(
                     model, guide, dream, dreamt, num_draws, tests, absent
                 ).items():
                     columns.setdefault(name, []).append(ranks)
     return Calibration({n: torch.cat(parts) for n, parts in columns.items()}, num_draws, absent)
-
-
-def simulate(model: Program, args: Sequence[Any]) -> tuple[Trace, tuple[Any, ...]]:
-    """Draw latents and data from the model: its trace, and ``args`` with the drawn data in place.
-
-    Raises:
-        ValueError: an observed value is none of the arguments, or x cannot be drawn.
-    """
-    sites = sample_sites(trace(model, tuple(args), {}))
-    observed = {name: site for name, site in sites.items() if site["is_observed"]}
-    try:
-        dream = trace(poutine.uncondition(model), tuple(args), {})
-    except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"x cannot be drawn from the model: {reason(error)}") from error
-    dreamt = list(args)
-    for name, site in observed.items():
-        position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
-        if position is None:
-            raise ValueError(
-                f"simulated data are put in the place of the observed ones, but the value of site "
-                f"{name!r} is none of the arguments; observe an argument itself, obs=x"
-            )
-        dreamt[position] = dream.nodes[name]["value"]
-    return dream, tuple(dreamt)
 
 
 def _ranks(
@@ -291,6 +267,8 @@ def _ranks(
 ) -> dict[str, Tensor]:
     """By quantity ``(n, D)``, on the CPU."""
     weights = log_weights(model, guide, *args, num_particles=num_draws)
+    if not (weights.log_w < math.inf).all():
+        raise ValueError(f"on data drawn from the model, {not_finite(weights, 0)}")
     truth, drawn = sample_sites(dream), sample_sites(weights.guide_trace)
     n, found = count_rows(args), {}
     z_true, z_drawn = {}, {}

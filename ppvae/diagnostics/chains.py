@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppvae.diagnostics.arviz_bridge import require_arviz
 from ppvae.diagnostics.joint import Joint
 from ppvae.pairs import seeded
 
@@ -185,6 +186,7 @@ def sample(
         seed: None: draw from the global stream.
     """
     settings.check()
+    require_arviz()  # for R-hat and ESS
     started = time.perf_counter()
     with seeded(seed, *joint.args):
         result = _blocks(joint, transition, settings, method, max_rows, 0)
@@ -226,7 +228,7 @@ def _run(
 ) -> PosteriorDraws:
     start = joint.draw_q if settings.start == "guide" else joint.draw_prior
     u = start(settings.num_chains)
-    joint.require_finite(u, f"draws from the {settings.start}")
+    joint.require_finite(u, settings.start)
     transition = make(joint, u)
     # A first guess of the scales: how far draws spread.
     spread = start(100).std(0).clamp(min=1e-3)

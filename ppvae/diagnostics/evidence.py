@@ -34,7 +34,11 @@ class Evidence:
             ``khat`` exceeds 0.7.
         ess: effective sample size of the weights, between 1 and K.
         khat: Pareto shape of the weights' tail, see :func:`ppvae.diagnostics.khat`.
-        elbo: the evidence lower bound from the same draws, nats.
+        elbo: the evidence lower bound from the same draws, nats. A latent marked
+            ``infer={"enumerate": "parallel"}`` is summed inside the logarithm of each weight, also
+            if the guide has it: then this is the bound of the drawn latents alone, at least
+            as large as ``elbo.ELBO``, reconstruction less KL, which averages over the guide's
+            probabilities.
         gap_se: standard error of ``gap``, nats: smaller than those of its two parts, which share
             their draws.
         num_particles: K.
@@ -203,7 +207,7 @@ def weigh(
                             continue
                     weights = log_weights(model, guide, *batch, num_particles=size)
                     if not (weights.log_w < math.inf).all():
-                        raise ValueError(_not_finite(weights, part.start))
+                        raise ValueError(not_finite(weights, part.start))
                     if part.start == 0 and (points := point_masses(weights)):
                         raise ValueError(
                             f"latent {points[0]!r} is a point mass in the guide, so it has no "
@@ -302,7 +306,7 @@ def _summary(log_w: Tensor, start: int) -> dict[str, Tensor]:
     }
 
 
-def _not_finite(weights: LogWeights, start: int) -> str:
+def not_finite(weights: LogWeights, start: int) -> str:
     """Which datapoint, which site."""
     bad = ~(weights.log_w < math.inf)
     row = int(bad.any(0).nonzero()[0])

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ppvae.diagnostics.page import PAGE, READING, SCRIPT, STYLE
@@ -168,14 +167,9 @@ def write(report: Report, path: Path, image_shape: Sequence[int] | None, title: 
 
 
 def _summary(report: Report) -> tuple[list[str], list[list[Any]]]:
-    rows = []
-    for name, column in report.columns():
-        known = column[column.isfinite()]
-        if not len(known):
-            continue
-        se = known.std().item() / math.sqrt(len(known)) if len(known) > 1 else math.nan
-        quantiles = known.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=known.dtype)).tolist()
-        rows.append([name, known.mean().item(), se, *quantiles])
+    from ppvae.diagnostics.report import spread
+
+    rows = [[name, *spread(column)] for name, column in report.columns()]
     return ["quantity", "mean", "± s.e.", "5 %", "median", "95 %"], rows
 
 

@@ -20,7 +20,7 @@ from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import IndependentTransform, Transform, biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.check import check_tensors
@@ -233,11 +233,12 @@ class Joint:
             bad = ~term.isfinite().expand(*term.shape[:-2], *u.shape[:2]).flatten(0, -2).all(0)
             if bad.any():
                 rows = bad.nonzero().flatten().tolist()
+                other = "guide" if start == "prior" else "prior"
                 raise ValueError(
-                    f"log p of site {name!r} is NaN or infinite at the start ({start}) for "
+                    f"log p of site {name!r} is NaN or infinite at draws of the {start} for "
                     f"{len(rows)} of {self.num_datapoints} datapoints, the first is datapoint "
-                    f"{rows[0]}; look at the data and the model's output there, or start "
-                    "elsewhere with init=..."
+                    f"{rows[0]}; look at the data and at the model's output there, or begin at "
+                    f"draws of the {other}"
                 )
 
     # -- inside ----------------------------------------------------------------------------------
@@ -391,31 +392,14 @@ def _is_real(support: Any) -> bool:
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two supports have the same unconstrained coordinates, as far as can be told."""
-    if _is_real(first) or _is_real(second):
-        return _is_real(first) and _is_real(second)
-    return type(first) is type(second)
+    """Whether two supports have the same unconstrained coordinates."""
+    one, other = (_elementwise(biject_to(support)) for support in (first, second))
+    if type(one) is not type(other) or type(one).__eq__ is Transform.__eq__:
+        return type(one) is type(other)  # one that has no parameters, and no comparison
+    return bool(one == other)
 
 
-def simulate(model: Callable[..., Any], *args: Any) -> tuple[tuple[Any, ...], Trace]:
-    """Data like ``args`` drawn from the model, and the trace with the latents they came from.
-
-    Every argument that is observed is replaced; the others (what a model is conditioned on) stay.
-
-    Raises:
-        ValueError: an observed value is not one of the arguments, so it cannot be replaced.
-    """
-    with torch.no_grad(), own_path(), evaluation_mode(model):
-        observed = sample_sites(trace(model, args, {}))
-        dream = trace(poutine.uncondition(model), args, {})
-    dreamt = list(args)
-    for name, site in observed.items():
-        if site["is_observed"]:
-            position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
-            if position is None:
-                raise ValueError(
-                    f"the data are to be replaced by draws of the model, but the value of site "
-                    f"{name!r} is none of the arguments; observe an argument itself, obs=x"
-                )
-            dreamt[position] = dream.nodes[name]["value"]
-    return tuple(dreamt), dream
+def _elementwise(transform: Transform) -> Transform:
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return transform

@@ -12,6 +12,7 @@ from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
 from ppvae.check import check_tensors
+from ppvae.diagnostics.arviz_bridge import require_arviz
 from ppvae.diagnostics.chains import PosteriorDraws, convergence
 from ppvae.pairs import evaluation_mode, own_path, sample_sites, seeded, trace
 
@@ -43,7 +44,7 @@ def nuts(
 
     Raises:
         PairError: empty, NaN or infinite data.
-        ValueError: too few chains or draws for the gates.
+        ValueError: too few chains or draws for the gates; a discrete latent.
 
     Source: Hoffman & Gelman, The No-U-Turn Sampler, 2014; Pyro's implementation.
 
@@ -64,6 +65,8 @@ def nuts(
             f"R-hat and ESS need at least 2 chains of 8 draws, got {num_chains} of {num_draws}"
         )
     check_tensors(model, args)
+    require_arviz()
+    _refuse_discrete(model, args)
     rows = next((len(arg) for arg in args if isinstance(arg, Tensor)), 0)
     started = time.perf_counter()
     columns = []
@@ -89,6 +92,19 @@ def nuts(
         "NUTS (Pyro)",
         time.perf_counter() - started,
     )
+
+
+def _refuse_discrete(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Pyro's NUTS sums discrete latents out; its draws then have no log p(x, z) here."""
+    with own_path(), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        sites = sample_sites(trace(model, args, {}))
+    for name, site in sites.items():
+        if not site["is_observed"] and site["fn"].support.is_discrete:
+            raise ValueError(
+                f"latent {name!r} is discrete ({type(site['fn']).__name__}), and this is for "
+                'continuous latents; mark it infer={"enumerate": "parallel"} in the model and '
+                "use diagnostics.hmc, which sums it out"
+            )
 
 
 def _one(

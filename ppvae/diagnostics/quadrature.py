@@ -131,7 +131,7 @@ def quadrature(
 def _integrate(joint: Joint, num_points: int, max_rows: int) -> tuple[Tensor, ...]:
     N, D = joint.num_datapoints, joint.dim
     draws = torch.cat([joint.draw_prior(500), joint.draw_q(500)])
-    joint.require_finite(draws[:1], "draws from the prior")
+    joint.require_finite(draws[:1], "prior")
     low, high = draws.amin(0), draws.amax(0)  # (N, D)
     middle, half = (low + high) / 2, 0.75 * (high - low) + 1e-6
 

@@ -153,7 +153,20 @@ class Report(Evidence):
             "and its standard error means little. Try a flow guide or more particles; worst(10) "
             "names the points."
         ]
-        if gap > 1:
+        if (ties := self.khat.isposinf() & (self.ess >= MIN_TAIL)).any():
+            said.append(
+                f"On {_share(ties.double().mean())} of points k-hat is infinite because the "
+                "largest weights are equal, not because few count: there go by the ESS. If a "
+                "discrete latent makes them equal, mark it "
+                'infer={"enumerate": "parallel"}, and it is summed out.'
+            )
+        if not math.isfinite(gap):
+            said.append(
+                f"The ELBO is minus infinity on {_share(self.elbo.isneginf().double().mean())} of "
+                "points: the guide draws latents at which p(x, z) = 0. Give it the support of "
+                "prior and likelihood."
+            )
+        elif gap > 1:
             more = "at least " if bad > 0.05 else ""
             said.append(
                 f"The guide loses {more}{gap:.1f} nats per datapoint: diagnostics.gaps tells "
@@ -182,7 +195,8 @@ class Report(Evidence):
         found = self.aggregate
         if found is None:
             return []
-        if found.mutual_information > found.ceiling - 1 and len(self.khat) > 1:
+        near = max(found.ceiling - 1, found.ceiling / 2)
+        if found.mutual_information > near:
             return [
                 f"The mutual information is at its ceiling, log N = {found.ceiling:.1f}: pass more "
                 "datapoints to measure it."
@@ -251,7 +265,8 @@ class Report(Evidence):
         from this report's K particles.
 
         Args:
-            datapoints: which, as indices, e.g. ``report.worst(10)``; all by default.
+            datapoints: which, as indices, a slice or a mask, e.g. ``report.worst(10)``; all by
+                default.
             num_draws: draws per datapoint.
             **options: as in :func:`ppvae.diagnostics.to_arviz`: ``coords``, ``dims``, ``seed``, ...
 
@@ -383,7 +398,9 @@ def diagnose(
     terms = SiteTerms(count_rows(args), num_particles)
     evidence = weigh(model, guide, args, num_particles, max_rows, seed, terms)
     absent, found = terms.absent, None
-    if num_aggregate:
+    if count_rows(args) == 1:
+        absent["activity and mutual information"] = "they take two datapoints"
+    elif num_aggregate:
         try:
             found = aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed)
         except (NotImplementedError, KeyError) as error:  # a flow without inverse
@@ -415,8 +432,9 @@ def diagnose(
     )
 
 
-def _share(value: float) -> str:
+def _share(value: float | Tensor) -> str:
     """A percentage that is 0 or 100 only if it is."""
+    value = float(value)
     if math.isnan(value):
         return "none"
     if 0 < value < 0.01 or 0.99 < value < 1:
@@ -424,11 +442,19 @@ def _share(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def _row(name: str, column: Tensor) -> str:
-    known = column[column.isfinite()]
+def spread(column: Tensor) -> list[float]:
+    """Mean, its standard error, and the 5, 50 and 95 % quantiles of what is not NaN."""
+    known = column[~column.isnan()]
     if not len(known):
-        return f"{name:24s}{'-':>10s}"
+        return [math.nan] * 5
     se = known.std().item() / math.sqrt(len(known)) if len(known) > 1 else math.nan
-    low, middle, high = known.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=known.dtype)).tolist()
-    values = (known.mean().item(), se, low, middle, high)
-    return f"{name:24s}" + "".join(f"{value:10.2f}" for value in values)
+    # Infinite values cannot be interpolated.
+    how = "linear" if known.isfinite().all() else "nearest"
+    levels = torch.tensor([0.05, 0.5, 0.95], dtype=known.dtype)
+    return [known.mean().item(), se, *known.quantile(levels, interpolation=how).tolist()]
+
+
+def _row(name: str, column: Tensor) -> str:
+    # + 0.0: no minus zero
+    shown = ["-" if math.isnan(v) else f"{round(v, 2) + 0.0:.2f}" for v in spread(column)]
+    return f"{name:24s}" + "".join(f"{value:>10s}" for value in shown)

@@ -214,7 +214,7 @@ def closed_form_kl(estimator: ELBO, weights: LogWeights) -> dict[str, Tensor]:
             )
         else:
             try:
-                kl = kl_divergence(q["fn"], p["fn"])
+                kl = _divergence(q["fn"], p["fn"])
                 closed[name] = reduce_site(q, kl, weights.leftmost, weights.joint)
                 continue
             except NotImplementedError:
@@ -226,6 +226,15 @@ def closed_form_kl(estimator: ELBO, weights: LogWeights) -> dict[str, Tensor]:
                 '(closed form where valid, draws elsewhere) or kl="sampled"'
             )
     return closed
+
+
+def _divergence(q: Any, p: Any) -> Tensor:
+    """KL(q || p) of equal batch shapes: that of Bernoullis does not broadcast in torch."""
+    if q.batch_shape != p.batch_shape:
+        shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+        q, p = q.expand(shape), p.expand(shape)
+    kl: Tensor = kl_divergence(q, p)
+    return kl
 
 
 def dimension_rates(weights: LogWeights, name: str, closed: bool) -> Tensor:
@@ -244,7 +253,7 @@ def dimension_rates(weights: LogWeights, name: str, closed: bool) -> Tensor:
             "(.to_event(1)); use per_dimension=False"
         )
     if closed:
-        rate = kl_divergence(q["fn"].base_dist, p["fn"].base_dist)
+        rate = _divergence(q["fn"].base_dist, p["fn"].base_dist)
     else:
         rate = q["fn"].base_dist.log_prob(q["value"]) - p["fn"].base_dist.log_prob(p["value"])
     shape = q["fn"].batch_shape  # dims left of the plates are kept by reduce_site

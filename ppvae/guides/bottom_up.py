@@ -49,7 +49,7 @@ class BottomUp(Program):
         super().__init__()
         self.levels = nn.ModuleList(levels)
         require_levels("BottomUp(levels)", len(levels), model)
-        chain = Chain("x", model.shapes["x"], like=self)
+        chain = Chain("x", model.shapes["x"], like=self, integer=model.integer)
         for level, conditional in enumerate(levels, 1):
             below, name = ("x" if level == 1 else f"z{level - 1}"), f"z{level}"
             chain.follow(f"q({name} | {below})", name, conditional, model.shapes[name])

@@ -75,7 +75,7 @@ class Ladder(Program):
         self.levels = model.levels
         require_levels("Ladder(blocks)", len(blocks), model)
         require_levels("Ladder(heads)", len(heads), model)
-        chain = Chain("x", model.shapes["x"], like=self)
+        chain = Chain("x", model.shapes["x"], like=self, integer=model.integer)
         for level, (block, head) in enumerate(zip(blocks, heads, strict=True), 1):
             name = f"z{level}"
             chain.follow(f"block {level}", f"d{level}", block)

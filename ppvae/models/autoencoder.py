@@ -81,7 +81,7 @@ class FlatDistribution(dist.TorchDistribution):
     Where ppvae checks shapes and data it runs the model without a guide.
     """
 
-    arg_constraints: ClassVar = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
 
     def __init__(self, origin: Tensor, batch_shape: Any = ()) -> None:

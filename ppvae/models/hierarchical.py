@@ -31,6 +31,7 @@ class Hierarchical(Program):
     Attributes:
         shapes: event shape of every latent, top first, and of ``"x"``, as they were found when
             the chain was run once.
+        integer: whether x is of integers, as ``conditionals.Categorical`` has them.
 
     Raises:
         ValueError: a level does not take what the level above it gives; neither or both of
@@ -66,7 +67,8 @@ class Hierarchical(Program):
         self.likelihood = likelihood
         self.levels = nn.ModuleList(levels)
         self.prior = choose_prior(prior, latent_dim)
-        self.shapes = self._run_once()
+        chain = self._chain()
+        self.shapes, self.integer = chain.shapes, chain.integer
 
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """Observe ``x``, ``(N, ...)``; or draw ``size`` new rows if x is None. Returns x.
@@ -80,14 +82,14 @@ class Hierarchical(Program):
             value: Tensor = pyro.sample("x", self.likelihood(z), obs=x)
         return value
 
-    def _run_once(self) -> dict[str, tuple[int, ...]]:
-        """Event shapes of the latents and of x; raises if the levels do not chain."""
+    def _chain(self) -> Chain:
+        """The levels and the likelihood run once, from the top; raises if they do not chain."""
         names = [f"z{level}" for level in range(len(self.levels) + 1, 0, -1)] + ["x"]
         chain = Chain(names[0], tuple(self.prior().event_shape), like=self)
         downward = [*reversed(self.levels), self.likelihood]
         for above, below, conditional in zip(names[:-1], names[1:], downward, strict=True):
             chain.follow(f"p({below} | {above})", below, conditional)
-        return chain.shapes
+        return chain
 
 
 def softplus_variance(raw: Tensor) -> Tensor:

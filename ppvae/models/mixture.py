@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyro
 import pyro.distributions as dist
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from ppvae.distributions import DiagonalNormal
 from ppvae.program import Program, data_plate
 
-COLLAPSED = 1e-5  # smallest variance of a component, as a share of the data's mean variance
+COLLAPSED = 1e-5  # smallest variance of a component, where the data's columns have variance 1
 
 
 class CollapsedComponent(ValueError):
@@ -46,16 +44,17 @@ class GaussianMixture(Program):
 
     Example:
         >>> from ppvae import guides, models
-        >>> noise = torch.randn(50, 2)
-        >>> x = torch.cat([noise - 5, noise + 5])
+        >>> corner = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> x = torch.cat([corner - 5, corner + 5])
         >>> model = models.GaussianMixture(2, dim=2)
         >>> model.start(x)
         >>> guide = guides.Responsibilities(model)
         >>> for _ in range(20):
         ...     guide.e_step(model)
         ...     model.m_step(x, guide.posterior(x).probs)
-        >>> model.weights().probs.detach()
-        tensor([0.5000, 0.5000])
+        >>> model.loc.detach().sort(0).values.round(decimals=2)  # 5 below and above each mean
+        tensor([[-4.6700, -5.0000],
+                [ 5.3300,  5.0000]])
     """
 
     def __init__(self, num_components: int, dim: int, full: bool = True) -> None:
@@ -135,7 +134,7 @@ class GaussianMixture(Program):
         """Start at equal weights, means at different rows of x, and the variances of x.
 
         Raises:
-            ValueError: x has fewer different rows than there are components.
+            ValueError: x has fewer different rows than there are components, or a constant column.
         """
         rows = self._require_points(x).unique(dim=0)
         C = len(self.logits)
@@ -164,7 +163,7 @@ class GaussianMixture(Program):
             reg_covar: r >= 0, added to the variances, as scikit-learn does.
 
         Raises:
-            ValueError: fewer points than components.
+            ValueError: fewer points than components, or a column of x is constant.
             CollapsedComponent: a component has no points, or no spread in some direction.
         """
         self._require_points(x)
@@ -191,10 +190,13 @@ class GaussianMixture(Program):
             self._require_spread(x, covariance, self.posterior(x).probs.sum(0))
 
     def _require_spread(self, x: Tensor, covariance: Tensor, counts: Tensor) -> None:
-        full = covariance.dim() == 3
-        least = torch.linalg.eigvalsh(covariance)[:, 0] if full else covariance.amin(-1)
-        enough = least > COLLAPSED * x.var(0, correction=0).mean()
-        self._require(enough, "has collapsed: it has next to no spread in some direction", counts)
+        sd = x.std(0, correction=0)
+        if covariance.dim() == 3:
+            least = torch.linalg.eigvalsh(covariance / (sd * sd.unsqueeze(-1)))[:, 0]
+        else:
+            least = (covariance / sd.square()).amin(-1)
+        what = "has collapsed: it has next to no spread in some direction"
+        self._require(least > COLLAPSED, what, counts)
 
     def _require(self, good: Tensor, what: str, counts: Tensor) -> None:
         if not good.all():
@@ -203,11 +205,11 @@ class GaussianMixture(Program):
                 f"component {bad} {what} (it holds {float(counts[bad]):.3g} of "
                 f"{float(counts.sum()):.0f} points), and the likelihood grows without limit there. "
                 "Start elsewhere (another seed), use fewer components, drop columns of x that are "
-                "constant or copies, full=False, or a larger reg_covar, such as 1e-3 times the "
+                "sums of others, take full=False, or a larger reg_covar, such as 1e-3 times the "
                 "variance of x"
             )
 
-    def _require_points(self, x: Tensor) -> Any:
+    def _require_points(self, x: Tensor) -> Tensor:
         C, D = self.loc.shape
         if x.dim() != 2 or x.shape[1] != D:
             raise ValueError(f"x must be (N, {D}) for this mixture, got {tuple(x.shape)}")
@@ -215,5 +217,11 @@ class GaussianMixture(Program):
             raise ValueError(
                 f"{len(x)} points are fewer than the {C} components; use at most {len(x)} "
                 "components, or more data"
+            )
+        constant = (x == x[:1]).all(0)
+        if constant.any():
+            raise ValueError(
+                f"column {int(constant.nonzero()[0])} of x is constant, so the likelihood grows "
+                "without limit along it; drop such columns: x[:, x.std(0) > 0]"
             )
         return x

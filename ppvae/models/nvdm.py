@@ -58,7 +58,7 @@ class NVDM(Program):
     @property
     def word_vectors(self) -> Tensor:
         """R, ``(V, latent_dim)``: one vector for each word."""
-        weight: Tensor = self.likelihood.net.weight  # type: ignore[union-attr, assignment]
+        weight: Tensor = self.likelihood.net.weight  # type: ignore[assignment]
         return weight
 
     def nearest_words(

@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.conditionals import Mixture
+from ppvae import conditionals
 from ppvae.distributions import DiagonalNormal
 from ppvae.program import Program, data_plate
 
@@ -45,7 +45,7 @@ class VaDE(Program):
         torch.Size([10, 64])
     """
 
-    def __init__(self, likelihood: nn.Module, prior: Mixture) -> None:
+    def __init__(self, likelihood: nn.Module, prior: conditionals.Mixture) -> None:
         super().__init__()
         self.likelihood = likelihood
         self.prior = prior
@@ -113,12 +113,13 @@ class VaDE(Program):
             return self.responsibilities(posterior.sample((num_samples,))).mean(0)
 
     @torch.no_grad()
-    def initialise(self, codes: Tensor, seed: int = 0) -> Any:
+    def initialise(self, codes: Tensor, seed: int = 0, num_starts: int = 10) -> Any:
         """Start the prior at a mixture fitted to codes, with equal weights, as the paper does.
 
         Args:
             codes: ``(N, Z)``, of a pretrained encoder: ``guide.posterior(x).mean``.
-            seed: of scikit-learn's k-means start.
+            seed: of scikit-learn's k-means starts.
+            num_starts: fits, of which the most likely is taken; the authors' code makes one.
 
         Returns:
             The fitted ``GaussianMixture``: its ``predict(codes)`` is the baseline AE + GMM.
@@ -141,7 +142,9 @@ class VaDE(Program):
 
         count, dim = self.prior.loc.shape
         _check_codes(codes, count, dim)
-        mixture = GaussianMixture(count, covariance_type="diag", random_state=seed, reg_covar=FLOOR)
+        mixture = GaussianMixture(
+            count, covariance_type="diag", n_init=num_starts, random_state=seed, reg_covar=FLOOR
+        )
         mixture.fit(codes.detach().cpu().double().numpy())
         sizes = len(codes) * torch.as_tensor(mixture.weights_)
         variances = torch.as_tensor(mixture.covariances_)

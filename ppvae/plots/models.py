@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def em_steps(evidence: Values, after_e: Values, after_m: Values, ax: Axes | None = None) -> Axes:
+def em_steps(
+    evidence: Values, after_e: Values, after_m: Values, ax: Axes | None = None, start: int = 0
+) -> Axes:
     """Draw log p(x) and the ELBO over the half steps of EM: E up to log p(x), M lifts both.
 
     Args:
@@ -21,6 +23,7 @@ def em_steps(evidence: Values, after_e: Values, after_m: Values, ax: Axes | None
         after_e: ``(T,)`` ELBO after each E step.
         after_m: ``(T,)`` ELBO after the M step that follows.
         ax: Axes to draw on.
+        start: number of the first iteration shown.
 
     Returns:
         The axes.
@@ -42,11 +45,11 @@ def em_steps(evidence: Values, after_e: Values, after_m: Values, ax: Axes | None
             f"{after_e.shape} and {after_m.shape}"
         )
     ax = axes(ax)
-    at_e = np.arange(steps, dtype=float)
+    at_e = start + np.arange(steps, dtype=float)
     # An M step changes log p(x), an E step does not: both are drawn over the same half steps.
     half = np.stack([at_e, at_e + 0.5], 1).ravel()
     stairs = [*np.repeat(evidence, 2)[1:-1], evidence[-1]]
-    ax.plot([*half, steps], stairs, color=BLUE, lw=2, label="log p(x)")
+    ax.plot([*half, start + steps], stairs, color=BLUE, lw=2, label="log p(x)")
     ax.plot(half, np.stack([after_e, after_m], 1).ravel(), color=ORANGE, lw=1.2, label="ELBO")
     ax.plot(at_e, after_e, "o", color=ORANGE, mec="black", mew=0.6, ms=5, label="after an E step")
     ax.plot(at_e + 0.5, after_m, "v", color=ORANGE, mec="black", mew=0.6, ms=5,
@@ -100,7 +103,7 @@ def gaussian_components(
     for c in range(C):
         mine = share.argmax(1) == c
         colour = PALETTE[c % 10]
-        ax.scatter(*points[mine].T, s=14, color=colour, marker=MARKERS[c % 10],
+        ax.scatter(points[mine, 0], points[mine, 1], s=14, color=colour, marker=MARKERS[c % 10],
                    alpha=0.25 + 0.65 * share[mine, c], linewidths=0)  # fmt: skip
         factor = np.linalg.cholesky(spreads[c])
         for radius in (1, 2):
@@ -147,6 +150,9 @@ def levels_over_training(
     for i, (name, values) in enumerate(levels.items()):
         ax.plot(at, array(values), color=PALETTE[i % 10], marker=MARKERS[i % 10], ms=5,
                 markevery=max(1, len(at) // 12) if dense else 1, label=name)  # fmt: skip
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.axhline(0, color=GREY, lw=0.8, zorder=0)
     ax.set(xlabel="epoch", ylabel=ylabel)
     ax.legend(frameon=False, fontsize="small")

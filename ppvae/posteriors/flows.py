@@ -7,12 +7,12 @@ The layers are Pyro's transforms, or zuko's. A layer without inverse in closed f
 all the same at its own draws, which it remembers, so ``log_prob`` of a draw costs nothing extra.
 Of other values, and so for gradients at leaves, the cost is:
 
-===================================  =====================  ========================================
-layers                               draw + its log-density  log-density of a value given
-===================================  =====================  ========================================
-:func:`iaf`                          1 pass per layer       Z passes per layer, one after the other
-:func:`coupling`, :func:`spline`     1 pass per layer       1 (spline: 3) passes per layer
-===================================  =====================  ========================================
+================================  =======================  =======================================
+layers                            draw + its log-density   log-density of a value given
+================================  =======================  =======================================
+:func:`iaf`                       1 pass per layer         Z passes per layer, one after the other
+:func:`coupling`, :func:`spline`  1 pass per layer         1 (spline: 3) passes per layer
+================================  =======================  =======================================
 
 Every gradient of :mod:`ppvae.elbo` is right for all three: ``"pathwise"`` and ``"score"`` weigh the
 flow's own draws, ``"stl"`` and ``"dreg"`` weigh leaves cut from them. Pyro's planar, radial and
