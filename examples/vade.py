@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The data: all rows, as in the paper, which scores the rows it trains on. No binarisation.
     dataset = data.load(args.data, binarize=None)
     if dataset.num_classes is None:
-        raise ValueError(f"{dataset.name!r} has no labels, and the scores need them: give an y")
+        raise ValueError(
+            f"{dataset.name!r} has no labels, and the scores need them: give an .npz arrays x and y"
+        )
     parts = (dataset.train, dataset.valid, dataset.test)
     rows = 300 if args.quick else None
     x = torch.cat([part.x[:rows] for part in parts]).flatten(1).to(device)

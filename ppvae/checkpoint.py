@@ -24,10 +24,8 @@ FORMAT = 1  # raised when an older ppvae could not read what is written
 MAGIC = "ppvae checkpoint"
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 # What zipfile and torch.load raise at bytes that are not theirs, depending on where they differ.
-_DAMAGE = (
-    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
-    *(OSError, EOFError, RuntimeError, ValueError, LookupError),
-)
+_DAMAGE = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, OSError, EOFError)
+_DAMAGE += (RuntimeError, ValueError, LookupError)
 
 
 class CheckpointError(RuntimeError):

@@ -107,7 +107,7 @@ def onednn_is_faster() -> bool:
     """
     if not torch.backends.mkldnn.is_available():
         return False
-    x, w = torch.ones(256, 256), torch.ones(256, 256)
+    x, w = (torch.ones(256, 256, dtype=torch.float32) for _ in range(2))
     times: dict[Callable[[], Tensor], float] = {
         (lambda: torch.mm(x, w)): math.inf,
         (lambda: torch.ops.ppvae.linear(x, w, None)): math.inf,

@@ -547,6 +547,25 @@ def test_any_damage_is_noticed(tmp_path):
             read(path)
 
 
+@pytest.mark.parametrize("mask", [1, 128])
+def test_damage_anywhere_is_noticed_or_harmless(mask, tmp_path):
+    """In the names, sizes and offsets of the archive, too: never another error, never other data."""
+    path = Checkpoints(tmp_path).write({"a": torch.arange(5.0), "b": [1, "x"]}, 7)
+    good = path.read_bytes()
+    refused = 0
+    for place in range(0, len(good), 2):
+        bad = bytearray(good)
+        bad[place] ^= mask
+        path.write_bytes(bad)
+        try:
+            state = read(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert torch.equal(state["a"], torch.arange(5.0)) and state["b"] == [1, "x"]
+    assert refused > 100
+
+
 def test_foreign_and_newer_files(tmp_path):
     path = tmp_path / "step-00000001.pt"
     path.write_text("not a checkpoint")

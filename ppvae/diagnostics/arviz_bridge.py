@@ -227,17 +227,17 @@ def of_report(
     rows = len(report.khat)
     if isinstance(datapoints, Tensor):
         datapoints = datapoints.cpu().numpy()
-    wanted = slice(None) if datapoints is None else datapoints
+    wanted: Any = slice(None) if datapoints is None else datapoints
     try:
-        chosen = np.arange(rows)[wanted] if np.size(wanted) else np.arange(0)
+        index = torch.as_tensor(np.arange(rows)[wanted] if np.size(wanted) else [])
     except IndexError:
-        chosen = np.empty((0, 0))
-    if chosen.ndim > 1:
+        index = torch.empty(0, 0)
+    if index.dim() > 1:
         raise ValueError(
             f"datapoints must be indices of the report's {rows} datapoints, or a mask of them, got "
             f"{datapoints!r}"
         )
-    index = torch.from_numpy(np.atleast_1d(chosen))
+    index = index.reshape(-1)
     if not len(index):
         raise ValueError("datapoints is empty: give indices, e.g. report.worst(10)")
     width = sum(arg[0].numel() for arg in args if isinstance(arg, Tensor))
