@@ -24,6 +24,7 @@ from ppvae.pair_checks import (
     particle_faults,
     point_masses,
     possible_gradients,
+    same_support,
     trainable_parameters,
 )
 from ppvae.pairs import DATA_PLATE, Site, sample_sites, unnoticed
@@ -132,10 +133,23 @@ def check_pair(
         leaks = leakage_faults(weights, *pair) if repeatable and not joint else None
         apart = particle_faults(weights, *pair) if repeatable and not points else None
     latents, observed = list(weights.latents), sorted(weights.observed)
-    holds.append(
-        f"latents {latents} of the guide are those of the model, with equal event shapes and "
-        "support"
-    )
+    nodes = [t.nodes for t in (weights.guide_trace, weights.model_trace)]
+    narrower = [
+        name
+        for name in latents
+        if name in weights.log_p
+        and name not in weights.enumerated
+        and not points
+        and not same_support(*(by_name[name]["fn"] for by_name in nodes))
+    ]
+    equal = "equal event shapes" if narrower else "equal event shapes and support"
+    holds.append(f"latents {latents} of the guide are those of the model, with {equal}")
+    notes += [
+        f"latent {name!r}: the guide's support is not all of the model's, "
+        f"{_describe(nodes[1][name]['fn'].support)}: the ELBO stays a lower bound, but log p(x), "
+        "IWELBO and k-hat know nothing of the rest"
+        for name in narrower
+    ]
     holds.append(f"data {observed} have the likelihood's shape and lie in its support")
     where = "" if joint else "every site lies in the plate 'data', and "
     holds.append(f"{where}all log-probabilities are numbers")

@@ -9,6 +9,7 @@ the key under which a graph is kept.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -27,6 +28,8 @@ from ppvae.program import local_parameters, require_own_parameters
 from ppvae.weights import log_weights
 
 _UNKNOWN = object()
+_PLAIN = (int, float, str, type(None))
+_INTERNAL = set(vars(nn.Module()))
 
 
 class Compiled:
@@ -44,6 +47,7 @@ class Compiled:
     Attributes:
         build_seconds: time spent building graphs.
         reason: why steps run eagerly, where they do; None otherwise.
+        replays: whole steps captured as CUDA graphs, see :class:`Replay`.
     """
 
     max_graphs = 8
@@ -52,20 +56,23 @@ class Compiled:
         self.module, self.build, self.required = module, build, required
         self.build_seconds = 0.0
         self.reason: str | None = None
+        self.replays: dict[Any, Replay] = {}
         self._graphs: dict[Any, Any] = {}
         self._parameters = list(module.parameters())
         state = getattr(module, "state", None)  # changes, and is asked with at_step
         self._modules = modules = [part for part in module.modules() if part is not state]
         # Numbers and tensors that modules keep: a graph knows them as they were.
-        self._numbers = [
-            (vars(part), name)
-            for part in modules
-            for name, value in vars(part).items()
-            if isinstance(value, (int, float, str)) and name[0] != "_" and name != "training"
-        ]
-        self._tensors = [
-            (owned, name) for part in modules for owned, name, _ in attributes(part, deep=False)
-        ]
+        kept = [(p, n, v) for p in modules for n, v in vars(p).items() if n not in _INTERNAL]
+        self._numbers = [(p, n) for p, n, v in kept if isinstance(v, _PLAIN)]
+        self._lists = [(p, n) for p, n, v in kept if isinstance(v, (list, tuple, dict))]
+        self._tensors = [(p, n) for p, n, v in kept if isinstance(v, Tensor)]
+        self._buffers = [(p, n) for p in modules for n in p._buffers]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        """A copy has its own modules, so it builds graphs of its own."""
+        return Compiled(
+            copy.deepcopy(self.module, memo), copy.deepcopy(self.build, memo), self.required
+        )
 
     def __call__(self, args: tuple, kwargs: dict) -> Tensor | None:
         """What the graph gives; None: run eagerly.
@@ -80,10 +87,10 @@ class Compiled:
             self._refuse("an argument that is no tensor is not hashable")
             return None
         if graph is _UNKNOWN:
-            if sum(known is not None for known in self._graphs.values()) >= self.max_graphs:
+            if len(self._graphs) >= self.max_graphs:
                 self._refuse(
-                    f"there are {self.max_graphs} graphs already, and this step differs from all "
-                    "in the shape of an argument or in a number or mode of a module; give batches "
+                    f"{self.max_graphs} graphs have been tried, and this step differs from all in "
+                    "the shape of an argument or in a number or mode of a module; give batches "
                     "one size, and make a number that changes a tensor, filled in place"
                 )
                 return None
@@ -107,8 +114,10 @@ class Compiled:
             tuple((name, _kind(arg)) for name, arg in kwargs.items()),
             tuple([part.training for part in self._modules]),
             tuple([parameter.requires_grad for parameter in self._parameters]),
-            tuple([owned.get(name) for owned, name in self._numbers]),
-            tuple([id(owned.get(name)) for owned, name in self._tensors]),
+            tuple([part.__dict__.get(name) for part, name in self._numbers]),
+            tuple([_frozen(part.__dict__.get(name)) for part, name in self._lists]),
+            tuple([id(part.__dict__.get(name)) for part, name in self._tensors]),
+            tuple([id(part._buffers.get(name)) for part, name in self._buffers]),
             tuple((parameter.dtype, parameter.device) for parameter in self._parameters[:1]),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
@@ -327,6 +336,13 @@ def _difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None
         if error > tolerance * scale + 1e-30:
             return error / (scale + 1e-30)
     return None
+
+
+def _frozen(value: Any) -> Any:
+    """The plain values in a list, tuple or dictionary."""
+    if isinstance(value, dict):
+        return tuple([(name, v) for name, v in value.items() if isinstance(v, _PLAIN)])
+    return tuple([v for v in value or () if isinstance(v, _PLAIN)])
 
 
 def _kind(arg: Any) -> Any:

@@ -189,11 +189,9 @@ def unmoved(module: nn.Module) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-def attributes(
-    module: nn.Module, deep: bool = True
-) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+def attributes(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     """Where a module keeps tensors that are no parameters: buffers and plain attributes."""
-    for part in module.modules() if deep else [module]:
+    for part in module.modules():
         for owned in (part._buffers, vars(part)):
             for name, value in list(owned.items()):
                 if isinstance(value, Tensor):

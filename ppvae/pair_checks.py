@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.distributions import IndependentTransform, Transform, biject_to, constraints
 
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Args, Kwargs, Program, sample_sites, seeded
 from ppvae.program import module_of
@@ -23,6 +24,34 @@ from ppvae.weights import LogWeights, log_weights, log_weights_at_leaves
 GRADIENTS = ("pathwise", "stl", "dreg", "score", "vimco")
 NO_INVERSE = "a flow of the guide has no inverse, so it can only weigh its own draws"
 _RTOL = 1e-3  # of a log-probability in float32; a fault is far larger, rounding far smaller
+
+
+# ------------------------------------------------------------------------------ supports
+
+
+def support_of(fn: Any) -> Any:
+    """A distribution's support; a mixture's is that of its components, for which there is a map."""
+    support = fn.support
+    while isinstance(support, getattr(constraints, "MixtureSameFamilyConstraint", ())):
+        support = support.base_constraint
+    return support
+
+
+def same_support(q: Any, p: Any) -> bool:
+    """Whether two distributions' supports have the same unconstrained coordinates."""
+    first, second = support_of(q), support_of(p)
+    if first.is_discrete or second.is_discrete:
+        return bool(first.is_discrete and second.is_discrete)
+    one, other = (_elementwise(biject_to(support)) for support in (first, second))
+    if type(one) is not type(other) or type(one).__eq__ is Transform.__eq__:
+        return type(one) is type(other)  # one that has no parameters, and no comparison
+    return bool(one == other)
+
+
+def _elementwise(transform: Transform) -> Transform:
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return transform
 
 
 # ------------------------------------------------------------------------------ gradients

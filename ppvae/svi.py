@@ -109,7 +109,6 @@ class SVI(pyro.infer.SVI):
         self.synchronize: Callable[[list[Tensor]], None] | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._compiled: Compiled | None = None
-        self._replays: dict[Any, Replay] = {}
         self._buffers: list[dict[str, Tensor | None]] = []  # by module: moving one replaces them
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
         self._checked = (0, 0)  # steps and skipped steps when check_finite last looked
@@ -145,14 +144,15 @@ class SVI(pyro.infer.SVI):
             self.prepare(*args, **kwargs)
         assert self.optimizer is not None
         key = self._capture_key(args, kwargs)
-        if key in self._replays:
+        replays = self._compiled.replays if self._compiled is not None else {}
+        if key in replays:
             assert self._compiled is not None
             self._compiled.advance(key[0])
-            loss = self._replays[key](args)
+            loss = replays[key](args)
         else:
             loss = self._step(args, kwargs)
             if key is not None:  # the step has been taken, so all it needs is there
-                self._replays[key] = Replay(lambda *args: self._step(args, kwargs), args)
+                replays[key] = Replay(lambda *args: self._step(args, kwargs), args)
         self.num_steps += 1
         return loss
 
@@ -309,7 +309,8 @@ class SVI(pyro.infer.SVI):
         self.objective.load_state_dict(state["objective"])
         self.num_steps, self.num_epochs = state["num_steps"], state["num_epochs"]
         self._skipped = state["num_skipped"]
-        self._replays.clear()
+        if self._compiled is not None:
+            self._compiled.replays.clear()
         self._checked = (self.num_steps, self.num_skipped)
         if state["optimizer"] is not None:
             if self.optimizer is None:

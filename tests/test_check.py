@@ -56,6 +56,36 @@ class Model(Toy):
         pyro.sample("x", dist.Bernoulli(torch.full_like(x, 0.5)).to_event(1), obs=x)
 
 
+def test_a_guide_that_covers_part_of_the_support_is_told():
+    """Its draws are all valid, yet importance sampling never sees z < 0."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def positive(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(0.0, 1.0).expand([len(x)]))
+
+    report = check_pair(model, positive, torch.randn(4))
+    assert any("the guide's support is not all of the model's, Real()" in n for n in report.notes)
+    assert report.holds[0].endswith("with equal event shapes")
+
+    def uniform(x, high=1.0):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def beta(x, high=1.0):
+        with pyro.plate("data", len(x)):
+            q = dist.Beta(2.0, 2.0) if high == 1 else dist.Uniform(0.0, high)
+            pyro.sample("z", q.expand([len(x)]))
+
+    assert check_pair(uniform, beta, torch.randn(4)).notes == ()
+    assert check_pair(uniform, beta, torch.randn(4), high=0.5).notes != ()
+
+
 def test_good_pairs_pass():
     check_pair(*vae(), X)
     check_pair(*vae(), X[:1])

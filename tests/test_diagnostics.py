@@ -366,6 +366,7 @@ def test_report(float64):
     [
         ((X,), {"num_particles": 1}, "num_particles must be at least 2"),
         ((X,), {"max_rows": 0}, "max_rows"),
+        ((X,), {"compile": "yes"}, 'compile must be True, False or "auto"'),
         ((), {}, "no data"),
         ((X[:0],), {}, "'x' is empty"),
         ((X * math.nan,), {}, "40 NaN"),

@@ -178,6 +178,13 @@ def test_import_leaves_matplotlib_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_units_are_called_active_only_if_that_is_known(ax):
+    plots.kl_per_unit([0.1, 2.0], ax=ax)
+    assert ax.get_legend() is None
+    plots.kl_per_unit([0.1, 2.0], [False, True], ax=ax)
+    assert legend(ax) == ["active: 1", "not active: 1"]
+
+
 class TestTrainingCurve:
     def test_lines_start_at_epoch_one(self, ax):
         plots.training_curve([-3.0, -1.0, -2.0], [-4.0, -3.5, -3.0], ax=ax, name="IWELBO-8")

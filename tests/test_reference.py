@@ -715,6 +715,31 @@ def test_supports_agree_if_their_coordinates_do(float64):
     assert ((result.log_evidence - exact).abs() < 5 * result.log_evidence_se + 1e-3).all()
 
 
+def test_a_mixture_prior(float64):
+    """A VampPrior, say: torch knows no map onto a mixture's support, which is its components'."""
+    logits, locs = torch.tensor([0.3, 0.7]).log(), torch.tensor([[-2.0, 0.0], [2.0, 1.0]])
+
+    def model(x):
+        with data_plate(x):
+            parts = dist.Normal(locs, 0.7).to_event(1)
+            prior = dist.MixtureSameFamily(dist.Categorical(logits=logits), parts)
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+    x = torch.tensor([[1.0, 0.5], [0.2, 0.0]])
+    exact = (logits + dist.Normal(locs, 1.49**0.5).log_prob(x[:, None]).sum(-1)).logsumexp(1)
+    found = diagnostics.quadrature(model, guide, x)
+    torch.testing.assert_close(found.log_evidence, exact)
+    annealed = diagnostics.ais(model, guide, x, num_temperatures=50, num_chains=64, seed=0)
+    assert ((annealed.log_evidence - exact).abs() < 5 * annealed.log_evidence_se + 1e-3).all()
+    draws = diagnostics.hmc(model, guide, x, num_draws=100, max_reruns=0, seed=0)
+    assert ((draws.flat("z").mean(0) - found.mean).abs() < 0.5 * found.sd).all()
+
+
 def test_intervals_of_other_ends_are_other_coordinates():
     def model(x):
         with data_plate(x):

@@ -185,6 +185,8 @@ def weigh(
     """
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
     rows = count_rows(args)
     columns: list[dict[str, Tensor]] = []
     waiting: list[Tensor] = []
@@ -201,10 +203,12 @@ def weigh(
                 like_first = 0 < part.start <= rows - rows_per_piece(num_particles, max_rows)
                 for size in sizes:
                     if compiled is not None and visit is None and like_first:
+                        random = torch.get_rng_state()
                         log_w = compiled(tuple(batch), {"num_particles": size})
                         if log_w is not None and (log_w < math.inf).all():
                             of_part.append(log_w)
                             continue
+                        torch.set_rng_state(random)  # the same draws, to name the site
                     weights = log_weights(model, guide, *batch, num_particles=size)
                     if not (weights.log_w < math.inf).all():
                         raise ValueError(not_finite(weights, part.start))

@@ -20,10 +20,11 @@ from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import IndependentTransform, Transform, biject_to
+from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.check import check_tensors
+from ppvae.pair_checks import same_support, support_of
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
@@ -140,8 +141,7 @@ class Joint:
         first = next(iter(self.layouts.values()))
         self.num_datapoints = first.plates[first.data_dim]
         self._same_support = all(
-            _same(sites[name]["fn"].support, guide_sites[name]["fn"].support)
-            for name in self.layouts
+            same_support(sites[name]["fn"], guide_sites[name]["fn"]) for name in self.layouts
         )
 
     def rows(self, index: Tensor) -> Joint:
@@ -259,7 +259,7 @@ class Joint:
     def _pack(self, drawn: Trace) -> Tensor:
         sites, parts = sample_sites(drawn), []
         for name, layout in self.layouts.items():
-            value, support = _value(sites[name], self._leftmost), sites[name]["fn"].support
+            value, support = _value(sites[name], self._leftmost), support_of(sites[name]["fn"])
             value = value if _is_real(support) else biject_to(support).inv(value)
             parts.append(layout.pack(value))
         return torch.cat(parts, -1)
@@ -340,7 +340,7 @@ class _Given(Messenger):
         u = self.unconstrained.get(msg["name"])
         if u is None or msg["is_observed"]:
             return
-        support = msg["fn"].support
+        support = support_of(msg["fn"])
         if _is_real(support):
             msg["value"] = u
         else:
@@ -378,7 +378,7 @@ def _layout(site: Site, leftmost: int) -> Layout:
             f'datapoint; put it inside `with pyro.plate("{DATA_PLATE}", len(x)):`'
         )
     value, data_dim = _value(site, leftmost), frames[0].dim
-    event = tuple(biject_to(fn.support).inv(value).shape[-leftmost:])
+    event = tuple(biject_to(support_of(fn)).inv(value).shape[-leftmost:])
     plates = tuple(value.shape[1:-leftmost])
     inside = {f.dim for f in site["cond_indep_stack"]} - {data_dim}
     inner = tuple(size for i, size in enumerate(plates) if i - len(plates) in inside)
@@ -389,17 +389,3 @@ def _is_real(support: Any) -> bool:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support is constraints.real
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether two supports have the same unconstrained coordinates."""
-    one, other = (_elementwise(biject_to(support)) for support in (first, second))
-    if type(one) is not type(other) or type(one).__eq__ is Transform.__eq__:
-        return type(one) is type(other)  # one that has no parameters, and no comparison
-    return bool(one == other)
-
-
-def _elementwise(transform: Transform) -> Transform:
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return transform

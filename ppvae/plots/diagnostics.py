@@ -115,7 +115,7 @@ def kl_per_unit(
 
     Args:
         kl: ``(N, D)`` nats, by datapoint, or ``(D,)``.
-        active: ``(D,)`` bool: which units are active; all by default.
+        active: ``(D,)`` bool: which units are active; None: they are not told apart.
         name: of the latent.
         ax: Axes to draw on.
 
@@ -143,11 +143,12 @@ def kl_per_unit(
         ax.set_xticks(place, [str(i) for i in order], fontsize="small")
     else:
         ax.set_xticks([])
-    bars = [(BLUE, f"active: {int(flags.sum())}"), (GREY, f"not active: {int((flags == 0).sum())}")]
-    from matplotlib.patches import Patch
+    if active is not None:
+        from matplotlib.patches import Patch
 
-    handles = [Patch(color=colour, label=label) for colour, label in bars]
-    ax.legend(handles=handles, frameon=False, fontsize="small")
+        counts = ((BLUE, "active", flags != 0), (GREY, "not active", flags == 0))
+        handles = [Patch(color=c, label=f"{label}: {int(of.sum())}") for c, label, of in counts]
+        ax.legend(handles=handles, frameon=False, fontsize="small")
     ax.set(xlabel=f"unit of {name}, sorted", ylabel="mean KL(q || p) [nats]",
            xlim=(-0.7, len(values) - 0.3))  # fmt: skip
     return ax
