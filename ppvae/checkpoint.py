@@ -24,8 +24,8 @@ FORMAT = 1  # raised when an older ppvae could not read what is written
 MAGIC = "ppvae checkpoint"
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 # What zipfile and torch.load raise at bytes that are not theirs, depending on where they differ.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, OSError, EOFError)
-_DAMAGE += (RuntimeError, ValueError, LookupError)
+_DAMAGE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
+_DAMAGE += (OSError, EOFError, RuntimeError, ValueError, LookupError)
 
 
 class CheckpointError(RuntimeError):
@@ -82,9 +82,8 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """The files by step, the latest last; without ``best.pt``."""
-        found = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*.pt"))
-        steps = sorted((int(match[1]), match[0]) for match in found if match)
-        return [self.folder / name for _, name in steps]
+        found = (path for path in self.folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+        return sorted(found, key=_number)
 
     @property
     def best(self) -> Path:
@@ -142,7 +141,7 @@ class Checkpoints:
         try:
             return read(path)
         except CheckpointError as error:
-            for other in reversed([p for p in self.paths() if p < path or path == self.best]):
+            for other in reversed([p for p in self.paths() if _number(p) < _number(path)]):
                 try:
                     read(other)
                 except CheckpointError:
@@ -157,7 +156,7 @@ class Checkpoints:
 
         And drop what a killed process was writing.
         """
-        later = [path for path in self.paths() if path > self.path(step)]
+        later = [path for path in self.paths() if _number(path) > step]
         if self.best.exists() and _step(self.best) > step:
             later.append(self.best)
         for path in later:
@@ -176,6 +175,12 @@ def read(path: Path) -> dict[str, Any]:
     """
     state: dict[str, Any] = _content(path)["state"]
     return state
+
+
+def _number(path: Path) -> float:
+    """The step that a file is named after; any other name, ``best.pt`` too, is later than all."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else math.inf
 
 
 def _step(path: Path) -> float:

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ppvae.graph import Graph, attributes, require_kept, standing_in, unmoved
+from ppvae.graph import INTERNAL, Graph, attributes, require_kept, standing_in, unmoved
 from ppvae.pairs import NotCompiled, Program, seeded
 from ppvae.program import local_parameters, require_own_parameters
 from ppvae.weights import log_weights
 
 _UNKNOWN = object()
 _PLAIN = (int, float, str, type(None))
-_INTERNAL = set(vars(nn.Module()))
 
 
 class Compiled:
@@ -62,7 +61,7 @@ class Compiled:
         state = getattr(module, "state", None)  # changes, and is asked with at_step
         self._modules = modules = [part for part in module.modules() if part is not state]
         # Numbers and tensors that modules keep: a graph knows them as they were.
-        kept = [(p, n, v) for p in modules for n, v in vars(p).items() if n not in _INTERNAL]
+        kept = [(p, n, v) for p in modules for n, v in vars(p).items() if n not in INTERNAL]
         self._numbers = [(p, n) for p, n, v in kept if isinstance(v, _PLAIN)]
         self._lists = [(p, n) for p, n, v in kept if isinstance(v, (list, tuple, dict))]
         self._tensors = [(p, n) for p, n, v in kept if isinstance(v, Tensor)]

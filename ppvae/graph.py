@@ -7,6 +7,7 @@ is an input of its graph.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import time
@@ -20,6 +21,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.pairs import NotCompiled, seeded
+
+INTERNAL = set(vars(nn.Module()))  # attributes that every module has
 
 
 class Graph:
@@ -174,6 +177,12 @@ def _reason(error: BaseException) -> str:
 def unmoved(module: nn.Module) -> Iterator[None]:
     """Put back, on leaving, all that a module keeps besides its parameters' values."""
     parts = [(part, vars(part).copy(), part._buffers.copy()) for part in module.modules()]
+    logs = [  # what a program appends to, or counts in
+        (value, copy.copy(value))
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if type(value) in (list, dict) and name not in INTERNAL
+    ]
     tensors = [value for _, _, value in attributes(module)]
     kept = _copies(tensors)
     try:
@@ -184,6 +193,9 @@ def unmoved(module: nn.Module) -> Iterator[None]:
             vars(part).update(known)
             part._buffers.clear()
             part._buffers.update(buffers)
+        for value, before in logs:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
         with torch.no_grad():
             for tensor, value in zip(tensors, kept, strict=True):
                 tensor.copy_(value)

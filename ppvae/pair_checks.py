@@ -31,8 +31,8 @@ _RTOL = 1e-3  # of a log-probability in float32; a fault is far larger, rounding
 
 def support_of(fn: Any) -> Any:
     """A distribution's support; a mixture's is that of its components, for which there is a map."""
-    support = fn.support
-    while isinstance(support, getattr(constraints, "MixtureSameFamilyConstraint", ())):
+    support, mixture = fn.support, getattr(constraints, "MixtureSameFamilyConstraint", ())
+    while isinstance(support, mixture):
         support = support.base_constraint
     return support
 

@@ -112,6 +112,7 @@ class Run:
             # the address of a function differs between processes
             "loss": re.sub(" at 0x[0-9a-f]+", "", repr(self.svi.elbo)),
             "optimiser": f"{type(optimizer).__name__}({given})",
+            "parameters in its groups": [len(group["params"]) for group in optimizer.param_groups],
             "clip_norm": self.svi.clip_norm,
             "lr_scheduler": type(self.scheduler).__name__,
             "patience": "none" if self.patience is None else "some",  # the number may change

@@ -339,6 +339,7 @@ def _checkpoints(
             f"{files.folder} holds the checkpoints of a run ({there[-1].name}), and this one would "
             "replace them: go on with it by resume=True, or give checkpoint= another folder"
         )
+    files.folder.mkdir(parents=True, exist_ok=True)  # if that fails, not after an epoch's work
     return files
 
 

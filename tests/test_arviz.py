@@ -445,6 +445,7 @@ def test_bad_choices_of_a_report(datapoints, num_draws, match):
     [
         (slice(1, 3), [1, 2]),
         (3, [3]),
+        (range(2), [0, 1]),
         ([-1, 0], [4, 0]),
         (torch.tensor([True, False, True, False, False]), [0, 2]),
         (np.array([4, 2]), [4, 2]),

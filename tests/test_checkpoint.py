@@ -40,7 +40,7 @@ def fit(svi, train=X, **options):
 
 
 def numbers(history):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in history.rows]
 
 
 def leaves(state, where=""):
@@ -549,7 +549,7 @@ def test_any_damage_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("mask", [1, 128])
 def test_damage_anywhere_is_noticed_or_harmless(mask, tmp_path):
-    """In the names, sizes and offsets of the archive, too: never another error, never other data."""
+    """In the names and offsets of the archive, too: never another error, never other data."""
     path = Checkpoints(tmp_path).write({"a": torch.arange(5.0), "b": [1, "x"]}, 7)
     good = path.read_bytes()
     refused = 0
@@ -603,6 +603,19 @@ def test_the_one_before_a_damaged_file_is_offered_and_taken(tmp_path):
     assert numbers(history) == numbers(expected)
     names = {path.name for path in tmp_path.iterdir()}
     assert {f"{middle.name}.aside", f"{last.name}.aside"} <= names  # nothing is thrown away
+
+
+def test_the_one_before_is_found_by_its_step(tmp_path, monkeypatch):
+    """However the folder is written, and after more than 99,999,999 steps."""
+    monkeypatch.chdir(tmp_path)
+    files = Checkpoints("run", keep=9)
+    written = [files.write({"a": step}, step) for step in (99_999_999, 100_000_000, 100_000_001)]
+    assert files.paths() == written
+    written[1].write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"before it is good: resume='run/step-99999999\.pt'"):
+        files.load(tmp_path / written[1])
+    files.set_aside_after(99_999_999)
+    assert files.paths() == written[:1]
 
 
 def test_going_back_sets_the_later_files_aside(tmp_path, monkeypatch):
@@ -677,6 +690,19 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
+def test_a_folder_that_cannot_be_is_refused_before_a_step(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    svi = vae()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises((FileExistsError, NotADirectoryError)):
+            fit(svi, checkpoint=folder)
+    assert svi.num_steps == 0
+
+
+def two_groups(parameters):
+    return torch.optim.Adam([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.01)
+
+
 def test_resume_starts_afresh_where_there_is_nothing(tmp_path):
     expected = numbers(fit(vae()))
     assert numbers(fit(vae(), checkpoint=tmp_path / "new" / "run", resume=True)) == expected
@@ -689,6 +715,7 @@ def test_resume_starts_afresh_where_there_is_nothing(tmp_path):
         ({"batch_norm": True}, {}, "weight: .* then, absent now"),
         ({"loss": elbo.IWELBO(num_particles=2)}, {}, r'loss: "ELBO.*" then, "IWELBO.*" now'),
         ({"optim": torch.optim.Adam}, {}, "optimiser: 'Adam.lr=0.01.* then, 'Adam.lr=0.001"),
+        ({"optim": two_groups}, {}, r"parameters in its groups: \[8\] then, \[2, 6\] now"),
         ({}, {"seed": 1}, "seed: 0 then, 1 now"),
         ({}, {"batch_size": 10}, "batch_size: 16 then, 10 now"),
         ({}, {"train": X[:40]}, r"data: '\(50, 4\).*' then, '\(40, 4\)"),

@@ -1230,7 +1230,7 @@ def test_no_compiler(tmp_path):
 
 
 def evidence(pair, compile, rows=23, **options):
-    """13 particles on pieces of 5 datapoints, or in two runs of 9 and 4 on one; a rest at the end."""
+    """13 particles on pieces of 5 datapoints, or 9 and then 4 on one; a rest at the end."""
     model, guide, args = pair
     args = [torch.cat([arg] * 4)[:rows] for arg in args]
     torch.manual_seed(3)
@@ -1264,6 +1264,7 @@ def test_pieces_of_the_evidence(traced, max_rows, graphs):
 
 
 @inductor
+@pytest.mark.slow
 def test_compiled_evidence():
     assert_equal_evidence(lambda: build("vae_bernoulli"))
 

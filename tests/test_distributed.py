@@ -71,7 +71,7 @@ def fit(svi, train=X, **options):
 
 
 def numbers(history):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in history.rows]
 
 
 def copies(svi):

@@ -45,7 +45,7 @@ def fit(svi, train, **options):
 
 
 def numbers(history):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in history.rows]
 
 
 def tensors(module):

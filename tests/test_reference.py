@@ -21,6 +21,7 @@ from ppvae.diagnostics.joint import Joint, traced
 from ppvae.local import Indexed
 from ppvae.pairs import simulate
 from ppvae.program import data_plate
+from registry import ALL_PAIRS, build
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -713,6 +714,16 @@ def test_supports_agree_if_their_coordinates_do(float64):
     result = diagnostics.ais(model, guide, x, num_temperatures=30, seed=0)
     exact = dist.NegativeBinomial(2.0, probs=torch.tensor(0.5)).log_prob(x)
     assert ((result.log_evidence - exact).abs() < 5 * result.log_evidence_se + 1e-3).all()
+
+
+@pytest.mark.parametrize("name", ALL_PAIRS)
+def test_every_pair_has_a_density(name):
+    """Every kind of prior has coordinates, a density and a gradient in them."""
+    model, guide, args = build(name)
+    joint = Joint(model, guide, *args)
+    u = joint.draw_q(2)
+    value, gradient = joint.value_and_grad(u)
+    assert value.shape == u.shape[:2] and value.isfinite().all() and gradient.isfinite().all()
 
 
 def test_a_mixture_prior(float64):

@@ -129,8 +129,8 @@ def log_evidence(
             convolutional one 0.6 GB.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
         compile: compile the log-weights of a piece of the data, see :mod:`ppvae.compiled`; worth
-            its seconds where many datapoints are weighed. ``"auto"`` runs eagerly where that is not
-            possible.
+            its seconds where there are many pieces, and not done where there is one. ``"auto"``
+            warns and runs eagerly where that is not possible, True raises.
 
     Returns:
         :class:`Evidence`.
@@ -138,6 +138,7 @@ def log_evidence(
     Raises:
         ValueError: NaN, infinite or empty data; fewer than two particles; the pair does not fit;
             a weight is NaN or infinite, with the datapoint and the site.
+        NotCompiled: with ``compile=True``, where no graph can be built.
 
     Source: Rezende, Mohamed & Wierstra 2014, appendix E; Burda et al. 2016.
 
