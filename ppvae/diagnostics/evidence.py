@@ -16,7 +16,7 @@ from ppvae.check import PairError, check_batch, check_tensors, names
 from ppvae.compiled import Compiled, Weights
 from ppvae.diagnostics.psis import khat
 from ppvae.pair_checks import point_masses
-from ppvae.pairs import evaluation_mode, seeded
+from ppvae.pairs import Program, evaluation_mode, seeded
 from ppvae.program import module_of
 from ppvae.weights import LogWeights, log_weights
 
@@ -192,9 +192,7 @@ def weigh(
     columns: list[dict[str, Tensor]] = []
     waiting: list[Tensor] = []
     drawn = 0
-    owners = [module for module in map(module_of, (model, guide)) if module is not None]
-    build = functools.partial(Weights, model, guide)
-    compiled = Compiled(nn.ModuleList(owners), build, compile is True) if compile else None
+    compiled = _compiled(model, guide, compile is True) if compile else None
     with torch.no_grad(), evaluation_mode(model, guide), pyro.validation_enabled(False):
         with seeded(seed, *args):
             for part, sizes in pieces(rows, num_particles, max_rows):
@@ -229,6 +227,22 @@ def weigh(
                     waiting, drawn = [], 0
     joined = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
     return Evidence(**joined, num_particles=num_particles)
+
+
+def _compiled(model: Program, guide: Program, required: bool) -> Compiled:
+    """The graphs of a pair; those of the last few pairs are kept, for the next call."""
+    owners = {id(m): m for m in map(module_of, (model, guide)) if m is not None}
+    parts = [part for owner in owners.values() for part in owner.modules()]
+    parameters = [parameter for owner in owners.values() for parameter in owner.parameters()]
+    # a network that has been replaced since is another pair
+    return _kept(model, guide, required, tuple(map(id, [*parts, *parameters])))
+
+
+@functools.lru_cache(maxsize=4)
+def _kept(model: Program, guide: Program, required: bool, identity: tuple[int, ...]) -> Compiled:
+    owners = {id(m): m for m in map(module_of, (model, guide)) if m is not None}
+    build = functools.partial(Weights, model, guide)
+    return Compiled(nn.ModuleList(owners.values()), build, required)
 
 
 def check_data(model: Callable[..., Any], guide: Callable[..., Any], args: Sequence[Any]) -> None:
