@@ -1,6 +1,7 @@
 """What every test shares: a clean slate, one seed, and the markers."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pyro
@@ -9,6 +10,7 @@ import torch
 from hypothesis import settings
 
 os.environ["MPLBACKEND"] = "Agg"  # no windows
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
 torch.set_num_threads(1)
 # A kernel's first call is slow, and a random draw must not decide whether `make test` passes.
 settings.register_profile("ppvae", deadline=None, derandomize=True)
