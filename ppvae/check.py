@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ppvae.pair_checks import (
     NO_INVERSE,
+    detached_latents,
     is_deterministic,
     leakage_faults,
     parameters_without_gradient,
@@ -125,6 +126,7 @@ def check_pair(
     with unnoticed(model, guide), local_parameters(), pyro.validation_enabled(False):
         with torch.enable_grad():
             weights = log_weights(model, guide, *args, joint=joint, **kwargs)
+            detached = detached_latents(weights)
             missing = parameters_without_gradient(weights, model, guide)
             gradients = possible_gradients(weights, *pair)
         points = point_masses(weights)
@@ -158,6 +160,11 @@ def check_pair(
         "be trained; use it in the program, do not detach() what it makes, or freeze it with "
         "requires_grad_(False)"
         for name in missing
+    ]
+    notes += [
+        f"latent {name!r}: no gradient leads from the model's other sites to it, so the guide "
+        "learns from its KL alone; if the model uses it, do not detach() it"
+        for name in detached
     ]
     count = len(trainable_parameters(model, guide))
     if not missing and count:

@@ -124,6 +124,24 @@ def _innermost(fn: Any) -> Any:
     return fn
 
 
+def detached_latents(weights: LogWeights) -> list[str]:
+    """Latents drawn along a sample path that nothing the model samples later depends on."""
+    found = []
+    for name in weights.latents:
+        site = weights.guide_trace.nodes[name]
+        others = [term for other, term in weights.log_p.items() if other != name]
+        if not site["value"].requires_grad or name in weights.enumerated:
+            continue
+        later = [term.sum() for term in others if term.requires_grad]
+        slopes = [
+            torch.autograd.grad(term, site["value"], retain_graph=True, allow_unused=True)[0]
+            for term in later
+        ]
+        if all(slope is None for slope in slopes):
+            found.append(name)
+    return found
+
+
 # ------------------------------------------------------------------------------ leakage
 
 

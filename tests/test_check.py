@@ -584,3 +584,17 @@ def test_validation_setting_is_left():
         with pyro.validation_enabled(setting):
             check_pair(*vae(), X)
             assert torch.distributions.Distribution._validate_args is setting
+
+
+def test_a_model_that_detaches_its_latent_is_noted():
+    class Detached(models.VAE):
+        def forward(self, x=None, size=None):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.prior())
+                pyro.sample("x", self.likelihood(z.detach()), obs=x)
+
+    x = torch.eye(4)
+    for kind, noted in ((Detached, True), (models.VAE, False)):
+        model = kind(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
+        report = ppvae.check_pair(model, guides.Normal(nets.mlp(4, 8, 2 * 2)), x)
+        assert any("learns from its KL alone" in note for note in report.notes) == noted
