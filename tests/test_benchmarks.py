@@ -94,7 +94,7 @@ def test_stock_pyro_and_the_handwritten_loss_agree_draw_for_draw(workload):
 
 
 def test_numpyro_has_the_same_networks(workload):
-    jax = pytest.importorskip("jax")
+    jax = pytest.importorskip("jax", reason="a peer of the extra bench")
     from columns import numpyro_batch
     from jax_networks import from_torch
 
@@ -110,7 +110,7 @@ def test_numpyro_has_the_same_networks(workload):
 
 @pytest.mark.slow
 def test_numpyro_has_the_same_mean_loss(workload):
-    jax = pytest.importorskip("jax")
+    jax = pytest.importorskip("jax", reason="a peer of the extra bench")
     from columns import handwritten_loss, numpyro_batch, numpyro_svi
 
     x, networks = workload.batches(1)[0], workload.networks()
@@ -129,7 +129,7 @@ def test_numpyro_has_the_same_mean_loss(workload):
 
 
 def test_pythae_has_the_same_mean_loss_or_the_same_gradient(workload, monkeypatch):
-    pytest.importorskip("pythae")
+    pytest.importorskip("pythae", reason="a peer of the extra bench")
     from columns import NotOffered, handwritten_loss, pythae_model
     from pythae.data.datasets import DatasetOutput
 
@@ -262,8 +262,8 @@ def test_speed_refuses_columns_that_compute_something_else(monkeypatch, tmp_path
 
 @pytest.mark.slow
 def test_speed_runs_every_column(monkeypatch, tmp_path):
-    pytest.importorskip("jax")
-    pytest.importorskip("pythae")
+    pytest.importorskip("jax", reason="a peer of the extra bench")
+    pytest.importorskip("pythae", reason="a peer of the extra bench")
     from columns import COLUMNS
 
     rows = run_speed(monkeypatch, tmp_path, list(COLUMNS))

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import ppvae
@@ -20,7 +21,6 @@ from ppvae.processes import Processes
 
 pytestmark = pytest.mark.forks
 
-fabric_module = pytest.importorskip("lightning_fabric")
 
 SLOWLY = pytest.mark.slow
 SGD = functools.partial(torch.optim.SGD, lr=1e-3)
@@ -30,7 +30,7 @@ X = torch.bernoulli(torch.full((50, 4), 0.5), generator=torch.Generator().manual
 
 def launch(function, *args, processes=2, start="fork"):
     """Run a function in processes forked from this one, which has imported all they need."""
-    fabric = fabric_module.Fabric(
+    fabric = Fabric(
         accelerator="cpu", devices=processes, strategy=f"ddp_{start}" if processes > 1 else "auto"
     )
     return pickle.loads(fabric.launch(function, *args) or pickle.dumps(None))
@@ -344,20 +344,20 @@ def test_processes_without_a_fabric_are_refused():
 
 
 def test_a_fabric_that_was_not_launched_is_refused():
-    fabric = fabric_module.Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
     with pytest.raises(ValueError, match=r"call fabric\.launch\(\) first"):
         fit(vae(), fabric=fabric)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_other_precisions_are_refused(precision):
-    fabric = fabric_module.Fabric(accelerator="cpu", devices=1, precision=precision)
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     with pytest.raises(ValueError, match='"32-true" and "bf16-mixed", got'):
         fit(vae(), fabric=fabric)
 
 
 def test_the_fabric_says_where():
-    fabric = fabric_module.Fabric(accelerator="cpu", devices=1)
+    fabric = Fabric(accelerator="cpu", devices=1)
     with pytest.raises(ValueError, match="leave out device='cpu'"):
         fit(vae(), fabric=fabric, device="cpu")
 
@@ -370,7 +370,7 @@ def test_a_fabric_of_one_process_changes_nothing():
     torch.manual_seed(1)
     expected = numbers(fit(one, valid=X))
     torch.manual_seed(1)
-    fabric = fabric_module.Fabric(accelerator="cpu", devices=1)
+    fabric = Fabric(accelerator="cpu", devices=1)
     assert numbers(fit(other, valid=X, fabric=fabric)) == expected
     assert same([copies(one), copies(other)])
 
@@ -394,7 +394,7 @@ def test_bf16_mixed_is_close_and_its_loss_is_float32(loss, accelerator):
             def on_step_end(self, svi, loss, to=seen):
                 to.append(loss)
 
-        fabric = fabric_module.Fabric(accelerator=accelerator, devices=1, precision=precision)
+        fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
         fit(svi, x, batch_size=64, epochs=6, fabric=fabric, callbacks=[Keep()])
         losses[precision], dtypes[precision] = torch.stack(seen) / 64, inside[-1]
         assert all(p.dtype == torch.float32 for p in svi.objective.parameters())

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lightning_fabric import loggers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -775,7 +776,7 @@ def test_callbacks_are_called_after_steps_and_epochs():
 
 
 def test_a_csv_logger_gets_every_row(tmp_path):
-    logger = pytest.importorskip("lightning_fabric.loggers").CSVLogger(tmp_path, name="run")
+    logger = loggers.CSVLogger(tmp_path, name="run")
     history = fit(vae(), X, valid=X, epochs=3, loggers=logger)
     (path,) = tmp_path.rglob("metrics.csv")
     with open(path, newline="") as file:
@@ -798,8 +799,6 @@ def test_the_log_of_a_resumed_run_has_all_of_it(tmp_path):
 
 
 def test_a_tensorboard_logger(tmp_path):
-    loggers = pytest.importorskip("lightning_fabric.loggers")
-    pytest.importorskip("tensorboardX")
     logger = loggers.TensorBoardLogger(tmp_path, name="run")
     fit(vae(), X, valid=X, loggers=[logger])
     (path,) = tmp_path.rglob("events.out.tfevents.*")

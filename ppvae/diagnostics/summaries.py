@@ -158,7 +158,7 @@ def _enumerated_terms(weights: LogWeights, absent: Absent) -> dict[tuple[str, st
             f"{names} is summed out in the model and the data depend on it, so they are one number"
         )
     else:
-        likelihood, rates = _CLOSED._terms(weights)
+        likelihood, rates = _CLOSED.terms(weights)
         found = {("reconstruction", ""): likelihood}
         found |= {("kl", name): rate for name, rate in rates.items()}
     for name in weights.log_q.keys() - weights.enumerated.keys():

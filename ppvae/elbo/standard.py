@@ -104,7 +104,7 @@ class ELBO(Estimator):
         plain = isinstance(self.beta, (int, float)) and self.beta == 1  # a tensor is not looked at
         if plain and self.kl == "sampled" and not weights.site_scales and not weights.enumerated:
             return weights.log_w
-        log_likelihood, rates = self._terms(weights)
+        log_likelihood, rates = self.terms(weights)
         tilt = self._tilt(rates, log_likelihood, state)
         effective = tilt.likelihood * log_likelihood - tilt.constant
         for name, rate in rates.items():
@@ -121,7 +121,7 @@ class ELBO(Estimator):
             state.weight = torch.as_tensor(beta)
         return Tilt(1.0, dict.fromkeys(rates, beta), 0.0)
 
-    def _terms(self, weights: LogWeights) -> tuple[Tensor, dict[str, Tensor]]:
+    def terms(self, weights: LogWeights) -> tuple[Tensor, dict[str, Tensor]]:
         """log p(x | z) and log q - log p of each latent, ``(K or 1, N)``, summed out."""
         scales = weights.site_scales
         if scales and weights.enumerated:
