@@ -106,7 +106,7 @@ _library.impl("linear", lambda x, w, bias: x.new_empty(x.shape[0], w.shape[0]), 
 def onednn_is_faster() -> bool:
     """Whether oneDNN multiplies float32 matrices clearly faster here than what ``torch.mm`` calls.
 
-    MKL keeps its best kernels for Intel's processors: on an AMD EPYC it takes twice oneDNN's time.
+    MKL keeps its best kernels for Intel's processors; ``benchmarks/speed.py`` shows the difference.
     """
     if not torch.backends.mkldnn.is_available():
         return False
