@@ -54,7 +54,13 @@ class Graph:
         inputs = [tensor.detach() for tensor in inputs]
         try:
             # a fake tensor has a shape and no value: nothing of this run can be baked in
-            traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            trace = make_fx(
+                function,
+                decomposition_table=_DECOMPOSITIONS,
+                tracing_mode="fake",
+                _allow_non_fake_inputs=True,
+            )
+            traced = trace(*inputs)
             self.reached = _lift_constants(traced)
             if onednn_is_faster():
                 _multiply_with_onednn(traced)
@@ -71,6 +77,14 @@ class Graph:
         with torch.no_grad():
             outputs: Sequence[Tensor] = self._call(*inputs, *self.reached)
         return outputs
+
+
+# As torch has it, the derivative of softplus is an exponential kept in memory, then a quotient.
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.softplus_backward.default: lambda gradient, x, beta, threshold: (
+        gradient * (x * beta).sigmoid()
+    )
+}
 
 
 def _lift_constants(traced: GraphModule) -> list[Tensor]:
@@ -96,10 +110,14 @@ _library = torch.library.Library("ppvae", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor w, Tensor? bias) -> Tensor")
 _library.impl(
     "linear",
-    lambda x, w, bias: torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], ""),
+    lambda x, w, bias: torch.ops.mkldnn._linear_pointwise.default(x, w, bias, "none", [], ""),
     "CPU",
 )
 _library.impl("linear", lambda x, w, bias: x.new_empty(x.shape[0], w.shape[0]), "Meta")
+
+
+# Multiply-adds of a product from which oneDNN, whose calls cost some 10 us more, is faster.
+MIN_PRODUCT = 2**20
 
 
 @functools.cache
@@ -126,8 +144,9 @@ def onednn_is_faster() -> bool:
 
 
 def _multiply_with_onednn(traced: GraphModule) -> None:
-    """Replace products of float32 matrices on the CPU."""
-    mm, addmm = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+    """Replace products of float32 matrices on the CPU, but for the small ones."""
+    aten = torch.ops.aten
+    mm, addmm = aten.mm.default, aten.addmm.default
     for node in list(traced.graph.nodes):
         if node.op != "call_function" or node.target not in (mm, addmm) or node.kwargs:
             continue
@@ -138,8 +157,13 @@ def _multiply_with_onednn(traced: GraphModule) -> None:
         if bias is not None and bias.meta["val"].dim() != 1:
             continue
         x, w = node.args[-2:]
+        if value.numel() * w.meta["val"].shape[0] < MIN_PRODUCT:
+            continue
         with traced.graph.inserting_before(node):
-            transposed = traced.graph.call_function(torch.ops.aten.t.default, (w,))
+            if x.target is aten.t.default:  # oneDNN would copy it; the compiler, while writing it
+                copied: Any = {"memory_format": torch.contiguous_format}
+                x = traced.graph.call_function(aten.clone.default, (x,), copied)
+            transposed = traced.graph.call_function(aten.t.default, (w,))
             product = traced.graph.call_function(
                 torch.ops.ppvae.linear.default, (x, transposed, bias)
             )

@@ -31,7 +31,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import ppvae
-from ppvae import conditionals, diagnostics, elbo, guides, models, nets
+from ppvae import conditionals, diagnostics, elbo, graph, guides, models, nets
 from ppvae.compiled import Compiled
 from ppvae.elbo.penalties import Penalty, Tilt
 from ppvae.pairs import NotCompiled
@@ -65,6 +65,7 @@ def traced(monkeypatch):
         return graph
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", interpret)
+    monkeypatch.setattr(graph, "MIN_PRODUCT", 0)  # the networks here are small
     return built
 
 
@@ -962,6 +963,37 @@ def standard_normal_of_a_step():
 def plain_pair():
     with torch.random.fork_rng():
         return plain()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+def test_large_products_are_onednns(traced, monkeypatch):
+    """Values and gradients are those of torch, transposed operands and the bias included."""
+    monkeypatch.setattr(graph, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(graph, "MIN_PRODUCT", 40 * 30 * 20)
+    taken = []
+    linear = torch.ops.mkldnn._linear_pointwise.default
+
+    def counted(x, w, *rest):
+        taken.append((tuple(x.shape), tuple(w.shape), x.is_contiguous()))
+        return linear(x, w, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn._linear_pointwise, "default", counted)
+
+    def loss_and_gradients(x, w, b, small):
+        with torch.enable_grad():
+            wanted = [tensor.detach().requires_grad_() for tensor in (x, w, b, small)]
+            hidden = torch.nn.functional.linear(wanted[0], *wanted[1:3])
+            loss = torch.nn.functional.softplus(hidden @ wanted[3]).square().sum()
+            return [loss, *torch.autograd.grad(loss, wanted)]
+
+    tensors = [normal(40, 20), normal(30, 20, seed=2), normal(30, seed=3), normal(30, 2, seed=4)]
+    compiled = graph.Graph(loss_and_gradients, tensors)(*tensors)
+    for one, other in zip(compiled, loss_and_gradients(*tensors), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-4)
+    # forward, and the gradients of x and w; those with ``small`` are torch's
+    shapes = {(40, 20, 30), (40, 30, 20), (30, 40, 20)}
+    assert {(*x, w[0]) for x, w, _ in taken} == shapes
+    assert all(contiguous for _, _, contiguous in taken)
 
 
 def test_state_continues_as_if_uninterrupted(traced):
