@@ -157,7 +157,8 @@ class Normal(Conditional):
                 "2 * D outputs, or give Normal a scale"
             )
         loc, raw = outputs.chunk(2, dim=-self.event_dim)
-        return DiagonalNormal(loc, self.positive(raw), self.event_dim)
+        log_scale = raw if self.positive is torch.exp else None
+        return DiagonalNormal(loc, self.positive(raw), self.event_dim, log_scale=log_scale)
 
 
 class Bernoulli(Conditional):

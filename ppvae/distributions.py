@@ -57,6 +57,7 @@ class _Vector(dist.Independent):
         new = self._get_checked_instance(type(self), _instance)
         new.__dict__.update(self.__dict__)
         new.__dict__.pop("_made", None)
+        new.__dict__.pop("_drawn", None)
         new._batch_shape = torch.Size(batch_shape)
         return new
 
@@ -78,6 +79,7 @@ class DiagonalNormal(_Vector):
         loc: means, ``(..., *event_shape)``.
         scale: positive standard deviations, a float or anything that broadcasts to ``loc``.
         event_dim: number of trailing event dimensions, >= 1.
+        log_scale: log of ``scale``, where that is known.
 
     Raises:
         ValueError: for ``event_dim < 1``.
@@ -97,24 +99,52 @@ class DiagonalNormal(_Vector):
         scale: Tensor | float,
         event_dim: int = 1,
         validate_args: bool | None = None,
+        log_scale: Tensor | None = None,
     ) -> None:
         scale = scale if isinstance(scale, Tensor) else loc.new_full((), scale)
+        self._log_scale = log_scale
         self._declare(event_dim, validate_args, loc=loc, scale=scale)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         loc, scale = self._parameters["loc"], self._parameters["scale"]
         shape = self._extended_shape(torch.Size(sample_shape))
-        return loc + scale * torch.randn(shape, dtype=loc.dtype, device=loc.device)
+        noise = torch.randn(shape, dtype=loc.dtype, device=loc.device)
+        value = loc + scale * noise
+        self._drawn = value, noise
+        return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         loc, scale = self._parameters["loc"], self._parameters["scale"]
-        squares = ((value - loc) / scale).square().sum(self._event_dims())
-        if scale.dim() == 0:
-            log_scale = math.prod(self.event_shape) * scale.log()
+        return self._of_noise((value - loc) / scale)
+
+    def log_prob_along_path(self, value: Tensor) -> Tensor:
+        r"""Log q of its own last draw, as the parameters move both: a function of the noise.
+
+        .. math:: \log q(\mu + \sigma \epsilon) = -\tfrac12 \sum_d \epsilon_d^2
+                  - \sum_d \log\sigma_d - \tfrac D2 \log 2\pi
+
+        The same number and the same total derivative in the parameters as :meth:`log_prob`, in
+        fewer operations; but it has no slope in ``value``. Any other value goes there.
+
+        Example:
+            >>> q = DiagonalNormal(torch.zeros(3), torch.full((3,), 2.0))
+            >>> z = q.rsample()
+            >>> torch.allclose(q.log_prob_along_path(z), q.log_prob(z))
+            True
+        """
+        drawn, noise = self.__dict__.get("_drawn", (None, None))
+        return self._of_noise(noise) if drawn is value else self.log_prob(value)
+
+    def _of_noise(self, noise: Tensor) -> Tensor:
+        squares = noise.square().sum(self._event_dims())
+        scale = self._parameters["scale"]
+        log_scale = scale.log() if self._log_scale is None else self._log_scale
+        if log_scale.dim() == 0:
+            log_scale = math.prod(self.event_shape) * log_scale
         else:
-            log_scale = _expanded(scale.log(), self.event_shape).sum(self._event_dims())
+            log_scale = _expanded(log_scale, self.event_shape).sum(self._event_dims())
         constant = 0.5 * math.log(2 * math.pi) * math.prod(self.event_shape)
         return _expanded(-0.5 * squares - (log_scale + constant), self.batch_shape)
 

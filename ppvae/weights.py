@@ -145,6 +145,24 @@ def log_weights(
         return _weigh(model_trace, guide_trace, num_particles, joint, pair)
 
 
+def log_weights_along_paths(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int = 1,
+    joint: bool = False,
+    **kwargs: Any,
+) -> LogWeights:
+    """:func:`log_weights` in fewer operations, for total derivatives in the parameters only.
+
+    Log q of a normal draw is a function of the noise, so it has no slope in the draw itself.
+    """
+    pair = (model, guide, args, kwargs)
+    with own_path():
+        guide_trace, model_trace = run(*pair, num_particles)
+        return _weigh(model_trace, guide_trace, num_particles, joint, pair, along_paths=True)
+
+
 def log_weights_at_leaves(
     model: Program,
     guide: Program,
@@ -203,7 +221,12 @@ def dream_log_q(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Te
 
 
 def _weigh(
-    model_trace: Trace, guide_trace: Trace, num_particles: int, joint: bool, pair: Any
+    model_trace: Trace,
+    guide_trace: Trace,
+    num_particles: int,
+    joint: bool,
+    pair: Any,
+    along_paths: bool = False,
 ) -> LogWeights:
     """Log-weights from a guide's trace and the model's trace replayed against it."""
     model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
@@ -213,7 +236,9 @@ def _weigh(
     scale, site_scales = _scales({"model": model_sites, "guide": guide_sites}, joint)
     leftmost = _leftmost_plate([*model_sites.values(), *guide_sites.values()])
     log_p = {name: _log_prob(site, leftmost, joint) for name, site in model_sites.items()}
-    log_q = {name: _log_prob(site, leftmost, joint) for name, site in guide_sites.items()}
+    log_q = {
+        name: _log_prob(site, leftmost, joint, along_paths) for name, site in guide_sites.items()
+    }
     enumerated = {
         name: site["infer"]["_enumerate_dim"] - leftmost - 2
         for name, site in {**guide_sites, **model_sites}.items()
@@ -287,9 +312,11 @@ def check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) ->
         )
 
 
-def _log_prob(site: Site, leftmost: int, joint: bool) -> Tensor:
+def _log_prob(site: Site, leftmost: int, joint: bool, along_paths: bool = False) -> Tensor:
     """log-prob of one site: unscaled, masked, at least float32, ``(..., K or 1, N or 1)``."""
-    log_prob: Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    fn = site["fn"]
+    density = getattr(fn, "log_prob_along_path", fn.log_prob) if along_paths else fn.log_prob
+    log_prob: Tensor = density(site["value"], *site["args"], **site["kwargs"])
     if log_prob.dtype in (torch.float16, torch.bfloat16):
         log_prob = log_prob.float()
     return reduce_site(site, log_prob, leftmost, joint)

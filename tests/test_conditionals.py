@@ -497,3 +497,32 @@ def test_binary_vector_is_accurate_in_float32_at_large_logits():
     logits = torch.tensor([60.0, -60.0, 60.0])
     p = distributions.BinaryVector(logits)
     torch.testing.assert_close(p.log_prob(torch.tensor([1.0, 0.0, 0.0])), torch.tensor(-60.0))
+
+
+@pytest.mark.parametrize("scale", [(), (3,), (4, 3)])
+def test_log_q_along_the_path_has_the_same_value_and_total_derivative(scale):
+    """In the parameters; any value but the last draw of this very object is weighed as such."""
+    loc = torch.randn(4, 3, dtype=torch.double, requires_grad=True)
+    raw = torch.randn(scale, dtype=torch.double, requires_grad=True)
+    for log_scale in (None, raw):
+        q = distributions.DiagonalNormal(loc, raw.exp(), log_scale=log_scale).expand((2, 4))
+        z = q.rsample()
+        along = q.log_prob_along_path(z)
+        expected = dist.Normal(loc, raw.exp().expand(4, 3)).to_event(1).expand((2, 4)).log_prob(z)
+        torch.testing.assert_close(along, expected)
+        weights = torch.randn_like(along)
+        found = torch.autograd.grad(
+            (weights * along).sum(), [loc, raw], retain_graph=True, allow_unused=True
+        )
+        wanted = torch.autograd.grad((weights * expected).sum(), [loc, raw], retain_graph=True)
+        assert found[0] is None  # the path's and the density's own slopes cancel
+        torch.testing.assert_close(wanted[0], torch.zeros_like(loc))
+        torch.testing.assert_close(found[1], wanted[1])
+
+        leaf = z.detach().requires_grad_()
+        for value in (leaf, z + 0, q.expand((2, 4)).rsample()):
+            (slope,) = torch.autograd.grad(
+                q.log_prob_along_path(value).sum(), value, retain_graph=True
+            )
+            torch.testing.assert_close(slope, -(value - loc) / raw.exp() ** 2)
+        assert q.expand((5, 2, 4)).log_prob_along_path(z).requires_grad

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ppvae.weights import LogWeights, log_weights, log_weights_at_leaves
+from ppvae.weights import LogWeights, log_weights_along_paths, log_weights_at_leaves
 
 if TYPE_CHECKING:
     from ppvae.elbo.estimator import Estimator, State
@@ -49,7 +49,7 @@ def surrogate(
         weights, pairs = log_weights_at_leaves(model, guide, *args, num_particles=draws, **kwargs)
         value = _along_path(estimator, weights, pairs, state)
     else:
-        weights = log_weights(model, guide, *args, num_particles=draws, **kwargs)
+        weights = log_weights_along_paths(model, guide, *args, num_particles=draws, **kwargs)
         log_w = estimator.effective(weights, state)
         value = estimator.bound(log_w).sum()
         if estimator.gradient in ("score", "vimco"):
