@@ -15,7 +15,7 @@ import ppvae
 from oracles import LinearGuide, LinearModel, MixtureModel, TwoLevelGuide, TwoLevelModel
 from ppvae import conditionals, diagnostics, guides, models, nets
 from ppvae.check import PairError
-from ppvae.diagnostics.ais import _Path as Path_
+from ppvae.diagnostics.annealing import Path as AnnealedPath
 from ppvae.diagnostics.chains import ESS_PER_CHAIN, RHAT, convergence
 from ppvae.diagnostics.joint import Joint, traced
 from ppvae.local import Indexed
@@ -262,7 +262,7 @@ def test_densities_are_traced(float64):
     assert graph is not density
     for other in (2 * u, u[:1].expand(3, -1, -1), u.transpose(0, 1).contiguous().transpose(0, 1)):
         torch.testing.assert_close(graph(other), density(other))
-    path = Path_(joint, "guide", diagnostics.sigmoid_schedule(3), 1, 3)
+    path = AnnealedPath(joint, "guide", diagnostics.sigmoid_schedule(3), 1, 3)
     assert all(not hasattr(graph, "__func__") for graph in path.graphs.values())
     assert path.graphs
 
@@ -536,7 +536,7 @@ def test_annealing_is_unbiased_with_few_temperatures(float64):
 def test_bdmc_sandwiches_the_evidence(float64, monkeypatch):
     """On data drawn from the model: lower <= log p(x) <= upper in the mean, and both close in."""
     # the simulated latents as they are: transitions would hide wrong ones
-    monkeypatch.setattr(sys.modules["ppvae.diagnostics.ais"], "REFRESH", 0)
+    monkeypatch.setattr(sys.modules["ppvae.diagnostics.annealing"], "REFRESH", 0)
     model, guide, x, _, _ = linear(rows=200, scale=0.5, shift=0.5)
     gaps = []
     for temperatures in (2, 40):

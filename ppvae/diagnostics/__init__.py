@@ -1,13 +1,7 @@
 """What a trained pair is worth: its report, evidence, reference posteriors, calibration, ArviZ."""
 
-from ppvae.diagnostics.ais import (
-    AnnealedEvidence,
-    Sandwich,
-    ais,
-    bdmc,
-    reverse_ais,
-    sigmoid_schedule,
-)
+from ppvae.diagnostics.ais import Sandwich, ais, bdmc, reverse_ais
+from ppvae.diagnostics.annealing import AnnealedEvidence, sigmoid_schedule
 from ppvae.diagnostics.arviz_bridge import chains_to_arviz, to_arviz
 from ppvae.diagnostics.calibration import Calibration, sbc
 from ppvae.diagnostics.chains import PosteriorDraws

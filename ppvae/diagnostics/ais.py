@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,76 +9,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ppvae.diagnostics.chains import Point, PosteriorDraws
-from ppvae.diagnostics.hmc import leapfrog
-from ppvae.diagnostics.joint import Joint, traced
+from ppvae.diagnostics.annealing import (
+    AnnealedEvidence,
+    Path,
+    annealed_evidence,
+    blocks,
+    check,
+    schedule,
+)
+from ppvae.diagnostics.chains import PosteriorDraws
+from ppvae.diagnostics.joint import Joint
 from ppvae.pairs import evaluation_mode, own_path, seeded, simulate
-
-TARGET_ACCEPT = 0.8
-REFRESH = 10  # transitions at the posterior that part chains which start from one exact draw
-
-
-def sigmoid_schedule(num_temperatures: int, delta: float = 4.0) -> Tensor:
-    r"""Inverse temperatures from 0 to 1, dense at both ends, ``(T + 1,)``.
-
-    .. math:: \beta_t = \frac{\sigma(\delta (2t/T - 1)) - \sigma(-\delta)}
-              {\sigma(\delta) - \sigma(-\delta)}
-
-    Source: Grosse, Ghahramani & Adams, 2015.
-
-    Example:
-        >>> sigmoid_schedule(4)
-        tensor([0.0000, 0.1050, 0.5000, 0.8950, 1.0000], dtype=torch.float64)
-    """
-    grid = torch.linspace(-delta, delta, num_temperatures + 1, dtype=torch.float64).sigmoid()
-    return (grid - grid[0]) / (grid[-1] - grid[0])
-
-
-@dataclass(frozen=True)
-class AnnealedEvidence:
-    """A stochastic bound on log p(x) for each of N datapoints, from C annealed chains.
-
-    Attributes:
-        log_evidence: ``(N,)``, nats. ``side`` says what it is: ``"lower"``: its expectation is at
-            most log p(x); ``"upper"``: at least.
-        log_evidence_se: ``(N,)``, its Monte-Carlo standard error (delta method over chains); too
-            small where ``ess`` is a few chains, or where chains share their start.
-        ess: ``(N,)``, effective number of chains, between 1 and C.
-        log_w: ``(C, N)``: the log-weights of the chains, of p(x) or, for "upper", of 1 / p(x).
-        accept: ``(N,)``, mean acceptance of the transitions.
-        side: ``"lower"`` or ``"upper"``.
-        note: how it was made, and under what it holds.
-    """
-
-    log_evidence: Tensor
-    log_evidence_se: Tensor
-    ess: Tensor
-    log_w: Tensor = field(repr=False)
-    accept: Tensor
-    side: Literal["lower", "upper"]
-    note: str
-
-    @property
-    def mean(self) -> float:
-        """Mean over datapoints, nats per datapoint."""
-        return self.log_evidence.mean().item()
-
-    @property
-    def mean_mc_se(self) -> float:
-        """Monte-Carlo standard error of :attr:`mean` for these very datapoints."""
-        return self.log_evidence_se.square().sum().sqrt().item() / len(self.log_evidence)
-
-    def __repr__(self) -> str:
-        C, N = self.log_w.shape
-        return (
-            f"Annealed importance sampling of {N} datapoints [nats per datapoint]\n"
-            f"log p(x)  {self.mean:.2f} ± {self.mean_mc_se:.3f} Monte Carlo, a stochastic "
-            f"{self.side} bound: {self.note}\n"
-            f"chains    {C}, effective {self.ess.median().item():.1f} (median), acceptance "
-            f"{self.accept.mean().item():.2f}"
-        )
 
 
 @dataclass(frozen=True)
@@ -174,16 +115,16 @@ def ais(
         >>> bool(((result.log_evidence - exact).abs() < 0.2).all())
         True
     """
-    betas = _schedule(temperatures, num_temperatures)
-    _check(num_chains, num_leapfrog, start)
+    betas = schedule(temperatures, num_temperatures)
+    check(num_chains, num_leapfrog, start)
     joint = Joint(model, guide, *args)
     note = f"{len(betas) - 1} temperatures from the {start}"
     with seeded(seed, *args):
         parts = []
         for block in blocks(joint, num_chains, max_rows):
-            path = _Path(block, start, betas, num_leapfrog, num_chains)
+            path = Path(block, start, betas, num_leapfrog, num_chains)
             parts.append(path.run(path.draw(num_chains), reverse=False))
-    return _evidence(parts, "lower", note)
+    return annealed_evidence(parts, "lower", note)
 
 
 def reverse_ais(
@@ -242,8 +183,8 @@ def reverse_ais(
         >>> bool(((upper.log_evidence - exact).abs() < 0.1).all())
         True
     """
-    betas = _schedule(temperatures, num_temperatures)
-    _check(num_chains, num_leapfrog, start)
+    betas = schedule(temperatures, num_temperatures)
+    check(num_chains, num_leapfrog, start)
     joint = Joint(model, guide, *args)
     chains, kept, N, D = draws.unconstrained.shape
     if (joint.num_datapoints, joint.dim) != (N, D):
@@ -263,11 +204,11 @@ def reverse_ais(
     with seeded(seed, *args):
         parts, begin = [], 0
         for block in blocks(joint, num_chains, max_rows):
-            path = _Path(block, start, betas, num_leapfrog, num_chains)
+            path = Path(block, start, betas, num_leapfrog, num_chains)
             end = begin + block.num_datapoints
             parts.append(path.run(first[:, begin:end], reverse=True))
             begin = end
-    result = _evidence(parts, "upper", note)
+    result = annealed_evidence(parts, "upper", note)
     for values in (result.log_evidence, result.log_evidence_se, result.ess):
         values[~draws.converged] = math.nan
     return result
@@ -326,8 +267,8 @@ def bdmc(
         >>> abs(both.gap.mean().item()) < 0.05
         True
     """
-    betas = _schedule(temperatures, num_temperatures)
-    _check(num_chains, num_leapfrog, start)
+    betas = schedule(temperatures, num_temperatures)
+    check(num_chains, num_leapfrog, start)
     with seeded(seed, *args):
         with own_path(), evaluation_mode(model):
             simulated, dream = simulate(model, args, {})
@@ -335,165 +276,13 @@ def bdmc(
         exact = joint.coordinates(dream)
         lower, upper, begin = [], [], 0
         for block in blocks(joint, num_chains, max_rows):
-            path = _Path(block, start, betas, num_leapfrog, num_chains)
+            path = Path(block, start, betas, num_leapfrog, num_chains)
             end = begin + block.num_datapoints
             lower.append(path.run(path.draw(num_chains), reverse=False))
             u = exact[begin:end].expand(num_chains, -1, -1)
             upper.append(path.run(path.refreshed(u), reverse=True))
             begin = end
     note = f"{len(betas) - 1} temperatures between the {start} and the posterior"
-    return Sandwich(_evidence(lower, "lower", note), _evidence(upper, "upper", note), simulated)
-
-
-def blocks(joint: Joint, num_chains: int, max_rows: int) -> list[Joint]:
-    """The pair on as many datapoints at once as ``max_rows`` allows."""
-    size = max(1, max_rows // num_chains)
-    if joint.num_datapoints <= size:
-        return [joint]
-    return [joint.rows(rows) for rows in torch.arange(joint.num_datapoints).split(size)]
-
-
-class _Path:
-    """The distributions between r(u) and p(u | x) of a block of datapoints, with a pilot run."""
-
-    def __init__(
-        self, joint: Joint, start: str, betas: Tensor, num_leapfrog: int, num_chains: int
-    ) -> None:
-        self.joint, self.start, self.num_leapfrog = joint, start, num_leapfrog
-        self.betas = betas.tolist()
-        self.graphs: dict[tuple[int, ...], Callable[..., Any]] = {}
-        self._pilot(max(num_chains, 8))
-
-    def draw(self, num_chains: int) -> Tensor:
-        """Draws of r, ``(C, N, D)``."""
-        guide = self.start == "guide"
-        u = self.joint.draw_q(num_chains) if guide else self.joint.draw_prior(num_chains)
-        self.joint.require_finite(u, self.start)
-        return u
-
-    def ends(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log r(u) and log p(x, u), each ``(C, N)``."""
-        if self.start == "prior":
-            return self.joint.prior_and_joint(u)
-        return self.joint.log_q(u), self.joint(u)
-
-    def run(self, u: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-        """Log-weights ``(C, N)`` and mean acceptance ``(N,)`` of chains from u."""
-        levels = range(len(self.betas))
-        order = list(reversed(levels)) if reverse else list(levels)
-        log_w = torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
-        accept = u.new_zeros(u.shape[1])
-        for before, level in itertools.pairwise(order):
-            value, gradient, ratio = self._at(u, level)
-            log_w += (self.betas[level] - self.betas[before]) * ratio.double()
-            if level != order[-1]:
-                u, accepted = self._move(Point(u, value, gradient), level)
-                accept += accepted
-        return log_w, accept / max(1, len(order) - 2)
-
-    def refreshed(self, u: Tensor) -> Tensor:
-        """Chains moved by transitions that leave the posterior invariant."""
-        last = len(self.betas) - 1
-        for _ in range(REFRESH):
-            u, _ = self._move(Point(u, *self._at(u, last)[:2]), last)
-        return u
-
-    def _mixture(self, u: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log pi of inverse temperature beta, its gradient, and log p(x, u) / r(u)."""
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            base, joint = self.ends(u)
-            value = base + beta * (joint - base)
-            (gradient,) = torch.autograd.grad(value.sum(), u)
-        return value.detach(), gradient, (joint - base).detach()
-
-    def _at(self, u: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        shape = tuple(u.shape)
-        beta = u.new_full((1,), self.betas[level])
-        if shape not in self.graphs:
-            self.graphs[shape] = traced(self._mixture, u, beta)
-        value, gradient, ratio = self.graphs[shape](u, beta)
-        return value, gradient, ratio
-
-    def _move(self, point: Point, level: int) -> tuple[Tensor, Tensor]:
-        point, accepted, _ = leapfrog(
-            lambda u: self._at(u, level)[:2],
-            point,
-            self.steps[level],
-            self.scales[level],
-            self.num_leapfrog,
-        )
-        return point.u, accepted.mean(0)
-
-    def _pilot(self, num_chains: int) -> None:
-        """Step sizes and scales at each temperature, from runs that are thrown away."""
-        last = len(self.betas) - 1
-        first = self.draw(200).std(0)
-        first = first.clamp(min=1e-4 * first.max())
-        self.scales = [first] * (last + 1)
-        begin = first.new_full(first.shape[:1], 0.5 * self.joint.dim**-0.25)
-        # A coarse run, to see how far the posterior spreads ...
-        coarse = range(1, last + 1, max(1, last // 50))
-        u, _ = self._adapt(self.draw(num_chains), begin, [*coarse, *[last] * 2 * REFRESH])
-        spread = u.std(0).clamp(min=1e-3 * first)
-        # ... of which the normal distributions between the ends have these scales.
-        precisions = [(1 - beta) / first.square() + beta / spread.square() for beta in self.betas]
-        self.scales = [precision.rsqrt() for precision in precisions]
-        _, steps = self._adapt(
-            self.draw(num_chains), begin, [*range(1, last + 1), *[last] * REFRESH]
-        )
-        logs = torch.stack(steps).log().T.unsqueeze(1)  # (N, 1, T)
-        width = min(9, 2 * ((last - 1) // 2) + 1)
-        padded = F.pad(logs, (width // 2, width // 2), mode="replicate")
-        smooth = F.avg_pool1d(padded, width, 1).squeeze(1).T.exp()
-        self.steps = [begin, *smooth[: last - 1], steps[-1]]
-
-    def _adapt(self, u: Tensor, step: Tensor, levels: list[int]) -> tuple[Tensor, list[Tensor]]:
-        """Move through the levels, and correct the step sizes ``(N,)`` after each."""
-        steps = []
-        for level in levels:
-            self.steps = [step] * len(self.betas)
-            u, accepted = self._move(Point(u, *self._at(u, level)[:2]), level)
-            step = step * (0.7 * (accepted - TARGET_ACCEPT)).exp()
-            steps.append(step)
-        return u, steps
-
-
-def _evidence(
-    parts: list[tuple[Tensor, Tensor]], side: Literal["lower", "upper"], note: str
-) -> AnnealedEvidence:
-    log_w = torch.cat([w for w, _ in parts], 1).cpu()
-    C = len(log_w)
-    log_mean = log_w.logsumexp(0) - math.log(C)
-    relative = (log_w - log_mean).exp()
-    return AnnealedEvidence(
-        log_mean if side == "lower" else -log_mean,
-        (relative.var(0) / C).sqrt(),
-        C / relative.square().mean(0),
-        log_w,
-        torch.cat([a for _, a in parts]).double().cpu(),
-        side,
-        note,
+    return Sandwich(
+        annealed_evidence(lower, "lower", note), annealed_evidence(upper, "upper", note), simulated
     )
-
-
-def _schedule(temperatures: Tensor | None, num_temperatures: int) -> Tensor:
-    if temperatures is None:
-        if num_temperatures < 1:
-            raise ValueError(f"num_temperatures must be at least 1, got {num_temperatures}")
-        return sigmoid_schedule(num_temperatures)
-    betas = torch.as_tensor(temperatures, dtype=torch.float64)
-    if betas.dim() != 1 or len(betas) < 2 or betas[0] != 0 or betas[-1] != 1:
-        raise ValueError("temperatures must be one-dimensional and go from 0 to 1")
-    if not (betas.diff() > 0).all():
-        raise ValueError("temperatures must rise: each larger than the one before")
-    return betas
-
-
-def _check(num_chains: int, num_leapfrog: int, start: str) -> None:
-    if num_chains < 2:
-        raise ValueError(f"num_chains must be at least 2 for a standard error, got {num_chains}")
-    if num_leapfrog < 1:
-        raise ValueError(f"num_leapfrog must be at least 1, got {num_leapfrog}")
-    if start not in ("guide", "prior"):
-        raise ValueError(f'start must be "guide" or "prior", got {start!r}')

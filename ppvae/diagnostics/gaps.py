@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.check import check_tensors
-from ppvae.diagnostics.ais import AnnealedEvidence, ais, reverse_ais
+from ppvae.diagnostics.ais import ais, reverse_ais
+from ppvae.diagnostics.annealing import AnnealedEvidence
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.local import Indexed, fit_local
 from ppvae.pairs import evaluation_mode, seeded

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.diagnostics.ais import blocks
+from ppvae.diagnostics.annealing import blocks
 from ppvae.diagnostics.joint import Joint
 from ppvae.pairs import seeded
 

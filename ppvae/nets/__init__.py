@@ -1,0 +1,39 @@
+r"""Networks: tensor in, tensor out, for any number of leading dimensions.
+
+Particles ``K``, enumeration ``C`` and plates only ever add *leading* dimensions. Every network here
+folds them into one batch dimension before a layer sees them, and restores them afterwards, so an
+input ``(N, D)``, ``(K, N, D)`` or ``(C, K, N, D)`` gives the same rows. Put :func:`flat_batch`
+around your own module to get the same.
+
+Several inputs are broadcast over their leading dimensions and concatenated, so a decoder of
+``z (K, N, Z)`` and a condition ``y (N, Y)`` is called as ``net(z, y)``.
+
+**Batch norm** in training mode takes its statistics over the *folded* batch: over all ``K * N``
+rows when there are ``K`` particles. So ``K`` particles at once differ from a loop over ``K``
+(each with its own statistics). In ``eval`` mode the two agree.
+"""
+
+from ppvae.nets.conv import ConvDecoder, ConvEncoder, conv_decoder, conv_encoder
+from ppvae.nets.dense import (
+    MLP,
+    FlatBatch,
+    OneHot,
+    concatenate,
+    flat_batch,
+    mlp,
+    residual,
+)
+
+__all__ = [
+    "MLP",
+    "ConvDecoder",
+    "ConvEncoder",
+    "FlatBatch",
+    "OneHot",
+    "concatenate",
+    "conv_decoder",
+    "conv_encoder",
+    "flat_batch",
+    "mlp",
+    "residual",
+]

@@ -1,0 +1,166 @@
+"""Convolutional networks of images, from and to vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from ppvae.nets.dense import MLP, Activation, FlatBatch, Residual, mlp
+
+
+def _conv_hidden(width: int, activation: Activation, batch_norm: bool) -> list[nn.Module]:
+    return [nn.BatchNorm2d(width), activation()] if batch_norm else [activation()]
+
+
+def _conv_residuals(
+    width: int, blocks: int, activation: Activation, batch_norm: bool
+) -> list[nn.Module]:
+    def half() -> list[nn.Module]:
+        conv = nn.Conv2d(width, width, 3, padding=1)
+        return [*_conv_hidden(width, activation, batch_norm), conv]
+
+    return [Residual(*half(), *half()) for _ in range(blocks)]
+
+
+def _halved(size: int, times: int) -> int:
+    return -(-size // 2**times)  # ceil, as a stride-2 convolution with kernel 3, padding 1 gives
+
+
+class ConvEncoder(nn.Module):
+    """What :func:`conv_encoder` returns.
+
+    Args:
+        features: a module ``(..., C, H, W) -> (..., F)``.
+        head: a network of ``(..., F)`` and the context vectors.
+        shape: the image shape ``(C, H, W)``.
+    """
+
+    def __init__(self, features: nn.Module, head: MLP, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.features = features
+        self.head = head
+        self.shape = tuple(shape)
+
+    def forward(self, image: Tensor, *context: Tensor) -> Tensor:
+        """Maps an image ``(..., C, H, W)`` and vectors ``(..., D_i)`` to ``(..., out_dim)``."""
+        if image.shape[-3:] != self.shape:
+            want = ", ".join(map(str, self.shape))
+            raise ValueError(
+                f"conv_encoder expects images of shape (..., {want}), channels first, but saw "
+                f"{tuple(image.shape)}; for channels last use x.movedim(-1, -3), for flat pixels "
+                f"x.unflatten(-1, ({want})), for images without a channel x.unsqueeze(-3)"
+            )
+        return self.head(self.features(image), *context)
+
+
+def conv_encoder(
+    out_dim: int,
+    shape: tuple[int, int, int] = (1, 28, 28),
+    channels: Sequence[int] = (32, 64),
+    hidden: Sequence[int] = (256,),
+    context_dim: int = 0,
+    activation: Activation = nn.ReLU,
+    batch_norm: bool = False,
+    residual_blocks: int = 0,
+) -> ConvEncoder:
+    """A convolutional encoder: stride-2 convolutions, then an MLP on the features and the context.
+
+    The image is encoded once, whatever the particles of the context: features ``(N, F)`` meet a
+    context ``(K, N, D)`` only in the MLP.
+
+    Args:
+        out_dim: width of the output.
+        shape: image shape ``(C, H, W)``, any ``H, W >= 1``.
+        channels: output channels of each convolution; each halves ``H`` and ``W`` (rounding up).
+        hidden: widths of the hidden layers between the features and the output.
+        context_dim: total width of the extra vectors the encoder is called with.
+        activation: makes an activation module.
+        batch_norm: normalise before each activation; see the module's note.
+        residual_blocks: residual blocks after each convolution.
+
+    Raises:
+        ValueError: when called, for an image of another shape (channels last, flat, no channel),
+            or a context of another width.
+
+    Example:
+        >>> import torch
+        >>> net = conv_encoder(32, shape=(1, 28, 20), context_dim=10)
+        >>> net(torch.zeros(6, 1, 28, 20), torch.zeros(5, 6, 10)).shape
+        torch.Size([5, 6, 32])
+    """
+    layers: list[nn.Module] = []
+    for width_in, width in pairwise((shape[0], *channels)):
+        layers.append(nn.Conv2d(width_in, width, 3, stride=2, padding=1))
+        layers += _conv_residuals(width, residual_blocks, activation, batch_norm)
+        layers += _conv_hidden(width, activation, batch_norm)
+    h, w = (_halved(size, len(channels)) for size in shape[1:])
+    flat = (shape[0], *channels)[-1] * h * w
+    head = mlp(flat + context_dim, *hidden, out_dim, activation=activation, batch_norm=batch_norm)
+    features = FlatBatch(nn.Sequential(*layers, nn.Flatten()), event_dim=3)
+    return ConvEncoder(features, head, shape)
+
+
+class ConvDecoder(nn.Module):
+    """What :func:`conv_decoder` returns.
+
+    Args:
+        stem: a network of the inputs to flat features ``(..., F)``.
+        upsample: a module ``(..., F) -> (..., C, H', W')`` with ``H' >= H`` and ``W' >= W``.
+        shape: the image shape ``(C, H, W)``; the surplus is cropped.
+    """
+
+    def __init__(self, stem: MLP, upsample: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stem = stem
+        self.upsample = upsample
+        self.shape = tuple(shape)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Maps vectors ``(..., D_i)`` to an image ``(..., C, H, W)``."""
+        image = self.upsample(self.stem(*inputs))
+        return image[..., : self.shape[1], : self.shape[2]]
+
+
+def conv_decoder(
+    in_dim: int,
+    shape: tuple[int, int, int] = (1, 28, 28),
+    channels: Sequence[int] = (64, 32),
+    hidden: Sequence[int] = (256,),
+    activation: Activation = nn.ReLU,
+    batch_norm: bool = False,
+    residual_blocks: int = 0,
+) -> ConvDecoder:
+    """A convolutional decoder: an MLP, then stride-2 transposed convolutions, then a crop.
+
+    Args:
+        in_dim: total width of the inputs, as latent and condition.
+        shape: the output shape ``(C, H, W)``, returned exactly for any ``H, W >= 1``. For a head
+            that predicts two numbers per value, as ``conditionals.Normal(net, event_dim=3)``, give
+            ``(2 * C, H, W)``.
+        channels: input channels of each transposed convolution; each doubles ``H`` and ``W``.
+        hidden: widths of the hidden layers between the inputs and the first feature map.
+        activation: makes an activation module.
+        batch_norm: normalise before each activation; see the module's note.
+        residual_blocks: residual blocks before each transposed convolution.
+
+    Raises:
+        ValueError: for no channels; when called, for inputs of the wrong total width.
+
+    Example:
+        >>> import torch
+        >>> conv_decoder(16, shape=(3, 9, 7))(torch.zeros(5, 10, 16)).shape
+        torch.Size([5, 10, 3, 9, 7])
+    """
+    if not channels:
+        raise ValueError("conv_decoder needs at least one channel width, as channels=(64, 32)")
+    h, w = (_halved(size, len(channels)) for size in shape[1:])
+    start = (channels[0], h, w)
+    stem = mlp(in_dim, *hidden, channels[0] * h * w, activation=activation, batch_norm=batch_norm)
+    layers: list[nn.Module] = [nn.Unflatten(1, start)]
+    for width, width_out in pairwise((*channels, shape[0])):
+        layers += _conv_residuals(width, residual_blocks, activation, batch_norm)
+        layers += _conv_hidden(width, activation, batch_norm)
+        layers.append(nn.ConvTranspose2d(width, width_out, 4, stride=2, padding=1))
+    return ConvDecoder(stem, FlatBatch(nn.Sequential(*layers)), shape)
