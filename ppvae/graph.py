@@ -167,6 +167,7 @@ def _multiply_with_onednn(traced: GraphModule) -> None:
             product = traced.graph.call_function(
                 torch.ops.ppvae.linear.default, (x, transposed, bias)
             )
+        product.meta["val"] = value  # it may be an operand of another
         node.replace_all_uses_with(product)
         traced.graph.erase_node(node)
     traced.recompile()
