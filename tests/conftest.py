@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pyro
 import pytest
@@ -40,3 +41,21 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Run the traced graph itself: what Python hands to the compiler, without the compiler."""
+    import torch._inductor.compile_fx
+
+    from ppvae import graph
+
+    built: list[Any] = []
+
+    def interpret(made: Any, inputs: Any) -> Any:
+        built.append(made)
+        return made
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", interpret)
+    monkeypatch.setattr(graph, "MIN_PRODUCT", 0)  # the networks here are small
+    return built

@@ -9,10 +9,8 @@ import copy
 import functools
 import gc
 import io
-import math
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -22,113 +20,42 @@ import weakref
 import numpy as np
 import pyro
 import pyro.distributions as dist
-import pyro.distributions.transforms as flows
 import pytest
 import torch
-from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 import ppvae
-from ppvae import conditionals, diagnostics, elbo, graph, guides, models, nets
+from compiling import (
+    ADAM,
+    SGD,
+    D,
+    Free,
+    N,
+    X,
+    Z,
+    assert_compiled_is_eager,
+    assert_equal_runs,
+    decode,
+    encode,
+    fakes,
+    inductor,
+    looks_at_a_value,
+    normal,
+    observe,
+    parameter,
+    plain,
+    run,
+    standard,
+    tensors,
+    vae,
+    with_model,
+)
+from ppvae import elbo, graph, guides, nets
 from ppvae.compiled import Compiled
 from ppvae.elbo.penalties import Penalty, Tilt
 from ppvae.pairs import NotCompiled
+from programs import PROGRAMS
 from registry import ALL_ESTIMATORS, ALL_PAIRS, build, cross
-
-inductor = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler"
-)
-N, D, Z = 6, 5, 2
-# Gradients of any size make a step of a known length, and rounding is not blown up as by Adam.
-SGD = functools.partial(torch.optim.SGD, lr=0.1)
-ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
-
-
-def normal(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-X = normal(N, D)
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """Run the traced graph itself: what Python hands to the compiler, without the compiler."""
-    import torch._inductor.compile_fx
-
-    built = []
-
-    def interpret(graph, inputs):
-        built.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", interpret)
-    monkeypatch.setattr(graph, "MIN_PRODUCT", 0)  # the networks here are small
-    return built
-
-
-def tensors(module):
-    return {k: v.clone() for k, v in module.state_dict().items() if torch.is_tensor(v)}
-
-
-def run(svi, batches, seed=3, between=None, **kwargs):
-    """Losses, what is left in the modules, which gradients are there, and the random stream."""
-    torch.manual_seed(seed)
-    losses = []
-    for i, batch in enumerate(batches):
-        if between is not None:
-            between(i, svi)
-        losses.append(svi.step(*batch, **kwargs))
-    grads = {name: p.grad for name, p in svi.objective.named_parameters()}
-    return losses, tensors(svi.objective), grads, torch.get_rng_state()
-
-
-def assert_equal_runs(eager, compiled, rtol=1e-4, atol=1e-5):
-    assert compiled[0] == pytest.approx(eager[0], rel=rtol, abs=atol)
-    for name, value in eager[1].items():
-        torch.testing.assert_close(
-            compiled[1][name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    for name, grad in eager[2].items():
-        assert (grad is None) == (compiled[2][name] is None), name
-    assert torch.equal(eager[3], compiled[3]), "the random stream was moved"
-
-
-def assert_compiled_is_eager(
-    make, batches, loss=None, between=None, optim=SGD, clip_norm=1.0, rtol=1e-4, kwargs=None
-):
-    """``make() -> (model, guide)`` gives equal parameters each time; returns the compiled SVI."""
-    runs = []
-    for compile in (False, True):
-        svi = ppvae.SVI(*make(), optim, loss, clip_norm=clip_norm, compile=compile)
-        runs.append(run(svi, batches, between=between, **(kwargs or {})))
-    assert_equal_runs(*runs, rtol=rtol)
-    assert svi.build_seconds > 0
-    assert all(graph is not None for graph in svi._compiled._graphs.values())
-    assert not fakes(svi.objective)
-    return svi
-
-
-def fakes(root):
-    """Where tensors without values, which only a tracer makes, are left in an object."""
-    seen, pending, found = set(), [(root, "")], []
-    while pending:
-        thing, path = pending.pop()
-        if id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, torch.Tensor):
-            found += [path] if isinstance(thing, FakeTensor) else []
-        elif isinstance(thing, dict):
-            pending += [(value, f"{path}[{key!r}]") for key, value in thing.items()]
-        elif isinstance(thing, list | tuple | set):
-            pending += [(value, f"{path}[{i}]") for i, value in enumerate(thing)]
-        elif hasattr(thing, "__dict__") and not isinstance(thing, type):
-            pending += [(value, f"{path}.{key}") for key, value in vars(thing).items()]
-    return found
-
 
 # -- law 6 -------------------------------------------------------------------------------------
 
@@ -178,422 +105,7 @@ def test_three_compiled_steps_equal_three_eager_steps(pair, label):
     law(pair, ALL_ESTIMATORS[label])
 
 
-# -- programs of a user's own ------------------------------------------------------------------
-
-
-class Free(ppvae.Program):
-    """A program from a function of itself and the data, with modules and tensors as attributes."""
-
-    def __init__(self, body, **attributes):
-        super().__init__()
-        self.body = body
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, *args):
-        return self.body(self, *args)
-
-
-def standard(x, name="z"):
-    return pyro.sample(name, dist.Normal(x.new_zeros(Z), 1.0).to_event(1))
-
-
-def observe(x, loc):
-    pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
-
-
-def decode(self, x, *rest):
-    with pyro.plate("data", len(x)):
-        observe(x, self.net(standard(x)))
-
-
-def encode(self, x, *rest):
-    with pyro.plate("data", len(x)):
-        loc, raw = self.net(x).chunk(2, -1)
-        pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
-
-
-def plain():
-    torch.manual_seed(0)
-    return Free(decode, net=nn.Linear(Z, D)), Free(encode, net=nn.Linear(D, 2 * Z))
-
-
-def vae():
-    torch.manual_seed(0)
-    model = models.VAE(conditionals.Normal(nets.mlp(Z, 8, D), 0.7), latent_dim=Z)
-    return model, guides.Normal(nets.mlp(D, 8, 2 * Z))
-
-
-def with_model(body, **attributes):
-    return Free(body, net=nn.Linear(Z, D), **attributes), Free(encode, net=nn.Linear(D, 2 * Z))
-
-
-def parameter(*shape):
-    return nn.Parameter(torch.zeros(*shape))
-
-
-PROGRAMS = {}
-
-
-def program(loss=None):
-    def add(make):
-        def seeded():
-            torch.manual_seed(0)
-            return make()
-
-        PROGRAMS[make.__name__] = (seeded, loss)
-        return make
-
-    return add
-
-
-@program()
-def masked():
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            z = standard(x)
-            with poutine.mask(mask=torch.arange(N) % 2 == 0):
-                observe(x, self.net(z))
-
-    return with_model(body)
-
-
-@program()
-def scaled():
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            with poutine.scale(scale=0.3):
-                z = standard(x)
-            observe(x, self.net(z))
-
-    return with_model(body)
-
-
-@program(elbo.IWELBO(num_particles=3))
-def subsampled():
-    def body(self, x):
-        with pyro.plate("data", len(x), subsample_size=4) as rows:
-            observe(x[rows], self.net(standard(x)))
-
-    def guide(self, x):
-        with pyro.plate("data", len(x), subsample_size=4) as rows:
-            loc, raw = self.net(x[rows]).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
-
-    return Free(body, net=nn.Linear(Z, D)), Free(guide, net=nn.Linear(D, 2 * Z))
-
-
-@program(elbo.ELBO(num_particles=2))
-def minibatch_of_a_known_size():
-    def body(self, x):
-        with pyro.plate("data", 100, subsample=x):
-            observe(x, self.net(standard(x)))
-
-    def guide(self, x):
-        with pyro.plate("data", 100, subsample=x):
-            loc, raw = self.net(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
-
-    return Free(body, net=nn.Linear(Z, D)), Free(guide, net=nn.Linear(D, 2 * Z))
-
-
-@program(elbo.IWELBO(num_particles=3))
-def pixels():
-    def body(self, x):
-        with pyro.plate("data", len(x), dim=-2):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(1, Z), 1.0).to_event(1))
-            with pyro.plate("pixels", D, dim=-1):
-                pyro.sample("x", dist.Normal(self.net(z).squeeze(-2), 1.0), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x), dim=-2):
-            loc, raw = self.net(x).unsqueeze(-2).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
-
-    return Free(body, net=nn.Linear(Z, D)), Free(guide, net=nn.Linear(D, 2 * Z))
-
-
-@program()
-def pixels_one_by_one():
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            loc = self.net(standard(x))
-            for j in range(D):
-                pyro.sample(f"x_{j}", dist.Normal(loc[..., j], 1.0), obs=x[:, j])
-
-    return with_model(body)
-
-
-def clusters(in_guide):
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            k = pyro.sample(
-                "k", dist.Categorical(logits=self.logits), infer={"enumerate": "parallel"}
-            )
-            observe(x, self.net(standard(x)) + self.means[k])
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            if in_guide:
-                q = dist.Categorical(logits=self.clusters(x))
-                pyro.sample("k", q, infer={"enumerate": "parallel"})
-            loc, raw = self.net(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
-
-    own = {"clusters": nn.Linear(D, 3)} if in_guide else {}
-    means = nn.Parameter(normal(3, D))
-    model = Free(body, net=nn.Linear(Z, D), logits=parameter(3), means=means)
-    return model, Free(guide, net=nn.Linear(D, 2 * Z), **own)
-
-
-@program(elbo.IWELBO(num_particles=3))
-def enumerated_in_the_model():
-    return clusters(in_guide=False)
-
-
-@program(elbo.ELBO(num_particles=2))
-def enumerated_in_the_guide():
-    return clusters(in_guide=True)
-
-
-def coins():
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            observe(x, self.net(pyro.sample("b", dist.Bernoulli(self.p.sigmoid()).to_event(1))))
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("b", dist.Bernoulli(logits=self.net(x)).to_event(1))
-
-    return Free(body, net=nn.Linear(Z, D), p=parameter(Z)), Free(guide, net=nn.Linear(D, Z))
-
-
-for label, estimator in {
-    "score": elbo.ELBO(gradient="score"),
-    "score_of_four": elbo.ELBO(num_particles=4, gradient="score"),
-    "vimco": elbo.IWELBO(num_particles=4, gradient="vimco"),
-    "thermodynamic": elbo.ThermodynamicELBO(num_particles=4),
-    "wake_sleep": elbo.ReweightedWakeSleep(num_particles=4, insomnia=0.5),
-}.items():
-    PROGRAMS[f"coins_{label}"] = (lambda: torch.manual_seed(0) and coins(), estimator)
-
-
-def categories(prior, posterior):
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", prior(self.logits))
-            observe(x, k @ self.means if k.dtype.is_floating_point else self.means[k])
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("k", posterior(self.net(x)))
-
-    model = Free(body, logits=parameter(3), means=nn.Parameter(normal(3, D)))
-    return model, Free(guide, net=nn.Linear(D, 3))
-
-
-@program(elbo.IWELBO(num_particles=4, gradient="vimco"))
-def categorical():
-    return categories(*2 * [lambda logits: dist.Categorical(logits=logits)])
-
-
-@program(elbo.ELBO(num_particles=3, gradient="score"))
-def one_hot():
-    return categories(*2 * [lambda logits: dist.OneHotCategorical(logits=logits)])
-
-
-@program(elbo.ELBO(num_particles=3))
-def straight_through():
-    return categories(
-        lambda logits: dist.OneHotCategorical(logits=logits),
-        lambda logits: dist.OneHotCategoricalStraightThrough(logits=logits),
-    )
-
-
-@program(elbo.ELBO(num_particles=3))
-def relaxed():
-    half = torch.tensor(0.5)
-    return categories(*2 * [lambda logits: dist.RelaxedOneHotCategorical(half, logits=logits)])
-
-
-def constrained(prior, posterior, sizes):
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            observe(x, self.net(pyro.sample("z", prior)))
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", posterior(nn.functional.softplus(self.net(x)) + 0.1))
-
-    return Free(body, net=nn.Linear(sizes[0], D)), Free(guide, net=nn.Linear(D, sizes[1]))
-
-
-@program(elbo.IWELBO(num_particles=3))
-def gamma():
-    prior = dist.Gamma(torch.full((Z,), 2.0), 1.0).to_event(1)
-    return constrained(prior, lambda h: dist.Gamma(h[..., :Z], h[..., Z:]).to_event(1), (Z, 2 * Z))
-
-
-@program(elbo.IWELBO(num_particles=3))
-def beta():
-    prior = dist.Beta(torch.full((Z,), 2.0), 1.0).to_event(1)
-    return constrained(prior, lambda h: dist.Beta(h[..., :Z], h[..., Z:]).to_event(1), (Z, 2 * Z))
-
-
-@program(elbo.IWELBO(num_particles=3))
-def dirichlet():
-    return constrained(dist.Dirichlet(torch.ones(3)), dist.Dirichlet, (3, 3))
-
-
-@program(elbo.ELBO(num_particles=3))
-def mixture_of_normals():
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            loc, raw, logits = self.net(x).split([2 * Z, 2 * Z, 2], -1)
-            shape = (len(x), 2, Z)
-            q = dist.MixtureOfDiagNormals(loc.reshape(shape), raw.reshape(shape).exp(), logits)
-            pyro.sample("z", q)
-
-    return Free(decode, net=nn.Linear(Z, D)), Free(guide, net=nn.Linear(D, 4 * Z + 2))
-
-
-def flow(*transforms):
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            loc, raw = self.net(x).chunk(2, -1)
-            base = dist.Normal(loc, raw.exp()).to_event(1)
-            pyro.sample("z", dist.TransformedDistribution(base, list(self.flow)))
-
-    guide = Free(guide, net=nn.Linear(D, 2 * Z), flow=nn.ModuleList(transforms))
-    return Free(decode, net=nn.Linear(Z, D)), guide
-
-
-@program(elbo.ELBO(num_particles=3))
-def inverse_autoregressive():
-    return flow(*(flows.affine_autoregressive(Z, [8]) for _ in range(2)))
-
-
-@program(elbo.IWELBO(num_particles=3, gradient="dreg"))
-def coupling():
-    return flow(flows.affine_coupling(Z, [8]))
-
-
-@program(elbo.ELBO(num_particles=3))
-def planar():
-    return flow(flows.planar(Z), flows.radial(Z))
-
-
-@program(elbo.ELBO(num_particles=2))
-def spline():
-    return flow(flows.spline(Z))
-
-
-@program()
-def zuko_spline():
-    import zuko  # here: it switches validation off, for all distributions
-    from pyro.contrib.zuko import ZukoToPyro
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", ZukoToPyro(self.flow(x)))
-
-    nsf = zuko.flows.NSF(Z, D, transforms=1, hidden_features=(8,))
-    return Free(decode, net=nn.Linear(Z, D)), Free(guide, flow=nsf)
-
-
-@program(elbo.IWELBO(num_particles=3))
-def tied_parameters():
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            observe(x, torch.tanh(self.first(standard(x))) @ self.tied)
-
-    encoder = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, 2 * Z))
-    model = Free(body, first=nn.Linear(Z, 8), tied=encoder[0].weight)
-    return model, Free(encode, net=encoder)
-
-
-@program()
-def gradients_that_are_constants_or_one_tensor():
-    """They come without memory of their own: a view of a number, or another's, or the data."""
-
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            z = standard(x)
-            pyro.factor("linear", self.sums.sum() + self.square.sum() + (self.slope * x).sum(-1))
-            observe(x, self.net(z) + self.one + self.other)
-
-    shapes = {"sums": (3,), "square": (4, 4), "slope": (N, D), "one": (N, D), "other": (N, D)}
-    return with_model(body, **{name: parameter(*shape) for name, shape in shapes.items()})
-
-
-@program()
-def parameter_that_is_not_contiguous():
-    net = nn.Linear(Z, D)
-    net.weight = nn.Parameter(normal(Z, D).t())
-    return Free(decode, net=net), Free(encode, net=nn.Linear(D, 2 * Z))
-
-
-@program()
-def draws_that_are_not_used():
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            torch.randn(3)
-            z = standard(x)
-            torch.rand(7)
-            observe(x, self.net(z) + 0.1 * torch.randn(D))
-
-    return with_model(body)
-
-
-@program()
-def recurrent():
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            z = standard(x)
-            steps = z.reshape(-1, 1, Z).expand(-1, D, Z)
-            observe(x, self.out(self.net(steps)[0]).reshape(*z.shape[:-1], D))
-
-    model = Free(body, net=nn.GRU(Z, 4, batch_first=True), out=nn.Linear(4, 1))
-    return model, Free(encode, net=nn.Linear(D, 2 * Z))
-
-
-@program()
-def reparametrised_weights():
-    from torch.nn.utils import parametrizations
-
-    model = Free(decode, net=parametrizations.spectral_norm(nn.Linear(Z, D)))
-    return model, Free(encode, net=parametrizations.weight_norm(nn.Linear(D, 2 * Z)))
-
-
-@program()
-def attention():
-    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
-    encoder = nn.Sequential(
-        nn.Unflatten(-1, (D, 1)), nn.Linear(1, 4), layer, nn.Flatten(-2), nn.Linear(4 * D, 2 * Z)
-    )
-    return Free(decode, net=nn.Linear(Z, D)), Free(encode, net=encoder)
-
-
-@program(elbo.IWELBO(num_particles=5))
-def batch_norm_and_dropout():
-    options = {"batch_norm": True, "dropout": 0.3}
-    model = models.VAE(conditionals.Normal(nets.mlp(Z, 8, D, **options), 0.7), latent_dim=Z)
-    return model, guides.Normal(nets.mlp(D, 8, 2 * Z, **options))
-
-
-@program(elbo.IWELBO(num_particles=5))
-def convolutions_with_particles():
-    shape = (1, 6, 5)
-    decoder = nets.conv_decoder(Z, shape, channels=(3,), hidden=(8,), batch_norm=True)
-    model = models.VAE(conditionals.Bernoulli(decoder, event_dim=3), latent_dim=Z)
-    encoder = nets.conv_encoder(2 * Z, shape, channels=(3,), hidden=(8,), batch_norm=True)
-    return model, guides.Normal(encoder)
-
-
-@program()
-def automatic_guide():
-    model = Free(decode, net=nn.Linear(Z, D))
-    return model, AutoNormal(model)
+# -- programs of a user's own, and arguments -----------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -1076,19 +588,6 @@ def test_a_batch_is_not_kept(traced):
 # -- what cannot be compiled -------------------------------------------------------------------
 
 
-def looks_at_a_value():
-    def body(self, x):
-        with pyro.plate("data", len(x)):
-            z = standard(x)
-            if float(self.log_scale) < 100.0:
-                observe(x, self.net(z))
-
-    torch.manual_seed(0)
-    model, guide = with_model(body)
-    model.register_buffer("log_scale", torch.zeros(()))
-    return model, guide
-
-
 def loops_over_a_plate():
     def body(self, x):
         with pyro.plate("data", len(x)):
@@ -1256,98 +755,6 @@ def test_no_compiler(tmp_path):
     assert "install g++ or clang" in refused
     assert told.startswith("1 ") and "no working C++ compiler" in told
     assert same == "True"
-
-
-# -- evidence -----------------------------------------------------------------------------------
-
-
-def evidence(pair, compile, rows=23, **options):
-    """13 particles on pieces of 5 datapoints, or 9 and then 4 on one; a rest at the end."""
-    model, guide, args = pair
-    args = [torch.cat([arg] * 4)[:rows] for arg in args]
-    torch.manual_seed(3)
-    return diagnostics.log_evidence(
-        model, guide, *args, **{"num_particles": 13, "max_rows": 65, "compile": compile} | options
-    )
-
-
-def assert_equal_evidence(make, **options):
-    eager = evidence(make(), False, **options)
-    expected = torch.get_rng_state()
-    compiled = evidence(make(), True, **options)
-    assert torch.equal(torch.get_rng_state(), expected), "the random stream was moved"
-    for name in ("log_evidence", "log_evidence_se", "elbo", "ess"):
-        one, other = getattr(compiled, name), getattr(eager, name)
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("pair", ALL_PAIRS)
-def test_the_evidence_of_every_pair_traced(traced, pair):
-    rows = len(build(pair)[2][0]) if pair == "per_datapoint" else 23
-    assert_equal_evidence(lambda: build(pair), rows=rows, max_rows=26 if rows < 23 else 65)
-    assert len(traced) == 1
-
-
-@pytest.mark.parametrize(("max_rows", "graphs"), [(65, 1), (9, 2), (1, 1), (10**6, 0)])
-def test_pieces_of_the_evidence(traced, max_rows, graphs):
-    """A rest at the end, and what fits into one piece, is not worth a graph."""
-    assert_equal_evidence(lambda: build("vae_bernoulli"), max_rows=max_rows)
-    assert len(traced) == graphs
-
-
-@inductor
-@pytest.mark.slow
-def test_compiled_evidence():
-    assert_equal_evidence(lambda: build("vae_bernoulli"))
-
-
-def test_the_evidence_of_plain_functions(traced):
-    """Latents that are discrete, networks that no program owns."""
-
-    def make():
-        torch.manual_seed(0)
-        net = nn.Linear(D, 3)
-
-        def model(x):
-            with pyro.plate("data", len(x)):
-                c = pyro.sample("c", dist.Categorical(x.new_ones(3) / 3))
-                observe(x, c.unsqueeze(-1) * x.new_ones(D))
-
-        def guide(x):
-            with pyro.plate("data", len(x)):
-                pyro.sample("c", dist.Categorical(logits=net(x)))
-
-        return model, guide, (X,)
-
-    assert_equal_evidence(make)
-    assert len(traced) == 1
-
-
-def test_a_weight_that_is_not_finite_is_named_by_compiled_evidence(traced):
-    """It is drawn once in hundreds: the draws that name the site are those that showed it."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = standard(x)
-            observe(x, z.where(z < 2.7, math.nan).sum(-1, keepdim=True) + x.new_zeros(D))
-
-    pair = model, guides.Prior(model), (X,)
-    seen = []
-    for compile in (False, True):
-        with pytest.raises(ValueError, match=r"log-weight of datapoint \d+ is NaN .*'x'") as caught:
-            evidence(pair, compile, rows=24, max_rows=13)
-        seen.append(str(caught.value))
-    assert seen[0] == seen[1]
-
-
-def test_evidence_that_cannot_be_compiled(traced):
-    pair = (*looks_at_a_value(), (X,))
-    with pytest.raises(NotCompiled, match=r"compile=True, but .*looks at a tensor's value"):
-        evidence(pair, True)
-    with pytest.warns(RuntimeWarning, match="looks at a tensor's value") as warned:
-        found = evidence(pair, "auto")
-    assert len(warned) == 1
-    assert torch.equal(found.log_evidence, evidence(pair, False).log_evidence)
 
 
 # -- the compiled thing itself -----------------------------------------------------------------
