@@ -275,8 +275,12 @@ def _combine(
     log_p: dict[str, Tensor], log_q: dict[str, Tensor], enumerated: dict[str, int]
 ) -> Tensor:
     """log of sum over the enumerated latents of p / q of the drawn ones, ``(K, N)``."""
-    drawn = [term for name, term in log_q.items() if name not in enumerated]
-    log_w = cast(Tensor, sum(log_p.values()) - sum(drawn))
+    log_w, *others = log_p.values()  # sum() would begin with 0 + log_w
+    for term in others:
+        log_w = log_w + term
+    for name, term in log_q.items():
+        if name not in enumerated:
+            log_w = log_w - term
     return sum_out(log_w)
 
 

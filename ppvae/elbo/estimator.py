@@ -205,7 +205,7 @@ class Estimator(pyro.infer.ELBO):
         """The loss as a differentiable scalar; with a gradient it counts as a training step."""
         try:
             with own_path():
-                value = self.sign * self.surrogate(model, guide, args, kwargs, state)
+                value = self.surrogate(model, guide, args, kwargs, state)
         except KeyError as error:  # what Pyro's flows without an inverse raise
             if "intermediates cache" not in str(error):
                 raise
@@ -218,7 +218,7 @@ class Estimator(pyro.infer.ELBO):
         if state.learning:
             self.advance(state)
             state.count()
-        return -value
+        return -value if self.sign > 0 else value
 
     def surrogate(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State

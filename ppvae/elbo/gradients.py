@@ -56,7 +56,7 @@ def surrogate(
             value = _with_gradient(value, value + _score(estimator, weights, log_w))
         else:
             require_reparameterised(estimator, weights)
-    return weights.scale * value
+    return value if weights.scale == 1 else weights.scale * value
 
 
 def _along_path(
