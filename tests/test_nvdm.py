@@ -257,6 +257,26 @@ def example(monkeypatch):
     return importlib.import_module("nvdm")
 
 
+def test_the_encoder_starts_at_unit_scale_whatever_the_document(example):
+    _, guide = example.pair(V, Z, 8)
+    q = guide.posterior(torch.tensor(corpus(), dtype=torch.float32))
+    assert torch.equal(q.stddev, torch.ones(40, Z)) and q.mean.std(0).min() > 0
+
+
+def test_topics_of_lda_are_found_again(example):
+    """Documents of one of two topics without a common word; the rest of each row is the prior."""
+    rng = np.random.default_rng(0)
+    topics = np.array([[0.5, 0.3, 0.2, 0, 0, 0, 0], [0, 0, 0, 0.4, 0.3, 0.2, 0.1]])
+    counts = rng.multinomial(50, topics[np.arange(200) % 2])
+    found, alpha = example.fit_lda(
+        scipy.sparse.csr_array(counts), 2, passes=10, doc_topic_prior=0.1
+    )
+    found = found[np.argsort(-found[:, 0])]
+    assert alpha == 0.1 and np.allclose(found.sum(1), 1)
+    # 5,000 words of each topic: a share is within five standard errors, and the prior's 0.5 / 5000
+    assert np.abs(found - topics).max() < 5 * np.sqrt(0.25 / 5_000) + 1e-3
+
+
 def test_the_bound_of_lda(example):
     """One topic: exact. Two: below log p by quadrature over the share of the first, and near."""
     counts = scipy.sparse.csr_array(corpus(6))
