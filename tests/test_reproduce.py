@@ -1,0 +1,66 @@
+"""The reproductions: their frame, and whether each system's cells run."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def reproduce(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import reproduce
+
+    return reproduce
+
+
+def test_a_cell_is_run_once_and_only_by_its_recipe(reproduce, tmp_path, capsys):
+    runs = []
+
+    def run(recipe, folder):
+        runs.append(recipe)
+        return {"score": recipe["epochs"] + 0.5}
+
+    system, path = SimpleNamespace(run=run), tmp_path / "one.json"
+    first = reproduce.cell(system, {"epochs": 2, "hidden": (3, 4)}, path)
+    again = reproduce.cell(system, {"epochs": 2, "hidden": (3, 4)}, path)
+    assert first == again == json.loads(path.read_text())
+    assert len(runs) == 1 and first["score"] == 2.5
+    assert {"wall_seconds", "cpu_seconds", "torch", "threads", "device"} <= first.keys()
+    with pytest.raises(SystemExit, match="give another --out"):
+        reproduce.cell(system, {"epochs": 3, "hidden": (3, 4)}, path)
+
+
+def test_a_cell_that_fails_leaves_nothing(reproduce, tmp_path):
+    def run(recipe, folder):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.cell(SimpleNamespace(run=run), {}, tmp_path / "one.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_cells_are_named(reproduce, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "iwae", "--cells", "3L-50"])
+    with pytest.raises(SystemExit):
+        reproduce.main()
+    assert "no cell ['3L-50'] in iwae; it has ['1L-1'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cvae", "iwae", "ladder", "nvdm", "vade"])
+def test_every_cell_runs_when_it_is_cut_short(reproduce, monkeypatch, tmp_path, capsys, name):
+    system = reproduce.SYSTEMS[name]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", name, "--quick", "--out", str(tmp_path)])
+    try:
+        reproduce.main()
+    except OSError as error:
+        pytest.skip(f"its data are not in the cache and cannot be fetched: {error}")
+    written = {path.stem for path in (tmp_path / name / "quick").glob("*.json")}
+    assert written == set(system.CELLS)
+    table = capsys.readouterr().out
+    assert "|---|" in table and "nan" not in table
