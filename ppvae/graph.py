@@ -67,7 +67,7 @@ class Graph:
             with torch.no_grad(), config.patch(fallback_random=True), seeded(0, *inputs):
                 compiler = cast(Callable[..., Any], compile_fx)
                 self._call = compiler(traced, [*inputs, *self.reached])
-                self._call(*_copies(inputs), *_copies(self.reached))  # compiles what is left
+                self._call(*copies(inputs), *copies(self.reached))  # compiles what is left
         except NotCompiled:
             raise
         except Exception as error:  # whatever the tracer and the compiler raise: there is no list
@@ -173,7 +173,8 @@ def _multiply_with_onednn(traced: GraphModule) -> None:
     traced.recompile()
 
 
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The values, in memory of their own."""
     return [tensor.detach().clone() for tensor in tensors]
 
 
@@ -209,7 +210,7 @@ def unmoved(module: nn.Module) -> Iterator[None]:
         if type(value) in (list, dict) and name not in INTERNAL
     ]
     tensors = [value for _, _, value in attributes(module)]
-    kept = _copies(tensors)
+    kept = copies(tensors)
     try:
         yield
     finally:

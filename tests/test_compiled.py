@@ -664,6 +664,40 @@ def test_a_graph_with_other_numbers_is_refused(monkeypatch, factor):
     assert all(p.grad is None for p in svi.objective.parameters())
 
 
+@pytest.mark.parametrize(("factor", "taken"), [(1.0, True), (1.01, False)])
+def test_the_kink_of_a_relu_is_no_fault_of_a_graph(monkeypatch, factor, taken):
+    """There the last bit decides which slope is seen, by the graph and by the eager step."""
+    import torch._inductor.compile_fx
+
+    def rounding_elsewhere(graph, inputs):
+        bit = 1 + torch.finfo(torch.float32).eps
+
+        def call(first, *args):
+            return [out * factor for out in graph(first * bit, *args)]
+
+        return call
+
+    def body(self, x):
+        with pyro.plate("data", len(x)):
+            kink = torch.nn.functional.leaky_relu(self.a - self.b, 0.1)
+            observe(x, self.net(standard(x)) + kink)
+
+    def make():
+        torch.manual_seed(0)
+        a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+        return Free(body, a=a, b=b, net=nn.Linear(Z, D)), plain()[1]
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", rounding_elsewhere)
+    svi = ppvae.SVI(*make(), SGD, compile=True)
+    before = tensors(svi.objective)
+    if taken:
+        assert svi._differentiate((X,), {}, torch.get_rng_state()).isfinite()
+    else:
+        with pytest.raises(NotCompiled, match="at the same draws"):
+            svi.step(X)
+    assert all(torch.equal(before[k], v) for k, v in tensors(svi.objective).items())
+
+
 @pytest.mark.parametrize("compile", [True, "auto"])
 def test_a_network_that_no_program_owns(traced, compile):
     net = nn.Linear(Z, D)

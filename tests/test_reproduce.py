@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -51,7 +53,21 @@ def test_unknown_cells_are_named(reproduce, monkeypatch, capsys):
     assert "no cell ['3L-50'] in iwae; it has ['1L-1'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["ladder", "bottom-up"])
+def test_renormalise_gives_the_moments_of_all_rows(reproduce, name):
+    system = reproduce.SYSTEMS["ladder"]
+    model, guides = system.hierarchical.mlp_pair(6, [3, 2], [5, 4], True)
+    x = torch.rand(50, 6).round()
+    system.renormalise(model, guides[name], x)
+    first = guides[name].blocks[0] if name == "ladder" else guides[name].levels[0]
+    linear = next(module for module in first.modules() if isinstance(module, nn.Linear))
+    norm = next(module for module in first.modules() if isinstance(module, nn.BatchNorm1d))
+    torch.testing.assert_close(norm.running_mean, linear(x).mean(0))
+    torch.testing.assert_close(norm.running_var, linear(x).var(0))
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ppvae.metrics.UnusedClusterWarning")
 @pytest.mark.parametrize("name", ["cvae", "iwae", "ladder", "nvdm", "vade"])
 def test_every_cell_runs_when_it_is_cut_short(reproduce, monkeypatch, tmp_path, capsys, name):
     system = reproduce.SYSTEMS[name]

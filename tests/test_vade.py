@@ -1,5 +1,7 @@
 """VaDE: the cluster summed out, drawn, or mean-field; against stock Pyro, quadrature, sklearn."""
 
+import argparse
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -268,6 +270,35 @@ def test_initialise_takes_over_scikit_learns_mixture():
     assert model.prior.loc.requires_grad
 
 
+def test_initialise_finds_correlated_clusters():
+    """Full covariances in EM; the prior has the variances. By diagonal ones the clusters mix."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.arange(600) % C
+    long, thin = torch.randn(2, 600, generator=generator)
+    codes = torch.stack([1.5 * long + 0.15 * thin + 2.5 * y, 1.5 * long - 0.15 * thin], 1)
+    found = {}
+    for covariance in ("diag", "full"):
+        model, _, _ = pair()
+        mixture = model.initialise(codes, covariance=covariance)
+        found[covariance] = ppvae.metrics.clustering_accuracy(mixture.predict(codes.numpy()), y)
+    assert found["full"] == 1.0 and found["diag"] < 0.8
+    order = model.prior.loc[:, 0].sub(model.prior.loc[:, 1]).argsort()
+    for cluster, c in enumerate(order):
+        own = codes[y == cluster].double()
+        torch.testing.assert_close(model.prior.loc[c].double(), own.mean(0), rtol=0, atol=1e-3)
+        variances = (2 * model.prior.log_scale[c]).exp().double()
+        torch.testing.assert_close(variances, own.var(0, correction=0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"num_starts": 0}, "num_starts must be at least 1"), ({"covariance": "tied"}, '"full", got')],
+)
+def test_what_initialise_refuses(option, message):
+    with pytest.raises(ValueError, match=message):
+        pair()[0].initialise(blobs()[0], **option)
+
+
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
@@ -290,16 +321,74 @@ def test_codes_that_cannot_start_a_mixture(codes, message):
 # ------------------------------------------------------------------------------ the example
 
 
-@pytest.mark.filterwarnings("ignore::ppvae.metrics.UnusedClusterWarning")  # 4 epochs are few
-def test_the_example(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def example(monkeypatch):
     import importlib
-    import json
     from pathlib import Path
 
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
     threads = torch.get_num_threads()
-    example = importlib.import_module("vade")
+    yield importlib.import_module("vade")
+    torch.set_num_threads(threads)
+
+
+def test_images_are_distorted_in_training_alone(example, monkeypatch):
+    x = torch.rand(4, 28 * 28)
+    distorted = example.Distorted(nn.Identity(), (1, 28, 28))
+    seen = distorted(x)
+    assert seen.shape == x.shape and seen.min() >= 0 and seen.max() <= 1 + 1e-6
+    assert (seen - x).abs().mean(1).min() > 0.05
+    assert not torch.allclose(*distorted(x[:1].expand(2, -1)))  # each row in its own way
+    for same in (distorted.eval(), example.Distorted(nn.Identity(), (1, 28, 28), strength=0.0)):
+        assert torch.equal(same(x), x)
+    # The largest move to the left and up, and nothing else: three pixels.
+    drawn = torch.tensor([[1, 1, 0.5, 0.5, 0.5, 0.5]])
+    monkeypatch.setattr(torch, "rand", lambda rows, count, device: drawn)
+    images, moved = x[:1].view(28, 28), distorted.distort(x[:1]).view(28, 28)
+    torch.testing.assert_close(moved[:25, :25], images[3:, 3:], rtol=0, atol=1e-4)
+    assert moved[25:].abs().max() < 1e-4
+
+
+def test_the_example_starts_at_the_most_typical_mixture(example):
+    from sklearn.metrics import adjusted_rand_score
+
+    generator, count = torch.Generator().manual_seed(1), 9
+    centres = (20 * torch.rand(count, Z, generator=generator)).repeat(30, 1)
+    x = centres + 0.5 * torch.randn(30 * count, Z, generator=generator)
+    encoder = nn.Linear(Z, 2 * Z)  # whose means are x itself
+    encoder.weight.data.copy_(torch.eye(Z).repeat(2, 1))
+    encoder.bias.data.zero_()
+    model = models.VaDE(conditionals.Bernoulli(nn.Linear(Z, D)), conditionals.Mixture(count, Z))
+    for seed in range(5, 25):  # until it is not the first of six
+        fits = [model.initialise(x, 1_000 * seed + number, 1, "full") for number in range(6)]
+        found = [fit.predict(x.numpy()) for fit in fits]
+        agreement = [sum(adjusted_rand_score(a, b) for b in found) for a in found]
+        best = agreement.index(max(agreement))
+        if best > 0:
+            break
+    assert best > 0 and agreement[best] > agreement[0] + 0.01
+
+    args = argparse.Namespace(num_starts=6, covariance="full", latent_dim=Z)
+    clusters = example.start(model, guides.Normal(encoder), x, args, seed)
+    assert clusters.tolist() == found[best].tolist()
+    torch.testing.assert_close(model.prior.loc.detach(), torch.tensor(fits[best].means_).float())
+    assert torch.equal(encoder(x)[:, :Z], x) and (encoder(x)[:, Z:] == -2).all()
+
+
+def test_an_example_evaluates_without_distortion(example):
+    encoder = example.Distorted(nets.mlp(64, 8, 2 * Z), (1, 8, 8))
+    guide, x = guides.Normal(encoder), torch.rand(30, 64)
+    codes = example.means(guide, x)
+    assert torch.equal(codes, encoder.net(x)[:, :Z]) and encoder.training
+    assert not torch.allclose(guide.posterior(x).mean, codes)
+
+
+@pytest.mark.filterwarnings("ignore::ppvae.metrics.UnusedClusterWarning")  # 4 epochs are few
+def test_the_example(example, tmp_path, capsys):
+    import json
+
     options = ["--quick", "--device", "cpu", "--num-seeds", "1", "--pretrain-epochs", "4"]
+    options += ["--num-starts", "3"]
     example.main([*options, "--out", str(tmp_path)])
     shown = capsys.readouterr().out
     for method in example.METHODS:
@@ -313,4 +402,3 @@ def test_the_example(tmp_path, monkeypatch, capsys):
         example.main([*options, "--out", str(tmp_path)])
     with pytest.raises(ValueError, match="800 rows are fewer than 900 clusters"):
         example.main([*options, "--clusters", "900", "--out", str(tmp_path), "--overwrite"])
-    torch.set_num_threads(threads)

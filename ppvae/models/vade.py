@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
@@ -117,27 +116,21 @@ class VaDE(Program):
     def initialise(
         self, codes: Tensor, seed: int = 0, num_starts: int = 10, covariance: str = "diag"
     ) -> Any:
-        r"""Start the prior at a mixture fitted to codes, with equal weights, as the paper does.
-
-        Of several fits by EM that one is taken under which the prior, as it then starts, makes the
-        codes most likely:
-
-        .. math:: \frac1N \sum_n \log \frac1C \sum_c N(z_n; \mu_c, \operatorname{diag} \sigma_c^2)
+        """Start the prior at a mixture fitted to codes, with equal weights, as the paper does.
 
         Args:
             codes: ``(N, Z)``, of a pretrained encoder: ``guide.posterior(x).mean``.
-            seed: of the fits.
-            num_starts: how many, >= 1; the authors' code makes one.
+            seed: of scikit-learn's k-means starts.
+            num_starts: fits, >= 1, of which the most likely is taken; the authors' code makes one.
             covariance: of the components in EM: ``"diag"``, as in the paper, or ``"full"``, which
-                finds clusters whose codes are correlated. The prior takes the variances.
+                finds clusters of correlated codes. The prior takes the variances.
 
         Returns:
             The fitted ``GaussianMixture``: its ``predict(codes)`` is the baseline AE + GMM.
 
         Raises:
             ValueError: fewer codes than clusters, codes of another size, NaN or infinite codes, a
-                constant dimension, or fits that all have a component that has collapsed on fewer
-                than two codes.
+                constant dimension, or a component that has collapsed on fewer than two codes.
 
         Example:
             >>> import torch
@@ -157,34 +150,28 @@ class VaDE(Program):
             raise ValueError(f'covariance must be "diag" or "full", got {covariance!r}')
         count, dim = self.prior.loc.shape
         _check_codes(codes, count, dim)
-        z = codes.detach().cpu().double()
-        best = None
-        for number in np.random.SeedSequence(seed).generate_state(num_starts):
-            mixture = GaussianMixture(
-                count,
-                covariance_type=covariance,
-                tol=1e-4,
-                max_iter=300,
-                reg_covar=FLOOR,
-                random_state=int(number),
-            ).fit(z.numpy())
-            sizes = len(z) * torch.as_tensor(mixture.weights_)
-            loc, variances = torch.as_tensor(mixture.means_), torch.as_tensor(mixture.covariances_)
-            if covariance == "full":
-                variances = variances.diagonal(dim1=1, dim2=2)
-            bad = (sizes < 2) | (variances < 2 * FLOOR).any(1)
-            components = DiagonalNormal(loc, variances.sqrt())
-            likelihood = components.log_prob(z.unsqueeze(1)).logsumexp(1).mean()
-            if not bad.any() and (best is None or likelihood > best[0]):
-                best = likelihood, mixture, loc, variances
-        if best is None:
+        mixture = GaussianMixture(
+            count,
+            covariance_type=covariance,
+            tol=1e-4,
+            max_iter=300,
+            n_init=num_starts,
+            random_state=seed,
+            reg_covar=FLOOR,
+        )
+        mixture.fit(codes.detach().cpu().double().numpy())
+        sizes = len(codes) * torch.as_tensor(mixture.weights_)
+        loc, variances = torch.as_tensor(mixture.means_), torch.as_tensor(mixture.covariances_)
+        if covariance == "full":
+            variances = variances.diagonal(dim1=1, dim2=2)
+        bad = (sizes < 2) | (variances < 2 * FLOOR).any(1)
+        if bad.any():
             raise ValueError(
                 f"components {bad.nonzero().flatten().tolist()} of {count} collapsed on "
                 f"{[round(n, 1) for n in sizes[bad].tolist()]} codes, with variances down to "
                 f"{float(variances[bad].min()):.1e}: give another seed, fewer clusters, more "
                 "codes, or codes without duplicates"
             )
-        _, mixture, loc, variances = best
         like = self.prior.loc
         self.prior.initialise(torch.ones(count).to(like), loc.to(like), variances.sqrt().to(like))
         return mixture
