@@ -15,6 +15,7 @@ Source: Jiang, Zheng, Tan, Tang and Zhou, Variational Deep Embedding, 2017.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import math
@@ -215,16 +216,17 @@ def start(
     """
     codes = means(guide, x)
     some = codes[:: math.ceil(len(codes) / 25_000)]
-    found = []
+    fits, found = [], []
     for number in range(args.num_starts):
         mixture = model.initialise(some, 1_000 * seed + number, 1, args.covariance)
+        fits.append((mixture, copy.deepcopy(model.prior.state_dict())))
         found.append(mixture.predict(some.double().cpu().numpy()))
     agreement = [
         statistics.fmean(metrics.adjusted_rand_index(one, other) for other in found)
         for one in found
     ]
-    chosen = agreement.index(max(agreement))
-    mixture = model.initialise(some, 1_000 * seed + chosen, 1, args.covariance)
+    mixture, prior = fits[agreement.index(max(agreement))]
+    model.prior.load_state_dict(prior)
     last = [layer for layer in guide.modules() if isinstance(layer, nn.Linear)][-1]
     last.weight[args.latent_dim :].zero_()
     last.bias[args.latent_dim :].fill_(-2.0)
