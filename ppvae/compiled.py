@@ -46,6 +46,7 @@ class Compiled:
     Attributes:
         build_seconds: time spent building graphs.
         reason: why steps run eagerly, where they do; None otherwise.
+        latest: what the last call ran; None: nothing, so it was left to run eagerly.
         replays: whole steps captured as CUDA graphs, see :class:`Replay`.
     """
 
@@ -55,6 +56,7 @@ class Compiled:
         self.module, self.build, self.required = module, build, required
         self.build_seconds = 0.0
         self.reason: str | None = None
+        self.latest: Any = None
         self.replays: dict[Any, Replay] = {}
         self._graphs: dict[Any, Any] = {}
         self._parameters = list(module.parameters())
@@ -79,6 +81,7 @@ class Compiled:
         Raises:
             NotCompiled: no graph can be built, and one is required.
         """
+        self.latest = None
         key = self.key(args, kwargs)
         try:
             graph = self._graphs.get(key, _UNKNOWN)  # one lookup: a key is long
@@ -94,6 +97,7 @@ class Compiled:
                 )
                 return None
             graph = self._graphs[key] = self._build(args, kwargs)
+        self.latest = graph
         return graph(args) if graph is not None else None
 
     def advance(self, key: Any) -> None:
@@ -155,9 +159,15 @@ class Gradients:
         args, kwargs: what it is called with; the graph is for tensors of these shapes.
         progress: called after each part of the work.
 
+    Attributes:
+        parameters: what it differentiates by.
+        norm: of the gradient of the last call.
+
     Raises:
         NotCompiled: no graph can be built, or it gives another loss or gradient.
     """
+
+    norm: Tensor
 
     def __init__(
         self, objective: nn.Module, args: tuple, kwargs: dict, progress: Callable[[], Any]
@@ -184,7 +194,8 @@ class Gradients:
             weight = getattr(self.state, "weight", None)
             weighs[:] = [weight is not None]
             taken = {tensor.untyped_storage()._cdata for tensor in inputs}
-            outputs = [loss.detach()]
+            norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
+            outputs = [loss.detach(), norm]
             for parameter, gradient in zip(wanted, gradients, strict=True):
                 if gradient is not None:
                     outputs.append(_own(gradient, parameter, taken))
@@ -210,7 +221,7 @@ class Gradients:
     def __call__(self, args: tuple) -> Tensor:
         if not (self.parameters[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             self.advance()  # a captured graph would keep this step's numbers
-        loss, *outputs = self.graph(*self.inputs, *(args[i] for i in self.positions))
+        loss, self.norm, *outputs = self.graph(*self.inputs, *(args[i] for i in self.positions))
         if self.weighs:
             self.state.weight = outputs.pop()
         gradients = iter(outputs)
@@ -227,7 +238,7 @@ class Gradients:
 
     def _eager(self, args: tuple, kwargs: dict) -> list[Tensor | None]:
         """Loss and gradients, with a seed."""
-        with unmoved(self.objective), seeded(0, *self.parameters):
+        with unmoved(self.objective), seeded(0, *self.parameters), torch.enable_grad():
             with local_parameters(), pyro.validation_enabled(False):
                 loss = self.objective(*args, **kwargs)
                 require_own_parameters(loss, self.objective)
@@ -264,9 +275,7 @@ class Gradients:
                 for parameter, value in zip(self.parameters, kept, strict=True):
                     sign = 2 * torch.randint(2, value.shape, generator=coin) - 1
                     parameter.copy_(value * (1 + sign.to(value) * torch.finfo(value.dtype).eps))
-                with torch.enable_grad():
-                    nearby = self._eager(args, kwargs)
-                if _difference(nearby, found) is None:
+                if _difference(self._eager(args, kwargs), found) is None:
                     return True
         finally:
             for parameter, value in zip(self.parameters, kept, strict=True):

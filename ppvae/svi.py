@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -171,7 +172,7 @@ class SVI(pyro.infer.SVI):
         if self.synchronize is not None:
             over_all = loss.clone()
             self.synchronize([*(_gradient(parameter) for parameter in parameters), over_all])
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._norm(parameters)
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         if self._withholds(loss):
@@ -192,6 +193,16 @@ class SVI(pyro.infer.SVI):
             return loss
         self.optimizer.step()
         return loss
+
+    def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """The norm of the gradient; a graph has it, where these are its parameters."""
+        graph = self._compiled.latest if self._compiled is not None else None
+        if graph is not None and self.synchronize is None:
+            known = graph.parameters
+            if len(known) == len(parameters) and all(map(operator.is_, known, parameters)):
+                norm: Tensor = graph.norm
+                return norm
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def _withholds(self, loss: Tensor) -> bool:
         """Whether the optimiser looks itself, on the device, at whether the step is finite."""
@@ -237,18 +248,19 @@ class SVI(pyro.infer.SVI):
             return torch.full((), math.nan, dtype=parameter.dtype, device=parameter.device)
 
     def _loss(self, args: tuple, kwargs: dict) -> Tensor:
+        if self.compile:
+            if self._compiled is None:
+                self._compiled = Compiled(self.objective, Gradients, self.compile is True)
+            with self.autocast():
+                compiled = self._compiled(args, kwargs)
+            if compiled is not None:
+                return compiled
         with (
             local_parameters(),
             pyro.validation_enabled(False),  # validated once, in prepare
             torch.enable_grad(),
             self.autocast(),
         ):
-            if self.compile:
-                if self._compiled is None:
-                    self._compiled = Compiled(self.objective, Gradients, self.compile is True)
-                compiled = self._compiled(args, kwargs)
-                if compiled is not None:
-                    return compiled
             loss: Tensor = self.objective(*args, **kwargs)
             if self.num_steps == 0:
                 require_own_parameters(loss, self.objective)
