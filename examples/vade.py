@@ -295,12 +295,14 @@ def baselines(x: Tensor, clusters: int, seed: int, starts: int) -> dict[str, Ten
     }
 
 
-def likeliest(x: Tensor, clusters: int, seed: int, starts: int, floor: float = 1e-6) -> Tensor:
-    """GMM: the most likely of scikit-learn's mixtures with diagonal covariances."""
+def likeliest(
+    x: Tensor, clusters: int, seed: int, starts: int, floor: float = 1e-6, covariance: str = "diag"
+) -> Tensor:
+    """GMM: the most likely of scikit-learn's mixtures."""
     from sklearn.mixture import GaussianMixture
 
     gmm = GaussianMixture(
-        clusters, covariance_type="diag", reg_covar=floor, n_init=starts, random_state=seed
+        clusters, covariance_type=covariance, reg_covar=floor, n_init=starts, random_state=seed
     )
     return torch.as_tensor(gmm.fit_predict(x.cpu().numpy()))
 
