@@ -511,6 +511,15 @@ def test_float32_and_one_datapoint():
     assert "nan" not in repr(report)
 
 
+def test_a_guide_without_latents():
+    x = torch.randn(20, 2)
+    mixture = models.GaussianMixture(3, 2)
+    mixture.start(x)
+    report = diagnose(mixture, lambda x: None, x, num_particles=50)
+    assert report.absent["activity and mutual information"] == "the guide draws no latents"
+    torch.testing.assert_close(report.log_evidence.float(), mixture.log_evidence(x).detach())
+
+
 def test_zero_weights_make_the_elbo_minus_infinity_in_the_table_too():
     """A mean over the finite rows alone would be an ELBO above log p(x)."""
 

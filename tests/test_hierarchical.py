@@ -274,7 +274,10 @@ def test_only_diagonal_normals_merge():
     blocks = [nn.Identity(), nn.Identity()]
     model = models.Hierarchical(likelihood, [full], latent_dim=3)
     with pytest.raises(TypeError, match=r"p\(z1 \| z2\) gives a MultivariateNormal"):
-        guides.Ladder(model, blocks, heads)(torch.zeros(5, 4))
+        guides.Ladder(model, blocks, heads)
+    model = models.Hierarchical(likelihood, [conditionals.Mixture(3, 2)], latent_dim=3)
+    with pytest.raises(TypeError, match=r"p\(z1 \| z2\) gives a MixtureSameFamily"):
+        guides.Ladder(model, blocks, heads)
     model = models.Hierarchical(likelihood, [Normal(nets.mlp(3, 4))], latent_dim=3)
     with pytest.raises(TypeError, match="head 1 gives a MultivariateNormal"):
         guides.Ladder(model, blocks, [ppvae.posteriors.FullNormal(nets.mlp(4, 5), 2), heads[1]])
@@ -338,6 +341,62 @@ def test_levels_that_do_not_chain_are_named_with_their_widths():
         guides.Ladder(model, [blocks[0], nets.mlp(21, 10), blocks[2]], heads)
     with pytest.raises(ValueError, match=r"head 3 gives z3 of shape \(5,\), but .* \(4,\)"):
         guides.Ladder(model, blocks, [*heads[:2], Normal(nets.mlp(5, 10))])
+
+
+class Pair(nn.Module):
+    """An encoder in plain PyTorch: mean and scale."""
+
+    def forward(self, x):
+        return x, x.exp()
+
+
+class OfTorch(nn.Module):
+    """A distribution that Pyro cannot sample."""
+
+    def forward(self, x):
+        return torch.distributions.Independent(torch.distributions.Normal(x, 1.0), 1)
+
+
+class Own(nn.Module):
+    """A user's own conditional, of no class of ppvae's."""
+
+    def forward(self, x):
+        return dist.Laplace(x, 1.0).to_event(1)
+
+
+@pytest.mark.parametrize(
+    ("bare", "kind"),
+    [(nets.mlp(4, 4), "torch.Tensor"), (Pair(), "builtins.tuple"), (OfTorch(), "Independent")],
+)
+def test_a_level_that_gives_no_distribution_is_refused_at_once(bare, kind):
+    good = Normal(nets.mlp(4, 8))
+    message = rf" gives a .*{kind}, but must give one of pyro.distributions"
+    with pytest.raises(TypeError, match=r"levels\[1\]" + message):
+        models.Hierarchical(good, [good, bare], latent_dim=4)
+    with pytest.raises(TypeError, match="likelihood" + message):
+        models.Hierarchical(bare, [good], latent_dim=4)
+    model = models.Hierarchical(good, [good], latent_dim=4)
+    with pytest.raises(TypeError, match=r"levels\[0\]" + message):
+        guides.BottomUp(model, [bare, good])
+    flat = [nn.Identity(), nn.Identity()]
+    for heads in ([bare, good], [good, bare]):
+        with pytest.raises(TypeError, match=r"heads\[[01]\]" + message):
+            guides.Ladder(model, flat, heads)
+    with pytest.raises(TypeError, match="block 1 gives a DiagonalNormal, but must give a tensor"):
+        guides.Ladder(model, [good, nn.Identity()], [good, good])
+    with pytest.raises(TypeError, match="prior, a Normal, fails when called without arg"):
+        models.Hierarchical(good, [good], prior=good)
+    model = models.Hierarchical(good, [Own()], latent_dim=4)
+    assert guides.BottomUp(model, [Own(), Own()])(torch.zeros(5, 4)).shape == (5, 4)
+
+
+def test_a_guide_of_a_hierarchy_names_another_model():
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 4)), latent_dim=2)
+    head = [Normal(nets.mlp(4, 4))]
+    with pytest.raises(TypeError, match=r"Ladder\(model\) must be .* got a VAE.*guides.Normal"):
+        guides.Ladder(model, [nn.Identity()], head)
+    with pytest.raises(TypeError, match=r"BottomUp\(model\) must be .* got a VAE.*guides.Normal"):
+        guides.BottomUp(model, head)
 
 
 def test_an_encoder_of_classes_is_shown_integers():

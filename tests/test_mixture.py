@@ -185,6 +185,24 @@ def test_fit_trains_it_by_minibatches():
     model.require_spread(x)
 
 
+@pytest.mark.parametrize(
+    "estimator", [elbo.ELBO(), elbo.ELBO(3), elbo.ELBO(2, kl="mixed"), elbo.ELBO(gradient="stl")]
+)
+@pytest.mark.parametrize("full", [True, False])
+def test_one_component_is_one_normal(estimator, full):
+    x = three_clusters(30)
+    model = models.GaussianMixture(1, 2, full)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    normal = torch.distributions.MultivariateNormal(model.loc[0], scale_tril=model.scale_tril()[0])
+    parameters = [p for name, p in model.named_parameters() if name != "logits"]
+    exact = torch.autograd.grad(-normal.log_prob(x).sum(), parameters)
+    loss = estimator(model, no_guide)(x)
+    torch.testing.assert_close(loss, -normal.log_prob(x).sum())
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), exact)
+    torch.testing.assert_close(estimator.evaluate(model, no_guide, x), normal.log_prob(x).detach())
+
+
 # ------------------------------------------------------------------------------ Monte Carlo
 
 
@@ -271,6 +289,83 @@ def test_an_empty_component_and_a_constant_column_are_named():
 
 
 @pytest.mark.parametrize("full", [True, False])
+def test_an_absolute_reg_covar_cannot_lower_the_evidence_of_data_in_small_units(full):
+    z = 1e-4 * torch.randn(500, 2)
+    model = models.GaussianMixture(1, 2, full)
+    model.start(z)
+    before = model.log_evidence(z).mean()
+    with pytest.raises(ValueError, match=r"reg_covar must lie .* 0.02 .*-09 .*column [01].*1e-06.*"
+                       r"Scale the data .* such as \d.\de-1\d"):  # fmt: skip
+        em(model, z, 1)
+    assert torch.equal(model.log_evidence(z).mean(), before)
+    em(model, z, 1, reg_covar=0.0199 * z.var(0, correction=0).min().item())
+    assert model.log_evidence(z).mean() > before - 2.2e-4  # nearly 1e-4 per dimension
+    scaled = z / z.std(0)
+    model.start(scaled)
+    before = model.log_evidence(scaled).mean()
+    em(model, scaled, 1)
+    assert model.log_evidence(scaled).mean() > before - 1e-9
+    for wrong in (-1e-6, float("nan")):
+        with pytest.raises(ValueError, match="reg_covar must lie between 0 and"):
+            em(model, scaled, 1, reg_covar=wrong)
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_data_that_are_not_finite_are_named(full, wrong):
+    x = three_clusters()
+    model = started(x, full)
+    q = model.posterior(x).probs
+    before = [p.clone() for p in model.parameters()]
+    holed = x.clone()
+    holed[7, 1] = wrong
+    for call in (lambda: model.start(holed), lambda: model.m_step(holed, q)):
+        with pytest.raises(ValueError, match=r"x has 1 NaN or infinite values, .*\[7, 1\].*drop"):
+            call()
+    q[4, 2] = wrong
+    with pytest.raises(ValueError, match=r"responsibilities has 1 NaN or .*\[4, 2\]"):
+        model.m_step(x, q)
+    torch.testing.assert_close(list(model.parameters()), before, rtol=0, atol=0)
+    model.loc.data[0, 0] = wrong
+    with pytest.raises(ValueError, match=r"loc has 1 NaN or .*diverged"):
+        model.require_spread(x)
+
+
+@pytest.mark.parametrize("shape", [(180, 2), (90, 3), (3, 180), (180,)])
+def test_responsibilities_of_another_shape_are_named(shape):
+    x = three_clusters()
+    with pytest.raises(ValueError, match=r"responsibilities must be \(180, 3\) for 180 rows"):
+        started(x).m_step(x, torch.full(shape, 0.5))
+    with pytest.raises(ValueError, match=r"must be probabilities, got values down to -1"):
+        started(x).m_step(x, torch.tensor([-1.0, 1.0, 1.0]).repeat(180, 1))  # logs, for example
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_parameters_that_are_none_of_a_mixture_are_refused(full):
+    model = models.GaussianMixture(2, 2, full)
+    before = [p.clone() for p in model.parameters()]
+    one, loc = torch.ones(2), torch.zeros(2, 2)
+    good = torch.eye(2).expand(2, 2, 2) if full else torch.ones(2, 2)
+    bad = good.clone()
+    bad[1] = -bad[1]
+    cases = [
+        ((torch.tensor([1.5, -0.5]), loc, good), r"weights must be positive, got \[1.5, -0.5\]"),
+        ((one, loc / 0, good), "loc has 4 NaN"),
+        ((one, loc, good * torch.nan), "covariance has . NaN"),
+        ((one, loc, bad), r"covariance must be .*positive.*of component 1 is .*-1.0"),
+    ]
+    if full:
+        lower = torch.tensor([[1.0, 0.0], [0.5, 1.0]]).expand(2, 2, 2)
+        cases.append(((one, loc, lower), r"symmetric.*of component 0 is.*not .*a Cholesky factor"))
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model.initialise(*arguments)
+    torch.testing.assert_close(list(model.parameters()), before, rtol=0, atol=0)
+    model.initialise(one, loc, good)
+    assert torch.equal(model.log_scale, loc)
+
+
+@pytest.mark.parametrize("full", [True, False])
 def test_units_of_the_columns_do_not_matter(full):
     """No false alarm where one column is in kilometres and the other in millimetres."""
     x = three_clusters() * torch.tensor([1e-4, 1e3])
@@ -317,7 +412,8 @@ def test_it_is_a_pair(full):
 
 
 @pytest.mark.parametrize("guided", [True, False])
-def test_compiled_equals_eager(guided, monkeypatch):
+@pytest.mark.parametrize("C", [1, 3])
+def test_compiled_equals_eager(guided, C, monkeypatch):
     import torch._inductor.compile_fx as inductor
 
     monkeypatch.setattr(inductor, "compile_fx", lambda graph, inputs: lambda *a: graph(*a))
@@ -325,7 +421,7 @@ def test_compiled_equals_eager(guided, monkeypatch):
     x = three_clusters(30)
     losses = []
     for compiled in (False, True):
-        model = started(x)
+        model = started(x, C=C)
         guide = guides.Responsibilities(model) if guided else no_guide
         svi = ppvae.SVI(model, guide, torch.optim.Adam, elbo.ELBO(), compile=compiled)
         losses.append([svi.step(x) for _ in range(3)])

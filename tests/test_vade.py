@@ -101,6 +101,68 @@ def test_the_evidence_by_quadrature():
     assert_mean((log_w - exact.detach()).exp(), 1.0)
 
 
+class OneNormal(nn.Module):
+    """The only component of a mixture, as a prior of its own."""
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.mixture = mixture
+
+    def forward(self):
+        return dist.Normal(self.mixture.loc[0], self.mixture.log_scale[0].exp()).to_event(1)
+
+
+def one_cluster():
+    _, guide, x = pair()
+    prior = conditionals.Mixture(1, Z)
+    with torch.no_grad():
+        prior.log_scale.uniform_(-0.7, 0.2)
+    decoder = nets.mlp(Z, 8, D, activation=nn.Tanh)
+    return models.VaDE(conditionals.Bernoulli(decoder), prior), guide, x
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("estimator", "same"),
+    [
+        (elbo.ELBO(), elbo.ELBO()),
+        (elbo.ELBO(4), elbo.ELBO(4)),
+        (elbo.ELBO(2, beta=0.5), elbo.ELBO(2, beta=0.5)),
+        (elbo.ELBO(2, beta=elbo.FreeBits(0.3)), elbo.ELBO(2, beta=elbo.FreeBits(0.3))),
+        (elbo.ELBO(2, "stl"), elbo.ELBO(2, "stl")),
+        (elbo.ELBO(2, "score"), elbo.ELBO(2, "score")),
+        (elbo.ELBO(2, kl="mixed"), elbo.ELBO(2)),  # no closed form beside an enumerated latent
+        (elbo.IWELBO(3), elbo.IWELBO(3)),
+    ],
+    ids=str,
+)
+def test_one_cluster_is_a_vae_with_one_normal(estimator, same):
+    model, guide, x = one_cluster()
+    plain = models.VAE(model.likelihood, prior=OneNormal(model.prior))
+    parameters = [p for p in trainable(model, guide) if p is not model.prior.logits]
+    found = []
+    for program, loss in ((model, estimator), (plain, same)):
+        torch.manual_seed(3)
+        value = loss(program, guide)(x)
+        found.append((value, exact_gradient(value, parameters)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+    assert found[0][1].abs().max() > 0.1
+
+
+def test_one_cluster_trains_compiled_and_is_diagnosed(traced):
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, guide, x = one_cluster()
+        svi = ppvae.SVI(model, guide, torch.optim.Adam, elbo.ELBO(2), compile=compiled)
+        torch.manual_seed(1)
+        losses.append([svi.step(x) for _ in range(3)])
+    assert len(traced) == 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    report = ppvae.diagnose(model, guide, x, num_particles=50, seed=0)
+    assert set(report.kl) == {"c+z"}
+
+
 # ------------------------------------------------------------------------------ the paper's form
 
 
@@ -201,6 +263,35 @@ def test_generation_follows_the_cluster():
     drawn = model(size=400)
     assert drawn.shape == (400, 1)
     assert_mean(drawn[:, 0], 0.5)
+
+
+@pytest.mark.parametrize("c", [[-1], [0, C], [0.0, 1.0], [True]])
+def test_clusters_that_do_not_exist_are_named(c):
+    model, _, _ = pair()
+    with pytest.raises(ValueError, match=rf"c must be integers in 0 \.\. {C - 1}, .*arange\({C}\)"):
+        model(c=torch.tensor(c))
+    assert model(c=torch.arange(C)).shape == (C, D)
+
+
+def test_given_clusters_are_traced(traced):
+    """Supervised steps, c observed: the check looks at values, and must not in a graph."""
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, guide, x = pair()
+        guide.forward = lambda x, c, size=None, own=guide.forward: own(x, size=size)
+        svi = ppvae.SVI(model, guide, torch.optim.Adam, elbo.ELBO(), compile=compiled)
+        torch.manual_seed(1)
+        losses.append([svi.step(x, torch.arange(N) % C) for _ in range(3)])
+    assert len(traced) == 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("prior", [conditionals.StandardNormal(Z), nets.mlp(2, 2)])
+def test_a_prior_without_clusters_is_refused(prior):
+    likelihood = conditionals.Bernoulli(nets.mlp(Z, D))
+    with pytest.raises(TypeError, match=r"VaDE\(prior\) must be a mixture .*got a .*models\.VAE"):
+        models.VaDE(likelihood, prior)
 
 
 @pytest.mark.parametrize(

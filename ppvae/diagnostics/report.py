@@ -400,6 +400,8 @@ def diagnose(
     absent, found = terms.absent, None
     if count_rows(args) == 1:
         absent["activity and mutual information"] = "they take two datapoints"
+    elif not terms.column("kl"):
+        absent["activity and mutual information"] = "the guide draws no latents"
     elif num_aggregate:
         try:
             found = aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed)

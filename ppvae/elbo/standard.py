@@ -139,7 +139,8 @@ class ELBO(Estimator):
         likelihood: Any = sum(log_p[name] for name in weights.observed)
         in_model = [dim for name, dim in weights.enumerated.items() if name not in log_q]
         if in_model:
-            carriers = {n for n, t in log_p.items() if any(_has_dim(t, dim) for dim in in_model)}
+            # Dims of the model lie left of the guide's; their size is 1 where there is one class.
+            carriers = {n for n, t in log_p.items() if t.dim() >= -max(in_model)}
             self._require_separate(carriers & weights.observed)
             marginal = _sum_out(sum(log_p[name] for name in carriers), in_model)
             if carriers & weights.observed:
@@ -164,10 +165,6 @@ class ELBO(Estimator):
                 "model, so its log-likelihood and the KL are one number and the KL cannot be "
                 "weighed; put the latent into the guide too, enumerated there, or use beta=1"
             )
-
-
-def _has_dim(term: Tensor, dim: int) -> bool:
-    return term.dim() >= -dim and term.shape[dim] > 1
 
 
 def _sum_out(term: Any, dims: list[int]) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyro
 from torch import Tensor, nn
 
 from ppvae.chain import Chain
-from ppvae.models.hierarchical import Hierarchical
+from ppvae.models.hierarchical import Gives, Hierarchical
 from ppvae.program import Program, data_plate
 
 
@@ -27,6 +28,7 @@ class BottomUp(Program):
     Raises:
         ValueError: another number of levels than the model has, or a level that does not take
             what the one below gives, or gives another size than the model's latent has.
+        TypeError: a level gives no distribution; the model is not a hierarchy.
 
     Source: Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016 (two levels);
     Sønderby et al., Ladder Variational Autoencoders, 2016.
@@ -47,12 +49,14 @@ class BottomUp(Program):
 
     def __init__(self, model: Hierarchical, levels: Sequence[nn.Module]) -> None:
         super().__init__()
+        require_hierarchy("BottomUp", model, "shapes", "integer")
         self.levels = nn.ModuleList(levels)
         require_levels("BottomUp(levels)", len(levels), model)
         chain = Chain("x", model.shapes["x"], like=self, integer=model.integer)
         for level, conditional in enumerate(levels, 1):
             below, name = ("x" if level == 1 else f"z{level - 1}"), f"z{level}"
-            chain.follow(f"q({name} | {below})", name, conditional, model.shapes[name])
+            checked = Gives(conditional, f"levels[{level - 1}]")
+            chain.follow(f"q({name} | {below})", name, checked, model.shapes[name])
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Draw z1, z2, ... in the plate ``"data"``; returns the top one."""
@@ -61,6 +65,16 @@ class BottomUp(Program):
             for level, conditional in enumerate(self.levels, 1):
                 z = pyro.sample(f"z{level}", conditional(z))
         return z
+
+
+def require_hierarchy(guide: str, model: Any, *needed: str) -> None:
+    """Raise ``TypeError`` unless a model has the attributes of a hierarchy that a guide needs."""
+    missing = [name for name in needed if not hasattr(model, name)]
+    if missing:
+        raise TypeError(
+            f"{guide}(model) must be a models.Hierarchical, got a {type(model).__name__}, which "
+            f"has no {missing[0]}; for a model with one latent use guides.Normal"
+        )
 
 
 def require_levels(argument: str, number: int, model: Hierarchical) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ppvae.chain import Chain
 from ppvae.distributions import DiagonalNormal
-from ppvae.guides.bottom_up import require_levels
-from ppvae.models.hierarchical import Hierarchical
+from ppvae.guides.bottom_up import require_hierarchy, require_levels
+from ppvae.models.hierarchical import Gives, Hierarchical
 from ppvae.program import Program, data_plate
 
 
@@ -45,7 +45,8 @@ class Ladder(Program):
     Raises:
         ValueError: another number of blocks or heads than the model has latents; a block or head
             that does not take what it is given, or gives another size than the model's latent has.
-        TypeError: a level to merge is not a diagonal normal.
+        TypeError: a level to merge, of the model or a head, is not a diagonal normal; the top head
+            gives no distribution, or a block one; the model is not a hierarchy.
 
     Source: Sønderby et al., Ladder Variational Autoencoders, 2016.
 
@@ -71,17 +72,33 @@ class Ladder(Program):
         self, model: Hierarchical, blocks: Sequence[nn.Module], heads: Sequence[nn.Module]
     ) -> None:
         super().__init__()
+        require_hierarchy("Ladder", model, "levels", "shapes", "integer")
         self.blocks, self.heads = nn.ModuleList(blocks), nn.ModuleList(heads)
         self.levels = model.levels
         require_levels("Ladder(blocks)", len(blocks), model)
         require_levels("Ladder(heads)", len(heads), model)
+        self._check_levels(model)
         chain = Chain("x", model.shapes["x"], like=self, integer=model.integer)
         for level, (block, head) in enumerate(zip(blocks, heads, strict=True), 1):
             name = f"z{level}"
-            chain.follow(f"block {level}", f"d{level}", block)
-            up = chain.branch(f"head {level}", name, head, model.shapes[name])
+            d = chain.follow(f"block {level}", f"d{level}", block)
+            if not isinstance(d, Tensor):
+                raise TypeError(
+                    f"block {level} gives a {type(d).__name__}, but must give a tensor; put the "
+                    "bare network into blocks, and the conditional into heads"
+                )
+            checked = Gives(head, f"heads[{level - 1}]")
+            up = chain.branch(f"head {level}", name, checked, model.shapes[name])
             if level <= len(self.levels):
                 _moments(up, f"head {level}")
+
+    def _check_levels(self, model: Hierarchical) -> None:
+        """The model's levels run once, from the top; raises if one cannot be merged."""
+        top = f"z{len(self.levels) + 1}"
+        chain = Chain(top, model.shapes[top], like=self)
+        for level in range(len(self.levels), 0, -1):
+            label = f"p(z{level} | z{level + 1})"
+            _moments(chain.follow(label, f"z{level}", self.levels[level - 1]), label)
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Draw the latents from the top down in the plate ``"data"``; returns z1."""

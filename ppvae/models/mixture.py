@@ -11,6 +11,9 @@ from ppvae.distributions import DiagonalNormal
 from ppvae.program import Program, data_plate
 
 COLLAPSED = 1e-5  # smallest variance of a component, where the data's columns have variance 1
+# Largest reg_covar, by the same measure. Added to a normal's own variance, a share r of it costs
+# (log(1 + r) - r / (1 + r)) / 2 = r^2 / 4 nats per dimension of a row, nearly: here 1e-4.
+NEGLIGIBLE = 0.02
 
 
 class CollapsedComponent(ValueError):
@@ -110,6 +113,10 @@ class GaussianMixture(Program):
             weights: ``(C,)``, positive; normalised if they do not sum to one.
             loc: ``(C, D)``.
             covariance: :math:`\Sigma_c`, ``(C, D, D)``; without ``full``, variances ``(C, D)``.
+
+        Raises:
+            ValueError: another shape, a value that is NaN or infinite, a weight or a variance that
+                is not positive, a covariance that is not symmetric and positive definite.
         """
         shapes = self.logits.shape, self.loc.shape, self.loc.shape
         if self.lower is not None:
@@ -120,21 +127,47 @@ class GaussianMixture(Program):
                 raise ValueError(
                     f"{name} must be {tuple(shape)} for this mixture, got {tuple(value.shape)}"
                 )
+            _require_finite(name, value)
+        if (weights <= 0).any():
+            raise ValueError(
+                f"weights must be positive, got {weights.tolist()}; a cluster without weight is "
+                "one component fewer"
+            )
+        tril = self._cholesky(covariance)
         self.logits.copy_((weights / weights.sum()).log())
         self.loc.copy_(loc)
         if self.lower is None:
-            self.log_scale.copy_(covariance.log() / 2)
+            self.log_scale.copy_(tril.log())
         else:
-            tril = torch.linalg.cholesky(covariance)
             self.log_scale.copy_(tril.diagonal(dim1=-2, dim2=-1).log())
             self.lower.copy_(tril.tril(-1))
+
+    def _cholesky(self, covariance: Tensor) -> Tensor:
+        """The Cholesky factors of covariances, ``(C, D, D)``; roots of variances, ``(C, D)``."""
+        if self.lower is None:
+            good, tril = (covariance > 0).all(-1), covariance.sqrt()
+            what = "must be positive variances"
+        else:
+            tril, failed = torch.linalg.cholesky_ex(covariance)
+            sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+            uneven = (covariance - covariance.mT).abs() > 1e-3 * sd.unsqueeze(-1) * sd.unsqueeze(-2)
+            good = (failed == 0) & ~uneven.any(-1).any(-1)
+            what = "must be symmetric and positive definite"
+        if not good.all():
+            bad = int((~good).nonzero()[0])
+            raise ValueError(
+                f"covariance {what}, but that of component {bad} is {covariance[bad].tolist()}; "
+                "give the covariance itself, not standard deviations, a Cholesky factor or logs"
+            )
+        return tril
 
     @torch.no_grad()
     def start(self, x: Tensor, seed: int = 0) -> None:
         """Start at equal weights, means at different rows of x, and the variances of x.
 
         Raises:
-            ValueError: x has fewer different rows than there are components, or a constant column.
+            ValueError: x has fewer different rows than there are components, a constant column, or
+                NaN or infinite values.
         """
         rows = self._require_points(x).unique(dim=0)
         C = len(self.logits)
@@ -160,13 +193,17 @@ class GaussianMixture(Program):
         Args:
             x: ``(N, D)``, all the data.
             responsibilities: q(c | x_n), ``(N, C)``.
-            reg_covar: r >= 0, added to the variances, as scikit-learn does.
+            reg_covar: r >= 0, added to the variances, as scikit-learn does. It is in the squared
+                units of x, and lowers log p(x) unless it is small beside the variances.
 
         Raises:
-            ValueError: fewer points than components, or a column of x is constant.
+            ValueError: fewer points than components, a column of x is constant, NaN or infinite
+                values, responsibilities of another shape, or ``reg_covar`` above 0.02 of the
+                smallest variance of a column of x.
             CollapsedComponent: a component has no points, or no spread in some direction.
         """
         self._require_points(x)
+        self._require_inputs(x, responsibilities, reg_covar)
         counts = responsibilities.sum(0)
         self._require(counts > 10 * torch.finfo(x.dtype).eps, "has no points", counts)
         loc = responsibilities.T @ x / counts.unsqueeze(-1)
@@ -183,6 +220,8 @@ class GaussianMixture(Program):
     def require_spread(self, x: Tensor) -> None:
         """Raise :class:`CollapsedComponent` if a component has; for training by gradients."""
         with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                _require_finite(name, parameter, "training has diverged: take a smaller step")
             tril = self.scale_tril()
             covariance = tril @ tril.mT
             if self.lower is None:
@@ -205,8 +244,32 @@ class GaussianMixture(Program):
                 f"component {bad} {what} (it holds {float(counts[bad]):.3g} of "
                 f"{float(counts.sum()):.0f} points), and the likelihood grows without limit there. "
                 "Start elsewhere (another seed), use fewer components, drop columns of x that are "
-                "sums of others, take full=False, or a larger reg_covar, such as 1e-3 times the "
-                "variance of x"
+                "sums of others, take full=False, or a larger reg_covar, such as 1e-3 where the "
+                "columns have variance 1 (x / x.std(0))"
+            )
+
+    def _require_inputs(self, x: Tensor, responsibilities: Tensor, reg_covar: float) -> None:
+        N, C = len(x), len(self.logits)
+        cure = "take model.posterior(x).probs, or guide.posterior(x).probs"
+        if responsibilities.shape != (N, C):
+            raise ValueError(
+                f"responsibilities must be ({N}, {C}) for {N} rows of x and {C} components, got "
+                f"{tuple(responsibilities.shape)}; {cure}"
+            )
+        _require_finite("responsibilities", responsibilities, cure)
+        if (responsibilities < 0).any():
+            raise ValueError(
+                "responsibilities must be probabilities, got values down to "
+                f"{float(responsibilities.min()):.3g}; {cure}"
+            )
+        least, column = x.var(0, correction=0).min(0)
+        if not 0 <= reg_covar <= NEGLIGIBLE * float(least):
+            raise ValueError(
+                f"reg_covar must lie between 0 and {NEGLIGIBLE} of the smallest variance of x, "
+                f"which is {float(least):.3g} (column {int(column)}), got {reg_covar:.3g}: more "
+                "than that would be added to the variances at the cost of log p(x). Scale the data "
+                "(x / x.std(0)), drop a column that is nearly constant, or pass a smaller "
+                f"reg_covar, such as {NEGLIGIBLE / 2 * float(least):.1e}"
             )
 
     def _require_points(self, x: Tensor) -> Tensor:
@@ -218,6 +281,7 @@ class GaussianMixture(Program):
                 f"{len(x)} points are fewer than the {C} components; use at most {len(x)} "
                 "components, or more data"
             )
+        _require_finite("x", x, "drop such rows: x[x.isfinite().all(1)]")
         constant = (x == x[:1]).all(0)
         if constant.any():
             raise ValueError(
@@ -225,3 +289,11 @@ class GaussianMixture(Program):
                 "without limit along it; drop such columns: x[:, x.std(0) > 0]"
             )
         return x
+
+
+def _require_finite(name: str, value: Tensor, cure: str = "give finite numbers") -> None:
+    bad = (~value.isfinite()).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{name} has {len(bad)} NaN or infinite values, the first at {bad[0].tolist()}; {cure}"
+        )

@@ -31,6 +31,9 @@ class VaDE(Program):
             are not binarised in the paper.
         prior: the mixture p(c) p(z | c), one component per cluster.
 
+    Raises:
+        TypeError: the prior has no clusters.
+
     The prior's own start is arbitrary, and from there all data end in a few clusters: train an
     autoencoder first, then call :meth:`initialise` with its codes, as ``examples/vade.py`` does.
 
@@ -47,6 +50,13 @@ class VaDE(Program):
 
     def __init__(self, likelihood: nn.Module, prior: conditionals.Mixture) -> None:
         super().__init__()
+        for name in ("weights", "components"):
+            if not callable(getattr(prior, name, None)):
+                raise TypeError(
+                    f"VaDE(prior) must be a mixture with {name}(), as conditionals.Mixture is, "
+                    f"got a {type(prior).__name__}; a model without clusters is "
+                    "models.VAE(likelihood, prior=...)"
+                )
         self.likelihood = likelihood
         self.prior = prior
 
@@ -56,9 +66,14 @@ class VaDE(Program):
         """Observe ``x``, ``(N, ...)``, or draw it; given clusters ``c``, ``(N,)``, or all of them.
 
         With ``size``, draw so many rows; or x is a minibatch of a data set of that many rows.
+
+        Raises:
+            ValueError: with validation on, c is not integers in ``0 .. C - 1``.
         """
         with data_plate(x, c, size=size):
             cluster = self.prior.weights()
+            if c is not None and cluster._validate_args:  # off where a step is traced
+                _check_clusters(c, cluster.logits.shape[-1])
             c = pyro.sample("c", cluster, obs=c, infer={"enumerate": "parallel"})
             z = pyro.sample("z", self.component(c))
             value: Tensor = pyro.sample("x", self.likelihood(z), obs=x)
@@ -175,6 +190,15 @@ class VaDE(Program):
         like = self.prior.loc
         self.prior.initialise(torch.ones(count).to(like), loc.to(like), variances.sqrt().to(like))
         return mixture
+
+
+def _check_clusters(c: Tensor, count: int) -> None:
+    if c.is_floating_point() or c.dtype == torch.bool or ((c < 0) | (c >= count)).any():
+        raise ValueError(
+            f"c must be integers in 0 .. {count - 1}, one cluster for each row, got {c.dtype} "
+            f"from {c.min().item()} to {c.max().item()}; give model(c=torch.arange({count})) for "
+            "one draw of each"
+        )
 
 
 def _check_codes(codes: Tensor, count: int, dim: int) -> None:
