@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pyro.set_rng_seed(args.seed)
     z_dim = args.latent_dim
     model, guide = pair(len(vocabulary), z_dim, args.hidden)
+    model.nearest_words(args.words or [], vocabulary)  # an unknown word is an error now
 
     # Training: both networks at each step, or the decoder for some passes over the data, then the
     # encoder, and so on. Either way with a step size that falls to zero.

@@ -211,16 +211,29 @@ def start(
     """Start the prior at a mixture of the codes: the clusters of x that it finds.
 
     EM ends in many places, and the most likely one may merge two classes and split a third. So that
-    fit is taken which the others agree with most, by the mean of the adjusted Rand index. The fits
-    see every k-th row, 25,000 at most. log sigma has had no training yet: it starts at -2.
+    fit is taken which the others agree with most, by the mean of the adjusted Rand index; a fit
+    with a collapsed component is left out. The fits see every k-th row, 25,000 at most. log sigma
+    has had no training yet: it starts at -2.
     """
     codes = means(guide, x)
     some = codes[:: math.ceil(len(codes) / 25_000)]
-    fits, found = [], []
+    fits, found, errors = [], [], []
     for number in range(args.num_starts):
-        mixture = model.initialise(some, 1_000 * seed + number, 1, args.covariance)
+        try:
+            mixture = model.initialise(some, 1_000 * seed + number, 1, args.covariance)
+        except ValueError as error:
+            errors.append(error)
+            continue
         fits.append((mixture, copy.deepcopy(model.prior.state_dict())))
         found.append(mixture.predict(some.double().cpu().numpy()))
+    if not fits:
+        raise ValueError(
+            f"seed {seed}: none of {args.num_starts} mixtures (--num-starts) can start VaDE; the "
+            f"last: {errors[-1]}"
+        ) from errors[-1]
+    if errors:
+        print(f"seed {seed}: left out {len(errors)} of {args.num_starts} mixtures, the last since "
+              f"{errors[-1]}", flush=True)  # fmt: skip
     agreement = [
         statistics.fmean(metrics.adjusted_rand_index(one, other) for other in found)
         for one in found
@@ -460,13 +473,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in (
         "num_seeds",
         "num_starts",
-        "latent_dim",
         "pretrain_epochs",
         "epochs",
         "batch_size",
     ):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
+    if args.latent_dim < 2:
+        raise ValueError("--latent-dim must be 2 or more: the picture of z has two axes")
     if args.quick:
         args.hidden, args.num_seeds = [32], 1
         args.pretrain_epochs, args.epochs = min(args.pretrain_epochs, 8), min(args.epochs, 4)

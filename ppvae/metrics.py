@@ -99,7 +99,8 @@ def clustering_accuracy(clusters: Any, labels: Any) -> float:
         labels: ``(N,)`` whole numbers from 0.
 
     Raises:
-        ValueError: lengths differ, nothing is given, or a number is negative or not whole.
+        ValueError: lengths differ, nothing is given, or a number is negative, infinite or not
+            whole.
 
     Example:
         >>> clustering_accuracy([2, 2, 0, 1], [0, 0, 1, 1])
@@ -109,7 +110,9 @@ def clustering_accuracy(clusters: Any, labels: Any) -> float:
     """
     from scipy.optimize import linear_sum_assignment
 
-    found, given = _assignments(clusters, labels)
+    found, given = (
+        np.unique(numbers, return_inverse=True)[1] for numbers in _assignments(clusters, labels)
+    )
     counts = np.zeros((found.max() + 1, given.max() + 1), np.int64)
     np.add.at(counts, (found, given), 1)
     rows, columns = linear_sum_assignment(counts, maximize=True)
@@ -190,7 +193,8 @@ def perplexity(log_p: Any, num_words: Any) -> Perplexity:
         num_words: ``(D,)`` words of each document, >= 1.
 
     Raises:
-        ValueError: shapes differ, a value is NaN or infinite, or a document has no words.
+        ValueError: shapes differ, a value is NaN or infinite, a document has no words, or a
+            perplexity is too large for a floating-point number.
 
     Example:
         >>> import math, torch
@@ -210,14 +214,25 @@ def perplexity(log_p: Any, num_words: Any) -> Perplexity:
             f"document {int((~np.isfinite(values)).argmax())}: the model diverged, or log_p is "
             "that of words the model excludes"
         )
+    if not np.isfinite(words).all():
+        raise ValueError(
+            f"num_words has {int((~np.isfinite(words)).sum())} NaN or infinite values, the first "
+            f"for document {int((~np.isfinite(words)).argmax())}: give the sums of its counts"
+        )
     if (words < 1).any():
         raise ValueError(
             f"{int((words < 1).sum())} documents have no words (the first is number "
             f"{int((words < 1).argmax())}), so no perplexity per word: drop them, and say how many"
         )
-    return Perplexity(
-        float(np.exp(-(values / words).mean())), float(np.exp(-values.sum() / words.sum()))
-    )
+    rates = -values / words
+    per_document, corpus = rates.mean(), -values.sum() / words.sum()
+    if max(per_document, corpus) > np.log(np.finfo(np.float64).max):
+        raise ValueError(
+            f"log_p is {rates.max():.4g} nats below 0 per word for document {int(rates.argmax())}: "
+            "a perplexity of its exponential is too large for a number; the model diverged, or "
+            "num_words belongs to other documents"
+        )
+    return Perplexity(float(np.exp(per_document)), float(np.exp(corpus)))
 
 
 def _host(values: Any) -> Any:
@@ -234,8 +249,13 @@ def _assignments(clusters: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
             "datapoint, (N,); of probabilities q(c | x) take argmax(1)"
         )
     for name, array in arrays.items():
-        if array.dtype.kind not in "iub" and not (array == np.round(array)).all():
-            raise ValueError(f"{name} has values that are not whole: {array[:5]}")
+        if array.dtype.kind not in "iubf":
+            raise ValueError(f"{name} holds {array.dtype}: give whole numbers from 0")
+        whole = np.isfinite(array) & (array == np.round(array))
+        if not whole.all():
+            raise ValueError(f"{name} has values that are not whole: {array[~whole][:5]}")
         if array.min() < 0:
             raise ValueError(f"{name} has the negative number {array.min()}: number them from 0")
+        if array.max() >= 2**63:
+            raise ValueError(f"{name} has the number {array.max()}: number them from 0")
     return arrays["clusters"].astype(np.int64), arrays["labels"].astype(np.int64)

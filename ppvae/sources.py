@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from ppvae.check import Checks, PairError, check_tensors, names
 from ppvae.checkpoint import CheckpointError, rng_state, set_rng_state
@@ -212,6 +212,21 @@ class Source:
         return whole
 
     # -- checks ----------------------------------------------------------------------------------
+    def batches_of_one(self) -> tuple[int, int] | None:
+        """Rows of an epoch and of a batch, if the last batch is known to have only one row."""
+        if not self.loads:
+            rows = len(self.data if hasattr(self.data, "batch") else self.data[0])
+            size = self.batch_size
+        else:
+            loader, sampler = self.data, self.data.sampler
+            size = loader.batch_size  # None: the batches are made elsewhere
+            if size is None or loader.collate_fn is not default_collate:
+                return None
+            if not hasattr(sampler, "__len__") or (loader.drop_last and size > 1):
+                return None
+            rows = len(sampler)
+        return (rows, size) if size == 1 or rows % size == 1 else None
+
     def first(self) -> Batch:
         """One batch to check the pair on."""
         rows = max(self.batch_size, 2)  # one row could not show what differs by row

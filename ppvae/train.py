@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
@@ -20,6 +19,7 @@ from ppvae.callbacks import Callback, overridden
 from ppvae.check import check_batch
 from ppvae.checkpoint import Checkpoints
 from ppvae.elbo import Estimator
+from ppvae.fit_checks import prepare, require_two_rows, require_whole
 from ppvae.history import History
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.processes import Processes
@@ -66,7 +66,8 @@ def fit(
             splits; a tensor ``(N, ...)``; a tuple of tensors for ``model(x, y)``; or a
             ``DataLoader`` that yields such batches.
         epochs: passes over the data, >= 1; of a resumed run, those before it included.
-        batch_size: datapoints per step, over all processes, >= 1; the last batch may be smaller.
+        batch_size: datapoints per step, over all processes, >= 1; the last batch may be smaller,
+            but of one row only where no layer of batch norm would see a single value.
         valid: validation data, as ``data`` (of a ``Dataset``, its ``valid``); overrides the data
             set's own.
         patience: stop when the validation bound has not improved for so many epochs, and return to
@@ -94,8 +95,9 @@ def fit(
 
     Raises:
         PairError, ValueError: before the first step: bad data, values outside the likelihood's
-            support, a pair that does not fit together, CUDA asked for but absent. The batches of a
-            ``DataLoader`` or a file are checked in the first epoch, each before its step.
+            support, a pair that does not fit together, a last batch too small for batch norm, CUDA
+            asked for but absent. The batches of a ``DataLoader`` or a file are checked in the first
+            epoch, each before its step.
         NonFiniteError: a loss or gradient became NaN or infinite; see :class:`ppvae.SVI`. The
             checkpoints written before stay.
         FileExistsError: ``checkpoint`` has a run in it, and ``resume`` is False.
@@ -132,10 +134,12 @@ def fit(
     train_data = source("data", getattr(data, "train", data))
     valid_data = source("valid", valid) if valid is not None else None
     train_data.check_processes()
-    _require_whole(svi.guide, train_data)
+    require_whole(svi.guide, train_data)
     if target is not None:
         _move(svi, target)
-    train_data.check(svi, svi.prepare(*train_data.first()))
+    first = train_data.first()
+    train_data.check(svi, prepare(svi, first))
+    require_two_rows(svi, train_data, first)
     if valid_data is not None:
         valid_data.check(svi, check_batch(svi.model, svi.guide, *valid_data.first()))
 
@@ -243,18 +247,6 @@ def fit(
     if at.best_state is not None:
         svi.objective.load_state_dict(at.best_state, strict=False)  # the step count goes on
     return history
-
-
-def _require_whole(guide: Any, data: Source) -> None:
-    """Refuse minibatches for a guide whose parameters belong to positions in a batch."""
-    if not isinstance(guide, AutoGuide) or guide.create_plates is not None:
-        return
-    if data.loads or data.reads or len(data.whole(0)[0]) > data.batch_size:
-        raise ValueError(
-            f"{type(guide).__name__} has parameters for the positions of a batch, not for "
-            "datapoints, so minibatches would share them; wrap it (guides.Auto), or train on all "
-            "the data at once (batch_size)"
-        )
 
 
 def mean_bound(

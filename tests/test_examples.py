@@ -376,3 +376,45 @@ def test_model_families(name, options, words, tmp_path, capsys):
         assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="already holds"):
         example.main(["--quick", "--out", str(tmp_path)])
+
+
+def test_a_batch_size_that_leaves_one_row_for_batch_norm(tmp_path, capsys):
+    assert run("hierarchical", tmp_path, "--batch-size", "48") == 2  # 1297 = 27 * 48 + 1
+    assert "use batch_size=49" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_vade_leaves_collapsed_mixtures_out(monkeypatch, capsys):
+    import argparse
+    import importlib
+
+    from ppvae import conditionals, guides, models
+
+    importlib.import_module("reporting")
+    example = importlib.import_module("vade")
+    x = torch.randn(60, 2) + 10 * (torch.arange(60) % 2)[:, None]
+    encoder = torch.nn.Linear(2, 4)
+    encoder.weight.data.copy_(torch.eye(2).repeat(2, 1))
+    encoder.bias.data.zero_()
+    prior = conditionals.Mixture(2, 2)
+    model = models.VaDE(conditionals.Bernoulli(torch.nn.Linear(2, 3)), prior)
+    initialise, bad = model.initialise, {0, 2}
+
+    def sometimes(codes, seed, *rest):
+        if seed in bad:
+            raise ValueError("components [1] of 2 collapsed")
+        return initialise(codes, seed, *rest)
+
+    monkeypatch.setattr(model, "initialise", sometimes)
+    args = argparse.Namespace(num_starts=4, covariance="diag", latent_dim=2)
+    clusters = example.start(model, guides.Normal(encoder), x, args, 0)
+    assert sorted(clusters.bincount().tolist()) == [30, 30]
+    assert "left out 2 of 4 mixtures" in capsys.readouterr().out
+    bad |= {1, 3}
+    with pytest.raises(ValueError, match=r"none of 4 mixtures .* collapsed"):
+        example.start(model, guides.Normal(encoder), x, args, 0)
+
+
+def test_vade_refuses_one_latent_before_any_work(tmp_path, capsys):
+    assert run("vade", tmp_path, "--latent-dim", "1") == 2
+    assert "--latent-dim must be 2 or more" in capsys.readouterr().err

@@ -564,6 +564,68 @@ def test_support_that_differs_by_row_is_checked_on_the_batch_only():
         assert len(fit(ppvae.SVI(Counts(), guide, ADAM), x, batch_size=batch_size, epochs=1).rows)
 
 
+def normed(where, layer=nn.BatchNorm1d, loss=None):
+    """A VAE with a normalised hidden layer in the guide or in the model."""
+    torch.manual_seed(0)
+
+    def net(a, b, norm):
+        layers = [nn.Linear(a, 8), *[layer(8)] * norm, nn.Tanh(), nn.Linear(8, b)]
+        return nets.flat_batch(nn.Sequential(*layers))
+
+    model = models.VAE(conditionals.Bernoulli(net(2, 4, where == "model")), latent_dim=2)
+    return ppvae.SVI(model, guides.Normal(net(4, 4, where == "guide")), ADAM, loss)
+
+
+def loader(rows, size, **options):
+    return DataLoader(TensorDataset(X[:rows]), batch_size=size, **options)
+
+
+@pytest.mark.parametrize("where", ["guide", "model"])
+@pytest.mark.parametrize(
+    ("train", "size", "cure"),
+    [
+        (X[:33], 16, "batch_size=17, or leave a row out"),
+        (X[:7], 2, "batch_size=4"),  # three leave one, too
+        (X[:4], 1, "batch_size=2"),
+        (X[:1], 16, "more rows, or normalise by nn.LayerNorm"),
+        (loader(33, 16), 5, r"batch_size=17, .* \(drop_last=True\)"),
+    ],
+)
+def test_a_last_batch_of_one_row_is_refused_with_batch_norm(where, train, size, cure):
+    svi = normed(where)
+    before = tensors(svi.objective)
+    message = rf"batch_size=\d+ leaves one row .* batch-norm layer '.*{where}.*1'.*{cure}"
+    with pytest.raises(ValueError, match=message):
+        fit(svi, train, batch_size=size)
+    assert svi.num_steps == 0
+    assert all(torch.equal(before[k], v) for k, v in tensors(svi.objective).items())
+    assert svi.objective.training
+    if isinstance(train, torch.Tensor) and len(train) > 1:  # the cure is one
+        fit(svi, train, batch_size=int(cure.partition("=")[2].partition(",")[0]), epochs=1)
+
+
+def test_a_last_batch_of_one_row_where_batch_norm_has_enough_values():
+    fit(vae(), X[:33])  # there is none
+    fit(normed("guide", nn.LayerNorm), X[:33])
+    fit(normed("model", loss=elbo.IWELBO(num_particles=3)), X[:33])  # three values of z
+    with pytest.raises(ValueError, match="leaves one row"):
+        fit(normed("guide", loss=elbo.IWELBO(num_particles=3)), X[:33])
+    frozen = normed("guide")
+    frozen.guide.eval()
+    fit(frozen, X[:33])
+    fit(normed("guide"), loader(33, 16, drop_last=True))
+    pooled = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.BatchNorm2d(1), nn.Flatten())
+    guide = guides.Normal(nn.Sequential(nets.flat_batch(pooled), nn.Linear(4, 4)))
+    fit(ppvae.SVI(vae().model, guide, ADAM), X[:33])  # four pixels
+
+
+def test_whole_numbers_where_floats_are_needed():
+    with pytest.raises(ppvae.PairError, match=r"'x' holds torch.int64, .* give x.float\(\)"):
+        fit(vae(), X.long())
+    with pytest.raises(ppvae.PairError, match=r"^(?!.*float)"):  # that alone is no cure
+        fit(vae(), 3 * X.long())
+
+
 # -- devices -----------------------------------------------------------------------------------
 
 

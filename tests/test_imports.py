@@ -34,7 +34,9 @@ FORBIDDEN = {
     "check": ALL - {"weights"},
     "compare": PAIR | {"train"},
     "train": PAIR | {"diagnostics"},
-    **dict.fromkeys(("run", "sources", "processes"), PAIR | {"train", "diagnostics", "plots"}),
+    **dict.fromkeys(
+        ("run", "sources", "processes", "fit_checks"), PAIR | {"train", "diagnostics", "plots"}
+    ),
     **dict.fromkeys(("checkpoint", "callbacks"), ALL - {"svi"}),
     "diagnostics": PAIR,
     "plots": ALL - {"plots"},

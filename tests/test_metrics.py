@@ -64,6 +64,9 @@ def test_a_collapsed_cluster_is_named():
         ([], [], "give one number of each"),
         (np.ones((3, 2)), np.ones((3, 2)), r"argmax\(1\)"),
         ([0.5, 1.0], [0, 1], "clusters has values that are not whole"),
+        ([math.inf, 0], [0, 1], "clusters has values that are not whole: .inf"),
+        ([0, 1], ["a", "b"], "labels holds <U1"),
+        ([0, 1], [0, 1e30], r"labels has the number 1e\+30"),
         ([0, 1], [-1, 0], "labels has the negative number -1"),
         ([0, 5], [0, 1], "number 5, and num_clusters=3"),
     ],
@@ -71,6 +74,11 @@ def test_a_collapsed_cluster_is_named():
 def test_bad_assignments(clusters, labels, message):
     with pytest.raises(ValueError, match=message):
         metrics.clustering(clusters, labels, 3)
+
+
+def test_numbers_of_clusters_may_be_large():
+    """A table of counts by number would take 149 GB."""
+    assert metrics.clustering_accuracy([10**10, 10**10, 7, 7], [0, 0, 10**10, 0]) == 0.75
 
 
 def test_perplexities_differ_by_how_documents_weigh():
@@ -93,6 +101,8 @@ def test_guessing_evenly_has_the_perplexity_of_the_vocabulary():
     [
         ([-1.0, -2.0], [3, 0], r"1 documents have no words \(the first is number 1\)"),
         ([-1.0, math.nan], [3, 1], "1 NaN or infinite values, the first for document 1"),
+        ([-3.0], [math.nan], "num_words has 1 NaN or infinite values, the first for document 0"),
+        ([-1.0, -4e3], [3, 2], "2000 nats below 0 per word for document 1"),
         ([-1.0, -2.0], [3], "one number of each"),
         ([], [], "one number of each"),
     ],

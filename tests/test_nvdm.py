@@ -85,6 +85,11 @@ def test_words_and_topics():
         model.topics(WORDS[:6])
     with pytest.raises(ValueError, match=r"the word 'cars' is not in the vocabulary; near .* car"):
         model.nearest_words(["cars"], WORDS)
+    up, down = model.topics(WORDS)[0]  # ten of seven words
+    assert sorted(up) == sorted(down) == sorted(WORDS)
+    for ask in (model.topics, functools.partial(model.nearest_words, ["gun"])):
+        with pytest.raises(ValueError, match="num must be 1 or more words, got -1"):
+            ask(WORDS, num=-1)
 
 
 # ------------------------------------------------------------------------------ in turn
@@ -226,6 +231,9 @@ def test_parts_that_are_given():
         (corpus() - 2, {}, "negative"),
         (corpus(), {"test": corpus(9)[:, :4]}, "test has 4 columns and counts 7"),
         (corpus(), {"y": np.zeros(3)}, "one label per document"),
+        (corpus(), {"y": np.arange(40) - 1}, "y has 1 labels .* row 0: -1. Number the classes"),
+        (corpus(), {"y": np.arange(40) + 0.9}, "y has 40 labels that are not whole"),
+        (corpus(), {"y": np.zeros(40), "test": corpus(9), "test_y": -np.ones(9)}, "test_y has 9"),
         (np.zeros((4, V)), {}, "no document has a word"),
         (corpus()[0], {}, r"\(N, V\)"),
         (corpus() * np.nan, {}, "NaN"),
@@ -330,5 +338,6 @@ def test_the_example_runs(example, tmp_path, monkeypatch, capsys):
     assert found["one unigram for all"]["corpus"] == pytest.approx(40, rel=0.1)
     with pytest.raises(ValueError, match="already holds"):
         example.main(options)
+    monkeypatch.setattr(ppvae, "fit", None)  # before any training
     with pytest.raises(ValueError, match="'word99' is not in the vocabulary"):
         example.main([*options, "--overwrite", "--words", "word99"])

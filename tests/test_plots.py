@@ -541,6 +541,13 @@ class TestKhat:
         assert plt.get_fignums() == []
 
 
+def test_a_component_that_is_nobodys_likeliest_is_drawn_without_points(ax):
+    share = torch.tensor([[0.9, 0.05, 0.05], [0.8, 0.1, 0.1]])
+    plots.gaussian_components(X[:2, :2], share, torch.zeros(3, 2), torch.eye(2).expand(3, 2, 2), ax)
+    assert len(ax.collections) == 1  # the points of the first
+    assert len(ax.lines) == 3 * 3  # ellipses and mean of each
+
+
 def test_estimator_plots_show_every_row_of_the_table(ax):
     plots.bound_against_particles(TABLE, ax=ax)
     assert legend(ax)[0].startswith("log p(x), exact")

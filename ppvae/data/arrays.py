@@ -292,11 +292,17 @@ def _conditions(y: Any, num: int) -> Tensor:
     values = _finite(array, "y")
     if array.ndim == 2:
         return values
-    bad = (values != values.round()) | (values < 0)
-    if bool(bad.any()):
-        row = int(bad.int().argmax())
+    return class_labels(array, "y", ", or give (N, 1) conditions")
+
+
+def class_labels(array: Any, name: str, otherwise: str = "") -> Tensor:
+    """Labels `(N,)` as int64, if they are whole numbers from 0; `otherwise` is another cure."""
+    array = _numbers(array, name)
+    bad = ~(np.isfinite(array) & (array == np.round(array)) & (array >= 0))
+    if bad.any():
+        row = int(bad.argmax())
         raise ValueError(
-            f"y has {int(bad.sum())} labels that are not whole numbers from 0, the first in row "
-            f"{row}: {float(values[row]):g}. Number the classes 0..C-1, or give (N, 1) conditions"
+            f"{name} has {int(bad.sum())} labels that are not whole numbers from 0, the first in "
+            f"row {row}: {float(array[row]):g}. Number the classes 0..C-1{otherwise}"
         )
-    return values.long()
+    return torch.from_numpy(array.astype(np.int64))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import split_rows
+from .arrays import class_labels, split_rows
 from .dataset import Dataset, Support
 from .split import Split
 
@@ -87,6 +87,7 @@ def from_counts(
         source: of the counts; the split and the dropped documents are added.
 
     Raises:
+        TypeError: labels that are not numbers.
         ValueError: counts that are not counts, labels or a vocabulary that do not fit, or a part
             without documents.
 
@@ -112,7 +113,10 @@ def from_counts(
     if vocabulary is not None:
         check_vocabulary(vocabulary, rows.shape[1])
     total = sum(len(part) for part, _ in parts)
-    kept = [drop_empty(part, labels) for part, labels in parts]
+    kept = [
+        drop_empty(part, labels, label)
+        for (part, labels), label in zip(parts, ("y", "test_y"), strict=False)
+    ]
     dropped = total - sum(len(part) for part, _ in kept)
     if dropped:
         warnings.warn(
@@ -193,14 +197,14 @@ def count_rows(counts: Any, name: str) -> SparseRows:
     return SparseRows(counts)
 
 
-def drop_empty(rows: SparseRows, y: Any) -> tuple[SparseRows, Tensor | None]:
+def drop_empty(rows: SparseRows, y: Any, name: str = "y") -> tuple[SparseRows, Tensor | None]:
     """Only the documents with a word, and their labels."""
-    labels = None if y is None else torch.as_tensor(np.asarray(y)).long()
-    if labels is not None and labels.shape != (len(rows),):
+    if y is not None and np.shape(y) != (len(rows),):
         raise ValueError(
-            f"y has shape {tuple(labels.shape)} and there are {len(rows)} documents: give one "
+            f"{name} has shape {tuple(np.shape(y))} and there are {len(rows)} documents: give one "
             "label per document"
         )
+    labels = None if y is None else class_labels(y, name)
     kept = np.flatnonzero(np.asarray(rows.matrix.sum(1)).ravel() > 0)
     if not len(kept):
         raise ValueError("no document has a word: count them with another vocabulary")

@@ -69,10 +69,10 @@ class NVDM(Program):
         Args:
             words: of the vocabulary.
             vocabulary: V words, in the order of the counts.
-            num: how many neighbours, themselves left out.
+            num: how many neighbours, themselves left out, >= 1; of a small vocabulary, all others.
 
         Raises:
-            ValueError: the vocabulary has another length than V, or lacks a word.
+            ValueError: the vocabulary has another length than V, or lacks a word; num is below 1.
 
         Example:
             >>> import torch
@@ -83,7 +83,7 @@ class NVDM(Program):
             >>> model.nearest_words(["cat"], ["cat", "tax", "dog"], num=1)
             {'cat': ['dog']}
         """
-        index = self._index(words, vocabulary)
+        index = self._index(words, vocabulary, num)
         with torch.no_grad():
             unit = nn.functional.normalize(self.word_vectors, dim=1)
             cosine = unit[index] @ unit.T
@@ -100,13 +100,13 @@ class NVDM(Program):
 
         Args:
             vocabulary: V words, in the order of the counts.
-            num: words on each side.
+            num: words on each side, >= 1; of a smaller vocabulary, all.
 
         Returns:
             ``latent_dim`` pairs (words at z_j -> +inf, words at z_j -> -inf).
 
         Raises:
-            ValueError: the vocabulary has another length than V.
+            ValueError: the vocabulary has another length than V; num is below 1.
 
         Example:
             >>> import torch
@@ -117,8 +117,8 @@ class NVDM(Program):
             >>> model.topics(["cat", "tax", "dog"], num=1)
             [(['dog'], ['tax'])]
         """
-        self._index([], vocabulary)
-        columns = self.word_vectors.detach().T
+        self._index([], vocabulary, num)
+        columns, num = self.word_vectors.detach().T, min(num, len(vocabulary))
         high = columns.topk(num).indices.tolist()
         low = columns.topk(num, largest=False).indices.tolist()
         return [
@@ -126,8 +126,10 @@ class NVDM(Program):
             for up, down in zip(high, low, strict=True)
         ]
 
-    def _index(self, words: Sequence[str], vocabulary: Sequence[str]) -> list[int]:
-        """Positions of words, and the check that the vocabulary is the model's."""
+    def _index(self, words: Sequence[str], vocabulary: Sequence[str], num: int) -> list[int]:
+        """Positions of words, and the check that the vocabulary is the model's, and num >= 1."""
+        if num < 1:
+            raise ValueError(f"num must be 1 or more words, got {num}")
         if len(vocabulary) != len(self.word_vectors):
             raise ValueError(
                 f"the vocabulary has {len(vocabulary)} words and the model {len(self.word_vectors)}"

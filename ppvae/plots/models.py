@@ -103,8 +103,9 @@ def gaussian_components(
     for c in range(C):
         mine = share.argmax(1) == c
         colour = PALETTE[c % 10]
-        ax.scatter(points[mine, 0], points[mine, 1], s=14, color=colour, marker=MARKERS[c % 10],
-                   alpha=0.25 + 0.65 * share[mine, c], linewidths=0)  # fmt: skip
+        if mine.any():  # matplotlib takes no empty array of alphas
+            ax.scatter(points[mine, 0], points[mine, 1], s=14, color=colour, marker=MARKERS[c % 10],
+                       alpha=0.25 + 0.65 * share[mine, c], linewidths=0)  # fmt: skip
         factor = np.linalg.cholesky(spreads[c])
         for radius in (1, 2):
             ellipse = means[c][:, None] + radius * factor @ circle
