@@ -153,13 +153,13 @@ def _sum_softplus(a: Tensor, piece: int, dims: list[int], keepdim: bool = False)
 
 # One matrix product by oneDNN; torch's own lowering of it wants weights that never change.
 _library = torch.library.Library("ppvae", "FRAGMENT")
-_library.define("linear(Tensor x, Tensor w, Tensor? bias) -> Tensor")
+_library.define("linear(Tensor x, Tensor w, Tensor? bias, str activation) -> Tensor")
 _library.impl(
     "linear",
-    lambda x, w, bias: torch.ops.mkldnn._linear_pointwise.default(x, w, bias, "none", [], ""),
+    lambda x, w, bias, then: torch.ops.mkldnn._linear_pointwise.default(x, w, bias, then, [], ""),
     "CPU",
 )
-_library.impl("linear", lambda x, w, bias: x.new_empty(x.shape[0], w.shape[0]), "Meta")
+_library.impl("linear", lambda x, w, bias, then: x.new_empty(x.shape[0], w.shape[0]), "Meta")
 
 
 # Multiply-adds of a product from which oneDNN, whose calls cost some 10 us more, is faster.
@@ -177,7 +177,7 @@ def onednn_is_faster() -> bool:
     x, w = (torch.ones(256, 256, dtype=torch.float32) for _ in range(2))
     times: dict[Callable[[], Tensor], float] = {
         (lambda: torch.mm(x, w)): math.inf,
-        (lambda: torch.ops.ppvae.linear(x, w, None)): math.inf,
+        (lambda: torch.ops.ppvae.linear(x, w, None, "none")): math.inf,
     }
     with torch.no_grad():
         for _ in range(20):
@@ -218,13 +218,38 @@ def _multiply_with_onednn(traced: GraphModule) -> None:
             if x.target is aten.t.default:
                 x = call(aten.clone.default, (x,), copied)
             transposed = call(aten.t.default, (w,))
-            product = call(torch.ops.ppvae.linear.default, (x, transposed, bias))
+            activation = _activation(node)
+            then = _ACTIVATIONS[activation.target] if activation else "none"
+            product = call(torch.ops.ppvae.linear.default, (x, transposed, bias, then))
             if swap:
                 product = call(aten.clone.default, (call(aten.t.default, (product,)),), copied)
         product.meta["val"] = value  # it may be an operand of another
         node.replace_all_uses_with(product)
         traced.graph.erase_node(node)
+        if activation:
+            activation.replace_all_uses_with(activation.args[0])
+            traced.graph.erase_node(activation)
     traced.recompile()
+
+
+# What oneDNN can apply to a product before it leaves the cache.
+_ACTIVATIONS: dict[Any, str] = {
+    torch.ops.aten.tanh.default: "tanh",
+    torch.ops.aten.relu.default: "relu",
+    torch.ops.aten.sigmoid.default: "sigmoid",
+}
+
+
+def _activation(product: torch.fx.Node) -> Any:
+    """The activation of a layer that is not differentiated, if nothing else sees its product.
+
+    A gradient needs the activation's value again, and copies, which the compiler writes with it.
+    """
+    users = list(product.users)
+    if len(users) == 1 and users[0].target is torch.ops.aten.view.default:
+        users = list(users[0].users)
+    found = users[0] if len(users) == 1 and users[0].target in _ACTIVATIONS else None
+    return found if found is not None and len(found.users) == 1 else None
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -532,6 +532,49 @@ def test_large_products_are_onednns(traced, monkeypatch, rows):
     assert all(contiguous for _, _, contiguous in taken)
 
 
+@pytest.mark.parametrize("activation", [torch.tanh, torch.relu, torch.sigmoid, torch.sin])
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+def test_onednn_applies_an_activation_where_no_gradient_needs_it(traced, monkeypatch, activation):
+    monkeypatch.setattr(graph, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(graph, "MIN_PRODUCT", 1)
+    taken = []
+    linear = torch.ops.mkldnn._linear_pointwise.default
+
+    def counted(x, w, bias, then, *rest):
+        taken.append(then)
+        return linear(x, w, bias, then, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn._linear_pointwise, "default", counted)
+
+    def forward(x, w, b, v):
+        return [activation(torch.nn.functional.linear(x, w, b)) @ v]
+
+    def product_too(x, w, b, v):
+        hidden = torch.nn.functional.linear(x, w, b)
+        return [activation(hidden) @ v, hidden[:1]]
+
+    def loss_and_gradient(x, w, b, v):
+        with torch.enable_grad():
+            w = w.detach().requires_grad_()
+            loss = forward(x, w, b, v)[0].square().sum()
+            return [loss, *torch.autograd.grad(loss, [w])]
+
+    # particles in front: the product is of two dimensions, and is given its shape back
+    tensors = [normal(3, 8, 5), normal(6, 5, seed=2), normal(6, seed=3), normal(6, 4, seed=4)]
+    known = {torch.tanh: "tanh", torch.relu: "relu", torch.sigmoid: "sigmoid"}
+    for function, first in [
+        (forward, known.get(activation, "none")),
+        (product_too, "none"),
+        (loss_and_gradient, "none"),
+    ]:
+        taken.clear()
+        compiled = graph.Graph(function, tensors)(*tensors)
+        for one, other in zip(compiled, function(*tensors), strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-4)
+        assert taken[0] == first
+        assert set(taken[1:]) <= {first, "none"}
+
+
 @pytest.mark.parametrize("shape", [(5, 784), (3, 28, 28), (4, 97), (4, 101), (4, 2, 1)])
 @pytest.mark.parametrize(("dims", "keepdim"), [((-1,), False), ((-2, -1), True), ((0,), False)])
 def test_a_sum_of_softplus_takes_few_logarithms(traced, monkeypatch, shape, dims, keepdim):
