@@ -400,11 +400,11 @@ def diagnose(
     absent, found = terms.absent, None
     if count_rows(args) == 1:
         absent["activity and mutual information"] = "they take two datapoints"
-    elif not terms.column("kl"):
-        absent["activity and mutual information"] = "the guide draws no latents"
     elif num_aggregate:
         try:
             found = aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed)
+            if found is None:
+                absent["activity and mutual information"] = "the guide draws no latents"
         except (NotImplementedError, KeyError) as error:  # a flow without inverse
             absent["mutual information"] = (
                 "the guide has no density at points it has not drawn, as a flow without inverse "

@@ -210,7 +210,7 @@ def aggregate(
     max_pairs: int,
     num_draws: int,
     seed: int | None,
-) -> Aggregate:
+) -> Aggregate | None:
     r"""Mutual information of datapoint and latents under the guide, all latents together.
 
     .. math:: \hat I = \frac1M \sum_m \log q(z_m \mid x_m) - \log\frac1N \sum_n q(z_m \mid x_n)
@@ -220,6 +220,9 @@ def aggregate(
         max_pairs: densities q(z_m | x_n) computed at once, which bounds the memory.
         num_draws: about so many draws, of datapoints spread over the data.
         seed: as there.
+
+    Returns:
+        None for a guide that draws no latents.
 
     Raises:
         NotImplementedError: the guide has no density at a given point (a flow without inverse).
@@ -238,6 +241,8 @@ def aggregate(
         with pyro.validation_enabled(False), seeded(seed, *args):
             some = take(args, chosen)
             z = _draws(guide, some)
+            if not z:
+                return None
             prior = _draws(model, some)
             first = _at(model, some, {n: v[:1] for n, v in prior.items()}, nesting)
             own, total, others = [], [], []
