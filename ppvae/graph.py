@@ -128,6 +128,8 @@ def _sum_softplus_in_pieces(traced: GraphModule) -> None:
         softplus, (dims, *_) = node.args[0], node.args[1:]
         if softplus.target is not aten.softplus.default or len(softplus.args) > 1:
             continue
+        if node.kwargs or not dims:  # another dtype; the sum of all by an empty list
+            continue
         value = softplus.meta["val"]
         in_float32 = value.device.type == "cpu" and value.dtype == torch.float32
         if not in_float32 or len(softplus.users) > 1 or not {-1, value.dim() - 1} & set(dims):

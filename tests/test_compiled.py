@@ -600,6 +600,11 @@ def test_a_sum_of_softplus_takes_few_logarithms(traced, monkeypatch, shape, dims
         torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-5)
     piece = {784: 98, 28: 28, 97: 97}.get(shape[-1])
     assert set(pieces) == ({piece} if piece and -1 in dims else set())
+    # A sum in another dtype is left alone.
+    wide = graph.Graph(
+        lambda a: [torch.nn.functional.softplus(a).sum(-1, dtype=torch.float64)], [a]
+    )
+    assert wide(a)[0].dtype == torch.float64
     # Infinite and undefined logits stay so.
     extreme = torch.full(shape, 60.0)
     extreme[0] = math.inf
