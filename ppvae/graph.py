@@ -65,8 +65,10 @@ class Graph:
             self.reached = _lift_constants(traced)
             _sum_softplus_in_pieces(traced)
             if onednn_is_faster():
+                _lower_to_onednn()
                 _multiply_with_onednn(traced)
-            with torch.no_grad(), config.patch(fallback_random=True), seeded(0, *inputs):
+            how = {"fallback_random": True, "cpp_wrapper": _on_cpu(traced)}
+            with torch.no_grad(), config.patch(how), seeded(0, *inputs):
                 compiler = cast(Callable[..., Any], compile_fx)
                 self._call = compiler(traced, [*inputs, *self.reached])
                 self._call(*copies(inputs), *copies(self.reached))  # compiles what is left
@@ -79,6 +81,12 @@ class Graph:
         with torch.no_grad():
             outputs: Sequence[Tensor] = self._call(*inputs, *self.reached)
         return outputs
+
+
+def _on_cpu(traced: GraphModule) -> bool:
+    """Whether no tensor of a graph is elsewhere: then its calls are made from C++, not Python."""
+    values = [node.meta.get("val") for node in traced.graph.nodes]
+    return all(value.is_cpu for value in values if isinstance(value, Tensor))
 
 
 def _keep_memory_between_calls() -> None:
@@ -153,7 +161,8 @@ def _sum_softplus(a: Tensor, piece: int, dims: list[int], keepdim: bool = False)
     return a.clamp(min=0).sum(dims, keepdim) + logs
 
 
-# One matrix product by oneDNN; torch's own lowering of it wants weights that never change.
+# One matrix product by oneDNN, x w' + bias. Passes over a graph that know torch's own op take its
+# weights for constants, so in a graph it has another name until they are done.
 _library = torch.library.Library("ppvae", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor w, Tensor? bias, str activation) -> Tensor")
 _library.impl(
@@ -162,6 +171,27 @@ _library.impl(
     "CPU",
 )
 _library.impl("linear", lambda x, w, bias, then: x.new_empty(x.shape[0], w.shape[0]), "Meta")
+
+
+@functools.cache
+def _lower_to_onednn() -> None:
+    """Tell inductor what ``ppvae::linear`` is: a call of oneDNN, made from C++."""
+    from torch._inductor import ir, mkldnn_ir
+    from torch._inductor.lowering import register_lowering
+
+    @register_lowering(torch.ops.ppvae.linear.default, type_promotion_kind=None)
+    def linear(x: Any, w: Any, bias: Any, activation: str) -> Any:
+        call = mkldnn_ir.LinearUnary
+        x = call.require_contiguous(call.realize_input(x))
+        w = call.realize_input(w)  # transposed or not
+        constants: list[Any] = [activation, [-1], ""]
+        if bias is None:
+            inputs, constants = [x, w], [None, *constants]
+        else:
+            inputs = [x, w, call.require_contiguous(call.realize_input(bias))]
+        size = [x.get_size()[0], w.get_size()[0]]
+        layout = ir.FixedLayout(device=x.get_device(), dtype=x.get_dtype(), size=size)
+        return ir.TensorBox.create(call(layout, inputs, constants))
 
 
 # Multiply-adds of a product from which oneDNN, whose calls cost some 10 us more, is faster.

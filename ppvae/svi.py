@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ppvae.check import Checks, check_batch
 from ppvae.compiled import Compiled, Gradients, Replay
 from ppvae.elbo import ELBO, Estimator
+from ppvae.fused_adam import keep_lists
 from ppvae.graph import unmoved
 from ppvae.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.pairs import NotCompiled
@@ -370,7 +371,9 @@ def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
         )
     given = optim.keywords if isinstance(optim, functools.partial) else {}
     if "fused" not in given and "foreach" not in given and _can_fuse(factory, parameters):
-        return optim(parameters, fused=True)
+        optimizer = optim(parameters, fused=True)
+        keep_lists(optimizer)
+        return optimizer
     return optim(parameters)
 
 
