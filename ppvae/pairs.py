@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyro
@@ -16,7 +16,9 @@ from pyro.ops.provenance import get_provenance
 from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import am_i_wrapped
+from pyro.poutine.trace_messenger import TraceHandler, TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -115,13 +117,16 @@ def particle_plate(found: Structure, num_particles: int) -> Any:
 
 
 def trace(program: Program, args: Args, kwargs: Kwargs) -> Trace:
-    """The trace of a program."""
-    return cast(Trace, poutine.trace(program).get_trace(*args, **kwargs))
+    """The trace of a program; ``poutine.trace`` would wrap the program anew at each call."""
+    recorder = TraceMessenger()
+    TraceHandler(recorder, program)(*args, **kwargs)
+    return recorder.trace
 
 
 def replay(program: Program, drawn: Trace, args: Args, kwargs: Kwargs) -> Trace:
     """The trace of a program run at the draws of another."""
-    return trace(poutine.replay(program, trace=drawn), args, kwargs)
+    with ReplayMessenger(trace=drawn):
+        return trace(program, args, kwargs)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ engine runs a :class:`Program` and listens for ``param`` sites; ppvae's own path
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyro
+from pyro.nn import module as pyro_module
 from pyro.nn.module import _Context
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
 
 _parameters_are_local: ContextVar[bool] = ContextVar("_parameters_are_local", default=False)
@@ -91,15 +95,22 @@ class _LocalState:
 
 @contextmanager
 def _local_state() -> Iterator[None]:
-    """Let every ``PyroModule`` run with local parameters while inside."""
+    """Let every ``PyroModule`` run with local parameters while inside.
+
+    That is ``pyro.settings.context(module_local_params=True)``, which would import modules by name
+    at every step, and what Pyro 1.9 lacks for it.
+    """
     if hasattr(_Context, "param_state"):  # already inside
         yield
         return
+    usual = pyro_module._MODULE_LOCAL_PARAMS
+    pyro_module._MODULE_LOCAL_PARAMS = True
     _Context.param_state = _LocalState()
     try:
         yield
     finally:
         del _Context.param_state
+        pyro_module._MODULE_LOCAL_PARAMS = usual
 
 
 class _RefuseStore(Messenger):
@@ -181,12 +192,20 @@ def data_plate(*data: Tensor | None, size: int | None = None) -> Any:
     return pyro.plate("data", size, subsample=rows, dim=-1)
 
 
+# Without the filter of warnings that it enters at every site, for ``torch.jit``.
+_broadcast = inspect.unwrap(BroadcastMessenger._pyro_sample)
+
+
 class _WholePlate(pyro.plate):
     """A plate over all its rows: it asks no handler which of them, and draws no permutation."""
 
     @staticmethod
     def _subsample(name: str, size: int, *_: Any) -> tuple[int, int, None]:
         return size, size, None
+
+    def _process_message(self, msg: Any) -> None:
+        SubsampleMessenger._process_message(self, msg)
+        _broadcast(msg)
 
 
 @contextmanager
@@ -206,7 +225,7 @@ def local_parameters() -> Iterator[None]:
     """
     token = _parameters_are_local.set(True)
     try:
-        with pyro.settings.context(module_local_params=True), _local_state(), _RefuseStore():
+        with _local_state(), _RefuseStore():
             yield
     finally:
         _parameters_are_local.reset(token)

@@ -292,6 +292,8 @@ def sum_out(terms: Tensor) -> Tensor:
 def check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
     """Raise ``ValueError`` unless model and guide have the same latent sites."""
     latents = {name for name, site in model_sites.items() if not site["is_observed"]}
+    if latents == guide_sites.keys() and len(latents) < len(model_sites):
+        return
     # A latent that only the model has may be summed out there.
     latents -= {n for n in latents - guide_sites.keys() if is_enumerated(model_sites[n])}
     missing = sorted(latents - guide_sites.keys())
