@@ -11,6 +11,7 @@ import copy
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -63,15 +64,24 @@ class Graph:
             )
             traced = trace(*inputs)
             self.reached = _lift_constants(traced)
-            _sum_softplus_in_pieces(traced)
+            _sum_softplus_as_products(traced)
             if onednn_is_faster():
                 _lower_to_onednn()
                 _multiply_with_onednn(traced)
-            how = {"fallback_random": True, "cpp_wrapper": _on_cpu(traced)}
-            with torch.no_grad(), config.patch(how), seeded(0, *inputs):
+            how = {
+                "fallback_random": True,
+                "cpp_wrapper": _on_cpu(traced),  # calls are made from C++, not from Python
+                "reorder_for_peak_memory": False,  # it would change the order of draws
+            }
+            with torch.no_grad(), config.patch(how), seeded(0, *inputs), warnings.catch_warnings():
+                # the compiler calls what torch has deprecated
+                warnings.simplefilter("ignore", FutureWarning)
                 compiler = cast(Callable[..., Any], compile_fx)
                 self._call = compiler(traced, [*inputs, *self.reached])
-                self._call(*copies(inputs), *copies(self.reached))  # compiles what is left
+                # compiles what is left; what a copy would lay out otherwise is no buffer
+                tensors = [*inputs, *self.reached]
+                pairs = zip(copies(tensors), tensors, strict=True)
+                self._call(*(c if c.stride() == t.stride() else t for c, t in pairs))
         except NotCompiled:
             raise
         except Exception as error:  # whatever the tracer and the compiler raise: there is no list
@@ -84,7 +94,7 @@ class Graph:
 
 
 def _on_cpu(traced: GraphModule) -> bool:
-    """Whether no tensor of a graph is elsewhere: then its calls are made from C++, not Python."""
+    """Whether no tensor of a graph is elsewhere."""
     values = [node.meta.get("val") for node in traced.graph.nodes]
     return all(value.is_cpu for value in values if isinstance(value, Tensor))
 
@@ -126,10 +136,10 @@ def _lift_constants(traced: GraphModule) -> list[Tensor]:
 
 
 # A product of so many numbers in (1, 2] is finite in float32.
-MAX_PIECE = 100
+MAX_FACTORS = 100
 
 
-def _sum_softplus_in_pieces(traced: GraphModule) -> None:
+def _sum_softplus_as_products(traced: GraphModule) -> None:
     """On the CPU, one logarithm for many terms of a sum of softplus, see :func:`_sum_softplus`."""
     aten = torch.ops.aten
     for node in traced.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
@@ -142,23 +152,30 @@ def _sum_softplus_in_pieces(traced: GraphModule) -> None:
         in_float32 = value.device.type == "cpu" and value.dtype == torch.float32
         if not in_float32 or len(softplus.users) > 1 or not {-1, value.dim() - 1} & set(dims):
             continue
-        piece = max(n for n in range(1, MAX_PIECE + 1) if value.shape[-1] % n == 0)
-        if piece > 1:
-            node.target, node.args = _sum_softplus, (softplus.args[0], piece, *node.args[1:])
+        products = _number_of_products(value.shape[-1])
+        if products < value.shape[-1]:
+            node.target, node.args = _sum_softplus, (softplus.args[0], products, *node.args[1:])
             traced.graph.erase_node(softplus)
     traced.recompile()
 
 
-def _sum_softplus(a: Tensor, piece: int, dims: list[int], keepdim: bool = False) -> Tensor:
+def _number_of_products(size: int) -> int:
+    """How many products to make of so many factors: few, but enough to fill a vector register."""
+    possible = [n for n in range(1, size + 1) if size % n == 0 and size // n <= MAX_FACTORS]
+    return min(possible, key=lambda n: (n % 16 > 0, n % 8 > 0, n))
+
+
+def _sum_softplus(a: Tensor, products: int, dims: list[int], keepdim: bool = False) -> Tensor:
     r"""The sum over some dimensions, the last among them, of softplus.
 
     .. math:: \sum_i \log(1 + e^{a_i}) = \sum_i \max(a_i, 0) + \log \prod_i (1 + e^{-|a_i|})
 
-    A decoder of binary pixels spends two thirds of its elementwise time in the logarithms.
+    A decoder of binary pixels spends two thirds of its elementwise time in the logarithms. The
+    factors of a product lie apart, so that neighbours are multiplied into a vector of products.
     """
-    factors = (1 + torch.exp(-a.abs())).unflatten(-1, (-1, piece))
-    logs = factors.prod(-1).log().sum(dims, keepdim)
-    return a.clamp(min=0).sum(dims, keepdim) + logs
+    factors = (1 + torch.exp(-a.abs())).unflatten(-1, (-1, products))
+    linear = a.clamp(min=0).sum(dims, keepdim)
+    return linear + factors.prod(-2).log().sum(dims, keepdim)
 
 
 # One matrix product by oneDNN, x w' + bias. Passes over a graph that know torch's own op take its
