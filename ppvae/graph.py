@@ -64,6 +64,7 @@ class Graph:
             )
             traced = trace(*inputs)
             self.reached = _lift_constants(traced)
+            _draw_in_order_of_memory(traced)
             _sum_softplus_as_products(traced)
             if onednn_is_faster():
                 _lower_to_onednn()
@@ -133,6 +134,27 @@ def _lift_constants(traced: GraphModule) -> list[Tensor]:
             traced.graph.erase_node(node)
     traced.recompile()
     return [getattr(traced, name) for name in held]
+
+
+def _draw_in_order_of_memory(traced: GraphModule) -> None:
+    """Draw a dropout's mask as torch does, in the order of memory, if its tensor is transposed.
+
+    A graph lays it out anew, and would draw in the order of its dimensions.
+    """
+    aten = torch.ops.aten
+    for node in traced.graph.find_nodes(op="call_function", target=aten.bernoulli_.float):
+        value = node.meta["val"]
+        if value.is_contiguous():
+            continue
+        order = sorted(range(value.dim()), key=lambda dim: -value.stride(dim))
+        with traced.graph.inserting_before(node):
+            ordered = traced.graph.call_function(aten.permute.default, (node.args[0], order))
+        node.args = (ordered, *node.args[1:])
+        back = [order.index(dim) for dim in range(value.dim())]
+        with traced.graph.inserting_after(node):
+            mask = traced.graph.call_function(aten.permute.default, (node, back))
+        node.replace_all_uses_with(mask, delete_user_cb=lambda user, mask=mask: user is not mask)
+    traced.recompile()
 
 
 # A product of so many numbers in (1, 2] is finite in float32.
