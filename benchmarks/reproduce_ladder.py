@@ -58,6 +58,9 @@ CELLS = {
 PAIRS = [
     ("ladder-BN-WU", "bottom-up-BN-WU"),
     ("ladder-BN-WU", "bottom-up"),
+    ("ladder-BN", "bottom-up-BN"),
+    ("ladder-WU", "bottom-up-WU"),
+    ("ladder-clipped", "bottom-up-clipped"),
     ("ladder", "bottom-up"),
     ("ladder-BN-WU", "ladder-BN"),
     ("ladder-BN", "ladder"),
