@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ppvae.graph import INTERNAL, Graph, attributes, copies, require_kept, standing_in, unmoved
 from ppvae.pairs import NotCompiled, Program, seeded
 from ppvae.program import local_parameters, require_own_parameters
+from ppvae.replay import Replay
 from ppvae.weights import log_weights
 
 _UNKNOWN = object()
@@ -389,27 +390,3 @@ def _holds_tensor(arg: Any) -> bool:
     if isinstance(arg, (tuple, list)):
         return any(map(_holds_tensor, arg))
     return isinstance(arg, Tensor)
-
-
-class Replay:
-    """A whole step captured as one CUDA graph, to be replayed on other values.
-
-    Args:
-        step: what is captured, from arguments to the loss; it must have been run before.
-        args: arguments of the step's shapes; they are copied.
-    """
-
-    def __init__(self, step: Callable[..., Tensor], args: tuple) -> None:
-        self.args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-        self.graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph):
-            self.loss = step(*self.args)
-
-    def __call__(self, args: tuple) -> Tensor:
-        """Replay it; returns the loss."""
-        for kept, arg in zip(self.args, args, strict=True):
-            if isinstance(kept, Tensor):
-                kept.copy_(arg, non_blocking=True)
-        self.graph.replay()
-        return self.loss.clone()

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.check import Checks, check_batch
-from ppvae.compiled import Compiled, Gradients, Replay
+from ppvae.compiled import Compiled, Gradients
 from ppvae.elbo import ELBO, Estimator
 from ppvae.fused_adam import keep_lists
 from ppvae.graph import unmoved
 from ppvae.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.pairs import NotCompiled
 from ppvae.program import local_parameters, method_owners, require_own_parameters
+from ppvae.replay import Replay
 
 
 class SVI(pyro.infer.SVI):
@@ -203,7 +204,7 @@ class SVI(pyro.infer.SVI):
             if len(known) == len(parameters) and all(map(operator.is_, known, parameters)):
                 norm: Tensor = graph.norm
                 return norm
-        return total_norm([p.grad for p in parameters if p.grad is not None])
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def _withholds(self, loss: Tensor) -> bool:
         """Whether the optimiser looks itself, on the device, at whether the step is finite."""
@@ -330,13 +331,6 @@ class SVI(pyro.infer.SVI):
                 self._build()
             assert self.optimizer is not None
             self.optimizer.load_state_dict(state["optimizer"])
-
-
-def total_norm(gradients: list[Tensor]) -> Tensor:
-    """``nn.utils.get_total_norm``; without its sorting where all are alike."""
-    if len({(g.dtype, g.device, g.layout) for g in gradients}) == 1:
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    return nn.utils.get_total_norm(gradients)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

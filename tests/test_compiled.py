@@ -52,7 +52,7 @@ from compiling import (
     vae,
     with_model,
 )
-from ppvae import elbo, graph, guides, nets
+from ppvae import elbo, graph, graph_passes, guides, nets
 from ppvae.compiled import Compiled
 from ppvae.elbo.penalties import Penalty, Tilt
 from ppvae.pairs import NotCompiled
@@ -498,8 +498,8 @@ def plain_pair():
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 def test_large_products_are_onednns(traced, monkeypatch, rows):
     """Values and gradients are those of torch, transposed operands and the bias included."""
-    monkeypatch.setattr(graph, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(graph, "MIN_PRODUCT", 40 * 30 * 20)
+    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(graph_passes, "MIN_PRODUCT", 40 * 30 * 20)
     taken = []
     linear = torch.ops.mkldnn._linear_pointwise.default
 
@@ -533,9 +533,10 @@ def test_large_products_are_onednns(traced, monkeypatch, rows):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 def test_onednn_is_called_from_cpp(monkeypatch):
     """Compiled: operands as they are and transposed, with and without bias and activation."""
-    monkeypatch.setattr(graph, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(graph, "MIN_PRODUCT", 1)
+    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(graph_passes, "MIN_PRODUCT", 1)
     calls = count_lowerings(monkeypatch)
+    config = torch._inductor.config
 
     def function(x, w, b, v):
         with torch.enable_grad():
@@ -545,21 +546,21 @@ def test_onednn_is_called_from_cpp(monkeypatch):
         return [forward, loss.detach(), *torch.autograd.grad(loss, wanted)]
 
     tensors = [normal(8, 5), normal(6, 5, seed=2), normal(6, seed=3), normal(6, 4, seed=4)]
-    compiled = graph.Graph(function, tensors)
+    with config.patch(force_disable_caches=True):
+        compiled = graph.Graph(function, tensors)
     for _ in range(2):  # other values, same memory
         for one, other in zip(compiled(*tensors), function(*tensors), strict=True):
             torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
         for tensor in tensors:
             tensor.mul_(1.5)
     assert sorted(calls) == ["none", "none", "none", "tanh"]
-    assert torch._inductor.config.cpp_wrapper is False  # for everybody else
+    assert config.cpp_wrapper is False  # for everybody else
 
 
 def count_lowerings(monkeypatch):
     """The activations of the calls of oneDNN that are compiled, with calls from C++ alone."""
     from torch._inductor import config, mkldnn_ir
 
-    monkeypatch.setattr(config, "force_disable_caches", True)
     calls, made = [], mkldnn_ir.LinearUnary.__init__
 
     def counted(self, layout, inputs, constants):
@@ -574,8 +575,8 @@ def count_lowerings(monkeypatch):
 @pytest.mark.parametrize("activation", [torch.tanh, torch.relu, torch.sigmoid, torch.sin])
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 def test_onednn_applies_an_activation_where_no_gradient_needs_it(traced, monkeypatch, activation):
-    monkeypatch.setattr(graph, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(graph, "MIN_PRODUCT", 1)
+    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(graph_passes, "MIN_PRODUCT", 1)
     taken = []
     linear = torch.ops.mkldnn._linear_pointwise.default
 
@@ -618,13 +619,13 @@ def test_onednn_applies_an_activation_where_no_gradient_needs_it(traced, monkeyp
 @pytest.mark.parametrize(("dims", "keepdim"), [((-1,), False), ((-2, -1), True), ((0,), False)])
 def test_a_sum_of_softplus_takes_few_logarithms(traced, monkeypatch, shape, dims, keepdim):
     taken = []
-    as_products = graph._sum_softplus
+    as_products = graph_passes._sum_softplus
 
     def counted(a, products, *rest):
         taken.append(products)
         return as_products(a, products, *rest)
 
-    monkeypatch.setattr(graph, "_sum_softplus", counted)
+    monkeypatch.setattr(graph_passes, "_sum_softplus", counted)
 
     def value_and_gradient(a):
         with torch.enable_grad():

@@ -28,7 +28,7 @@ FORBIDDEN = {
     "elbo": USES | PAIR,
     "svi": PAIR | {"train", "diagnostics", "plots"},
     "pairs": ALL,
-    "graph": ALL,
+    **dict.fromkeys(("graph", "graph_passes", "replay", "fused_adam"), ALL),
     "compiled": ALL - {"weights"},
     "nonfinite": ALL - {"weights"},
     "check": ALL - {"weights"},
