@@ -1,110 +1,133 @@
-"""torch's fused Adam on the CPU, without what its step does tensor by tensor in Python.
+"""torch's fused Adam on the CPU, without what its step does tensor by tensor.
 
-That is to look up every state, and to count every tensor's steps by an operation of its own: with
-sixty tensors as long as the update itself. Here the lists are kept and the counts are one tensor.
+That is to look up every state and gather it in new lists, and to count every tensor's steps by an
+operation of its own: with sixty tensors as long as the update itself. Here the lists are kept as
+long as they are those of the state, and the counts of a group are one tensor.
 """
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]
+Lists = tuple[list[dict[str, Any]], list[Tensor], list[Tensor], list[Tensor], Tensor]
 
 
-def keep_lists(optimizer: Optimizer) -> None:
-    """Make the steps of a fused Adam or AdamW on the CPU cheaper; leave any other as it is.
+class FusedAdam(Adam):
+    """``torch.optim.Adam`` whose fused steps on the CPU cost less, and are the same to the bit.
 
-    A step computes what torch's does, to the bit, and hooks, schedulers and ``state_dict`` work as
-    before. What this has no lists for (the first step, a parameter without gradient, amsgrad) is
-    torch's own step.
+    State, hooks and schedulers are as there. What there are no lists for (the first step, a
+    parameter without gradient, amsgrad, another device) is torch's own step.
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.ones(2))
-        >>> adam = Adam([parameter], lr=0.1, fused=True)
-        >>> keep_lists(adam)
+        >>> adam = FusedAdam([parameter], lr=0.1, fused=True)
         >>> for _ in range(2):
         ...     parameter.grad = torch.ones(2)
         ...     adam.step()
         >>> parameter.detach(), adam.state[parameter]["step"]
         (tensor([0.8000, 0.8000]), tensor(2.))
     """
-    if type(optimizer) not in (Adam, AdamW):
-        return
-    kept: list[Lists] = []
-    state: Any = None  # of which they are the lists
 
-    def lists(self: Optimizer) -> list[Lists] | None:
-        nonlocal state
-        if not all(_is_plain(self, group) for group in self.param_groups):
-            return None
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if self.state is not state or sizes != [len(params) for params, *_ in kept]:
-            if not all(_is_like_the_first(self, group["params"]) for group in self.param_groups):
-                return None
-            kept[:] = [_lists(self, group["params"]) for group in self.param_groups]
-            state = self.state
-        if any(p.grad is None for params, *_ in kept for p in params):
-            return None
-        return kept
+    _kept: Sequence[Lists] = ()  # of each group; not part of a copy or a pickle
 
-    @Optimizer.profile_hook_step  # the user's hooks
-    @torch.no_grad()
-    def fused(self: Optimizer) -> None:
-        for group, (params, averages, squares, views, counts) in zip(
-            self.param_groups, kept, strict=True
-        ):
-            counts.add_(1)
-            decoupled = group["decoupled_weight_decay"]
-            update: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
-            update(
-                params,
-                [p.grad for p in params],
-                averages,
-                squares,
-                [],
-                views,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=group["maximize"],
+    @Optimizer.profile_hook_step  # the user's hooks, which may change everything below
+    def step(self, closure: Any = None) -> Any:
+        if closure is not None or not self._keep_lists():
+            return _without_hooks(Adam.step)(self, closure)
+        with torch.no_grad():
+            for group, (_, averages, squares, steps, counts) in zip(
+                self.param_groups, self._kept, strict=True
+            ):
+                counts.add_(1)
+                decoupled = group["decoupled_weight_decay"]
+                update: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
+                update(
+                    group["params"],
+                    [p.grad for p in group["params"]],
+                    averages,
+                    squares,
+                    [],
+                    steps,
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    amsgrad=False,
+                    maximize=group["maximize"],
+                )
+        return None
+
+    step.hooked = True  # type: ignore[attr-defined]  # else torch would call the hooks twice
+
+    def _keep_lists(self) -> bool:
+        """Whether there are lists of all groups that a step may use; they are made if need be."""
+        if not all(self._is_plain(group) for group in self.param_groups):
+            return False
+        current = len(self._kept) == len(self.param_groups) and all(
+            self._are_of(lists, group["params"])
+            for lists, group in zip(self._kept, self.param_groups, strict=True)
+        )
+        if not current:
+            groups = [group["params"] for group in self.param_groups]
+            if not all(self._can_keep(params) for params in groups):
+                return False
+            self._kept = [self._lists(params) for params in groups]
+        return True
+
+    def _is_plain(self, group: dict[str, Any]) -> bool:
+        """Whether a group needs no more than the update itself."""
+        unusual = group["amsgrad"] or group["differentiable"] or group["capturable"]
+        scaled = getattr(self, "found_inf", None) is not None
+        numbers = [group["lr"], *group["betas"]]
+        return (
+            group["fused"]
+            and not (unusual or scaled or any(map(torch.is_tensor, numbers)))
+            and all(p.grad is not None and not p.grad.is_sparse for p in group["params"])
+        )
+
+    def _are_of(self, lists: Lists, params: list[Tensor]) -> bool:
+        """Whether lists still hold the very tensors that the parameters' states hold."""
+        states, averages, squares, steps, _ = lists
+        return len(states) == len(params) and all(
+            self.state.get(p) is state
+            and state.get("step") is step
+            and state.get("exp_avg") is average
+            and state.get("exp_avg_sq") is square
+            for p, state, step, average, square in zip(
+                params, states, steps, averages, squares, strict=True
             )
+        )
 
-    def step(self: Optimizer, *closure: Any, **named: Any) -> Any:
-        if closure or named or lists(self) is None:
-            return type(self).step(self, *closure, **named)
-        return fused(self)
+    def _can_keep(self, params: list[Tensor]) -> bool:
+        """Whether all have been updated before, are of one dtype, and on the CPU."""
+        known = all(self.state.get(p) for p in params)
+        return (
+            bool(params)
+            and known
+            and {(p.dtype, p.is_cpu) for p in params} == {(params[0].dtype, True)}
+        )
 
-    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
-
-
-def _is_plain(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    """Whether a group needs no more than the update itself."""
-    unusual = group["amsgrad"] or group["differentiable"] or group["capturable"]
-    scaled = getattr(optimizer, "found_inf", None) is not None
-    numbers = [group["lr"], *group["betas"]]
-    return group["fused"] and not (unusual or scaled or any(map(torch.is_tensor, numbers)))
-
-
-def _is_like_the_first(optimizer: Optimizer, params: list[Tensor]) -> bool:
-    """Whether all have been updated before, are of one dtype, and on the CPU."""
-    known = all(p in optimizer.state for p in params)
-    return known and {(p.dtype, p.device.type) for p in params} == {(params[0].dtype, "cpu")}
+    def _lists(self, params: list[Tensor]) -> Lists:
+        """The state of some parameters, whose counts of steps become views of one tensor."""
+        states = [self.state[p] for p in params]
+        counts = torch.stack([state["step"] for state in states])
+        steps = list(counts.unbind())
+        for state, step in zip(states, steps, strict=True):
+            state["step"] = step
+        averages, squares = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq"))
+        return states, averages, squares, steps, counts
 
 
-def _lists(optimizer: Optimizer, params: list[Tensor]) -> Lists:
-    """The state of some parameters, whose counts of steps become views of one tensor."""
-    states = [optimizer.state[p] for p in params]
-    counts = torch.stack([state["step"] for state in states])
-    views = list(counts.unbind())
-    for state, view in zip(states, views, strict=True):
-        state["step"] = view
-    averages, squares = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq"))
-    return params, averages, squares, views, counts
+class FusedAdamW(FusedAdam, AdamW):
+    """``torch.optim.AdamW`` likewise."""
+
+
+def _without_hooks(step: Any) -> Any:
+    """A step as its class defines it; the first object of a class adds what calls hooks."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step

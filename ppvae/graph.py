@@ -8,6 +8,7 @@ is an input of its graph.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ class Graph:
     """One compiled graph of a function of tensors, for inputs of these shapes.
 
     Tensors that the function reaches otherwise are read anew at each call. Draws follow
-    ``torch.manual_seed`` and are those of the function run eagerly.
+    ``torch.manual_seed`` and are those of the function run eagerly, if all of them are used.
 
     Args:
         function: from tensors to a list of tensors; it may differentiate.
@@ -68,9 +69,7 @@ class Graph:
                 "cpp_wrapper": _on_cpu(traced),  # calls are made from C++, not from Python
                 "reorder_for_peak_memory": False,  # it would change the order of draws
             }
-            with torch.no_grad(), config.patch(how), seeded(0, *inputs), warnings.catch_warnings():
-                # the compiler calls what torch has deprecated
-                warnings.simplefilter("ignore", FutureWarning)
+            with torch.no_grad(), config.patch(how), seeded(0, *inputs), _without_remarks():
                 compiler = cast(Callable[..., Any], compile_fx)
                 self._call = compiler(traced, [*inputs, *self.reached])
                 # compiles what is left; what a copy would lay out otherwise is no buffer
@@ -83,9 +82,34 @@ class Graph:
             raise NotCompiled(_reason(error)) from error
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        with torch.no_grad():
-            outputs: Sequence[Tensor] = self._call(*inputs, *self.reached)
+        try:
+            with torch.no_grad():
+                outputs: Sequence[Tensor] = self._call(*inputs, *self.reached)
+        except RuntimeError as error:  # from C++, with its stack in the text and no class
+            text = _said(error)
+            singular = text.startswith("linalg.")
+            kind: Any = torch.linalg.LinAlgError if singular else RuntimeError  # type: ignore[attr-defined]
+            raise kind(text) from None
         return outputs
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Leave out what the compiler says of itself: deprecated calls, operators called indirectly."""
+    log = logging.getLogger("torch._inductor.ir")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _said(error: BaseException) -> str:
+    """The text of an error without the stack of C++ functions that torch may add."""
+    return str(error).partition("Exception raised from")[0].strip()
 
 
 def _on_cpu(traced: GraphModule) -> bool:
@@ -132,7 +156,7 @@ def _reason(error: BaseException) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    names, texts = [type(e).__name__ for e in chain], [str(e).strip() for e in chain]
+    names, texts = [type(e).__name__ for e in chain], [_said(e) for e in chain]
     said = next((text.splitlines()[0] for text in texts if text), "")
     everything = " ".join([*names, *texts])
     if "cxx" in everything.lower() or "c++ compiler" in everything.lower():

@@ -7,20 +7,25 @@ worth, and what was tried without gain.
 from __future__ import annotations
 
 import functools
-import math
-import time
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-# As torch has it, the derivative of softplus is an exponential kept in memory, then a quotient.
+
+def _softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    """As torch has it, it is an exponential kept in memory, then a quotient."""
+    slope = gradient * (x * beta).sigmoid()
+    # beyond 20 the sigmoid is 1, but for the last bits
+    return slope if threshold >= 20 else torch.where(x * beta > threshold, gradient, slope)
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.softplus_backward.default: lambda gradient, x, beta, threshold: (
-        gradient * (x * beta).sigmoid()
-    )
+    torch.ops.aten.softplus_backward.default: _softplus_backward
 }
 
 
@@ -65,9 +70,9 @@ def _sum_softplus_as_products(traced: GraphModule) -> None:
         softplus, (dims, *_) = node.args[0], node.args[1:]
         if softplus.target is not aten.softplus.default or len(softplus.args) > 1:
             continue
-        if node.kwargs or not dims:  # another dtype; the sum of all by an empty list
-            continue
         value = softplus.meta["val"]
+        if node.kwargs or not dims or not value.numel():  # another dtype; all dims by an empty list
+            continue
         in_float32 = value.device.type == "cpu" and value.dtype == torch.float32
         if not in_float32 or len(softplus.users) > 1 or not {-1, value.dim() - 1} & set(dims):
             continue
@@ -138,23 +143,13 @@ MIN_PRODUCT = 2**20
 def onednn_is_faster() -> bool:
     """Whether oneDNN multiplies float32 matrices clearly faster here than what ``torch.mm`` calls.
 
-    MKL keeps its best kernels for Intel's processors; ``benchmarks/speed.py`` shows the difference.
+    That is MKL, which keeps its best kernels for Intel's processors. Who made the processor says
+    it, and no measurement: a run that is resumed has to compute as it did before.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
-    x, w = (torch.ones(256, 256, dtype=torch.float32) for _ in range(2))
-    times: dict[Callable[[], Tensor], float] = {
-        (lambda: torch.mm(x, w)): math.inf,
-        (lambda: torch.ops.ppvae.linear(x, w, None, "none")): math.inf,
-    }
-    with torch.no_grad():
-        for _ in range(20):
-            for multiply in times:
-                started = time.perf_counter()
-                multiply()
-                times[multiply] = min(times[multiply], time.perf_counter() - started)
-    usual, onednn = times.values()
-    return onednn < 0.8 * usual
+    known = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (known.read_text() if known.exists() else platform.processor())
 
 
 def _multiply_with_onednn(traced: GraphModule) -> None:
@@ -171,7 +166,7 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 def _is_worth_it(product: Node) -> bool:
     value, (*bias, x, _) = _value(product), cast("list[Node]", product.args)
     in_float32 = value.device.type == "cpu" and value.dtype == torch.float32
-    vectors = all(_value(b).dim() == 1 for b in bias)
+    vectors = all(_value(b).shape == value.shape[1:] for b in bias)
     large = value.numel() * _value(x).shape[1] >= MIN_PRODUCT
     return in_float32 and vectors and large and not product.kwargs
 

@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyro
+import torch
 from pyro.nn import module as pyro_module
 from pyro.nn.module import _Context
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
@@ -192,7 +193,7 @@ def data_plate(*data: Tensor | None, size: int | None = None) -> Any:
     return pyro.plate("data", size, subsample=rows, dim=-1)
 
 
-# Without the filter of warnings that it enters at every site, for ``torch.jit``.
+# Without the filter of warnings that it enters at every site, which is for ``torch.jit``.
 _broadcast = inspect.unwrap(BroadcastMessenger._pyro_sample)
 
 
@@ -205,7 +206,7 @@ class _WholePlate(pyro.plate):
 
     def _process_message(self, msg: Any) -> None:
         SubsampleMessenger._process_message(self, msg)
-        _broadcast(msg)
+        (BroadcastMessenger._pyro_sample if torch._C._is_tracing() else _broadcast)(msg)
 
 
 @contextmanager

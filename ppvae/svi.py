@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ppvae.check import Checks, check_batch
 from ppvae.compiled import Compiled, Gradients
 from ppvae.elbo import ELBO, Estimator
-from ppvae.fused_adam import keep_lists
+from ppvae.fused_adam import FusedAdam, FusedAdamW
 from ppvae.graph import unmoved
 from ppvae.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.pairs import NotCompiled
@@ -204,7 +204,12 @@ class SVI(pyro.infer.SVI):
             if len(known) == len(parameters) and all(map(operator.is_, known, parameters)):
                 norm: Tensor = graph.norm
                 return norm
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients and all(gradient.is_cpu for gradient in gradients):
+            # as get_total_norm, which takes as long again to sort them by device
+            vector_norm = torch.linalg.vector_norm
+            return vector_norm(torch.stack([vector_norm(gradient) for gradient in gradients]))
+        return nn.utils.get_total_norm(gradients)
 
     def _withholds(self, loss: Tensor) -> bool:
         """Whether the optimiser looks itself, on the device, at whether the step is finite."""
@@ -372,9 +377,9 @@ def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
         )
     given = optim.keywords if isinstance(optim, functools.partial) else {}
     if "fused" not in given and "foreach" not in given and _can_fuse(factory, parameters):
-        optimizer = optim(parameters, fused=True)
-        keep_lists(optimizer)
-        return optimizer
+        cheaper: dict[Any, Any] = {torch.optim.Adam: FusedAdam, torch.optim.AdamW: FusedAdamW}
+        arguments = optim.args if isinstance(optim, functools.partial) else ()
+        return cheaper.get(factory, factory)(*arguments, parameters, **given, fused=True)
     return optim(parameters)
 
 

@@ -555,6 +555,12 @@ def test_onednn_is_called_from_cpp(monkeypatch):
             tensor.mul_(1.5)
     assert sorted(calls) == ["none", "none", "none", "tanh"]
     assert config.cpp_wrapper is False  # for everybody else
+    same = graph.Graph(
+        lambda x, w, b: [torch.addmm(b, x, w)], [tensors[0], tensors[1].t(), b := torch.ones(1)]
+    )
+    torch.testing.assert_close(
+        same(tensors[0], tensors[1].t(), b)[0], tensors[0] @ tensors[1].t() + 1
+    )
 
 
 def count_lowerings(monkeypatch):
@@ -653,6 +659,78 @@ def test_a_sum_of_softplus_takes_few_logarithms(traced, monkeypatch, shape, dims
     sums = graph.Graph(lambda a: [torch.nn.functional.softplus(a).sum(dims, keepdim)], [a])(extreme)
     expected = torch.nn.functional.softplus(extreme).sum(dims, keepdim)
     torch.testing.assert_close(sums[0], expected, equal_nan=True)
+
+
+def test_a_sum_of_no_softplus_is_nothing(traced):
+    (sums,) = graph.Graph(lambda a: [torch.nn.functional.softplus(a).sum(-1)], [torch.ones(3, 0)])(
+        torch.ones(3, 0)
+    )
+    assert torch.equal(sums, torch.zeros(3))
+
+
+@pytest.mark.parametrize(("beta", "threshold"), [(1.0, 20.0), (2.0, 20.0), (1.0, 0.5), (3.0, 1.0)])
+def test_a_softplus_with_a_low_threshold_has_the_slope_of_torchs(traced, beta, threshold):
+    def gradient(a):
+        with torch.enable_grad():
+            a = a.detach().requires_grad_()
+            value = torch.nn.functional.softplus(a, beta, threshold).square().sum()
+            return [*torch.autograd.grad(value, [a])]
+
+    a = 3 * normal(50)
+    torch.testing.assert_close(graph.Graph(gradient, [a])(a), gradient(a))
+
+
+@pytest.mark.parametrize(
+    ("maker", "expected"), [("AuthenticAMD", True), ("GenuineIntel", False), ("", False)]
+)
+def test_who_made_the_processor_chooses_the_products(monkeypatch, maker, expected):
+    """Not a measurement, which may come out otherwise when a run is resumed."""
+    monkeypatch.setattr(graph_passes.Path, "exists", lambda path: True)
+    monkeypatch.setattr(graph_passes.Path, "read_text", lambda path: f"vendor_id : {maker}")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert graph_passes.onednn_is_faster.__wrapped__() is expected
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not graph_passes.onednn_is_faster.__wrapped__()
+
+
+class Cholesky(ppvae.Program):
+    """A guide, or model, whose covariance is ``diagonal`` times one: not always positive."""
+
+    def __init__(self, observes):
+        super().__init__()
+        self.loc, self.observes = torch.nn.Parameter(torch.zeros(2)), observes
+        self.diagonal = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            covariance = torch.eye(2) * self.diagonal
+            z = pyro.sample("z", dist.MultivariateNormal(self.loc, covariance))
+            if self.observes:
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+@inductor
+def test_an_error_inside_a_graph_is_the_eager_one(capfd):
+    """Of the same class, without the stack of C++ functions; and what compiles says no more."""
+    raised = []
+    for compile in (False, True):
+        svi = ppvae.SVI(Cholesky(True), Cholesky(False), SGD, compile=compile)
+        svi.step(normal(5, 2))
+        with torch.no_grad():
+            svi.guide.diagonal.fill_(-1.0)
+        with pytest.raises(RuntimeError) as info:
+            svi.step(normal(5, 2))
+        raised.append(info.value)
+    assert type(raised[0]) is type(raised[1])
+    assert "frame #" not in str(raised[1])
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_of_an_operator_is_not_taken_for_a_missing_compiler():
+    stack = "Exception raised from check at x.cpp:1\nframe #0: f(std::__cxx11::basic_string)"
+    error = RuntimeError(f"Expected a proper Tensor\n{stack}")
+    assert graph._reason(error) == "RuntimeError: Expected a proper Tensor"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how glibc gives memory back")

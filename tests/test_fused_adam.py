@@ -2,24 +2,30 @@
 
 import copy
 import functools
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import Adam, AdamW
 
-from ppvae.fused_adam import keep_lists
+from ppvae.fused_adam import FusedAdam, FusedAdamW
+from ppvae.svi import build_optimizer
 
 OPTIMISERS = {
-    "Adam": functools.partial(Adam, lr=0.1),
-    "AdamW": functools.partial(AdamW, lr=0.1),
-    "decay, eps, betas": functools.partial(
-        Adam, lr=0.1, weight_decay=0.1, eps=1e-4, betas=(0.5, 0.9)
+    "Adam": (Adam, {"lr": 0.1}),
+    "AdamW": (AdamW, {"lr": 0.1}),
+    "decay, eps, betas": (
+        Adam,
+        {"lr": 0.1, "weight_decay": 0.1, "eps": 1e-4, "betas": (0.5, 0.9)},
     ),
-    "maximise": functools.partial(Adam, lr=0.1, maximize=True),
-    "amsgrad": functools.partial(Adam, lr=0.1, amsgrad=True),
-    "a tensor as rate": functools.partial(Adam, lr=torch.tensor(0.1)),
+    "maximise": (Adam, {"lr": 0.1, "maximize": True}),
+    "amsgrad": (Adam, {"lr": 0.1, "amsgrad": True}),
+    "a tensor as rate": (Adam, {"lr": torch.tensor(0.1)}),
 }
+LEAN = {Adam: FusedAdam, AdamW: FusedAdamW}
 
 
 def parameters():
@@ -27,15 +33,13 @@ def parameters():
     return [nn.Parameter(torch.randn(shape)) for shape in [(3, 4), (4,), ()]]
 
 
-def both(make, groups=lambda params: params):
+def both(name, groups=lambda params: params):
     """Equal parameters under torch's step and under the cheaper one."""
+    made, options = OPTIMISERS[name]
     pairs = []
-    for lean in (False, True):
+    for kind in (made, LEAN[made]):
         params = parameters()
-        optimizer = make(groups(params), fused=True)
-        if lean:
-            keep_lists(optimizer)
-        pairs.append((params, optimizer))
+        pairs.append((params, kind(groups(params), fused=True, **options)))
     return pairs
 
 
@@ -67,7 +71,7 @@ def count_torchs(monkeypatch):
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_steps_are_torchs(name, monkeypatch):
-    pairs = both(OPTIMISERS[name])
+    pairs = both(name)
     for _ in range(5):
         step(pairs)
         assert_equal(pairs)
@@ -77,7 +81,7 @@ def test_steps_are_torchs(name, monkeypatch):
 
 
 def test_parameters_without_gradient_are_left_alone():
-    pairs = both(OPTIMISERS["Adam"])
+    pairs = both("Adam")
     for missing in [(1,), (), (0,), (0, 1, 2), (), ()]:
         step(pairs, missing)
         assert_equal(pairs)
@@ -88,7 +92,7 @@ def test_groups_have_their_own_numbers_and_may_change():
     def groups(params):
         return [{"params": params[:1], "lr": 0.5}, {"params": params[1:2], "weight_decay": 0.3}]
 
-    pairs = both(OPTIMISERS["Adam"], groups)
+    pairs = both("Adam", groups)
     for i in range(8):
         step(pairs)
         assert_equal(pairs)
@@ -101,7 +105,7 @@ def test_groups_have_their_own_numbers_and_may_change():
 
 
 def test_a_state_can_be_saved_loaded_and_put_back(tmp_path):
-    pairs = both(OPTIMISERS["AdamW"])
+    pairs = both("AdamW")
     for _ in range(3):
         step(pairs)
     for _, optimizer in pairs:
@@ -121,7 +125,7 @@ def test_a_state_can_be_saved_loaded_and_put_back(tmp_path):
 
 
 def test_a_copy_steps_alone():
-    pairs = both(OPTIMISERS["Adam"])
+    pairs = both("Adam")
     step(pairs)
     step(pairs)
     params, optimizer = copy.deepcopy(pairs[1])
@@ -133,7 +137,7 @@ def test_a_copy_steps_alone():
 
 
 def test_hooks_and_schedules_see_every_step():
-    pairs = both(OPTIMISERS["Adam"])
+    pairs = both("Adam")
     seen = []
     schedules = [
         torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for _, optimizer in pairs
@@ -151,7 +155,7 @@ def test_hooks_and_schedules_see_every_step():
 
 
 def test_a_closure_is_torchs():
-    (params, optimizer), *_ = both(OPTIMISERS["Adam"])[1:]
+    (params, optimizer), *_ = both("Adam")[1:]
 
     def loss():
         optimizer.zero_grad()
@@ -163,23 +167,18 @@ def test_a_closure_is_torchs():
     assert optimizer.step(loss) < first
 
 
-@pytest.mark.parametrize(
-    "make",
-    [functools.partial(torch.optim.SGD, lr=0.1), functools.partial(Adam, lr=0.1, foreach=True)],
-)
-def test_others_are_left_as_they_are(make):
+def test_any_other_use_is_torchs():
     params = parameters()
-    optimizer = make(params)
-    keep_lists(optimizer)
+    optimizer = FusedAdam(params, lr=0.1, foreach=True)
     for _ in range(3):
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
-    assert "step" not in vars(optimizer) or type(optimizer) is Adam
+    assert not optimizer._kept
 
 
 def test_dtypes_may_differ():
-    pairs = both(OPTIMISERS["Adam"])
+    pairs = both("Adam")
     for params, _ in pairs:
         params[1].data = params[1].data.double()
     for _ in range(4):
@@ -189,3 +188,141 @@ def test_dtypes_may_differ():
                 p.grad = grad.clone()
             optimizer.step()
     assert_equal(pairs)
+
+
+def _restart(optimizer, params):
+    optimizer.state.clear()
+
+
+def _restart_one(optimizer, params):
+    optimizer.state[params[0]] = {}
+
+
+def _forget(optimizer, params):
+    optimizer.state[params[0]].clear()
+
+
+def _replace_moments(optimizer, params):
+    state = optimizer.state[params[0]]
+    if not state:
+        return
+    state["exp_avg"], state["step"] = torch.zeros_like(params[0]), torch.tensor(1.0)
+
+
+def _swap_groups(optimizer, params):
+    optimizer.param_groups.reverse()
+
+
+def _train_others(optimizer, params):
+    params[2].data = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    optimizer.param_groups[0]["params"] = params[2:3]
+    optimizer.state.pop(params[0], None)
+
+
+def _empty_group(optimizer, params):
+    optimizer.add_param_group({"params": []})
+
+
+def _look(optimizer, params):
+    assert all(optimizer.state[p] is not None for p in params[:2])  # makes states, as a defaultdict
+
+
+INTERVENTIONS = (
+    _restart,
+    _restart_one,
+    _forget,
+    _replace_moments,
+    _swap_groups,
+    _train_others,
+    _empty_group,
+    _look,
+)
+
+
+@pytest.mark.parametrize("intervene", INTERVENTIONS)
+@pytest.mark.parametrize("when", ["between steps", "in a hook"])
+@pytest.mark.parametrize("first", [0, 3])
+def test_what_is_done_to_a_state_counts(intervene, when, first):
+    pairs = both(
+        "Adam", lambda params: [{"params": params[:1], "lr": 0.5}, {"params": params[1:2]}]
+    )
+    for params, _ in pairs:  # the third is trained by nobody, unless it takes another's place
+        params[2].data = torch.ones(3, 4)
+    for i in range(6):
+        if i == first:
+            for params, optimizer in pairs:
+                if when == "between steps":
+                    intervene(optimizer, params)
+                else:
+                    hook = optimizer.register_step_pre_hook(
+                        lambda o, *_, params=params: intervene(o, params)
+                    )
+                    params.append(hook)
+        grads = [torch.randn(p.shape) for p in pairs[0][0][:3]]
+        for params, optimizer in pairs:
+            for p, grad in zip(params[:3], grads, strict=True):
+                p.grad = grad.clone()
+            optimizer.step()
+            if len(params) > 3:
+                params.pop().remove()
+    assert_equal(pairs)
+
+
+def test_a_hook_may_freeze_a_parameter():
+    pairs = both("Adam")
+    for i in range(4):
+        if i == 2:
+            for params, optimizer in pairs:
+                optimizer.register_step_pre_hook(lambda *_, p=params[0]: setattr(p, "grad", None))
+        step(pairs)
+        assert_equal(pairs)
+
+
+def test_a_sparse_gradient_is_refused_as_by_torch():
+    (params, optimizer), *_ = both("Adam")[1:]
+    for _ in range(2):
+        step([(params, optimizer)])
+    params[0].grad = params[0].grad.to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+
+
+def test_nothing_keeps_an_optimiser_alive():
+    params, optimizer = both("Adam")[1]
+    for _ in range(2):
+        step([(params, optimizer)])
+    alive = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_pickle_steps_on_with_its_hooks():
+    pairs = both("AdamW")
+    for _ in range(3):
+        step(pairs)
+    pairs = [pickle.loads(pickle.dumps(pair)) for pair in pairs]
+    seen = []
+    for _, optimizer in pairs:
+        optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    for _ in range(3):
+        step(pairs)
+        assert_equal(pairs)
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("made", [Adam, AdamW, functools.partial(AdamW, lr=0.1)])
+def test_svi_makes_the_cheaper_one(made):
+    module = nn.Linear(2, 2)
+    optimizer = build_optimizer(made, module)
+    kind = made.func if isinstance(made, functools.partial) else made
+    assert type(optimizer) is LEAN[kind]
+    assert isinstance(optimizer, kind)
+    assert optimizer.defaults["lr"] == (0.1 if kind is not made else 1e-3)
+    assert (
+        optimizer.defaults["weight_decay"]
+        == kind([nn.Parameter(torch.ones(1))]).defaults["weight_decay"]
+    )

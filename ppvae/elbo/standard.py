@@ -83,7 +83,7 @@ class ELBO(Estimator):
             )
 
     def bound(self, log_w: Tensor) -> Tensor:
-        return log_w.mean(0)
+        return log_w.mean(0) if len(log_w) > 1 else log_w.squeeze(0)
 
     def new_state(self) -> State:
         state = State()
