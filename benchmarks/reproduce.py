@@ -85,7 +85,7 @@ def cell(system: ModuleType, recipe: dict[str, Any], path: Path) -> dict[str, An
         "cpu_seconds": time.process_time() - cpu,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": "cpu",  # no system moves its pair or its data from there
     }
     part = path.with_suffix(".part")
     part.write_text(json.dumps(found, indent=1))

@@ -30,9 +30,19 @@ by a term of order 1/T that the guide's own offset causes and that is larger tha
 
     python benchmarks/snr.py            # T = 1 ... 1,024, slopes fitted on T >= 64
     python benchmarks/snr.py --quick    # does it run?
+    python benchmarks/snr.py --exact    # the gradients of the ELBO beside the exact one, a minute
 
 Every estimator and T is one file under --out; what is there already is not run again. The exit
-status is 1 if a slope misses its target or its standard error is not below 0.015.
+status is 1 if a slope misses its target or its standard error is not below 0.015; with --exact, if
+a gradient is biased.
+
+--exact takes the pair in 4 dimensions, with 16 datapoints, its parameters moved by N(0, 0.3^2) and
+the scales s of q learned too, from sqrt(2/3) on. With m = A x + b the ELBO is
+
+    -1/2 sum_d [(m - mu)^2 + (m - x)^2 + 2 s^2 - 2 log s]_d + const,
+
+and its gradient is exact. Of plain gradients, each of L draws per datapoint, it prints the bias
+over its standard error, the largest of all parameters, and the sum of their variances.
 """
 
 from __future__ import annotations
@@ -44,6 +54,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -101,6 +112,12 @@ class Reflected(dist.Normal):
         return 2 * self.loc - super().rsample(*args, **kwargs)
 
 
+class Scored(dist.Normal):
+    """A normal whose draws carry no gradient, so that it is trained by the score function."""
+
+    has_rsample = False
+
+
 class Model(ppvae.Program):
     """z ~ N(mu, I), x | z ~ N(z, I)."""
 
@@ -122,13 +139,29 @@ class Guide(ppvae.Program):
         self.A, self.b = nn.Parameter(A), nn.Parameter(b)
         self.family: type[dist.Normal] = dist.Normal
 
+    @property
+    def scale(self) -> float | Tensor:
+        return math.sqrt(2 / 3)
+
     def mean(self, x: Tensor) -> Tensor:
         return x @ self.A.T + self.b
 
     def forward(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.family(self.mean(x), math.sqrt(2 / 3)).to_event(1))
+            z = pyro.sample("z", self.family(self.mean(x), self.scale).to_event(1))
         self.drawn = z.detach()
+
+
+class ScaleGuide(Guide):
+    """The same at first, its scales learned too."""
+
+    def __init__(self, A: Tensor, b: Tensor) -> None:
+        super().__init__(A, b)
+        self.log_scale = nn.Parameter(torch.full_like(b, 0.5 * math.log(2 / 3)))
+
+    @property
+    def scale(self) -> Tensor:
+        return self.log_scale.exp()
 
 
 def problem(dim: int, datapoints: int, offset: float, seed: int) -> tuple[Model, Guide, Tensor]:
@@ -359,6 +392,75 @@ def draw_figure(cells: dict, smallest: int, path: Path) -> None:
     plt.close(figure)
 
 
+def slopes_of(value: Tensor, model: Model, guide: Guide) -> Tensor:
+    """Gradient in all parameters, those of the model first, ``(P,)``, float64."""
+    slopes = torch.autograd.grad(value, [*model.parameters(), *guide.parameters()])
+    return torch.cat([slope.flatten() for slope in slopes]).double()
+
+
+def exact_gradient(model: Model, guide: ScaleGuide, x: Tensor) -> Tensor:
+    """That of the mean ELBO, ``(P,)``."""
+    mean, log_scale = guide.mean(x), guide.log_scale
+    squares = (mean - model.mu).square() + (mean - x).square()
+    bound = -0.5 * (squares + 2 * (2 * log_scale).exp() - 2 * log_scale).sum(-1)
+    return slopes_of(bound.mean(), model, guide)
+
+
+def plain_gradients(
+    gradient: str, L: int, model: Model, guide: Guide, x: Tensor, number: int, seed: int
+) -> Tensor:
+    """Independent gradients of the mean ELBO of L draws, ``(number, P)``."""
+    objective = elbo.ELBO(L, gradient)(model, guide)
+    guide.family = Scored if gradient == "score" else dist.Normal
+    torch.manual_seed(seed)
+    with local_parameters(), pyro.validation_enabled(False):
+        found = [slopes_of(-objective(x) / len(x), model, guide) for _ in range(number)]
+    return torch.stack(found)
+
+
+def against_exact(draws: Sequence[int], number: int, seed: int) -> tuple[str, float]:
+    """The table of ``--exact``, and the largest bias over its standard error.
+
+    Without a baseline L > 1 draws are L independent gradients of one, averaged: no run of its own.
+    """
+    model, near, x = problem(dim=4, datapoints=16, offset=0.3, seed=seed)
+    guide = ScaleGuide(near.A.detach(), near.b.detach())
+    exact = exact_gradient(model, guide, x)
+    lines = [
+        "| L | gradient | largest bias / s.e. | total variance ± s.e., guide | over pathwise | "
+        "total variance, model |",
+        "|---|---|---|---|---|---|",
+    ]
+    worst = pathwise = single = 0.0
+    for L in draws:
+        for gradient in ("pathwise", "stl", "score"):
+            found = plain_gradients(gradient, L, model, guide, x, number, 1_000 * seed + L)
+            moved = found - found.mean(0)
+            bias = (found.mean(0) - exact).abs() / (found.std(0) / math.sqrt(number))
+            worst = max(worst, bias.max().item())
+            of_model, of_guide = (
+                part.square().sum(1) for part in moved.split([len(model.mu), guide_size(guide)], 1)
+            )
+            total, error = of_guide.mean().item(), of_guide.std().item() / math.sqrt(number)
+            label = gradient
+            if gradient == "pathwise":
+                pathwise = total
+            elif gradient == "score" and L == 1:
+                single, label = total, "score, no baseline"
+            elif gradient == "score":
+                label = "score, leave-one-out"
+                lines.append(
+                    f"| {L} | score, no baseline | as L = 1 | {single / L:.4g} = {single:.4g} / {L} "
+                    f"| {single / L / pathwise:.3g} | |"
+                )
+            lines.append(
+                f"| {L} | {label} | {bias.max():.2f} | {total:.4g} ± {error:.1g} | "
+                f"{total / pathwise:.3g} | {of_model.mean():.4g} |"
+            )
+    count = 3 * len(draws) * len(exact)
+    return "\n".join(lines), worst
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -378,7 +480,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/snr"))
     parser.add_argument("--figure", type=Path, help="default: snr.png in --out")
     parser.add_argument("--quick", action="store_true", help="T = 1, 4, 16, 10 pairs")
+    parser.add_argument("--exact", action="store_true", help="bias and variance instead, see above")
+    parser.add_argument("--gradients", type=int, default=4_000, help="of each kind, for --exact")
     args = parser.parse_args()
+    if args.exact:
+        started = time.perf_counter()
+        number = 200 if args.quick else args.gradients
+        text, good = against_exact([1, 10, 50], number, args.seed)
+        print(text, time.perf_counter() - started)
+        sys.exit(0 if good else 1)
     if args.quick:
         args.draws, args.pairs, args.min_pairs, args.fit_from = [1, 4, 16], 10, 10, 1
         args.out = args.out / "quick"

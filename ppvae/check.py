@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ppvae.distributions import WordCounts
 from ppvae.pair_checks import (
     NO_INVERSE,
     detached_latents,
@@ -232,20 +233,25 @@ def check_batch(
         pyro.validation_enabled(False),
         _module_checks(model, guide, args) as checks,
     ):
-        guide_sites = sample_sites(_run("guide", guide, args, kwargs))
         model_sites = sample_sites(_run("model", model, args, kwargs))  # from its own prior
-        faults = _latent_faults(model_sites, guide_sites)
-        if not joint:
-            faults += _plate_faults("model", model_sites) + _plate_faults("guide", guide_sites)
+        data_faults = []
         for name, site in model_sites.items():
             if site["is_observed"]:
                 position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
                 label = "obs" if position is None else f"argument {names(model, args)[position]!r}"
                 fault = _observation_fault(site)
-                faults += [f"site {name!r}: {label}{fault}"] if fault else []
+                data_faults += [f"site {name!r}: {label}{fault}"] if fault else []
                 if position is not None and not fault and not _by_row(site):
                     check = functools.partial(check_support, support=site["fn"].support)
                     checks.append((position, check))
+        try:
+            guide_sites = sample_sites(_run("guide", guide, args, kwargs))
+        except PairError as error:  # data that do not fit the model seldom fit the guide
+            raise PairError("\n".join([*data_faults, str(error)])) from error
+        faults = _latent_faults(model_sites, guide_sites)
+        if not joint:
+            faults += _plate_faults("model", model_sites) + _plate_faults("guide", guide_sites)
+        faults += data_faults
         if not faults:
             faults = _weight_faults(log_weights(model, guide, *args, joint=joint, **kwargs))
     if faults:
@@ -403,6 +409,14 @@ def _observation_fault(site: Site) -> str | None:
     fn, value = site["fn"], site["value"]
     expected = fn.batch_shape + fn.event_shape
     if value.shape != expected:
+        if isinstance(fn, WordCounts) and value.shape[:-1] == expected[:-1]:
+            V, words = expected[-1], value.shape[-1]
+            return (
+                f" counts {words} words, and the model's vocabulary has {V}; count the documents "
+                "with the vocabulary that the model was made for, before data.from_counts "
+                "(scikit-learn's CountVectorizer(vocabulary=...)), or make model and guide for "
+                f"{words} words, as models.NVDM({words}, ...)"
+            )
         return (
             f" has shape {tuple(value.shape)}, the likelihood generates {tuple(expected)}; check "
             "the output size of the decoder, the likelihood's event_dim, and that images are "

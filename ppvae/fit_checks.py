@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -29,6 +30,31 @@ def require_whole(guide: Any, data: Source) -> None:
             "datapoints, so minibatches would share them; wrap it (guides.Auto), or train on all "
             "the data at once (batch_size)"
         )
+
+
+def before_fit(model: Any, data: Source, first: Batch) -> Callable[[], None] | None:
+    """Let a model that has a method ``before_fit`` look at the data; see :func:`ppvae.fit`.
+
+    Args:
+        model: the pair's.
+        data: the training data.
+        first: one batch, which stands for data that ``fit`` does not keep.
+
+    Returns:
+        What the model wants to be called after each epoch, or None.
+    """
+    if not hasattr(model, "before_fit"):
+        return None
+    rows = None
+    if not data.loads and not data.reads:
+        first = data.whole(0)
+        rows = len(first[0])
+    else:
+        held = data.data.dataset if data.loads else data.data
+        if hasattr(held, "__len__"):  # an IterableDataset need not have it
+            rows = len(held)
+    after_epoch: Callable[[], None] | None = model.before_fit(rows, *first)
+    return after_epoch
 
 
 def prepare(svi: SVI, batch: Batch) -> Checks:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
+from torch import Tensor, optim
+from torch.optim import Optimizer
 
 Lists = tuple[list[dict[str, Any]], list[Tensor], list[Tensor], list[Tensor], Tensor]
 
 
-class FusedAdam(Adam):
+class Adam(optim.Adam):
     """``torch.optim.Adam`` whose fused steps on the CPU cost less, and are the same to the bit.
 
     State, hooks and schedulers are as there. What there are no lists for (the first step, a
@@ -25,7 +25,7 @@ class FusedAdam(Adam):
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.ones(2))
-        >>> adam = FusedAdam([parameter], lr=0.1, fused=True)
+        >>> adam = Adam([parameter], lr=0.1, fused=True)
         >>> for _ in range(2):
         ...     parameter.grad = torch.ones(2)
         ...     adam.step()
@@ -38,7 +38,7 @@ class FusedAdam(Adam):
     @Optimizer.profile_hook_step  # the user's hooks, which may change everything below
     def step(self, closure: Any = None) -> Any:
         if closure is not None or not self._keep_lists():
-            return _without_hooks(Adam.step)(self, closure)
+            return _without_hooks(optim.Adam.step)(self, closure)
         with torch.no_grad():
             for group, (_, averages, squares, steps, counts) in zip(
                 self.param_groups, self._kept, strict=True
@@ -124,7 +124,7 @@ class FusedAdam(Adam):
         return states, averages, squares, steps, counts
 
 
-class FusedAdamW(FusedAdam, AdamW):
+class AdamW(Adam, optim.AdamW):
     """``torch.optim.AdamW`` likewise."""
 
 

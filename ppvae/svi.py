@@ -15,10 +15,10 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
+from ppvae import fused_adam
 from ppvae.check import Checks, check_batch
 from ppvae.compiled import Compiled, Gradients
 from ppvae.elbo import ELBO, Estimator
-from ppvae.fused_adam import FusedAdam, FusedAdamW
 from ppvae.graph import unmoved
 from ppvae.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.pairs import NotCompiled
@@ -377,7 +377,10 @@ def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
         )
     given = optim.keywords if isinstance(optim, functools.partial) else {}
     if "fused" not in given and "foreach" not in given and _can_fuse(factory, parameters):
-        cheaper: dict[Any, Any] = {torch.optim.Adam: FusedAdam, torch.optim.AdamW: FusedAdamW}
+        cheaper: dict[Any, Any] = {
+            torch.optim.Adam: fused_adam.Adam,
+            torch.optim.AdamW: fused_adam.AdamW,
+        }
         arguments = optim.args if isinstance(optim, functools.partial) else ()
         return cheaper.get(factory, factory)(*arguments, parameters, **given, fused=True)
     return optim(parameters)

@@ -19,7 +19,7 @@ from ppvae.callbacks import Callback, overridden
 from ppvae.check import check_batch
 from ppvae.checkpoint import Checkpoints
 from ppvae.elbo import Estimator
-from ppvae.fit_checks import prepare, require_two_rows, require_whole
+from ppvae.fit_checks import before_fit, prepare, require_two_rows, require_whole
 from ppvae.history import History
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.processes import Processes
@@ -60,6 +60,12 @@ def fit(
     or the steps up to the next checkpoint), writes a checkpoint and returns; a second one raises
     at once.
 
+    A model may have a method ``before_fit(rows, *data)``, called before the first step with the
+    number of rows of the data set (None if not known) and the rows themselves (of a ``DataLoader``
+    or a file: one batch). It raises ``ValueError`` for data that cannot be learned from, and
+    returns None, or a function without arguments that is called after each epoch, before its
+    checkpoint, and raises if training has gone wrong; ``models.GaussianMixture`` has one.
+
     Args:
         svi: a :class:`ppvae.SVI`.
         data: a ``ppvae.data.Dataset`` (trains on ``train``, validates on ``valid``) or one of its
@@ -95,11 +101,12 @@ def fit(
 
     Raises:
         PairError, ValueError: before the first step: bad data, values outside the likelihood's
-            support, a pair that does not fit together, a last batch too small for batch norm, CUDA
-            asked for but absent. The batches of a ``DataLoader`` or a file are checked in the first
+            support, a pair that does not fit together, a last batch too small for batch norm, fewer
+            points than a mixture has components, CUDA asked for but absent. The batches of a ``DataLoader`` or a file are checked in the first
             epoch, each before its step.
         NonFiniteError: a loss or gradient became NaN or infinite; see :class:`ppvae.SVI`. The
             checkpoints written before stay.
+        CollapsedComponent: of ``models.GaussianMixture``, after an epoch; checkpoints stay likewise.
         FileExistsError: ``checkpoint`` has a run in it, and ``resume`` is False.
         CheckpointError: a checkpoint is damaged, or of another model, data or set of arguments.
 
@@ -140,6 +147,7 @@ def fit(
     first = train_data.first()
     train_data.check(svi, prepare(svi, first))
     require_two_rows(svi, train_data, first)
+    look = before_fit(svi.model, train_data, first)
     if valid_data is not None:
         valid_data.check(svi, check_batch(svi.model, svi.guide, *valid_data.first()))
 
@@ -193,6 +201,8 @@ def fit(
                         history.interrupted = True
                         return history
             svi.check_finite()
+            if look is not None:
+                look()
             # A second call goes on where the first ended: new shuffles and draws.
             svi.num_epochs = epoch
             processes.average_buffers(svi.objective)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Adam, AdamW
 
-from ppvae.fused_adam import FusedAdam, FusedAdamW
+from ppvae import fused_adam
 from ppvae.svi import build_optimizer
 
 OPTIMISERS = {
@@ -25,7 +25,7 @@ OPTIMISERS = {
     "amsgrad": (Adam, {"lr": 0.1, "amsgrad": True}),
     "a tensor as rate": (Adam, {"lr": torch.tensor(0.1)}),
 }
-LEAN = {Adam: FusedAdam, AdamW: FusedAdamW}
+LEAN = {Adam: fused_adam.Adam, AdamW: fused_adam.AdamW}
 
 
 def parameters():
@@ -169,7 +169,7 @@ def test_a_closure_is_torchs():
 
 def test_any_other_use_is_torchs():
     params = parameters()
-    optimizer = FusedAdam(params, lr=0.1, foreach=True)
+    optimizer = fused_adam.Adam(params, lr=0.1, foreach=True)
     for _ in range(3):
         for p in params:
             p.grad = torch.ones_like(p)

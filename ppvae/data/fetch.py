@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -70,7 +71,7 @@ def fetch(folder: str, file: str) -> Path:
 
     Raises:
         ValueError: the file in the cache or the download fails its checksum; a failed download is
-            not kept.
+            not kept, nor are folders made for it.
         ConnectionError: the file is not in the cache and could not be downloaded.
     """
     import pooch
@@ -84,6 +85,7 @@ def fetch(folder: str, file: str) -> Path:
                 f"{path} is corrupt ({kind} {found}, not {known}): delete it and try again"
             )
         return path
+    made = [folder for folder in path.parents if not folder.exists()]  # by pooch, innermost first
     try:
         known_hash = None if known is None else f"{kind}:{known}"
         pooch.retrieve(url, known_hash=known_hash, fname=file, path=path.parent)
@@ -98,6 +100,10 @@ def fetch(folder: str, file: str) -> Path:
             "yourself, or set the environment variable PPVAE_DATA to a folder that has "
             f"{folder}/{file} or that can be written"
         ) from error
+    finally:
+        with suppress(OSError):  # not empty: the file is there
+            for empty in made:
+                empty.rmdir()
     return path
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -171,11 +174,7 @@ class GaussianMixture(Program):
         """
         rows = self._require_points(x).unique(dim=0)
         C = len(self.logits)
-        if len(rows) < C:
-            raise ValueError(
-                f"{len(rows)} different points ({len(x)} rows) cannot start {C} components; use "
-                f"at most {len(rows)} components, or more data"
-            )
+        _require_as_many(len(rows), f"different points ({len(x)} rows)", C)
         random = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(rows), generator=random)[:C].to(x.device)
         variance = x.var(0, correction=0).expand(C, -1)
@@ -217,6 +216,37 @@ class GaussianMixture(Program):
         self._require_spread(x, covariance, counts)
         self.initialise(counts, loc, covariance)
 
+    @torch.no_grad()
+    def before_fit(self, rows: int | None, x: Tensor) -> Callable[[], None] | None:
+        """What :func:`ppvae.fit` calls: refuse the data, and look for a collapse after each epoch.
+
+        Args:
+            rows: of the data set, or None if they are not known.
+            x: all of them; or a batch, by whose spread a collapse is then judged.
+
+        Returns:
+            What raises :class:`CollapsedComponent` if a component has; None where x does not show
+            the spread of each column.
+
+        Raises:
+            ValueError: fewer points than components, fewer different points, a constant column.
+        """
+        require_different(x, rows, len(self.logits))
+        x = x.to(self.loc)
+        if len(x) == rows:
+            self._require_points(x)
+        sd = x.std(0, correction=0)
+        if not (sd > 0).all():
+            return None
+        least = sd.log() + math.log(COLLAPSED) / 2
+
+        def after_epoch() -> None:
+            # The square of a diagonal entry of the factor is no less than the smallest eigenvalue.
+            if (self.log_scale < least).any():
+                self.require_spread(x)
+
+        return after_epoch
+
     def require_spread(self, x: Tensor) -> None:
         """Raise :class:`CollapsedComponent` if a component has; for training by gradients."""
         with torch.no_grad():
@@ -226,7 +256,7 @@ class GaussianMixture(Program):
             covariance = tril @ tril.mT
             if self.lower is None:
                 covariance = covariance.diagonal(dim1=-2, dim2=-1)
-            self._require_spread(x, covariance, self.posterior(x).probs.sum(0))
+            self._require_spread(x, covariance, len(x) * self.weights().probs)
 
     def _require_spread(self, x: Tensor, covariance: Tensor, counts: Tensor) -> None:
         sd = x.std(0, correction=0)
@@ -244,8 +274,8 @@ class GaussianMixture(Program):
                 f"component {bad} {what} (it holds {float(counts[bad]):.3g} of "
                 f"{float(counts.sum()):.0f} points), and the likelihood grows without limit there. "
                 "Start elsewhere (another seed), use fewer components, drop columns of x that are "
-                "sums of others, take full=False, or a larger reg_covar, such as 1e-3 where the "
-                "columns have variance 1 (x / x.std(0))"
+                "sums of others, take full=False, stop earlier, or go by m_step with a larger "
+                "reg_covar, such as 1e-3 where the columns have variance 1 (x / x.std(0))"
             )
 
     def _require_inputs(self, x: Tensor, responsibilities: Tensor, reg_covar: float) -> None:
@@ -276,11 +306,7 @@ class GaussianMixture(Program):
         C, D = self.loc.shape
         if x.dim() != 2 or x.shape[1] != D:
             raise ValueError(f"x must be (N, {D}) for this mixture, got {tuple(x.shape)}")
-        if len(x) < C:
-            raise ValueError(
-                f"{len(x)} points are fewer than the {C} components; use at most {len(x)} "
-                "components, or more data"
-            )
+        _require_as_many(len(x), "points", C)
         _require_finite("x", x, "drop such rows: x[x.isfinite().all(1)]")
         constant = (x == x[:1]).all(0)
         if constant.any():
@@ -289,6 +315,28 @@ class GaussianMixture(Program):
                 "without limit along it; drop such columns: x[:, x.std(0) > 0]"
             )
         return x
+
+
+def require_different(x: Tensor, rows: int | None, count: int) -> None:
+    """Raise ``ValueError`` for fewer rows, or fewer different ones, than there are components.
+
+    Args:
+        x: rows, of any shape.
+        rows: of the data set, or None if not known; only if x has all of them are they compared.
+        count: of the components.
+    """
+    if rows is not None:
+        _require_as_many(rows, "points", count)
+    if len(x) == rows and len(x[:1000].unique(dim=0)) < count:  # of the first, in no time
+        _require_as_many(len(x.unique(dim=0)), f"different points ({rows} rows)", count)
+
+
+def _require_as_many(found: int, what: str, count: int) -> None:
+    if found < count:
+        raise ValueError(
+            f"{found} {what} are fewer than the {count} components; use at most {found} "
+            "components, or more data"
+        )
 
 
 def _require_finite(name: str, value: Tensor, cure: str = "give finite numbers") -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ppvae import conditionals
 from ppvae.distributions import DiagonalNormal
+from ppvae.models.mixture import require_different
 from ppvae.program import Program, data_plate
 
 FLOOR = 1e-6  # added to the variances of a fitted mixture; one that is no larger has collapsed
@@ -83,6 +84,22 @@ class VaDE(Program):
         """p(z | c) for clusters ``(..., N)``."""
         components = self.prior.components().base_dist
         return DiagonalNormal(components.loc[c], components.scale[c])
+
+    def before_fit(self, rows: int | None, x: Tensor, *_: Tensor) -> None:
+        """What :func:`ppvae.fit` calls: refuse fewer rows, or different ones, than clusters.
+
+        Nothing is looked at after an epoch: the ELBO has a bound where a component is narrow, since
+        q(z | x) would have to be as narrow. A cluster without rows is found by
+        :func:`ppvae.metrics.clustering`.
+
+        Args:
+            rows: of the data set, or None if they are not known.
+            x: all of them, or a batch.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        require_different(x, rows, self.prior.weights().logits.shape[-1])
 
     def responsibilities(self, z: Tensor) -> Tensor:
         r"""p(c | z), ``(..., C)`` for z ``(..., Z)``.
