@@ -298,6 +298,33 @@ def test_the_limit_of_evidence_has_the_products_of_the_handwritten_evaluator():
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.3)  # se below 0.05
 
 
+def test_gradients_beside_the_exact_one(monkeypatch, capsys):
+    import sys
+
+    import snr
+
+    monkeypatch.setattr(sys, "argv", ["snr.py", "--exact", "--quick"])
+    with pytest.raises(SystemExit) as stop:
+        snr.main()
+    assert stop.value.code == 0  # unbiased
+    shown = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
+    variance = {(int(r[0]), r[1]): float(r[3].split()[0]) for r in rows if r and r[0].isdigit()}
+    assert len(variance) == 3 + 2 * 4
+    for L in (10, 50):
+        below = [variance[L, f"score, {how}"] for how in ("no baseline", "leave-one-out")]
+        order = [*below, variance[L, "pathwise"], variance[L, "stl"]]
+        assert order == sorted(order, reverse=True)
+
+
+def test_a_biased_gradient_is_seen(monkeypatch, capsys):
+    import snr
+
+    right = snr.exact_gradient
+    monkeypatch.setattr(snr, "exact_gradient", lambda *pair: 1.5 * right(*pair))
+    assert not snr.print_against_exact(200, seed=0)
+
+
 def test_fit_is_timed_against_bare_steps_without_them():
     import speed_fit
 

@@ -337,6 +337,7 @@ def test_posterior_diagnostics(tmp_path, capsys):
     [
         ("mixture", [], ("scikit-learn's EM", "gradient ascent", "posterior after 2 EM steps")),
         ("autoencoder", [], ("beta-VAE", "the encoder", "the same sigma^2 beta")),
+        ("constrained", [], ("cyclical warm-up", "free bits", "capacity", "distortion 16")),
         ("hierarchical", [], ("bottom-up, fine-tuned", "ladder, fine-tuned", "active z3")),
         pytest.param(
             "hierarchical",
@@ -376,6 +377,27 @@ def test_model_families(name, options, words, tmp_path, capsys):
         assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="already holds"):
         example.main(["--quick", "--out", str(tmp_path)])
+
+
+@pytest.mark.slow  # ten seconds
+def test_constraints_are_met_where_the_curves_end(tmp_path):
+    import importlib
+
+    import pandas as pd
+
+    importlib.import_module("reporting")
+    example = importlib.import_module("constrained")
+    example.main(["--epochs", "40", "--particles", "50", "--out", str(tmp_path)])
+    curves = pd.read_csv(tmp_path / "curves.csv", index_col="beta")
+    last = curves.groupby("beta").tail(10).groupby("beta")
+    end, spread = last.mean(), last.std()  # of an epoch: they go up and down
+    for name, choice in example.choices(1, 8).items():
+        if name.startswith(("constraint", "capacity")):
+            off = abs(end[choice.sets][name] - choice.target)
+            assert off < 0.05 * choice.target + 3 * spread[choice.sets][name], (name, off)
+    weight = end["KL weight"]
+    assert weight["constraint, low rate"] > 1 > weight["constraint, high rate"]
+    assert end["rate"]["free bits"] > end["rate"]["beta = 1"]
 
 
 def test_a_batch_size_that_leaves_one_row_for_batch_norm(tmp_path, capsys):
