@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,31 +227,25 @@ def check_batch(
         PairError: with one line per fault, naming the site or argument, what was seen, the cure.
     """
     check_tensors(model, args)
+    faults: list[str] = []
     with (
         unnoticed(model, guide),
         local_parameters(),
         pyro.validation_enabled(False),
         _module_checks(model, guide, args) as checks,
     ):
-        model_sites = sample_sites(_run("model", model, args, kwargs))  # from its own prior
-        data_faults = []
-        for name, site in model_sites.items():
-            if site["is_observed"]:
-                position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
-                label = "obs" if position is None else f"argument {names(model, args)[position]!r}"
-                fault = _observation_fault(site)
-                data_faults += [f"site {name!r}: {label}{fault}"] if fault else []
-                if position is not None and not fault and not _by_row(site):
-                    check = functools.partial(check_support, support=site["fn"].support)
-                    checks.append((position, check))
         try:
             guide_sites = sample_sites(_run("guide", guide, args, kwargs))
-        except PairError as error:  # data that do not fit the model seldom fit the guide
-            raise PairError("\n".join([*data_faults, str(error)])) from error
-        faults = _latent_faults(model_sites, guide_sites)
+        except PairError as error:  # the model may name the cause in the data
+            with suppress(PairError):
+                model_sites = sample_sites(_run("model", model, args, kwargs))
+                faults += _data_faults(model, args, model_sites, checks)
+            raise PairError("\n".join([*faults, str(error)])) from error
+        model_sites = sample_sites(_run("model", model, args, kwargs))  # from its own prior
+        faults += _latent_faults(model_sites, guide_sites)
         if not joint:
             faults += _plate_faults("model", model_sites) + _plate_faults("guide", guide_sites)
-        faults += data_faults
+        faults += _data_faults(model, args, model_sites, checks)
         if not faults:
             faults = _weight_faults(log_weights(model, guide, *args, joint=joint, **kwargs))
     if faults:
@@ -402,6 +396,23 @@ def _plate_faults(role: str, sites: dict[str, Site]) -> list[str]:
                 f"{plates} declare only some dimensions; declare the others as event dimensions, "
                 "with .to_event(1) on its distribution"
             )
+    return faults
+
+
+def _data_faults(
+    model: Any, args: Sequence[Any], model_sites: dict[str, Site], checks: list[RowCheck]
+) -> list[str]:
+    """What is wrong with the observed data; checks that hold for other rows go to ``checks``."""
+    faults = []
+    for name, site in model_sites.items():
+        if site["is_observed"] and isinstance(site["value"], Tensor):
+            position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
+            label = "obs" if position is None else f"argument {names(model, args)[position]!r}"
+            fault = _observation_fault(site)
+            faults += [f"site {name!r}: {label}{fault}"] if fault else []
+            if position is not None and not fault and not _by_row(site):
+                check = functools.partial(check_support, support=site["fn"].support)
+                checks.append((position, check))
     return faults
 
 

@@ -102,11 +102,11 @@ def fit(
     Raises:
         PairError, ValueError: before the first step: bad data, values outside the likelihood's
             support, a pair that does not fit together, a last batch too small for batch norm, fewer
-            points than a mixture has components, CUDA asked for but absent. The batches of a ``DataLoader`` or a file are checked in the first
-            epoch, each before its step.
+            points than a mixture has components, CUDA asked for but absent. The batches of a
+            ``DataLoader`` or a file are checked in the first epoch, each before its step.
         NonFiniteError: a loss or gradient became NaN or infinite; see :class:`ppvae.SVI`. The
             checkpoints written before stay.
-        CollapsedComponent: of ``models.GaussianMixture``, after an epoch; checkpoints stay likewise.
+        CollapsedComponent: after an epoch, by ``models.GaussianMixture``; checkpoints stay, too.
         FileExistsError: ``checkpoint`` has a run in it, and ``resume`` is False.
         CheckpointError: a checkpoint is damaged, or of another model, data or set of arguments.
 

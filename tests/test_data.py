@@ -552,7 +552,11 @@ def test_a_corrupt_download_is_refused_and_not_kept(served):
     file.write_bytes(b"something else")
     with pytest.raises(ValueError, match=r"corrupt .* not kept: try again"):
         fetch.fetch("mnist", file.name)
-    assert list((cache / "mnist").iterdir()) == []
+    assert not cache.exists()
+    cache.mkdir()  # the user's own folder stays
+    with pytest.raises(ValueError, match="corrupt"):
+        fetch.fetch("mnist", file.name)
+    assert list(cache.iterdir()) == []
 
 
 def test_a_corrupt_file_in_the_cache_is_refused(served):
@@ -572,6 +576,7 @@ def test_no_file_and_no_network_says_where_to_put_it(served, monkeypatch):
     monkeypatch.setitem(fetch.URLS, "mnist", "http://127.0.0.1:1/")  # nothing listens there
     with pytest.raises(ConnectionError, match="Put the file there yourself"):
         data.load("mnist")
+    assert not cache.exists()
 
 
 def test_bad_idx_files(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning_fabric import loggers
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ppvae
 from ppvae import conditionals, data, elbo, guides, models, nets
@@ -624,6 +624,46 @@ def test_whole_numbers_where_floats_are_needed():
         fit(vae(), X.long())
     with pytest.raises(ppvae.PairError, match=r"^(?!.*float)"):  # that alone is no cure
         fit(vae(), 3 * X.long())
+
+
+class Asked(models.VAE):
+    """It says what `fit` told it, and stops after an epoch."""
+
+    def before_fit(self, rows, *data):
+        self.told = (rows, *(len(t) for t in data))
+        return self.look
+
+    def look(self):
+        self.looks = getattr(self, "looks", 0) + 1
+        if self.looks == 2:
+            raise ArithmeticError("after two epochs")
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(X)
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        (X, (50, 50)),
+        (data.Split(X), (50, 50)),
+        (DataLoader(X, batch_size=16), (50, 16)),
+        (DataLoader(Stream(), batch_size=16), (None, 16)),
+        (data.from_counts(X + 1, valid=1, test=1).train, (48, 16)),
+    ],
+)
+def test_a_model_looks_at_the_data_and_after_each_epoch(train, told, tmp_path):
+    net = nets.mlp(2, 8, 4)
+    likelihood = conditionals.BagOfWords(net) if told[0] == 48 else conditionals.Bernoulli(net)
+    svi = ppvae.SVI(Asked(likelihood, latent_dim=2), guides.Normal(nets.mlp(4, 8, 4)), ADAM)
+    with pytest.raises(ArithmeticError, match="after two epochs"):
+        fit(svi, train, epochs=9, checkpoint=tmp_path)
+    assert svi.model.told == told
+    assert svi.num_steps == 8 - 2 * (told[0] == 48)
+    saved = [path.name for path in ppvae.Checkpoints(tmp_path).paths()]
+    assert saved == [f"step-{svi.num_steps // 2:08d}.pt"]  # of the first epoch
 
 
 # -- devices -----------------------------------------------------------------------------------

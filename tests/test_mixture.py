@@ -7,6 +7,7 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
+from torch.utils.data import DataLoader, TensorDataset
 
 import ppvae
 from oracles import assert_mean
@@ -387,6 +388,63 @@ def test_a_component_that_collapsed_under_gradients_is_named():
             model.log_scale[2, 1] = -12.0
         with pytest.raises(CollapsedComponent, match="component 2"):
             model.require_spread(x)
+
+
+def by_gradients(x, C, full=True, lr=0.05, **options):
+    """The SVI of a mixture, and `fit` of it."""
+    model = models.GaussianMixture(C, 2, full)
+    svi = ppvae.SVI(model, no_guide, functools.partial(torch.optim.Adam, lr=lr))
+    return svi, functools.partial(ppvae.fit, svi, x, **{"progress": False, **options})
+
+
+def loaded(x, **options):
+    return DataLoader(TensorDataset(x), **options)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (three_clusters()[:3], "3 points are fewer than the 5 components; use at most 3"),
+        (loaded(three_clusters()[:3]), "3 points are fewer than the 5 components"),
+        (three_clusters()[:1].repeat(10, 1), r"1 different points \(10 rows\) are fewer than"),
+        (three_clusters()[:4].repeat(400, 1), r"4 different points \(1600 rows\)"),
+        (three_clusters() * torch.tensor([1.0, 0.0]), "column 1 of x is constant"),
+    ],
+)
+def test_fit_refuses_too_few_points_before_its_first_step(x, message):
+    if isinstance(x, torch.Tensor):
+        x = x.double()  # made before the fixture
+    svi, fit = by_gradients(x, C=5, epochs=5)
+    if isinstance(x, DataLoader):
+        svi.objective.float()
+    with pytest.raises(ValueError, match=message):
+        fit()
+    assert svi.num_steps == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 60])
+def test_a_batch_may_have_fewer_points_than_components(batch_size):
+    x = three_clusters(60)
+    late = torch.cat([x[:1].repeat(1500, 1), x])  # whose first rows are all alike
+    for data in (x, late, loaded(x, batch_size=batch_size)):
+        svi, fit = by_gradients(data, C=4, lr=1e-3, epochs=1, batch_size=batch_size)
+        fit()
+        assert svi.num_steps > 0
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("wrap", [lambda x: x, functools.partial(loaded, batch_size=60)])
+def test_fit_names_a_component_that_collapses(full, wrap, tmp_path):
+    """Half the rows are one point: a density without limit sits on it."""
+    x = three_clusters(30)
+    x = torch.cat([x, x[:1].repeat(30, 1)])
+    svi, fit = by_gradients(wrap(x), 3, full, lr=0.02, epochs=1000, batch_size=60)
+    svi.model.start(x)
+    files = ppvae.Checkpoints(tmp_path, every=50)
+    with pytest.raises(CollapsedComponent, match=r"component 0 has collapsed.* of 60 points"):
+        fit(checkpoint=files)
+    assert 50 < svi.num_steps < 1000 and files.paths()
+    assert all(p.isfinite().all() for p in svi.model.parameters())
 
 
 # ------------------------------------------------------------------------------ as a pair

@@ -11,7 +11,7 @@ import torch
 
 import oracles
 import ppvae
-from oracles import assert_mean, exact_gradient, trainable
+from oracles import assert_mean, trainable
 from ppvae import data, guides, metrics, models, nets
 from ppvae.data.sparse import EmptyDocumentWarning, SparseRows
 
@@ -247,10 +247,18 @@ def test_bad_counts(counts, options, message):
 
 def test_a_model_for_another_vocabulary_is_refused_before_any_step():
     dataset = data.from_counts(corpus(), WORDS, valid=6, test=6)
-    model, guide, _ = pair(width=V - 1)
-    with pytest.raises(ValueError, match="7"):
-        ppvae.fit(ppvae.SVI(model, guide, adam), dataset, epochs=1, progress=False)
-    assert exact_gradient(model.word_vectors.sum(), [model.word_vectors]).sum() == 6 * Z
+    model, other, _ = pair(width=V - 1)
+    message = (
+        r"^site 'x': argument 'x' counts 7 words, and the model's vocabulary has 6; .*"
+        r"vocabulary that the model was made for.*data\.from_counts.*NVDM\(7, "
+    )
+    before = model.word_vectors.clone()
+    for guide in (other, pair()[1]):
+        with pytest.raises(ppvae.PairError, match=message) as caught:
+            ppvae.fit(ppvae.SVI(model, guide, adam), dataset, epochs=1, progress=False)
+        first, *others = str(caught.value).splitlines()
+        assert "images" not in first and len(others) == (guide is other)  # which fails, too
+    assert torch.equal(model.word_vectors, before)
 
 
 # ------------------------------------------------------------------------------ the example

@@ -409,6 +409,24 @@ def test_codes_that_cannot_start_a_mixture(codes, message):
     assert torch.equal(model.prior.loc, before)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (lambda x: x[:2], "2 points are fewer than the 3 components"),
+        (lambda x: x[:2].repeat(5, 1), r"2 different points \(10 rows\) are fewer than the 3"),
+    ],
+)
+def test_fit_refuses_fewer_rows_than_clusters(rows, message):
+    model, guide, _ = pair()
+    x = torch.eye(D)
+    svi = ppvae.SVI(model, guide)
+    with pytest.raises(ValueError, match=message):
+        ppvae.fit(svi, rows(x), epochs=1, progress=False)
+    assert svi.num_steps == 0
+    ppvae.fit(svi, x, epochs=1, batch_size=2, progress=False)  # a batch may have fewer
+    assert svi.num_steps == 3
+
+
 # ------------------------------------------------------------------------------ the example
 
 
