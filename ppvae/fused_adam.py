@@ -7,6 +7,7 @@ long as they are those of the state, and the counts of a group are one tensor.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
+step_of, average_of, square_of = (
+    operator.methodcaller("get", key) for key in ("step", "exp_avg", "exp_avg_sq")
+)
 Lists = tuple[list[dict[str, Any]], list[Tensor], list[Tensor], list[Tensor], Tensor]
 
 
@@ -94,14 +98,11 @@ class Adam(optim.Adam):
     def _are_of(self, lists: Lists, params: list[Tensor]) -> bool:
         """Whether lists still hold the very tensors that the parameters' states hold."""
         states, averages, squares, steps, _ = lists
-        return len(states) == len(params) and all(
-            self.state.get(p) is state
-            and state.get("step") is step
-            and state.get("exp_avg") is average
-            and state.get("exp_avg_sq") is square
-            for p, state, step, average, square in zip(
-                params, states, steps, averages, squares, strict=True
-            )
+        held = [(step_of, steps), (average_of, averages), (square_of, squares)]
+        return (
+            len(states) == len(params)
+            and all(map(operator.is_, map(self.state.get, params), states))
+            and all(all(map(operator.is_, map(get, states), tensors)) for get, tensors in held)
         )
 
     def _can_keep(self, params: list[Tensor]) -> bool:
