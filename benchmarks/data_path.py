@@ -1,118 +1,111 @@
-"""What it costs `ppvae.fit` to read the data from a file, beside data that stay in memory.
+"""What ``ppvae.fit`` pays to read data that are not in memory, beside data that are.
 
-An epoch of the same steps on the same rows, three ways: a tensor in memory, the same rows in a
-mapped file (`np.load(mmap_mode="r")`), and a `DataLoader` over a tensor with worker processes. The
-ways take turns, in an order that is reversed every other round; ratios are taken within a round.
-The file was just written, so the operating system still has it in memory: a disk can be slower
-than this, never faster. `--drop` asks the system to forget the file before each epoch.
+Epochs of the same steps on as many rows, three ways: a tensor in memory, the same rows in a mapped
+file (``np.load(mmap_mode="r")``), and a ``DataLoader`` over a tensor with worker processes. The
+first two are binarised afresh in each epoch; the ways take turns. The file was just written, so the
+operating system still has it in memory: a disk can be slower than this, never faster. ``--drop``
+asks the system to forget the file before each epoch.
 
-    python benchmarks/data_path.py --out out/data_path.jsonl    # a minute or two
+    python benchmarks/data_path.py --out out/data_path.jsonl
     python benchmarks/data_path.py --device cuda --rows 500000
-    python benchmarks/data_path.py --quick                      # seconds: does it run?
+    python benchmarks/data_path.py --quick
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import os
-import platform
-import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from columns import LR
+from timing import alternate, parser, shown, spread, start
 from torch.utils.data import DataLoader, TensorDataset
+from workloads import WORKLOADS
 
 import ppvae
-from ppvae import conditionals, data, guides, models, nets
+from ppvae import data
+
+BATCH = 128
 
 
-def pair() -> ppvae.SVI:
-    torch.manual_seed(0)
-    model = models.VAE(conditionals.Bernoulli(nets.mlp(50, 200, 200, 784)), latent_dim=50)
-    guide = guides.Normal(nets.mlp(784, 200, 200, 100))
-    return ppvae.SVI(model, guide, functools.partial(torch.optim.Adam, lr=1e-3))
-
-
-def forget(path: Path) -> None:
-    """Let the operating system drop its copy of a file."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--workers", type=int, default=1, help="of the DataLoader")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--drop", action="store_true", help="read from the disk in each epoch")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, help="append a JSON line")
-    args = parser.parse_args()
-    if args.quick:
-        args.rows, args.rounds = 600, 1
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+def measure(
+    compile: bool, rows: int, rounds: int, workers: int, drop: bool, device: torch.device
+) -> dict[str, Any]:
+    """Ms per step of each way, and what that is of data in memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.npy"
-        grey = np.random.default_rng(0).random((args.rows, 784), dtype=np.float32)
-        np.save(path, grey)
-        array = np.load(path, mmap_mode="r")
-        file = data.from_arrays(array, binarize="dynamic", valid=1, test=1).train
+        np.save(path, np.random.default_rng(0).random((rows + 2, 784), dtype=np.float32))
+        mapped = np.load(path, mmap_mode="r")
+        file = data.from_arrays(mapped, binarize="dynamic", valid=1, test=1).train
         memory = data.Split(file.values[file.rows], binarize="dynamic", seed=file.seed)
-        binary = TensorDataset(memory.x)
-        pinned = args.device != "cpu"
-        workers = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
-        loader = DataLoader(binary, args.batch_size, shuffle=True, pin_memory=pinned, **workers)
-        sources: dict[str, Any] = {"in memory": memory, "mapped file": file, "DataLoader": loader}
-        engines = {name: pair() for name in sources}
-
-        def epoch(name: str) -> float:
-            if args.drop:
-                forget(path)
-            history = ppvae.fit(
-                engines[name],
-                sources[name],
-                epochs=1,
-                batch_size=args.batch_size,
-                device=args.device,
-                progress=False,
-            )
-            return history.rows[0]["seconds"]  # without the checks before the first step
-
-        for name in sources:
-            epoch(name)
-        seconds: dict[str, list[float]] = {name: [] for name in sources}
-        for turn in range(args.rounds):
-            for name in sources if turn % 2 else reversed(list(sources)):
-                seconds[name].append(epoch(name))
+        loader = DataLoader(
+            TensorDataset(memory.x),
+            BATCH,
+            shuffle=True,
+            pin_memory=device.type == "cuda",
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+        sources = {"in memory": memory, "mapped file": file, "DataLoader": loader}
+        blocks = {
+            name: functools.partial(epoch, engine(compile), source, path if drop else None, device)
+            for name, source in sources.items()
+        }
+        alternate(blocks, 1)  # the checks and the compiler are in it
+        taken = alternate(blocks, rounds)
         loader._iterator = None  # its workers stop
+    return {
+        name: {"ms": spread(ms), "ratio": spread(ms / taken["in memory"])}
+        for name, ms in taken.items()
+    }
 
-    steps = -(-len(memory) // args.batch_size)
-    result: dict[str, Any] = {"rows": len(memory), "steps": steps, "device": args.device}
-    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    result |= {"machine": platform.processor() or platform.machine(), "drop": args.drop}
-    print(f"{len(memory)} rows, batch {args.batch_size}, {torch.get_num_threads()} threads")
-    for name, each in seconds.items():
-        ratios = [a / b for a, b in zip(each, seconds["in memory"], strict=True)]
-        middle = statistics.median(ratios)
-        low, high = np.quantile(ratios, [0.25, 0.75])
-        result[name] = {"ms_per_step": 1e3 * statistics.median(each) / steps, "ratio": middle}
-        ms = result[name]["ms_per_step"]
-        print(f"{name:12} {ms:8.3f} ms per step, ratio {middle:.3f} [{low:.3f}, {high:.3f}]")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(result) + "\n")
+
+def engine(compile: bool) -> ppvae.SVI:
+    torch.manual_seed(0)
+    workload = WORKLOADS[0]
+    model, guide = workload.pair(workload.networks(torch.device("cpu")))
+    adam = functools.partial(torch.optim.Adam, lr=LR)
+    return ppvae.SVI(model, guide, adam, workload.bound, compile=compile)
+
+
+def epoch(svi: ppvae.SVI, source: Any, dropped: Path | None, device: torch.device) -> float:
+    """Ms per step of one epoch; the checks before its first step are not on fit's clock."""
+    if dropped is not None:
+        with dropped.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = svi.num_steps
+    history = ppvae.fit(svi, source, epochs=1, batch_size=BATCH, device=device, progress=False)
+    seconds: float = history.rows[0]["seconds"]
+    return 1e3 * seconds / (svi.num_steps - before)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser(__doc__, rounds=10)
+    p.add_argument("--rows", type=int, default=20_000, help="rows of an epoch; a round is an epoch")
+    p.add_argument("--workers", type=int, default=1, help="of the DataLoader")
+    p.add_argument("--drop", action="store_true", help="read from the disk in each epoch")
+    args = p.parse_args(argv)
+    rows = 600 if args.quick else args.rows
+    device, results = start(args)
+    print(f"One epoch: {rows:,} x 784, batch {BATCH}, K = 1; workers {args.workers}\n")
+    print("| step | data | ms per step | of that in memory |")
+    print("|---|---|---|---|", flush=True)
+    for compile in (False, True):
+        name = "compiled" if compile else "eager"
+        task = functools.partial(
+            measure, compile, rows, args.rounds, args.workers, args.drop, device
+        )
+        result = results.get(f"data/{name}/{rows}/{args.workers}/{args.drop}", task)
+        for way, row in result.items():
+            print(f"| {name} | {way} | {shown(row['ms'])} | {shown(row['ratio'])} |", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

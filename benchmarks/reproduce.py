@@ -4,6 +4,7 @@
     python benchmarks/reproduce.py iwae --cells 2L-50 1L-50     # these; others in another process
     python benchmarks/reproduce.py iwae --report                # only the table of what is there
     python benchmarks/reproduce.py iwae --quick                 # does it run?
+    python benchmarks/reproduce.py iwae --full --device cuda    # the paper's schedule: not run yet
 
 A cell is one training with its evaluation, written to ``out/reproduce/SYSTEM/CELL.json`` with its
 recipe, versions and seconds. A cell that is there is not run again; one that was killed goes on
@@ -29,7 +30,8 @@ import reproduce_vade
 import torch
 
 # Each module has CELLS, from a cell's name to its recipe; QUICK, what a recipe is cut to;
-# run(recipe, folder), which trains and evaluates; report(found), the table as Markdown.
+# run(recipe, folder), which trains and evaluates; report(found), the table as Markdown; and, where
+# the recipes are shorter than the paper's, full(recipe), which is the paper's, and takes a device.
 SYSTEMS: dict[str, ModuleType] = {
     "cvae": reproduce_cvae,
     "iwae": reproduce_iwae,
@@ -48,12 +50,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/reproduce"))
     parser.add_argument("--report", action="store_true", help="run nothing, print the table")
     parser.add_argument("--quick", action="store_true", help="every cell, cut to seconds")
+    parser.add_argument("--full", action="store_true", help="as long as the paper (iwae, ladder)")
+    parser.add_argument("--device", default="cpu", help="where to train (iwae, ladder)")
     args = parser.parse_args()
     system = SYSTEMS[args.system]
+    if (args.full or args.device != "cpu") and not hasattr(system, "full"):
+        parser.error(f"--full and --device are for iwae and ladder, not for {args.system}")
     unknown = set(args.cells or []) - set(system.CELLS)
     if unknown:
         parser.error(f"no cell {sorted(unknown)} in {args.system}; it has {list(system.CELLS)}")
-    folder = args.out / args.system / ("quick" if args.quick else "")
+    folder = args.out / args.system / ("quick" if args.quick else "full" if args.full else "")
     folder.mkdir(parents=True, exist_ok=True)
 
     found = {}
@@ -61,8 +67,10 @@ def main() -> None:
         chosen = not args.report and (args.cells is None or name in args.cells)
         path = folder / f"{name}.json"
         if chosen or path.exists():
-            cut = recipe | system.QUICK if args.quick else recipe
-            found[name] = cell(system, cut, path)
+            recipe = system.full(recipe) if args.full else recipe
+            recipe = recipe | system.QUICK if args.quick else recipe
+            recipe = recipe if args.device == "cpu" else recipe | {"device": args.device}
+            found[name] = cell(system, recipe, path)
     print(system.report(found) if found else f"nothing in {folder} yet")
 
 
@@ -85,7 +93,7 @@ def cell(system: ModuleType, recipe: dict[str, Any], path: Path) -> dict[str, An
         "cpu_seconds": time.process_time() - cpu,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "device": "cpu",  # no system moves its pair or its data from there
+        "device": recipe.get("device", "cpu"),
     }
     part = path.with_suffix(".part")
     part.write_text(json.dumps(found, indent=1))

@@ -37,6 +37,10 @@ QUICK = {"num_stages": 1, "num_train": 200, "num_test": 20, "num_particles": 50}
 PAPER = {"1L-1": 86.76, "1L-5": 85.54, "1L-50": 84.78, "2L-1": 85.33, "2L-5": 83.89, "2L-50": 82.90}
 
 
+def full(recipe: dict[str, Any]) -> dict[str, Any]:
+    return recipe | {"num_stages": 8}
+
+
 def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     dataset = data.load("mnist", num_valid=400, seed=recipe["seed"])  # held out and never used
     grey = dataset.train.values[: recipe["num_train"]]
@@ -57,12 +61,13 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
             optimizer, lambda epoch: 10 ** (-sum(epoch >= end for end in ends) / 7)
         ),
         seed=recipe["seed"],
+        device=recipe.get("device", "cpu"),
         checkpoint=folder,
         resume=True,
     )
     if history.interrupted:
         raise KeyboardInterrupt
-    x = dataset.test.x[: recipe["num_test"]]
+    x = dataset.test.x[: recipe["num_test"]].to(recipe.get("device", "cpu"))
     evidence = diagnostics.log_evidence(
         model,
         guide,

@@ -77,12 +77,18 @@ QUICK = {
 }
 
 
+def full(recipe: dict[str, Any]) -> dict[str, Any]:
+    warm_up = 200 if recipe["warm_up"] else 0
+    return recipe | {"num_epochs": 2_000, "warm_up": warm_up, "num_test": 10_000}
+
+
 def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     dataset = data.load("mnist", num_valid=352, seed=recipe["seed"])  # held out and never used
     train = dataclasses.replace(
         dataset.train, values=dataset.train.values[: recipe["num_train"]], y=None
     )
-    x = dataset.test.x[: recipe["num_test"]]
+    device = recipe.get("device", "cpu")
+    x = dataset.test.x[: recipe["num_test"]].to(device)
     pyro.set_rng_seed(recipe["seed"])
     model, by_name = hierarchical.mlp_pair(
         x.shape[1], recipe["latents"], recipe["hidden"], recipe["batch_norm"]
@@ -99,6 +105,7 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
         epochs=recipe["num_epochs"],
         batch_size=recipe["batch_size"],
         seed=recipe["seed"],
+        device=device,
         checkpoint=folder,
         resume=True,
     )
@@ -107,7 +114,7 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     evaluate = functools.partial(diagnostics.log_evidence, model, guide, x, seed=0)
     by_averages = evaluate(num_particles=100)
     if recipe["batch_norm"]:
-        renormalise(model, guide, train.x)
+        renormalise(model, guide, train.x.to(device))
     evidence = evaluate(num_particles=recipe["num_particles"], compile=recipe["compile"])
     return {
         "log_evidence": evidence.mean,

@@ -86,6 +86,7 @@ def parser(description: str | None, rounds: int = 30) -> argparse.ArgumentParser
     p.add_argument("--threads", type=int, help="threads of torch and of JAX; default: torch's")
     p.add_argument("--rounds", type=int, default=rounds, help=f"at least {MIN_ROUNDS}")
     p.add_argument("--quick", action="store_true", help="does it run? The numbers mean nothing")
+    p.add_argument("--denormals", action="store_true", help="keep such numbers, as torch does")
     p.add_argument("--out", type=Path, help="append to this file of JSON lines; skip what is there")
     return p
 
@@ -99,23 +100,24 @@ def start(args: argparse.Namespace) -> tuple[torch.device, Results]:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: no CUDA device here")
-    set_threads(args.threads or torch.get_num_threads())
+    set_threads(args.threads or torch.get_num_threads(), args.denormals)
     where = environment(device)
     print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
     if where["load"] is not None and where["load"][0] > 0.5:
         print("note: this machine was busy; expect wide spreads", flush=True)
     print(flush=True)
-    settings = {"rounds": args.rounds, "quick": args.quick}
+    settings = {"rounds": args.rounds, "quick": args.quick, "denormals": args.denormals}
     return device, Results(args.out, where, settings)
 
 
-def set_threads(threads: int) -> None:
+def set_threads(threads: int, denormals: bool = False) -> None:
     """The same number for torch and for XLA; call it before JAX is first used."""
     torch.set_num_threads(threads)
     os.environ["NPROC"] = str(threads)  # what XLA sizes its CPU pools by
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # on a GPU, leave room for torch
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # float32 on a GPU too, as torch has it
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_flush_denormal(not denormals)  # XLA flushes them, too
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, optim
-from torch.optim import Optimizer
+from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks as after_all
+from torch.optim.optimizer import _global_optimizer_pre_hooks as before_all
 
 step_of, average_of, square_of = (
     operator.methodcaller("get", key) for key in ("step", "exp_avg", "exp_avg_sq")
@@ -39,8 +41,15 @@ class Adam(optim.Adam):
 
     _kept: Sequence[Lists] = ()  # of each group; not part of a copy or a pickle
 
-    @Optimizer.profile_hook_step  # the user's hooks, which may change everything below
     def step(self, closure: Any = None) -> Any:
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        if hooks or before_all or after_all or torch.autograd.profiler._is_profiler_enabled:
+            return self._hooked_step() if closure is None else self._hooked_step(closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # else torch would call the hooks, too
+
+    def _step(self, closure: Any = None) -> Any:
         if closure is not None or not self._keep_lists():
             return _without_hooks(optim.Adam.step)(self, closure)
         with torch.no_grad():
@@ -67,7 +76,8 @@ class Adam(optim.Adam):
                 )
         return None
 
-    step.hooked = True  # type: ignore[attr-defined]  # else torch would call the hooks twice
+    # What torch puts around every step: the user's hooks, which may change everything.
+    _hooked_step = Optimizer.profile_hook_step(_step)
 
     def _keep_lists(self) -> bool:
         """Whether there are lists of all groups that a step may use; they are made if need be."""

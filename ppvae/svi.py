@@ -206,9 +206,9 @@ class SVI(pyro.infer.SVI):
                 return norm
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients and all(gradient.is_cpu for gradient in gradients):
-            # as get_total_norm, which takes as long again to sort them by device
-            vector_norm = torch.linalg.vector_norm
-            return vector_norm(torch.stack([vector_norm(gradient) for gradient in gradients]))
+            # get_total_norm takes as long again to sort them by device and to stack their norms
+            norms = [torch.linalg.vector_norm(gradient).item() for gradient in gradients]
+            return torch.tensor(math.hypot(*norms), dtype=torch.float64)
         return nn.utils.get_total_norm(gradients)
 
     def _withholds(self, loss: Tensor) -> bool:

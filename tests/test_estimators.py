@@ -16,6 +16,8 @@ import oracles
 import ppvae
 from oracles import BeliefGuide, BeliefNet, LinearGuide, LinearModel, assert_mean, trainable
 from ppvae import elbo
+from ppvae.elbo.gradients import coefficient
+from ppvae.elbo.importance import log_mean_exp
 from ppvae.program import data_plate
 from registry import ALL_ESTIMATORS
 
@@ -81,6 +83,27 @@ def test_piwelbo_gives_each_program_its_own_bound(gradient: str) -> None:
     assert (for_guide - other).abs().max() > 0.05, "the two bounds must differ"
     found = mean_gradients(estimator, model, guide, x)
     assert_mean(found, torch.cat([for_model, for_guide]), gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_change_no_digit_have_no_gradient(dtype: torch.dtype) -> None:
+    """Else it is denormal numbers, with which some processors multiply many times slower."""
+    log_w = torch.tensor([[-7.0], [-50.0], [-58.0], [-95.0], [-110.0]], dtype=dtype)
+    value, c = coefficient(elbo.IWELBO(num_particles=5).bound, log_w)
+    assert value == (torch.logsumexp(log_w, 0) - math.log(5)).sum()
+    torch.testing.assert_close(c, torch.softmax(log_w, 0))
+    assert c[1] > 0 and (c[2:] == 0).all()
+    tiny = torch.finfo(dtype).tiny
+    for estimator in (elbo.IWELBO(5), elbo.RenyiELBO(5, alpha=0.5), elbo.CIWELBO(5, beta=0.0)):
+        squared = estimator.dreg_coefficient(torch.cat([log_w, log_w - 60]))
+        assert not ((squared != 0) & (squared.abs() < tiny)).any()
+    for extreme in (math.inf, -math.inf, math.nan):
+        one = torch.tensor([[extreme], [0.0], [-100.0]], dtype=dtype)
+        expected = torch.logsumexp(one, 0) - math.log(3)
+        assert torch.equal(torch.isnan(log_mean_exp(one)), torch.isnan(expected))
+        torch.testing.assert_close(log_mean_exp(one), expected, equal_nan=True)
+    nothing = torch.full((3, 2), -math.inf, dtype=dtype)
+    assert (log_mean_exp(nothing) == -math.inf).all()
 
 
 def test_groups_and_mixtures_reduce_to_known_bounds() -> None:

@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import Adam, AdamW
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from ppvae import fused_adam
 from ppvae.svi import build_optimizer
@@ -326,3 +330,21 @@ def test_svi_makes_the_cheaper_one(made):
         optimizer.defaults["weight_decay"]
         == kind([nn.Parameter(torch.ones(1))]).defaults["weight_decay"]
     )
+
+
+def test_hooks_of_all_optimisers_and_profiles_see_the_steps():
+    _, optimizer = pair = both("Adam")[1]
+    seen = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: seen.append("pre")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("post")),
+    ]
+    for _ in range(3):
+        step([pair])
+    for handle in handles:
+        handle.remove()
+    step([pair])
+    assert seen == 3 * ["pre", "post"]
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert [e.name for e in profile.events()].count("Optimizer.step#Adam.step") == 1

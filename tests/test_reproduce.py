@@ -56,6 +56,20 @@ def test_unknown_cells_are_named(reproduce, monkeypatch, capsys):
     assert "no cell ['3L-50'] in iwae; it has ['1L-1'" in capsys.readouterr().err
 
 
+def test_the_papers_schedules(reproduce, monkeypatch, capsys):
+    for system in (reproduce.reproduce_iwae, reproduce.reproduce_ladder):
+        for recipe in system.CELLS.values():
+            longer = system.full(recipe)
+            assert longer.keys() == recipe.keys()
+            assert all(longer[key] >= recipe[key] for key in ("num_test", "seed"))
+    stages = reproduce.reproduce_iwae.full(reproduce.reproduce_iwae.BASE)["num_stages"]
+    assert sum(3**i for i in range(stages)) == 3_280
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "nvdm", "--full"])
+    with pytest.raises(SystemExit):
+        reproduce.main()
+    assert "not for nvdm" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["ladder", "bottom-up"])
 def test_renormalise_gives_the_moments_of_all_rows(reproduce, name):
     system = reproduce.SYSTEMS["ladder"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppvae.elbo.estimator import Estimator, State
 from ppvae.elbo.gradients import require_reparameterised, through_draws
-from ppvae.elbo.importance import log_mean_exp
+from ppvae.elbo.importance import log_mean_exp, normalised
 from ppvae.weights import drawn_log_q, log_weights_at_leaves
 
 
@@ -75,7 +75,7 @@ class ChiUpperBound(Estimator):
         value = self.bound(log_w.detach()).sum()
         if not torch.is_grad_enabled():
             return weights.scale * value
-        share = torch.softmax(self.order * log_w.detach(), 0)
+        share = normalised(self.order * log_w.detach())
         if self.gradient == "dreg":
             require_reparameterised(self, weights)
             gradient = (1 - self.order) * through_draws(share - share.square(), log_w, pairs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.elbo.estimator import Estimator, State
+from ppvae.elbo.importance import normalised
 from ppvae.weights import drawn_log_q, log_weights_at_leaves
 
 
@@ -65,7 +66,7 @@ class ThermodynamicELBO(Estimator):
     def bound(self, log_w: Tensor) -> Tensor:
         return torch.stack(
             [
-                width * (torch.softmax(point * log_w, 0) * log_w).sum(0)
+                width * (normalised(point * log_w) * log_w).sum(0)
                 for point, width in self._intervals()
             ]
         ).sum(0)
@@ -83,7 +84,7 @@ class ThermodynamicELBO(Estimator):
         correction = self.num_particles / (self.num_particles - 1)
         gradient = torch.zeros_like(log_w)
         for point, width in self._intervals():
-            share = torch.softmax(point * fixed, 0)
+            share = normalised(point * fixed)
             centred = correction * share * (fixed - (share * fixed).sum(0))
             path = log_q + point * log_w  # beta log p + (1 - beta) log q, at the fixed draws
             gradient = gradient + width * (share * log_w + centred * path)
