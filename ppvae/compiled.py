@@ -320,7 +320,7 @@ class Weights:
         with unmoved(module), seeded(0, *self.inputs, *tensors):
             eager = weigh(*self.inputs, *tensors)  # also finds what is found once for a pair
         with unmoved(module):
-            self.graph = Graph(weigh, [*self.inputs, *tensors])
+            self.graph = Graph(weigh, [*self.inputs, *tensors], differentiates=False)
         progress()
         with unmoved(module), seeded(0, *self.inputs, *tensors):
             found = [self(args)]

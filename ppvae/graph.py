@@ -32,8 +32,9 @@ class Graph:
     ``torch.manual_seed`` and are those of the function run eagerly, if all of them are used.
 
     Args:
-        function: from tensors to a list of tensors; it may differentiate.
+        function: from tensors to a list of tensors.
         inputs: tensors of the shapes it will be called with.
+        differentiates: whether it does.
 
     Attributes:
         reached: tensors that the function reaches otherwise.
@@ -47,7 +48,12 @@ class Graph:
         [tensor(12.)]
     """
 
-    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        differentiates: bool = True,
+    ) -> None:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
@@ -63,11 +69,12 @@ class Graph:
             )
             traced = trace(*inputs)
             self.reached = _lift_constants(traced)
-            rewrite(traced)
+            rewrite(traced, differentiates)
             how = {
                 "fallback_random": True,
                 "cpp_wrapper": _on_cpu(traced),  # calls are made from C++, not from Python
                 "reorder_for_peak_memory": False,  # it would change the order of draws
+                "layout_optimization": False,  # convolutions take images as the eager step does
             }
             with torch.no_grad(), config.patch(how), seeded(0, *inputs), _without_remarks():
                 compiler = cast(Callable[..., Any], compile_fx)

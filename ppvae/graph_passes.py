@@ -29,11 +29,11 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def rewrite(traced: GraphModule) -> None:
-    """All passes."""
+def rewrite(traced: GraphModule, differentiates: bool) -> None:
+    """All passes, over a graph that has gradients in it or has none."""
     _draw_in_order_of_memory(traced)
     _sum_softplus_as_products(traced)
-    if onednn_is_faster():
+    if onednn_is_faster(differentiates):
         _lower_to_onednn()
         _multiply_with_onednn(traced)
 
@@ -140,13 +140,19 @@ MIN_PRODUCT = 2**20
 
 
 @functools.cache
-def onednn_is_faster() -> bool:
+def onednn_is_faster(differentiates: bool) -> bool:
     """Whether oneDNN multiplies float32 matrices clearly faster here than what ``torch.mm`` calls.
 
-    That is MKL, which keeps its best kernels for Intel's processors. Who made the processor says
-    it, and no measurement: a run that is resumed has to compute as it did before.
+    Without gradients it is: bias and activation cost it no pass over the product. With them there
+    are transposed operands, and it depends on ``torch.mm``, which is MKL and keeps its best kernels
+    for Intel's processors. Who made the processor says it, and no measurement: a run that is
+    resumed has to compute as it did before.
     """
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if not differentiates:
+        return True
+    if not torch.backends.mkl.is_available():
         return False
     known = Path("/proc/cpuinfo")
     return "AuthenticAMD" in (known.read_text() if known.exists() else platform.processor())

@@ -116,7 +116,7 @@ class Source:
         pin = self.device is not None and self.device.type == "cuda"
         unseen = epoch == 0 or self.check_batch is not None
         ready: queue.Queue[Any] = queue.Queue(AHEAD)
-        stop = threading.Event()
+        began, stop = threading.Event(), threading.Event()
 
         def put(item: Any) -> None:
             while not stop.is_set():
@@ -132,6 +132,9 @@ class Source:
             return batch
 
         def read() -> None:
+            # With threads of its own it would take the cores from the step: they wait spinning.
+            torch.set_num_threads(1)
+            began.set()
             try:
                 for part in parts:
                     rows = self.data.read(part)
@@ -146,8 +149,11 @@ class Source:
             except BaseException as error:
                 put(error)
 
+        threads = torch.get_num_threads()
         reader = threading.Thread(target=read, name="ppvae reader", daemon=True)
         reader.start()
+        began.wait()
+        torch.set_num_threads(threads)  # of this thread already; now of those that begin later, too
         try:
             for part in parts:
                 item = ready.get()

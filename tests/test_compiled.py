@@ -451,16 +451,15 @@ def test_an_optimiser_of_some_parameters(traced, clip_norm):
 def test_the_graph_has_the_norm_of_the_gradient(traced, monkeypatch):
     """It is not computed again, unless gradients are changed after the graph."""
     again = []
-    total_norm = torch.nn.utils.get_total_norm
+    norm = torch.linalg.vector_norm
     svi = ppvae.SVI(*plain(), SGD, clip_norm=1e9, compile=True)
     svi.step(X)
-    monkeypatch.setattr(
-        torch.nn.utils, "get_total_norm", lambda gradients: again.append(1) or total_norm(gradients)
-    )
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda of: again.append(1) or norm(of))
     svi.step(X)
     assert not again
     gradients = [p.grad for p in svi.objective.parameters()]
-    torch.testing.assert_close(svi._compiled.latest.norm, total_norm(gradients))
+    total = torch.nn.utils.get_total_norm(gradients)
+    torch.testing.assert_close(svi._compiled.latest.norm, total)
     svi.synchronize = lambda tensors: [tensor.mul_(2) for tensor in tensors]
     svi.step(X)
     assert again
@@ -498,7 +497,7 @@ def plain_pair():
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 def test_large_products_are_onednns(traced, monkeypatch, rows):
     """Values and gradients are those of torch, transposed operands and the bias included."""
-    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda differentiates: True)
     monkeypatch.setattr(graph_passes, "MIN_PRODUCT", 40 * 30 * 20)
     taken = []
     linear = torch.ops.mkldnn._linear_pointwise.default
@@ -533,7 +532,7 @@ def test_large_products_are_onednns(traced, monkeypatch, rows):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 def test_onednn_is_called_from_cpp(monkeypatch):
     """Compiled: operands as they are and transposed, with and without bias and activation."""
-    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda differentiates: True)
     monkeypatch.setattr(graph_passes, "MIN_PRODUCT", 1)
     calls = count_lowerings(monkeypatch)
     config = torch._inductor.config
@@ -581,7 +580,7 @@ def count_lowerings(monkeypatch):
 @pytest.mark.parametrize("activation", [torch.tanh, torch.relu, torch.sigmoid, torch.sin])
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 def test_onednn_applies_an_activation_where_no_gradient_needs_it(traced, monkeypatch, activation):
-    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda differentiates: True)
     monkeypatch.setattr(graph_passes, "MIN_PRODUCT", 1)
     taken = []
     linear = torch.ops.mkldnn._linear_pointwise.default
@@ -689,9 +688,13 @@ def test_who_made_the_processor_chooses_the_products(monkeypatch, maker, expecte
     monkeypatch.setattr(graph_passes.Path, "read_text", lambda path: f"vendor_id : {maker}")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert graph_passes.onednn_is_faster.__wrapped__() is expected
+    chosen = graph_passes.onednn_is_faster.__wrapped__
+    assert chosen(differentiates=True) is expected
+    assert chosen(differentiates=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not graph_passes.onednn_is_faster.__wrapped__()
+    assert not chosen(differentiates=True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not chosen(differentiates=False)
 
 
 class Cholesky(ppvae.Program):

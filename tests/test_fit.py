@@ -743,6 +743,28 @@ def test_a_mapped_file_trains_as_its_copy_in_memory(dtype, tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name == "ppvae reader"]
 
 
+def test_the_reader_leaves_the_cores_to_the_step(tmp_path, monkeypatch):
+    """Threads of its own would wait spinning: a step took three times as long beside them."""
+    seen, read = [], data.Split.read
+    monkeypatch.setattr(
+        data.Split,
+        "read",
+        lambda split, index: (seen.append(torch.get_num_threads()), read(split, index))[1],
+    )
+    before = torch.get_num_threads()
+    later = []
+    torch.set_num_threads(2)
+    try:
+        fit(vae(), data.from_arrays(mapped(tmp_path, X.numpy())), device="cpu")
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start(), thread.join()
+        assert later == [2]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_supervised_rows_of_a_mapped_file_stay_together(tmp_path):
     y = (X[:, 0] + X[:, 1]).long()
     spy = Spy(cvae())
