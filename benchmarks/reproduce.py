@@ -69,12 +69,13 @@ def main() -> None:
         if chosen or path.exists():
             recipe = system.full(recipe) if args.full else recipe
             recipe = recipe | system.QUICK if args.quick else recipe
-            recipe = recipe if args.device == "cpu" else recipe | {"device": args.device}
-            found[name] = cell(system, recipe, path)
+            found[name] = cell(system, recipe, path, args.device)
     print(system.report(found) if found else f"nothing in {folder} yet")
 
 
-def cell(system: ModuleType, recipe: dict[str, Any], path: Path) -> dict[str, Any]:
+def cell(
+    system: ModuleType, recipe: dict[str, Any], path: Path, device: str = "cpu"
+) -> dict[str, Any]:
     """What the recipe gives: from its file if it is there, else run and written."""
     recipe = json.loads(json.dumps(recipe))  # as it will be read again
     if path.exists():
@@ -84,7 +85,8 @@ def cell(system: ModuleType, recipe: dict[str, Any], path: Path) -> dict[str, An
         return found
     print(f"{path.stem}: {recipe}", flush=True)
     wall, cpu = time.perf_counter(), time.process_time()
-    result = system.run(recipe, path.with_suffix(""))
+    place = {} if device == "cpu" else {"device": device}
+    result = system.run(recipe | place, path.with_suffix(""))
     found = {
         "recipe": recipe,
         **result,
@@ -93,7 +95,7 @@ def cell(system: ModuleType, recipe: dict[str, Any], path: Path) -> dict[str, An
         "cpu_seconds": time.process_time() - cpu,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "device": recipe.get("device", "cpu"),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
     }
     part = path.with_suffix(".part")
     part.write_text(json.dumps(found, indent=1))

@@ -237,7 +237,7 @@ def check_batch(
         try:
             guide_sites = sample_sites(_run("guide", guide, args, kwargs))
         except PairError as error:  # the model may name the cause in the data
-            with suppress(PairError):
+            with suppress(Exception):  # what the guide lacks is to be said
                 model_sites = sample_sites(_run("model", model, args, kwargs))
                 faults += _data_faults(model, args, model_sites, checks)
             raise PairError("\n".join([*faults, str(error)])) from error
@@ -420,7 +420,7 @@ def _observation_fault(site: Site) -> str | None:
     fn, value = site["fn"], site["value"]
     expected = fn.batch_shape + fn.event_shape
     if value.shape != expected:
-        if isinstance(fn, WordCounts) and value.shape[:-1] == expected[:-1]:
+        if isinstance(fn, WordCounts) and value.dim() and value.shape[:-1] == expected[:-1]:
             V, words = expected[-1], value.shape[-1]
             return (
                 f" counts {words} words, and the model's vocabulary has {V}; count the documents "

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ppvae.check import Checks, PairError, check_batch, names
 from ppvae.elbo import Estimator
 from ppvae.pairs import unnoticed
-from ppvae.program import local_parameters
+from ppvae.program import local_parameters, module_of
 from ppvae.sources import Batch, Source
 from ppvae.svi import SVI
 from ppvae.weights import log_weights
@@ -41,20 +41,21 @@ def before_fit(model: Any, data: Source, first: Batch) -> Callable[[], None] | N
         first: one batch, which stands for data that ``fit`` does not keep.
 
     Returns:
-        What the model wants to be called after each epoch, or None.
+        What to call after each epoch; None: the model has no such method.
     """
-    if not hasattr(model, "before_fit"):
+    ask = getattr(module_of(model), "before_fit", None)
+    if ask is None:
         return None
     rows = None
     if not data.loads and not data.reads:
         first = data.whole(0)
         rows = len(first[0])
-    else:
-        held = data.data.dataset if data.loads else data.data
-        if hasattr(held, "__len__"):  # an IterableDataset need not have it
-            rows = len(held)
-    after_epoch: Callable[[], None] | None = model.before_fit(rows, *first)
-    return after_epoch
+    elif data.reads:
+        rows = len(data.data)
+    elif data.loads_rows():
+        rows = len(data.data.dataset)
+    after_epoch: Callable[[], None] | None = ask(rows, *first)
+    return after_epoch or (lambda: None)  # in every process, if in one
 
 
 def prepare(svi: SVI, batch: Batch) -> Checks:

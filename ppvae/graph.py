@@ -92,7 +92,10 @@ class Graph:
         try:
             with torch.no_grad():
                 outputs: Sequence[Tensor] = self._call(*inputs, *self.reached)
-        except RuntimeError as error:  # from C++, with its stack in the text and no class
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise
+            # from C++, with its stack in the text, whatever the class was there
             text = _said(error)
             singular = text.startswith("linalg.")
             kind: Any = torch.linalg.LinAlgError if singular else RuntimeError  # type: ignore[attr-defined]

@@ -20,8 +20,9 @@ from torch.fx import GraphModule, Node
 def _softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     """As torch has it, it is an exponential kept in memory, then a quotient."""
     slope = gradient * (x * beta).sigmoid()
-    # beyond 20 the sigmoid is 1, but for the last bits
-    return slope if threshold >= 20 else torch.where(x * beta > threshold, gradient, slope)
+    # beyond it the sigmoid is 1, but for the last bits
+    enough = 37 if x.dtype == torch.float64 else 20
+    return slope if threshold >= enough else torch.where(x * beta > threshold, gradient, slope)
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {

@@ -130,6 +130,16 @@ class Processes:
         """Whether the flag is set in any process."""
         return flag if self.size == 1 else self.sum(float(flag))[0] > 0
 
+    def together(self, call: Callable[[], Any]) -> None:
+        """Call; what raises in one process stops all, so that none waits for it."""
+        raised: Exception | None = None
+        try:
+            call()
+        except Exception as error:
+            raised = error
+        if self.any(raised is not None):
+            raise raised or RuntimeError("another process has stopped; its error says why")
+
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, by rank."""
         if self.size == 1:

@@ -133,6 +133,7 @@ class Source:
 
         def read() -> None:
             # With threads of its own it would take the cores from the step: they wait spinning.
+            torch.get_num_threads()  # settles this thread, which would take the number anew later
             torch.set_num_threads(1)
             began.set()
             try:
@@ -151,10 +152,10 @@ class Source:
 
         threads = torch.get_num_threads()
         reader = threading.Thread(target=read, name="ppvae reader", daemon=True)
-        reader.start()
-        began.wait()
-        torch.set_num_threads(threads)  # of this thread already; now of those that begin later, too
         try:
+            reader.start()
+            began.wait()
+            torch.set_num_threads(threads)  # of this thread already; now of later ones, too
             for part in parts:
                 item = ready.get()
                 if isinstance(item, BaseException):
@@ -224,14 +225,19 @@ class Source:
             rows = len(self.data if hasattr(self.data, "batch") else self.data[0])
             size = self.batch_size
         else:
-            loader, sampler = self.data, self.data.sampler
-            size = loader.batch_size  # None: the batches are made elsewhere
-            if size is None or loader.collate_fn is not default_collate:
+            size = self.data.batch_size
+            if not self.loads_rows() or (self.data.drop_last and size > 1):
                 return None
-            if not hasattr(sampler, "__len__") or (loader.drop_last and size > 1):
-                return None
-            rows = len(sampler)
+            rows = len(self.data.sampler)
         return (rows, size) if size == 1 or rows % size == 1 else None
+
+    def loads_rows(self) -> bool:
+        """Whether a DataLoader is known to draw single rows, so that its sampler counts them."""
+        return (
+            self.data.batch_size is not None  # else the batches are made elsewhere
+            and self.data.collate_fn is default_collate
+            and hasattr(self.data.sampler, "__len__")
+        )
 
     def first(self) -> Batch:
         """One batch to check the pair on."""

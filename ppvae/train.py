@@ -202,7 +202,7 @@ def fit(
                         return history
             svi.check_finite()
             if look is not None:
-                look()
+                processes.together(look)
             # A second call goes on where the first ended: new shuffles and draws.
             svi.num_epochs = epoch
             processes.average_buffers(svi.objective)

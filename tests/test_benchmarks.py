@@ -22,6 +22,7 @@ def as_a_script(monkeypatch):
     threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
     torch.backends.cudnn.allow_tf32 = tf32
 
 

@@ -30,6 +30,15 @@ def refused(model, guide, *args, match=(), **options):
     return message
 
 
+def test_a_failing_guide_is_named_whatever_the_model_does():
+    class Lookup(ppvae.Program):
+        def forward(self, x):
+            return {}["z"]
+
+    message = refused(Lookup(), vae(dim=3)[1], X)
+    assert "guide" in message
+
+
 class Toy(ppvae.Program):
     """z ~ N(0, I), x ~ Bernoulli; every part can be changed to a wrong one."""
 

@@ -731,6 +731,15 @@ def test_an_error_inside_a_graph_is_the_eager_one(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_other_errors_of_a_graph_keep_their_class(traced):
+    doubles = graph.Graph(lambda x: [2 * x], [torch.ones(3)])
+    for error in (torch.OutOfMemoryError("no memory"), NotImplementedError("no kernel")):
+        doubles._call = lambda *_, error=error: (_ for _ in ()).throw(error)
+        with pytest.raises(type(error)) as info:
+            doubles(torch.ones(3))
+        assert info.value is error
+
+
 def test_an_error_of_an_operator_is_not_taken_for_a_missing_compiler():
     stack = "Exception raised from check at x.cpp:1\nframe #0: f(std::__cxx11::basic_string)"
     error = RuntimeError(f"Expected a proper Tensor\n{stack}")

@@ -5,6 +5,7 @@ import functools
 import math
 import sys
 import threading
+import time
 
 import numpy as np
 import pyro
@@ -749,7 +750,11 @@ def test_the_reader_leaves_the_cores_to_the_step(tmp_path, monkeypatch):
     monkeypatch.setattr(
         data.Split,
         "read",
-        lambda split, index: (seen.append(torch.get_num_threads()), read(split, index))[1],
+        lambda split, index: (
+            time.sleep(0.01),  # long enough for the main thread to go on
+            read(split, index),
+            seen.append(torch.get_num_threads()),
+        )[1],
     )
     before = torch.get_num_threads()
     later = []

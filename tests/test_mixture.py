@@ -432,6 +432,13 @@ def test_a_batch_may_have_fewer_points_than_components(batch_size):
         assert svi.num_steps > 0
 
 
+def test_batches_that_are_made_elsewhere_are_no_rows():
+    batches = list(three_clusters(60).split(20))[:3]
+    svi, fit = by_gradients(DataLoader(batches, batch_size=None), C=4, lr=1e-3, epochs=1)
+    fit()
+    assert svi.num_steps == 3
+
+
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("wrap", [lambda x: x, functools.partial(loaded, batch_size=60)])
 def test_fit_names_a_component_that_collapses(full, wrap, tmp_path):

@@ -217,7 +217,7 @@ class GaussianMixture(Program):
         self.initialise(counts, loc, covariance)
 
     @torch.no_grad()
-    def before_fit(self, rows: int | None, x: Tensor) -> Callable[[], None] | None:
+    def before_fit(self, rows: int | None, x: Tensor, *_: Tensor) -> Callable[[], None] | None:
         """What :func:`ppvae.fit` calls: refuse the data, and look for a collapse after each epoch.
 
         Args:
