@@ -208,7 +208,7 @@ class SVI(pyro.infer.SVI):
         if gradients and all(gradient.is_cpu for gradient in gradients):
             # get_total_norm takes as long again to sort them by device and to stack their norms
             norms = [torch.linalg.vector_norm(gradient).item() for gradient in gradients]
-            return torch.tensor(math.hypot(*norms), dtype=torch.float64)
+            return torch.linalg.vector_norm(torch.tensor(norms, dtype=gradients[0].dtype))
         return nn.utils.get_total_norm(gradients)
 
     def _withholds(self, loss: Tensor) -> bool:
