@@ -211,20 +211,12 @@ def draw_plane(sweep: pd.DataFrame, out: Path) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reporting.small_parser(__doc__, "out/autoencoder")
     parser.add_argument("--latent-dim", type=int, default=4, help="size of z, >= 2 (default: 4)")
     parser.add_argument("--epochs", type=int, default=60, help="per system (default: 60)")
     parser.add_argument("--sweep-epochs", type=int, default=40, help="per point (default: 40)")
     parser.add_argument("--particles", type=int, default=500, metavar="K",
                         help="to evaluate (default: 500)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("out/autoencoder"), metavar="FOLDER")
-    parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--quick", "--smoke", dest="quick", action="store_true",
-                        help="a check that all runs, in seconds")  # fmt: skip
-    parser.add_argument("--device", choices=["cpu", "auto"], default="cpu", help="CPU only")
     args = parser.parse_args(argv)
     if args.quick:
         args.epochs, args.sweep_epochs, args.particles = 1, 1, 50

@@ -156,19 +156,11 @@ def draw_curves(chosen: dict[str, Choice], curves: dict[str, pd.DataFrame], out:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reporting.small_parser(__doc__, "out/constrained")
     parser.add_argument("--latent-dim", type=int, default=8, help="size of z (default: 8)")
     parser.add_argument("--epochs", type=int, default=100, help="of each (default: 100)")
     parser.add_argument("--particles", type=int, default=500, metavar="K",
                         help="to evaluate (default: 500)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("out/constrained"), metavar="FOLDER")
-    parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--quick", "--smoke", dest="quick", action="store_true",
-                        help="a check that all runs, in seconds")  # fmt: skip
-    parser.add_argument("--device", choices=["cpu", "auto"], default="cpu", help="CPU only")
     args = parser.parse_args(argv)
     if args.quick:
         args.epochs, args.particles = 2, 50

@@ -199,19 +199,11 @@ def draw_proposals(table: pd.DataFrame, out: Path) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reporting.small_parser(__doc__, "out/mixture")
     parser.add_argument("--components", type=int, default=3, help="C (default: 3)")
     parser.add_argument("--iterations", type=int, default=100, help="of EM (default: 100)")
     parser.add_argument("--epochs", type=int, default=500, help="of Adam (default: 500)")
     parser.add_argument("--repeats", type=int, default=200, help="per proposal (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("out/mixture"), metavar="FOLDER")
-    parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--quick", "--smoke", dest="quick", action="store_true",
-                        help="a check that all runs, in seconds")  # fmt: skip
-    parser.add_argument("--device", choices=["cpu", "auto"], default="cpu", help="CPU only")
     args = parser.parse_args(argv)
     if args.quick:
         args.iterations, args.epochs, args.repeats = 8, 5, 5

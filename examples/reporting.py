@@ -30,6 +30,20 @@ SMOKE_ROWS = 200  # of each part of the data
 # ------------------------------------------------------------------------------ options
 
 
+def small_parser(description: str | None, out: str) -> argparse.ArgumentParser:
+    """A parser with what every example has that brings its own data."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--quick", "--smoke", dest="quick", action="store_true",
+                        help="a check that all runs, in seconds")  # fmt: skip
+    parser.add_argument("--device", choices=["cpu", "auto"], default="cpu", help="CPU only")
+    return parser
+
+
 def parser(
     description: str, out: str, latent_dim: str = "8", hidden: str = "256"
 ) -> argparse.ArgumentParser:

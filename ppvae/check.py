@@ -16,7 +16,6 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppvae.distributions import WordCounts
 from ppvae.pair_checks import (
     NO_INVERSE,
     detached_latents,
@@ -29,9 +28,17 @@ from ppvae.pair_checks import (
     same_support,
     trainable_parameters,
 )
-from ppvae.pairs import DATA_PLATE, Site, sample_sites, unnoticed
+from ppvae.pairs import Site, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
-from ppvae.weights import LogWeights, check_latents, log_weights
+from ppvae.site_faults import (
+    check_support,
+    describe,
+    latent_faults,
+    observation_fault,
+    plate_faults,
+    weight_faults,
+)
+from ppvae.weights import log_weights
 
 # The position of an argument, and what raises ValueError for values of it that cannot be used.
 RowCheck = tuple[int, Callable[[Tensor], None]]
@@ -149,7 +156,7 @@ def check_pair(
     holds.append(f"latents {latents} of the guide are those of the model, with {equal}")
     notes += [
         f"latent {name!r}: the guide's support is not all of the model's, "
-        f"{_describe(nodes[1][name]['fn'].support)}: the ELBO stays a lower bound, but log p(x), "
+        f"{describe(nodes[1][name]['fn'].support)}: the ELBO stays a lower bound, but log p(x), "
         "IWELBO and k-hat know nothing of the rest"
         for name in narrower
     ]
@@ -242,12 +249,12 @@ def check_batch(
                 faults += _data_faults(model, args, model_sites, checks)
             raise PairError("\n".join([*faults, str(error)])) from error
         model_sites = sample_sites(_run("model", model, args, kwargs))  # from its own prior
-        faults += _latent_faults(model_sites, guide_sites)
+        faults += latent_faults(model_sites, guide_sites)
         if not joint:
-            faults += _plate_faults("model", model_sites) + _plate_faults("guide", guide_sites)
+            faults += plate_faults("model", model_sites) + plate_faults("guide", guide_sites)
         faults += _data_faults(model, args, model_sites, checks)
         if not faults:
-            faults = _weight_faults(log_weights(model, guide, *args, joint=joint, **kwargs))
+            faults = weight_faults(log_weights(model, guide, *args, joint=joint, **kwargs))
     if faults:
         raise PairError("\n".join(faults))
     return checks
@@ -281,21 +288,6 @@ def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
         raise PairError(
             f"the arguments differ in length ({seen}); each needs one row per datapoint"
         )
-
-
-def check_support(values: Tensor, support: Any) -> None:
-    """Raise ``ValueError``, saying which, if values lie outside a distribution's support."""
-    if support.check(values).all():
-        return
-    elementwise = support.base_constraint if hasattr(support, "base_constraint") else support
-    bad = ~elementwise.check(values)
-    examples = values[bad].unique()[:3].tolist() if bad.shape == values.shape else []
-    seen = f", e.g. {[round(value, 4) for value in examples]}" if examples else ""
-    raise ValueError(
-        f"{int(bad.sum())} of {bad.numel()} values lie outside the likelihood's support, "
-        f"{_describe(elementwise)}{seen}. Rescale or binarise the data (data.load(..., "
-        "binarize='dynamic')), or choose a likelihood that fits"
-    )
 
 
 def names(program: Callable[..., Any], args: Sequence[Any]) -> list[str]:
@@ -355,50 +347,6 @@ def _module_checks(model: Any, guide: Any, args: Sequence[Any]) -> Iterator[list
             handle.remove()
 
 
-def _latent_faults(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> list[str]:
-    try:
-        check_latents(model_sites, guide_sites)
-    except ValueError as error:
-        return [str(error)]
-    faults = []
-    for name, q in guide_sites.items():
-        if name not in model_sites:
-            continue  # auxiliary
-        p = model_sites[name]
-        if q["fn"].event_shape != p["fn"].event_shape:
-            faults.append(
-                f"latent {name!r}: event shape {tuple(q['fn'].event_shape)} in the guide, "
-                f"{tuple(p['fn'].event_shape)} in the model; make the guide's last layer fit, and "
-                "declare event dimensions with .to_event(1) in both"
-            )
-        elif not p["fn"].support.check(q["value"]).all():
-            faults.append(
-                f"latent {name!r}: the guide draws values outside the model's support, "
-                f"{_describe(p['fn'].support)}; use a guide distribution with that support"
-            )
-    return faults
-
-
-def _plate_faults(role: str, sites: dict[str, Site]) -> list[str]:
-    faults = []
-    for name, site in sites.items():
-        plates = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-        shape = tuple(site["fn"].batch_shape)
-        if DATA_PLATE not in plates:
-            faults.append(
-                f"site {name!r} of the {role} lies outside the plate {DATA_PLATE!r}; put it inside "
-                f'`with pyro.plate("{DATA_PLATE}", len(x)):` (of the autoguides, AutoNormal keeps '
-                "plates), or, if it is global, call with joint=True, as svi.step(x, joint=True)"
-            )
-        elif any(shape[d] > 1 and d not in plates.values() for d in range(-len(shape), 0)):
-            faults.append(
-                f"site {name!r} of the {role} has batch shape {shape}, of which its plates "
-                f"{plates} declare only some dimensions; declare the others as event dimensions, "
-                "with .to_event(1) on its distribution"
-            )
-    return faults
-
-
 def _data_faults(
     model: Any, args: Sequence[Any], model_sites: dict[str, Site], checks: list[RowCheck]
 ) -> list[str]:
@@ -408,7 +356,7 @@ def _data_faults(
         if site["is_observed"] and isinstance(site["value"], Tensor):
             position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
             label = "obs" if position is None else f"argument {names(model, args)[position]!r}"
-            fault = _observation_fault(site)
+            fault = observation_fault(site)
             faults += [f"site {name!r}: {label}{fault}"] if fault else []
             if position is not None and not fault and not _by_row(site):
                 check = functools.partial(check_support, support=site["fn"].support)
@@ -416,51 +364,7 @@ def _data_faults(
     return faults
 
 
-def _observation_fault(site: Site) -> str | None:
-    fn, value = site["fn"], site["value"]
-    expected = fn.batch_shape + fn.event_shape
-    if value.shape != expected:
-        if isinstance(fn, WordCounts) and value.dim() and value.shape[:-1] == expected[:-1]:
-            V, words = expected[-1], value.shape[-1]
-            return (
-                f" counts {words} words, and the model's vocabulary has {V}; count the documents "
-                "with the vocabulary that the model was made for, before data.from_counts "
-                "(scikit-learn's CountVectorizer(vocabulary=...)), or make model and guide for "
-                f"{words} words, as models.NVDM({words}, ...)"
-            )
-        return (
-            f" has shape {tuple(value.shape)}, the likelihood generates {tuple(expected)}; check "
-            "the output size of the decoder, the likelihood's event_dim, and that images are "
-            "(N, C, H, W) or flattened as the decoder has them"
-        )
-    try:
-        check_support(value, fn.support)
-    except ValueError as error:
-        return f": {error}"
-    return None
-
-
 def _by_row(site: Site) -> bool:
     """Whether the support differs by datapoint, so that it says nothing about other rows."""
     inside = site["fn"].support.check(site["value"][:1])
     return inside.dim() > 0 and len(inside) != 1
-
-
-def _weight_faults(weights: LogWeights) -> list[str]:
-    return [
-        f"site {name!r} of the {role}: its log-probability is NaN or infinite for "
-        f"{int(bad.sum())} of {bad.numel()} datapoints; scale the data to about unit size, and "
-        "check the initial values and that no predicted scale over- or underflows"
-        for role, terms in (("model", weights.log_p), ("guide", weights.log_q))
-        for name, term in terms.items()
-        if (bad := ~(term < torch.inf)).any()
-    ]
-
-
-def _describe(support: Any) -> str:
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    name = str(support)
-    return {"Boolean()": "{0, 1}", "Interval(lower_bound=0.0, upper_bound=1.0)": "[0, 1]"}.get(
-        name, name
-    )

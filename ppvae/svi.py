@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import operator
 from collections.abc import Callable
@@ -15,12 +13,12 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
-from ppvae import fused_adam
 from ppvae.check import Checks, check_batch
 from ppvae.compiled import Compiled, Gradients
 from ppvae.elbo import ELBO, Estimator
 from ppvae.graph import unmoved
 from ppvae.nonfinite import NonFiniteError, bad_gradients, blame
+from ppvae.optimizer import build_optimizer
 from ppvae.pairs import NotCompiled
 from ppvae.program import local_parameters, method_owners, require_own_parameters
 from ppvae.replay import Replay
@@ -343,67 +341,3 @@ def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
-
-
-def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
-    """A torch optimiser over a module's trainable parameters; see :class:`SVI` for ``optim``."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError(
-            "model and guide have no trainable parameters; make the networks attributes of an "
-            "nn.Module (a ppvae.Program), so that .parameters() finds them"
-        )
-    if isinstance(optim, torch.optim.Optimizer):
-        known = {id(p) for group in optim.param_groups for p in group["params"]}
-        if not any(id(p) in known for p in parameters):
-            raise ValueError(
-                "the optimiser holds none of the pair's parameters; build it from "
-                "[*model.parameters(), *guide.parameters()], or pass the class"
-            )
-        return optim
-    if isinstance(optim, pyro.optim.PyroOptim):
-        optim = _from_pyro(optim)
-    if not callable(optim):
-        raise TypeError(
-            "optim must be a torch.optim class, a factory, an optimiser or a PyroOptim, got "
-            f"{optim!r}"
-        )
-    factory = optim.func if isinstance(optim, functools.partial) else optim
-    closure = inspect.signature(getattr(factory, "step", lambda closure=None: None)).parameters
-    if "closure" in closure and closure["closure"].default is inspect.Parameter.empty:
-        raise TypeError(
-            f"{factory.__name__} evaluates the loss several times in a step, and a step of SVI is "
-            "one loss and one gradient; use torch.optim.Adam or another first-order optimiser"
-        )
-    given = optim.keywords if isinstance(optim, functools.partial) else {}
-    if "fused" not in given and "foreach" not in given and _can_fuse(factory, parameters):
-        cheaper: dict[Any, Any] = {
-            torch.optim.Adam: fused_adam.Adam,
-            torch.optim.AdamW: fused_adam.AdamW,
-        }
-        arguments = optim.args if isinstance(optim, functools.partial) else ()
-        return cheaper.get(factory, factory)(*arguments, parameters, **given, fused=True)
-    return optim(parameters)
-
-
-def _can_fuse(factory: Any, parameters: list[nn.Parameter]) -> bool:
-    is_class = inspect.isclass(factory) and issubclass(factory, torch.optim.Optimizer)
-    return (
-        is_class
-        and "fused" in inspect.signature(factory).parameters
-        and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    )
-
-
-def _from_pyro(optim: pyro.optim.PyroOptim) -> Callable[..., torch.optim.Optimizer]:
-    if isinstance(optim, pyro.optim.PyroLRScheduler):
-        raise TypeError(
-            "a Pyro scheduler keeps one schedule per tensor; pass the torch optimiser class here "
-            "and the schedule to ppvae.fit(..., lr_scheduler=...)"
-        )
-    if callable(optim.pt_optim_args) or optim.pt_clip_args:
-        raise TypeError(
-            "a PyroOptim with arguments per parameter, or with clip_args, cannot be made one torch "
-            "optimiser; pass a factory with parameter groups, and SVI(clip_norm=...)"
-        )
-    return functools.partial(optim.pt_optim_constructor, **optim.pt_optim_args)

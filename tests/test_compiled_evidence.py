@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compiling import D, X, inductor, looks_at_a_value, observe, standard
-from ppvae import diagnostics, guides
+from ppvae import diagnostics, graph, guides
 from ppvae.pairs import NotCompiled
 from registry import ALL_PAIRS, build
 
@@ -32,6 +32,14 @@ def assert_equal_evidence(make, **options):
     for name in ("log_evidence", "log_evidence_se", "elbo", "ess"):
         one, other = getattr(compiled, name), getattr(eager, name)
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_its_graph_is_known_to_have_no_gradients(traced, monkeypatch):
+    """It then multiplies by oneDNN on every processor, a training graph on some."""
+    seen, usual = [], graph.rewrite
+    monkeypatch.setattr(graph, "rewrite", lambda *args: seen.append(args[1]) or usual(*args))
+    evidence(build("vae_bernoulli"), True)
+    assert set(seen) == {False}
 
 
 @pytest.mark.parametrize("pair", ALL_PAIRS)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ppvae
 from ppvae import conditionals, data, elbo, guides, models, nets
+from ppvae.processes import Processes
 from ppvae.train import mean_bound
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -1006,3 +1007,17 @@ def make_svi_for(dataset):
     width = dataset.train.x.shape[1]
     model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, width)), latent_dim=2)
     return ppvae.SVI(model, guides.Normal(nets.mlp(width, 8, 4)), ADAM)
+
+
+def test_what_stops_one_process_stops_all(monkeypatch):
+    alone = Processes()
+
+    def fails():
+        raise ValueError("here")
+
+    with pytest.raises(ValueError, match="here"):
+        alone.together(fails)
+    alone.together(lambda: None)
+    monkeypatch.setattr(alone, "any", lambda flag: True)  # as where another one has failed
+    with pytest.raises(RuntimeError, match="another process has stopped"):
+        alone.together(lambda: None)

@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 )
 
 from ppvae import fused_adam
-from ppvae.svi import build_optimizer
+from ppvae.optimizer import build_optimizer
 
 OPTIMISERS = {
     "Adam": (Adam, {"lr": 0.1}),

@@ -28,10 +28,11 @@ FORBIDDEN = {
     "elbo": USES | PAIR,
     "svi": PAIR | {"train", "diagnostics", "plots"},
     "pairs": ALL,
-    **dict.fromkeys(("graph", "graph_passes", "replay", "fused_adam"), ALL),
+    **dict.fromkeys(("graph", "graph_passes", "replay", "fused_adam", "optimizer"), ALL),
     "compiled": ALL - {"weights"},
     "nonfinite": ALL - {"weights"},
     "check": ALL - {"weights"},
+    "site_faults": ALL - {"weights"},
     "compare": PAIR | {"train"},
     "train": PAIR | {"diagnostics"},
     **dict.fromkeys(

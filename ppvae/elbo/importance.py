@@ -271,8 +271,8 @@ def _counting(log_w: Tensor, dim: int) -> Tensor:
     """Log-weights, but -inf where a weight is below e^-43 (2e-19) of the largest.
 
     It would change no digit of the sum. Its gradient would be denormal numbers, with which Intel's
-    processors multiply many times slower: with 50 particles a step took two and a half times as
-    long. The square of what is left is none either, in float32.
+    processors multiply many times slower: with 50 particles a step took two to three times as long.
+    The square of what is left is none either, in float32.
     """
     negligible = log_w.detach() < log_w.detach().amax(dim, keepdim=True) - 43
     return log_w.masked_fill(negligible, -math.inf)
