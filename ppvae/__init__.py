@@ -18,7 +18,7 @@ from ppvae import (
 )
 from ppvae.alternate import alternate
 from ppvae.callbacks import Callback
-from ppvae.check import PairError, check_pair
+from ppvae.check.pair import PairError, check_pair
 from ppvae.checkpoint import CheckpointError, Checkpoints
 from ppvae.compare import compare
 from ppvae.diagnostics import diagnose

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppvae.check import check_batch
+from ppvae.check.pair import check_batch
 from ppvae.diagnostics.evidence import log_evidence as importance_log_evidence
 from ppvae.elbo import Estimator, Objective
 from ppvae.pairs import evaluation_mode, seeded

@@ -11,7 +11,7 @@ import pyro
 from pyro.infer.autoguide import AutoGuide
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ppvae.check import Checks, PairError, check_batch, names
+from ppvae.check.pair import Checks, PairError, check_batch, names
 from ppvae.elbo import Estimator
 from ppvae.pairs import unnoticed
 from ppvae.program import local_parameters, module_of

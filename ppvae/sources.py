@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from ppvae.check import Checks, PairError, check_tensors, names
+from ppvae.check.pair import Checks, PairError, check_tensors, names
 from ppvae.checkpoint import CheckpointError, rng_state, set_rng_state
 from ppvae.data.split import check_unit_interval
 from ppvae.processes import Processes

@@ -13,11 +13,11 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
-from ppvae.check import Checks, check_batch
+from ppvae.check.pair import Checks, check_batch
 from ppvae.compiled import Compiled, Gradients
 from ppvae.elbo import ELBO, Estimator
 from ppvae.graph import unmoved
-from ppvae.nonfinite import NonFiniteError, bad_gradients, blame
+from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.optimizer import build_optimizer
 from ppvae.pairs import NotCompiled
 from ppvae.program import local_parameters, method_owners, require_own_parameters
@@ -128,7 +128,7 @@ class SVI(pyro.infer.SVI):
         """Check the pair on a batch and build the optimiser; :meth:`step` does it when needed.
 
         Returns:
-            What :func:`ppvae.check.check_batch` returns.
+            What :func:`ppvae.check.pair.check_batch` returns.
         """
         checks = check_batch(self.model, self.guide, *args, **kwargs)
         if self.optimizer is None:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from ppvae.callbacks import Callback, overridden
-from ppvae.check import check_batch
+from ppvae.check.pair import check_batch
 from ppvae.checkpoint import Checkpoints
 from ppvae.elbo import Estimator
 from ppvae.fit_checks import before_fit, prepare, require_two_rows, require_whole

@@ -13,7 +13,7 @@ from torch import nn
 
 from oracles import LinearGuide, LinearModel, linear_elbo
 from ppvae import conditionals, diagnostics, guides, models, nets, plots, posteriors
-from ppvae.check import PairError
+from ppvae.check.pair import PairError
 from ppvae.local import Indexed
 from ppvae.program import data_plate
 

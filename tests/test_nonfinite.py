@@ -12,7 +12,7 @@ from torch import nn
 
 import ppvae
 from ppvae import conditionals, elbo, guides, models, nets
-from ppvae.nonfinite import NonFiniteError, blame
+from ppvae.check.nonfinite import NonFiniteError, blame
 from registry import ALL_ESTIMATORS, build
 
 N, D, Z = 6, 5, 2

@@ -14,7 +14,7 @@ from torch import nn
 import ppvae
 from oracles import LinearGuide, LinearModel, MixtureModel, TwoLevelGuide, TwoLevelModel
 from ppvae import conditionals, diagnostics, guides, models, nets
-from ppvae.check import PairError
+from ppvae.check.pair import PairError
 from ppvae.diagnostics.annealing import Path as AnnealedPath
 from ppvae.diagnostics.chains import ESS_PER_CHAIN, RHAT, convergence
 from ppvae.diagnostics.joint import Joint, traced

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppvae.check import check_tensors, names
+from ppvae.check.pair import check_tensors, names
 from ppvae.diagnostics.evidence import Evidence, count_rows, reason, summarise, take
 from ppvae.pairs import (
     PARTICLE_PLATE,

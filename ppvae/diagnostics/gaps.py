@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ppvae.check import check_tensors
+from ppvae.check.pair import check_tensors
 from ppvae.diagnostics.ais import ais, reverse_ais
 from ppvae.diagnostics.annealing import AnnealedEvidence
 from ppvae.diagnostics.chains import PosteriorDraws

@@ -11,7 +11,7 @@ from pyro.infer import MCMC
 from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
-from ppvae.check import check_tensors
+from ppvae.check.pair import check_tensors
 from ppvae.diagnostics.arviz_bridge import require_arviz
 from ppvae.diagnostics.chains import PosteriorDraws, convergence
 from ppvae.pairs import evaluation_mode, own_path, sample_sites, seeded, trace

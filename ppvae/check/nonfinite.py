@@ -39,7 +39,7 @@ def blame(model: Program, guide: Program, *args: Any, num_particles: int = 1, **
         >>> def guide(x):
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x, 1.))
-        >>> print(ppvae.nonfinite.blame(model, guide, torch.tensor([1., 0.])))
+        >>> print(ppvae.check.nonfinite.blame(model, guide, torch.tensor([1., 0.])))
         site 'x' of the model: its log-density is not finite for 1 of 2 datapoints, ...
     """
     try:

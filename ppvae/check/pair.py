@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppvae.pair_checks import (
+from ppvae.check.behaviour import (
     NO_INVERSE,
     detached_latents,
     is_deterministic,
@@ -30,7 +30,7 @@ from ppvae.pair_checks import (
 )
 from ppvae.pairs import Site, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
-from ppvae.site_faults import (
+from ppvae.check.sites import (
     check_support,
     describe,
     latent_faults,
@@ -126,7 +126,7 @@ def check_pair(
         >>> ppvae.check_pair(model, guide, torch.full((5, 4), 0.5))
         Traceback (most recent call last):
         ...
-        ppvae.check.PairError: site 'x': argument 'x': 20 of 20 values lie outside the ...
+        ppvae.check.pair.PairError: site 'x': argument 'x': 20 of 20 values lie outside the ...
     """
     row_checks = check_batch(model, guide, *args, joint=joint, **kwargs)
     pair = (model, guide, args, kwargs)
