@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.check.pair import Checks, check_batch
-from ppvae.compiled import Compiled, Gradients
+from ppvae.compile.compiled import Compiled, CompiledGradients
 from ppvae.elbo import ELBO, Estimator
-from ppvae.graph import unmoved
+from ppvae.compile.graph import unmoved
 from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.optimizer import build_optimizer
 from ppvae.pairs import NotCompiled
 from ppvae.program import local_parameters, method_owners, require_own_parameters
-from ppvae.replay import Replay
+from ppvae.compile.cuda_graph import CudaGraph
 
 
 class SVI(pyro.infer.SVI):
@@ -153,7 +153,7 @@ class SVI(pyro.infer.SVI):
         else:
             loss = self._step(args, kwargs)
             if key is not None:  # the step has been taken, so all it needs is there
-                replays[key] = Replay(lambda *args: self._step(args, kwargs), args)
+                replays[key] = CudaGraph(lambda *args: self._step(args, kwargs), args)
         self.num_steps += 1
         return loss
 
@@ -255,7 +255,7 @@ class SVI(pyro.infer.SVI):
     def _loss(self, args: tuple, kwargs: dict) -> Tensor:
         if self.compile:
             if self._compiled is None:
-                self._compiled = Compiled(self.objective, Gradients, self.compile is True)
+                self._compiled = Compiled(self.objective, CompiledGradients, self.compile is True)
             with self.autocast():
                 compiled = self._compiled(args, kwargs)
             if compiled is not None:

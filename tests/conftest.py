@@ -48,7 +48,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Run the traced graph itself: what Python hands to the compiler, without the compiler."""
     import torch._inductor.compile_fx
 
-    from ppvae import graph_passes
+    from ppvae.compile import passes
 
     built: list[Any] = []
 
@@ -57,5 +57,5 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return made
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", interpret)
-    monkeypatch.setattr(graph_passes, "MIN_PRODUCT", 0)  # the networks here are small
+    monkeypatch.setattr(passes, "MIN_PRODUCT", 0)  # the networks here are small
     return built

@@ -52,8 +52,9 @@ from compiling import (
     vae,
     with_model,
 )
-from ppvae import elbo, graph, graph_passes, guides, nets
-from ppvae.compiled import Compiled
+from ppvae import elbo, guides, nets
+from ppvae.compile import graph, passes
+from ppvae.compile.compiled import Compiled
 from ppvae.elbo.penalties import Penalty, Tilt
 from ppvae.pairs import NotCompiled
 from programs import PROGRAMS
@@ -500,8 +501,8 @@ def plain_pair():
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 def test_large_products_are_onednns(traced, monkeypatch, rows):
     """Values and gradients are those of torch, transposed operands and the bias included."""
-    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda differentiates: True)
-    monkeypatch.setattr(graph_passes, "MIN_PRODUCT", 40 * 30 * 20)
+    monkeypatch.setattr(passes, "onednn_is_faster", lambda differentiates: True)
+    monkeypatch.setattr(passes, "MIN_PRODUCT", 40 * 30 * 20)
     taken = []
     linear = torch.ops.mkldnn._linear_pointwise.default
 
@@ -535,8 +536,8 @@ def test_large_products_are_onednns(traced, monkeypatch, rows):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 def test_onednn_is_called_from_cpp(monkeypatch):
     """Compiled: operands as they are and transposed, with and without bias and activation."""
-    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda differentiates: True)
-    monkeypatch.setattr(graph_passes, "MIN_PRODUCT", 1)
+    monkeypatch.setattr(passes, "onednn_is_faster", lambda differentiates: True)
+    monkeypatch.setattr(passes, "MIN_PRODUCT", 1)
     calls = count_lowerings(monkeypatch)
     config = torch._inductor.config
 
@@ -583,8 +584,8 @@ def count_lowerings(monkeypatch):
 @pytest.mark.parametrize("activation", [torch.tanh, torch.relu, torch.sigmoid, torch.sin])
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 def test_onednn_applies_an_activation_where_no_gradient_needs_it(traced, monkeypatch, activation):
-    monkeypatch.setattr(graph_passes, "onednn_is_faster", lambda differentiates: True)
-    monkeypatch.setattr(graph_passes, "MIN_PRODUCT", 1)
+    monkeypatch.setattr(passes, "onednn_is_faster", lambda differentiates: True)
+    monkeypatch.setattr(passes, "MIN_PRODUCT", 1)
     taken = []
     linear = torch.ops.mkldnn._linear_pointwise.default
 
@@ -627,13 +628,13 @@ def test_onednn_applies_an_activation_where_no_gradient_needs_it(traced, monkeyp
 @pytest.mark.parametrize(("dims", "keepdim"), [((-1,), False), ((-2, -1), True), ((0,), False)])
 def test_a_sum_of_softplus_takes_few_logarithms(traced, monkeypatch, shape, dims, keepdim):
     taken = []
-    as_products = graph_passes._sum_softplus
+    as_products = passes._sum_softplus
 
     def counted(a, products, *rest):
         taken.append(products)
         return as_products(a, products, *rest)
 
-    monkeypatch.setattr(graph_passes, "_sum_softplus", counted)
+    monkeypatch.setattr(passes, "_sum_softplus", counted)
 
     def value_and_gradient(a):
         with torch.enable_grad():
@@ -687,11 +688,11 @@ def test_a_softplus_with_a_low_threshold_has_the_slope_of_torchs(traced, beta, t
 )
 def test_who_made_the_processor_chooses_the_products(monkeypatch, maker, expected):
     """Not a measurement, which may come out otherwise when a run is resumed."""
-    monkeypatch.setattr(graph_passes.Path, "exists", lambda path: True)
-    monkeypatch.setattr(graph_passes.Path, "read_text", lambda path: f"vendor_id : {maker}")
+    monkeypatch.setattr(passes.Path, "exists", lambda path: True)
+    monkeypatch.setattr(passes.Path, "read_text", lambda path: f"vendor_id : {maker}")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    chosen = graph_passes.onednn_is_faster.__wrapped__
+    chosen = passes.onednn_is_faster.__wrapped__
     assert chosen(differentiates=True) is expected
     assert chosen(differentiates=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
@@ -1022,7 +1023,7 @@ def test_no_compiler(tmp_path):
         import ppvae
         from ppvae import conditionals, guides, models, nets
         from ppvae.pairs import NotCompiled
-        from ppvae.compiled import Compiled
+        from ppvae.compile.compiled import Compiled
 
         def svi(compile):
             torch.manual_seed(0)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from compiling import D, X, inductor, looks_at_a_value, observe, standard
-from ppvae import diagnostics, graph, guides
+from ppvae import diagnostics, guides
+from ppvae.compile import graph
 from ppvae.pairs import NotCompiled
 from registry import ALL_PAIRS, build
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.check.pair import PairError, check_batch, check_tensors, names
-from ppvae.compiled import Compiled, Weights
+from ppvae.compile.compiled import Compiled, CompiledWeights
 from ppvae.diagnostics.psis import khat
 from ppvae.check.behaviour import point_masses
 from ppvae.pairs import Program, evaluation_mode, seeded
@@ -241,7 +241,7 @@ def _compiled(model: Program, guide: Program, required: bool) -> Compiled:
 @functools.lru_cache(maxsize=4)
 def _kept(model: Program, guide: Program, required: bool, identity: tuple[int, ...]) -> Compiled:
     owners = {id(m): m for m in map(module_of, (model, guide)) if m is not None}
-    build = functools.partial(Weights, model, guide)
+    build = functools.partial(CompiledWeights, model, guide)
     return Compiled(nn.ModuleList(owners.values()), build, required)
 
 

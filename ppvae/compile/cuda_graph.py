@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Replay:
+class CudaGraph:
     """A whole step captured as one CUDA graph, to be replayed on other values.
 
     Args:
@@ -24,7 +24,7 @@ class Replay:
             self.loss = step(*self.args)
 
     def __call__(self, args: tuple) -> Tensor:
-        """Replay it; returns the loss."""
+        """CudaGraph it; returns the loss."""
         for kept, arg in zip(self.args, args, strict=True):
             if isinstance(kept, Tensor):
                 kept.copy_(arg, non_blocking=True)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ppvae.graph import INTERNAL, Graph, attributes, copies, require_kept, standing_in, unmoved
+from ppvae.compile.graph import INTERNAL, Graph, attributes, copies, require_kept, standing_in, unmoved
 from ppvae.pairs import NotCompiled, Program, seeded
 from ppvae.program import local_parameters, require_own_parameters
-from ppvae.replay import Replay
+from ppvae.compile.cuda_graph import CudaGraph
 from ppvae.weights import log_weights
 
 _UNKNOWN = object()
@@ -41,14 +41,14 @@ class Compiled:
     Args:
         module: holds all parameters and buffers.
         build: ``build(module, args, kwargs, progress)`` makes what is called with ``args``:
-            :class:`Gradients` or :class:`Weights`.
+            :class:`CompiledGradients` or :class:`CompiledWeights`.
         required: raise where no graph can be built, instead of running eagerly.
 
     Attributes:
         build_seconds: time spent building graphs.
         reason: why steps run eagerly, where they do; None otherwise.
         latest: what the last call ran; None: nothing, so it was left to run eagerly.
-        replays: whole steps captured as CUDA graphs, see :class:`Replay`.
+        replays: whole steps captured as CUDA graphs, see :class:`CudaGraph`.
     """
 
     max_graphs = 8
@@ -58,7 +58,7 @@ class Compiled:
         self.build_seconds = 0.0
         self.reason: str | None = None
         self.latest: Any = None
-        self.replays: dict[Any, Replay] = {}
+        self.replays: dict[Any, CudaGraph] = {}
         self._graphs: dict[Any, Any] = {}
         self._parameters = list(module.parameters())
         state = getattr(module, "state", None)  # changes, and is asked with at_step
@@ -152,7 +152,7 @@ class Compiled:
         self.reason = reason
 
 
-class Gradients:
+class CompiledGradients:
     """The loss of an objective, with the gradients in its parameters' ``grad``, by one graph.
 
     Args:
@@ -284,16 +284,16 @@ class Gradients:
         return False
 
 
-class Weights:
+class CompiledWeights:
     """Log-weights of a pair without gradient, ``(K, N)``, by one graph.
 
     Args:
         model, guide: the pair.
         module: owns their parameters and buffers.
-        args, kwargs, progress: as :class:`Gradients` has them; ``num_particles`` in ``kwargs``.
+        args, kwargs, progress: as :class:`CompiledGradients` has them; ``num_particles`` in ``kwargs``.
 
     Raises:
-        NotCompiled: as :class:`Gradients`.
+        NotCompiled: as :class:`CompiledGradients`.
     """
 
     def __init__(

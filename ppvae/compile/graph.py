@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ppvae.graph_passes import DECOMPOSITIONS, rewrite
+from ppvae.compile.passes import DECOMPOSITIONS, rewrite
 from ppvae.pairs import NotCompiled, seeded
 
 INTERNAL = set(vars(nn.Module()))  # attributes that every module has
