@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import ppvae
 from ppvae import conditionals, data, diagnostics, guides, models, nets, plots
 from ppvae.program import data_plate
-from ppvae.train import resolve_device
+from ppvae.train.fit import resolve_device
 
 FILES = [
     "results.json",

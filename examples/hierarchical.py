@@ -32,7 +32,7 @@ import ppvae
 from ppvae import conditionals, data, diagnostics, elbo, guides, models, nets, plots
 from ppvae.models.hierarchical import softplus_variance
 from ppvae.pairs import evaluation_mode, seeded
-from ppvae.train import resolve_device
+from ppvae.train.fit import resolve_device
 
 FILES = ["levels.csv", "levels_over_training.csv", "levels.png", "images.png"]
 Pair = tuple[models.Hierarchical, dict[str, ppvae.Program]]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import ppvae
 from ppvae import data, diagnostics, elbo, guides, metrics, models, nets, plots
-from ppvae.train import resolve_device
+from ppvae.train.fit import resolve_device
 
 FILES = ["results.json", "words.txt", "training.png", "documents.png"]
 QUERIES = ["gun", "space", "god", "car", "windows", "team", "medical", "israel"]

@@ -34,7 +34,7 @@ from torch.nn.functional import affine_grid, grid_sample
 import ppvae
 from ppvae import conditionals, data, elbo, guides, metrics, models, nets, plots
 from ppvae.pairs import evaluation_mode
-from ppvae.train import resolve_device
+from ppvae.train.fit import resolve_device
 
 FILES = ["results.json", "scores.csv", "accuracy.png", "latents.png", "clusters.png"]
 METHODS = ["k-means", "GMM", "VAE + GMM", "AE + GMM", "VaDE, start", "VaDE"]

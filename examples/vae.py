@@ -23,7 +23,7 @@ from torch import Tensor
 
 import ppvae
 from ppvae import data, diagnostics, guides, models, nets, plots
-from ppvae.train import resolve_device
+from ppvae.train.fit import resolve_device
 
 FILES = [
     "results.json",

@@ -16,16 +16,16 @@ from ppvae import (
     posteriors,
     program,
 )
-from ppvae.alternate import alternate
-from ppvae.callbacks import Callback
 from ppvae.check.pair import PairError, check_pair
-from ppvae.checkpoint import CheckpointError, Checkpoints
 from ppvae.compare import compare
 from ppvae.diagnostics import diagnose
-from ppvae.history import History
 from ppvae.program import Program
-from ppvae.svi import SVI
-from ppvae.train import fit
+from ppvae.train.alternate import alternate
+from ppvae.train.callbacks import Callback
+from ppvae.train.checkpoint import CheckpointError, Checkpoints
+from ppvae.train.fit import fit
+from ppvae.train.history import History
+from ppvae.train.svi import SVI
 from ppvae.weights import LogWeights, log_weights
 
 __version__ = "0.1.0"

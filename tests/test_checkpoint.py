@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ppvae
 from ppvae import CheckpointError, Checkpoints, conditionals, data, elbo, guides, models, nets
-from ppvae.checkpoint import plain, read
+from ppvae.train.checkpoint import plain, read
 
 pytestmark = pytest.mark.forks
 
@@ -242,7 +242,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
 
 def test_patience_may_grow(tmp_path, monkeypatch):
     bounds = [-3.0, -4.0, -5.0, -2.0, -6.0, -7.0, -8.0]
-    monkeypatch.setattr(ppvae.train, "mean_bound", lambda svi, *args: bounds[svi.num_epochs - 1])
+    monkeypatch.setattr("ppvae.train.fit.mean_bound", lambda svi, *args: bounds[svi.num_epochs - 1])
     options = {"valid": X, "epochs": 7, "checkpoint": tmp_path, "resume": True}
     first = fit(vae(), patience=2, **options)
     assert (first.stopped_early, len(first.rows), first.best_epoch) == (True, 3, 1)
@@ -401,22 +401,22 @@ def test_killed_while_writing(call, tmp_path, unkilled):
 
     def run():
         files = itertools.count(1)
-        replace = ppvae.checkpoint._replace
+        replace = ppvae.train.checkpoint._replace
 
         def dying(target, content):
             if next(files) == 9:
                 if call == "write":
-                    ppvae.checkpoint.open = Half
+                    ppvae.train.checkpoint.open = Half
                 elif call == "unlink":  # in its place, and the old ones not yet dropped
                     replace(target, content)
                     die()
                 elif call == "folder":
-                    ppvae.checkpoint.os.open = die
+                    ppvae.train.checkpoint.os.open = die
                 else:
-                    setattr(ppvae.checkpoint.os, call, die)
+                    setattr(ppvae.train.checkpoint.os, call, die)
             replace(target, content)
 
-        ppvae.checkpoint._replace = dying
+        ppvae.train.checkpoint._replace = dying
         killable(folder, result)
 
     status = os.waitpid(in_child(run), 0)[1]
@@ -459,7 +459,7 @@ def test_a_signal_ends_the_step_and_writes(step, number, tmp_path):
 
 
 def test_a_signal_in_validation_ends_after_the_epoch(tmp_path, monkeypatch):
-    bound = ppvae.train.mean_bound
+    bound = ppvae.train.fit.mean_bound
 
     def interrupted(svi, *args):
         if svi.num_epochs == 2:
@@ -467,7 +467,7 @@ def test_a_signal_in_validation_ends_after_the_epoch(tmp_path, monkeypatch):
         return bound(svi, *args)
 
     expected = fit(vae(), valid=X)
-    monkeypatch.setattr(ppvae.train, "mean_bound", interrupted)
+    monkeypatch.setattr("ppvae.train.fit.mean_bound", interrupted)
     history = fit(vae(), valid=X, checkpoint=tmp_path)
     assert (len(history.rows), history.interrupted) == (2, True)
     assert numbers(fit(vae(), valid=X, checkpoint=tmp_path, resume=True)) == numbers(expected)
@@ -498,7 +498,7 @@ def test_in_another_thread_signals_are_left_alone(tmp_path):
 
 def test_the_latest_and_the_best_are_kept(tmp_path, monkeypatch):
     bounds = iter([-5.0, -3.0, -4.0, -6.0])
-    monkeypatch.setattr(ppvae.train, "mean_bound", lambda *args: next(bounds))
+    monkeypatch.setattr("ppvae.train.fit.mean_bound", lambda *args: next(bounds))
     seen = []
 
     class Notes(ppvae.Callback):
@@ -577,7 +577,7 @@ def test_foreign_and_newer_files(tmp_path):
     torch.save(vae().model, path)  # code: weights_only refuses it
     with pytest.raises(CheckpointError, match="no checkpoint at all"):
         read(path)
-    torch.save({"ppvae": ppvae.checkpoint.MAGIC, "format": 99, "state": {}}, path)
+    torch.save({"ppvae": ppvae.train.checkpoint.MAGIC, "format": 99, "state": {}}, path)
     with pytest.raises(CheckpointError, match=r"has format 99, .* update ppvae"):
         read(path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*step-00000002\.pt"):
@@ -619,7 +619,7 @@ def test_the_one_before_is_found_by_its_step(tmp_path, monkeypatch):
 
 
 def test_going_back_sets_the_later_files_aside(tmp_path, monkeypatch):
-    monkeypatch.setattr(ppvae.train, "mean_bound", lambda svi, *args: float(svi.num_steps))
+    monkeypatch.setattr("ppvae.train.fit.mean_bound", lambda svi, *args: float(svi.num_steps))
     fit(vae(), valid=X, checkpoint=Checkpoints(tmp_path, keep=9))
     second = Checkpoints(tmp_path).paths()[1]
     before = Checkpoints(tmp_path).best.read_bytes()

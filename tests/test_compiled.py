@@ -366,7 +366,7 @@ def test_a_program_that_assigns_its_state_anew_is_refused(traced, as_buffer):
     else:
         model.seen = torch.zeros(())
     svi = ppvae.SVI(model, guide, SGD, compile=True)
-    svi.optimizer = ppvae.optimizer.build_optimizer(SGD, svi.objective)
+    svi.optimizer = ppvae.train.optimizer.build_optimizer(SGD, svi.objective)
     with pytest.raises(NotCompiled, match=r"'seen' anew.*in place"):
         svi.step(X)
 
@@ -428,7 +428,7 @@ def test_unused_parameters_have_no_gradient_and_do_not_decay(traced):
     ends = []
     for compile in (False, True):
         svi = ppvae.SVI(*make(), decay, compile=compile)
-        svi.optimizer = ppvae.optimizer.build_optimizer(
+        svi.optimizer = ppvae.train.optimizer.build_optimizer(
             decay, svi.objective
         )  # the check refuses them
         before = svi.model.spare.weight.clone()

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import ppvae
 from ppvae import CheckpointError, Checkpoints, conditionals, data, elbo, guides, models, nets
-from ppvae.processes import Processes
+from ppvae.train.processes import Processes
 
 pytestmark = pytest.mark.forks
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ppvae
 from ppvae import conditionals, data, elbo, guides, models, nets
-from ppvae.processes import Processes
-from ppvae.train import mean_bound
+from ppvae.train.fit import mean_bound
+from ppvae.train.processes import Processes
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 X = torch.bernoulli(torch.full((50, 4), 0.5), generator=torch.Generator().manual_seed(1))
@@ -335,7 +335,7 @@ def test_lr_scheduler_steps_once_per_epoch():
 
 def test_plateau_scheduler_sees_the_validation_bound(monkeypatch):
     bounds = iter([-3.0, -2.0, -2.0, -2.0, -1.0])
-    monkeypatch.setattr(ppvae.train, "mean_bound", lambda *args: next(bounds))
+    monkeypatch.setattr("ppvae.train.fit.mean_bound", lambda *args: next(bounds))
     plateau = functools.partial(
         torch.optim.lr_scheduler.ReduceLROnPlateau,
         mode="max",
@@ -358,7 +358,7 @@ def bounded(monkeypatch, values):
         seen.append(tensors(svi.objective))
         return next(bounds)
 
-    monkeypatch.setattr(ppvae.train, "mean_bound", bound)
+    monkeypatch.setattr("ppvae.train.fit.mean_bound", bound)
     return seen
 
 
@@ -682,7 +682,7 @@ def test_cuda_asked_for_but_absent(device, monkeypatch):
 
 def test_auto_without_cuda_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ppvae.train.resolve_device("auto") == torch.device("cpu")
+    assert ppvae.train.fit.resolve_device("auto") == torch.device("cpu")
     expected = numbers(fit(vae(), X, valid=X))
     assert numbers(fit(vae(), X, valid=X, device="auto")) == expected
     loader = DataLoader(X, batch_size=16)

@@ -15,8 +15,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ppvae import fused_adam
-from ppvae.optimizer import build_optimizer
+from ppvae.train import fused_adam
+from ppvae.train.optimizer import build_optimizer
 
 OPTIMISERS = {
     "Adam": (Adam, {"lr": 0.1}),

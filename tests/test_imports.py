@@ -93,7 +93,7 @@ def test_import_directions(path: Path) -> None:
         ("weights.py", "from .models import VAE", {"models"}),
         ("nets.py", "from ppvae.conditionals import Normal", {"conditionals"}),
         ("models/vae.py", "from ppvae.nets import mlp\nfrom . import cvae\nimport torch", set()),
-        ("train.py", "from ppvae.svi import SVI\nfrom .data import Dataset", set()),
+        ("train.py", "from ppvae.train.svi import SVI\nfrom .data import Dataset", set()),
     ],
 )
 def test_the_test_can_fail(path: str, source: str, expected: set[str]) -> None:

@@ -28,8 +28,6 @@ from ppvae.check.behaviour import (
     same_support,
     trainable_parameters,
 )
-from ppvae.pairs import Site, sample_sites, unnoticed
-from ppvae.program import local_parameters, module_of
 from ppvae.check.sites import (
     check_support,
     describe,
@@ -38,6 +36,8 @@ from ppvae.check.sites import (
     plate_faults,
     weight_faults,
 )
+from ppvae.pairs import Site, sample_sites, unnoticed
+from ppvae.program import local_parameters, module_of
 from ppvae.weights import log_weights
 
 # The position of an argument, and what raises ValueError for values of it that cannot be used.

@@ -22,10 +22,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ppvae.compile.graph import INTERNAL, Graph, attributes, copies, require_kept, standing_in, unmoved
+from ppvae.compile.cuda_graph import CudaGraph
+from ppvae.compile.graph import (
+    INTERNAL,
+    Graph,
+    attributes,
+    copies,
+    require_kept,
+    standing_in,
+    unmoved,
+)
 from ppvae.pairs import NotCompiled, Program, seeded
 from ppvae.program import local_parameters, require_own_parameters
-from ppvae.compile.cuda_graph import CudaGraph
 from ppvae.weights import log_weights
 
 _UNKNOWN = object()

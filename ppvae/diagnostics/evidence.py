@@ -12,10 +12,10 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.check.behaviour import point_masses
 from ppvae.check.pair import PairError, check_batch, check_tensors, names
 from ppvae.compile.compiled import Compiled, CompiledWeights
 from ppvae.diagnostics.psis import khat
-from ppvae.check.behaviour import point_masses
 from ppvae.pairs import Program, evaluation_mode, seeded
 from ppvae.program import module_of
 from ppvae.weights import LogWeights, log_weights

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ppvae.check.pair import check_tensors
 from ppvae.check.behaviour import same_support, support_of
+from ppvae.check.pair import check_tensors
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,

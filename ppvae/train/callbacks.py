@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ppvae.history import History
-    from ppvae.svi import SVI
+    from ppvae.train.history import History
+    from ppvae.train.svi import SVI
 
 
 class Callback:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from ppvae.svi import SVI
+from ppvae.train.svi import SVI
 
 
 class Processes:

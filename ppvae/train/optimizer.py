@@ -11,7 +11,7 @@ import pyro.optim
 import torch
 from torch import nn
 
-from ppvae import fused_adam
+from ppvae.train import fused_adam
 
 
 def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from ppvae.callbacks import Callback, overridden
-from ppvae.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
-from ppvae.history import History
-from ppvae.processes import Processes
-from ppvae.sources import Source
-from ppvae.svi import SVI
+from ppvae.train.callbacks import Callback, overridden
+from ppvae.train.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
+from ppvae.train.history import History
+from ppvae.train.processes import Processes
+from ppvae.train.sources import Source
+from ppvae.train.svi import SVI
 
 
 @dataclass

@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from ppvae.callbacks import Callback, overridden
 from ppvae.check.pair import check_batch
-from ppvae.checkpoint import Checkpoints
 from ppvae.elbo import Estimator
-from ppvae.fit_checks import before_fit, prepare, require_two_rows, require_whole
-from ppvae.history import History
 from ppvae.pairs import evaluation_mode, seeded
-from ppvae.processes import Processes
-from ppvae.run import Progress, Run, signals, state_of
-from ppvae.sources import Batch, Source
-from ppvae.svi import SVI
+from ppvae.train.callbacks import Callback, overridden
+from ppvae.train.checkpoint import Checkpoints
+from ppvae.train.history import History
+from ppvae.train.processes import Processes
+from ppvae.train.refusals import before_fit, prepare, require_two_rows, require_whole
+from ppvae.train.run import Progress, Run, signals, state_of
+from ppvae.train.sources import Batch, Source
+from ppvae.train.svi import SVI
 
 
 def fit(
@@ -283,7 +283,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         ValueError: an unknown device, or CUDA is asked for but absent.
 
     Example:
-        >>> from ppvae.train import resolve_device
+        >>> from ppvae.train.fit import resolve_device
         >>> resolve_device("cpu")
         device(type='cpu')
     """

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from ppvae.check.pair import Checks, PairError, check_tensors, names
-from ppvae.checkpoint import CheckpointError, rng_state, set_rng_state
 from ppvae.data.split import check_unit_interval
-from ppvae.processes import Processes
-from ppvae.svi import SVI
+from ppvae.train.checkpoint import CheckpointError, rng_state, set_rng_state
+from ppvae.train.processes import Processes
+from ppvae.train.svi import SVI
 
 Batch = tuple[Tensor, ...]
 AHEAD = 3  # batches read from a file before they are asked for

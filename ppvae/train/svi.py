@@ -13,15 +13,15 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
+from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.check.pair import Checks, check_batch
 from ppvae.compile.compiled import Compiled, CompiledGradients
-from ppvae.elbo import ELBO, Estimator
+from ppvae.compile.cuda_graph import CudaGraph
 from ppvae.compile.graph import unmoved
-from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
-from ppvae.optimizer import build_optimizer
+from ppvae.elbo import ELBO, Estimator
 from ppvae.pairs import NotCompiled
 from ppvae.program import local_parameters, method_owners, require_own_parameters
-from ppvae.compile.cuda_graph import CudaGraph
+from ppvae.train.optimizer import build_optimizer
 
 
 class SVI(pyro.infer.SVI):

@@ -15,8 +15,8 @@ from ppvae.check.pair import Checks, PairError, check_batch, names
 from ppvae.elbo import Estimator
 from ppvae.pairs import unnoticed
 from ppvae.program import local_parameters, module_of
-from ppvae.sources import Batch, Source
-from ppvae.svi import SVI
+from ppvae.train.sources import Batch, Source
+from ppvae.train.svi import SVI
 from ppvae.weights import log_weights
 
 
