@@ -17,8 +17,8 @@ from ppvae import (
     program,
 )
 from ppvae.check.pair import PairError, check_pair
-from ppvae.compare import compare
 from ppvae.diagnostics import diagnose
+from ppvae.diagnostics.compare_estimators import compare
 from ppvae.program import Program
 from ppvae.train.alternate import alternate
 from ppvae.train.callbacks import Callback

@@ -13,7 +13,7 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel, trainable
 from ppvae import elbo
-from ppvae.compare import PeakMemory
+from ppvae.diagnostics.compare_estimators import PeakMemory
 
 
 @pytest.fixture

@@ -298,7 +298,8 @@ class CompiledWeights:
     Args:
         model, guide: the pair.
         module: owns their parameters and buffers.
-        args, kwargs, progress: as :class:`CompiledGradients` has them; ``num_particles`` in ``kwargs``.
+        args, kwargs, progress: as :class:`CompiledGradients` has them; ``num_particles`` in
+            ``kwargs``.
 
     Raises:
         NotCompiled: as :class:`CompiledGradients`.

@@ -1,7 +1,4 @@
-"""Numbers from the literature that are not bounds: clustering scores, perplexity of documents.
-
-They are functions of tensors or arrays, and know nothing of pairs.
-"""
+"""Clusters against classes: accuracy, mutual information, the adjusted Rand index."""
 
 from __future__ import annotations
 
@@ -9,18 +6,8 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-__all__ = [
-    "Clustering",
-    "Perplexity",
-    "UnusedClusterWarning",
-    "adjusted_rand_index",
-    "clustering",
-    "clustering_accuracy",
-    "mutual_information",
-    "perplexity",
-]
+from ppvae.metrics.arrays import host
 
 
 class UnusedClusterWarning(UserWarning):
@@ -163,85 +150,9 @@ def adjusted_rand_index(clusters: Any, labels: Any) -> float:
     return float(adjusted_rand_score(given, found))
 
 
-class Perplexity(NamedTuple):
-    """Two perplexities per word; smaller is better, and V is that of guessing evenly.
-
-    Attributes:
-        per_document: exp of the mean over documents of each one's nats per word.
-        corpus: exp of all nats over all words.
-    """
-
-    per_document: float
-    corpus: float
-
-
-def perplexity(log_p: Any, num_words: Any) -> Perplexity:
-    r"""Perplexity per word from log p of documents, by both definitions in use.
-
-    .. math:: \text{per document: } \exp\Big(-\frac1D \sum_d \frac{\log p(x_d)}{N_d}\Big),\qquad
-              \text{corpus: } \exp\Big(-\frac{\sum_d \log p(x_d)}{\sum_d N_d}\Big)
-
-    The first is that of Miao et al. (2016) and of RSM, docNADE and SBN before them; short
-    documents, which are hard to predict, weigh as much in it as long ones. The second is that of
-    LDA (Blei et al., 2003) and scikit-learn. Say which one a number is.
-
-    From a lower bound on log p, such as the ELBO, comes an upper bound on each.
-
-    Args:
-        log_p: ``(D,)`` nats: a bound, or log p(x), of each document's words in their order
-            (:class:`ppvae.conditionals.BagOfWords`; not the multinomial's).
-        num_words: ``(D,)`` words of each document, >= 1.
-
-    Raises:
-        ValueError: shapes differ, a value is NaN or infinite, a document has no words, or a
-            perplexity is too large for a floating-point number.
-
-    Example:
-        >>> import math, torch
-        >>> log_p = torch.tensor([-2 * math.log(8), -6 * math.log(2)])  # 2 words, 6 words
-        >>> [round(value, 3) for value in perplexity(log_p, [2, 6])]
-        [4.0, 2.828]
-    """
-    values, words = (np.asarray(_host(v), np.float64) for v in (log_p, num_words))
-    if values.ndim != 1 or values.shape != words.shape or not len(values):
-        raise ValueError(
-            f"log_p has shape {values.shape} and num_words {words.shape}: give one number of each "
-            "per document, (D,)"
-        )
-    if not np.isfinite(values).all():
-        raise ValueError(
-            f"log_p has {int((~np.isfinite(values)).sum())} NaN or infinite values, the first for "
-            f"document {int((~np.isfinite(values)).argmax())}: the model diverged, or log_p is "
-            "that of words the model excludes"
-        )
-    if not np.isfinite(words).all():
-        raise ValueError(
-            f"num_words has {int((~np.isfinite(words)).sum())} NaN or infinite values, the first "
-            f"for document {int((~np.isfinite(words)).argmax())}: give the sums of its counts"
-        )
-    if (words < 1).any():
-        raise ValueError(
-            f"{int((words < 1).sum())} documents have no words (the first is number "
-            f"{int((words < 1).argmax())}), so no perplexity per word: drop them, and say how many"
-        )
-    rates = -values / words
-    per_document, corpus = rates.mean(), -values.sum() / words.sum()
-    if max(per_document, corpus) > np.log(np.finfo(np.float64).max):
-        raise ValueError(
-            f"log_p is {rates.max():.4g} nats below 0 per word for document {int(rates.argmax())}: "
-            "a perplexity of its exponential is too large for a number; the model diverged, or "
-            "num_words belongs to other documents"
-        )
-    return Perplexity(float(np.exp(per_document)), float(np.exp(corpus)))
-
-
-def _host(values: Any) -> Any:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
-
-
 def _assignments(clusters: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Both as int64 ``(N,)``, checked."""
-    arrays = {"clusters": np.asarray(_host(clusters)), "labels": np.asarray(_host(labels))}
+    arrays = {"clusters": np.asarray(host(clusters)), "labels": np.asarray(host(labels))}
     shapes = [array.shape for array in arrays.values()]
     if shapes[0] != shapes[1] or len(shapes[0]) != 1 or not shapes[0][0]:
         raise ValueError(

@@ -1,0 +1,39 @@
+r"""Conditionals: modules whose ``forward`` returns a Pyro distribution.
+
+An encoder ``q(z | x)``, a decoder ``p(x | z)`` and a prior ``p(z)`` are all conditionals, so each
+density is written in exactly one place::
+
+    z = pyro.sample("z", self.prior())
+    pyro.sample("x", self.likelihood(z), obs=x)
+
+The batch shape is the inputs' leading dimensions, the rest are event dimensions. A learned
+conditional prior ``p(z | y)`` is ``Normal(net)`` called with ``y``; the unconditional priors ignore
+what they are called with, so they can stand in its place. Parameters below float32 (autocast,
+bf16 modules) are cast to float32 before the distribution is formed. Validation follows
+``pyro.enable_validation``.
+
+A room of densities: it imports distributions, and neither pairs nor anything that is done with
+them.
+"""
+
+from ppvae.conditionals.heads import (
+    BagOfWords,
+    Bernoulli,
+    Categorical,
+    Conditional,
+    Normal,
+    Scale,
+)
+from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
+
+__all__ = [
+    "BagOfWords",
+    "Bernoulli",
+    "Categorical",
+    "Conditional",
+    "Mixture",
+    "Normal",
+    "Scale",
+    "StandardNormal",
+    "VampPrior",
+]
