@@ -15,7 +15,7 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel, assert_below, assert_mean, trainable
 from ppvae import elbo
-from ppvae.elbo.estimator import State
+from ppvae.elbo import State
 from ppvae.program import data_plate, local_parameters
 from registry import ALL_ESTIMATORS, ALL_PAIRS, build, cross, owners
 

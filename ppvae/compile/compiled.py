@@ -3,7 +3,7 @@
 A Pyro program is static Python around tensors: once traced, neither Pyro nor Python is left in
 the step. What a graph must not contain are values that change. Parameters, buffers, arguments and
 every other tensor that the programs reach are its inputs; weights that follow a schedule are
-tensors too (:meth:`ppvae.elbo.estimator.State.at_step`); everything else that is baked in is in
+tensors too (:meth:`ppvae.elbo.State.at_step`); everything else that is baked in is in
 the key under which a graph is kept.
 """
 

@@ -5,11 +5,12 @@ and as a module: ``elbo.IWELBO(num_particles=8)(model, guide)(x)``.
 """
 
 from ppvae.elbo.chi import ChiUpperBound
-from ppvae.elbo.estimator import Estimator, Objective, State
+from ppvae.elbo.estimator import Estimator, Objective
 from ppvae.elbo.importance import CIWELBO, IWELBO, MIWELBO, PIWELBO, RenyiELBO
 from ppvae.elbo.penalties import Capacity, Constraint, FreeBits, Penalty, Tilt
 from ppvae.elbo.schedules import CyclicalWarmup, LinearWarmup
 from ppvae.elbo.standard import ELBO
+from ppvae.elbo.state import State
 from ppvae.elbo.thermodynamic import ThermodynamicELBO
 from ppvae.elbo.wake_sleep import ReweightedWakeSleep
 

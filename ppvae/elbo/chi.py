@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ppvae.elbo.estimator import Estimator, State
-from ppvae.elbo.gradients import require_reparameterised, through_draws
+from ppvae.elbo.estimator import Estimator
+from ppvae.elbo.gradients import through_draws, with_gradient
 from ppvae.elbo.importance import log_mean_exp, normalised
+from ppvae.elbo.state import State
 from ppvae.weights import drawn_log_q, log_weights_at_leaves
 
 
@@ -77,8 +78,8 @@ class ChiUpperBound(Estimator):
             return weights.scale * value
         share = normalised(self.order * log_w.detach())
         if self.gradient == "dreg":
-            require_reparameterised(self, weights)
+            self.require_reparameterised(weights)
             gradient = (1 - self.order) * through_draws(share - share.square(), log_w, pairs)
         else:
             gradient = (1 - self.order) / self.order * (share * drawn_log_q(weights)).sum()
-        return weights.scale * (value + (gradient - gradient.detach()))
+        return weights.scale * with_gradient(value, gradient)

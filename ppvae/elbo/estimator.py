@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
@@ -15,89 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.elbo import gradients
-from ppvae.pairs import NotCompiled, own_path
+from ppvae.elbo.state import State
+from ppvae.pairs import own_path
 from ppvae.program import method_owners, module_of
-from ppvae.weights import LogWeights, log_weights
-
-Schedule = Callable[[int], float]
-
-
-class State(nn.Module):
-    """What an estimator remembers between steps; saved with ``state_dict()``.
-
-    Attributes:
-        weight: the weight on the KL at the last training loss, a 0-d tensor, where one changes.
-    """
-
-    log_multiplier: Tensor  # of a Constraint
-    violation: Tensor
-    latest_violation: Tensor  # of the last loss; not saved
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._num_steps = 0
-        self.weight: Tensor | None = None
-        self._slots: tuple[Tensor, list[tuple[Schedule, Tensor]]] | None = None  # see traced
-        self._asked = 0  # how many of them this loss has asked for
-
-    @property
-    def step(self) -> int:
-        """Training losses computed so far; what schedules are called with."""
-        if self._slots is not None:
-            raise NotCompiled(
-                "the estimator reads state.step, and a graph would keep the step it was built at "
-                "for ever; let it ask for what changes: state.at_step(schedule)"
-            )
-        return self._num_steps
-
-    def at_step(self, weight: float | Tensor | Schedule) -> Any:
-        """A weight as it is now: a schedule's value at this step, anything else as given.
-
-        In a graph it is a tensor, which is filled anew before each step.
-        """
-        if isinstance(weight, Tensor) or not callable(weight):
-            return weight
-        if self._slots is None:
-            return weight(self._num_steps)
-        like, slots = self._slots
-        if self._asked == len(slots):
-            value = float(weight(self._num_steps))
-            slot = torch.full((), value, dtype=like.dtype, device=like.device)
-            if type(slot) is not Tensor:  # made while tracing: it would hold this value for ever
-                raise NotCompiled("the estimator asks at_step more often in one loss than another")
-            slots.append((weight, slot))
-        self._asked += 1
-        return slots[self._asked - 1][1]
-
-    @contextmanager
-    def traced(self, like: Tensor) -> Iterator[list[tuple[Schedule, Tensor]]]:
-        """Inside, a graph is traced: schedules give tensors, of the dtype and device of ``like``.
-
-        Yields:
-            The schedules that were asked for, each with the tensor that holds its value.
-        """
-        slots: list[tuple[Schedule, Tensor]] = []
-        kept, self._slots, self._asked = vars(self).copy(), (like, slots), 0
-        try:
-            yield slots
-        finally:
-            vars(self).clear()
-            vars(self).update(kept)
-
-    def count(self) -> None:
-        """One more training loss was computed."""
-        self._num_steps += 1
-
-    @property
-    def learning(self) -> bool:
-        """Whether a loss computed now is a training step."""
-        return self.training and torch.is_grad_enabled()
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self._num_steps}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self._num_steps = state["step"]
+from ppvae.weights import (
+    LogWeights,
+    log_weights,
+    log_weights_along_paths,
+    log_weights_at_leaves,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +149,52 @@ class Estimator(pyro.infer.ELBO):
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State
     ) -> Tensor:
         """The bound summed over the data set, with the gradient asked for; a scalar."""
-        return gradients.surrogate(self, model, guide, args, kwargs, state)
+        K = self.num_draws
+        if self.gradient in ("stl", "dreg") and torch.is_grad_enabled():
+            weights, pairs = log_weights_at_leaves(model, guide, *args, num_particles=K, **kwargs)
+            value = self._along_path(weights, pairs, state)
+        else:
+            weights = log_weights_along_paths(model, guide, *args, num_particles=K, **kwargs)
+            log_w = self.effective(weights, state)
+            value = self.bound(log_w).sum()
+            if self.gradient in ("score", "vimco"):
+                scored = gradients.scored_log_q(weights)
+                score = gradients.score(self.bound, log_w, scored, self.gradient == "vimco")
+                value = gradients.with_gradient(value, value + score)
+            else:
+                self.require_reparameterised(weights)
+        return value if weights.scale == 1 else weights.scale * value
+
+    def _along_path(
+        self, weights: LogWeights, pairs: list[tuple[Tensor, Tensor]], state: State
+    ) -> Tensor:
+        self.require_reparameterised(weights)
+        if self.gradient == "stl" and weights.enumerated.keys() & weights.log_q.keys():
+            raise ValueError(
+                'gradient="stl" drops the gradient of log q, which an enumerated latent in the '
+                'guide needs; use gradient="pathwise"'
+            )
+        log_w = self.effective(weights, state)
+        value, c = gradients.coefficient(self.bound, log_w)
+        for_model = (c * self.effective(weights.stop_guide(), state)).sum()
+        if self.gradient == "dreg":
+            c = self.dreg_coefficient(log_w.detach())
+        return gradients.with_gradient(value, for_model + gradients.through_draws(c, log_w, pairs))
+
+    def require_reparameterised(self, weights: LogWeights) -> None:
+        """Raise ``ValueError`` for a drawn site whose draws carry no gradient."""
+        if not torch.is_grad_enabled():
+            return
+        for name in weights.log_q.keys() - weights.enumerated.keys():
+            fn = weights.guide_trace.nodes[name]["fn"]
+            if not fn.has_rsample:
+                raise ValueError(
+                    f"{type(self).__name__}(gradient={self.gradient!r}) cannot differentiate "
+                    f"through site {name!r}: {type(fn).__name__} has no reparameterised sampler, "
+                    "and its parameters would get no gradient. Use "
+                    f"{gradients.without_path(self.gradients)}, or sum the site out with "
+                    'infer={"enumerate": "parallel"}'
+                )
 
     # -- the interface of pyro.infer.ELBO --------------------------------------------------------
     def __call__(self, model: Callable, guide: Callable) -> Objective:

@@ -29,54 +29,22 @@ The model's parameters always receive the gradient of B itself. Latents that are
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ppvae.weights import LogWeights, log_weights_along_paths, log_weights_at_leaves
+from ppvae.weights import LogWeights
 
-if TYPE_CHECKING:
-    from ppvae.elbo.estimator import Estimator, State
-
-
-def surrogate(
-    estimator: Estimator, model: Any, guide: Any, args: tuple, kwargs: dict, state: State
-) -> Tensor:
-    """The bound summed over the data set, with the estimator's gradient; a scalar."""
-    draws = estimator.num_draws
-    if estimator.gradient in ("stl", "dreg") and torch.is_grad_enabled():
-        weights, pairs = log_weights_at_leaves(model, guide, *args, num_particles=draws, **kwargs)
-        value = _along_path(estimator, weights, pairs, state)
-    else:
-        weights = log_weights_along_paths(model, guide, *args, num_particles=draws, **kwargs)
-        log_w = estimator.effective(weights, state)
-        value = estimator.bound(log_w).sum()
-        if estimator.gradient in ("score", "vimco"):
-            value = _with_gradient(value, value + _score(estimator, weights, log_w))
-        else:
-            require_reparameterised(estimator, weights)
-    return value if weights.scale == 1 else weights.scale * value
+Bound = Callable[[Tensor], Tensor]  # log-weights (K, N) to (N,)
 
 
-def _along_path(
-    estimator: Estimator, weights: LogWeights, pairs: list[tuple[Tensor, Tensor]], state: State
-) -> Tensor:
-    require_reparameterised(estimator, weights)
-    if estimator.gradient == "stl" and weights.enumerated.keys() & weights.log_q.keys():
-        raise ValueError(
-            'gradient="stl" drops the gradient of log q, which an enumerated latent in the guide '
-            'needs; use gradient="pathwise"'
-        )
-    log_w = estimator.effective(weights, state)
-    value, c = coefficient(estimator.bound, log_w)
-    for_model = (c * estimator.effective(weights.stop_guide(), state)).sum()
-    if estimator.gradient == "dreg":
-        c = estimator.dreg_coefficient(log_w.detach())
-    return _with_gradient(value, for_model + through_draws(c, log_w, pairs))
+def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
+    """The first argument's value with the second's gradient."""
+    return value.detach() + (surrogate - surrogate.detach())
 
 
-def coefficient(bound: Any, log_w: Tensor) -> tuple[Tensor, Tensor]:
+def coefficient(bound: Bound, log_w: Tensor) -> tuple[Tensor, Tensor]:
     """A bound's value summed over the batch, and its slope c in each log-weight, both detached."""
     with torch.enable_grad():
         at = log_w.detach().requires_grad_()
@@ -107,65 +75,52 @@ def through_draws(c: Tensor, log_w: Tensor, pairs: list[tuple[Tensor, Tensor]]) 
     return total
 
 
-def _score(estimator: Estimator, weights: LogWeights, log_w: Tensor) -> Tensor | float:
+def scored_log_q(weights: LogWeights) -> Tensor | None:
+    """log q of the drawn latents that have no reparameterised sampler, ``(K, N)``, or None.
+
+    Raises:
+        ValueError: one of them depends on an enumerated latent.
+    """
     sites = weights.guide_trace.nodes
     scored = [
         term
         for name, term in weights.log_q.items()
         if name not in weights.enumerated and not sites[name]["fn"].has_rsample
     ]
-    if not scored:
-        return 0.0
     if any(term.dim() > 2 for term in scored):
         raise ValueError(
             "a guide's site that is drawn by the score function depends on an enumerated one; "
             "enumerate both, or draw both"
         )
+    return torch.stack(torch.broadcast_tensors(*scored)).sum(0) if scored else None
+
+
+def score(bound: Bound, log_w: Tensor, log_q: Tensor | None, vimco: bool) -> Tensor:
+    """A scalar with the score-function gradient, of ``log_q (K, N)``."""
+    if log_q is None:
+        return log_w.new_zeros(())
     log_w = log_w.detach()
-    advantage = estimator.bound(log_w) - _baseline(estimator, log_w)
-    return (advantage * sum(scored)).sum()
+    return ((bound(log_w) - _baseline(bound, log_w, vimco)) * log_q).sum()
 
 
-def _baseline(estimator: Estimator, log_w: Tensor) -> Tensor:
+def _baseline(bound: Bound, log_w: Tensor, vimco: bool) -> Tensor:
     """The bound without particle k, ``(K, N)``: it does not depend on z_k, so it adds no bias."""
     K = log_w.shape[0]
     if K == 1:
         return torch.zeros_like(log_w)
     others = ~torch.eye(K, dtype=torch.bool, device=log_w.device)
     rows = log_w.expand(K, K, -1)  # row k: all particles, as seen by particle k
-    if estimator.gradient == "vimco":
+    if vimco:
         means = (log_w.sum(0) - log_w) / (K - 1)
         left = torch.where(others.unsqueeze(-1), rows, means.unsqueeze(1))
     else:
         left = rows[others].reshape(K, K - 1, -1)
-    return torch.stack([estimator.bound(row) for row in left.unbind()])
+    return torch.stack([bound(row) for row in left.unbind()])
 
 
-def _with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
-    """The first argument's value with the second's gradient."""
-    return value.detach() + (surrogate - surrogate.detach())
-
-
-def require_reparameterised(estimator: Estimator, weights: LogWeights) -> None:
-    """Raise ``ValueError`` for a drawn site whose draws carry no gradient."""
-    if not torch.is_grad_enabled():
-        return
-    for name in weights.log_q.keys() - weights.enumerated.keys():
-        fn = weights.guide_trace.nodes[name]["fn"]
-        if not fn.has_rsample:
-            raise ValueError(
-                f"{type(estimator).__name__}(gradient={estimator.gradient!r}) cannot "
-                f"differentiate through site {name!r}: {type(fn).__name__} has no reparameterised "
-                f"sampler, and its parameters would get no gradient. Use {_without_path(estimator)}"
-                ', or sum the site out with infer={"enumerate": "parallel"}'
-            )
-
-
-def _without_path(estimator: Estimator) -> str:
-    """The gradients of this estimator, or else of another one, that need no reparameterisation."""
-    possible = [
-        g for g in ("covariance", "reweighted", "score", "vimco") if g in estimator.gradients
-    ]
+def without_path(gradients: Sequence[str]) -> str:
+    """Those of an estimator's gradients that need no reparameterisation, as a cure."""
+    possible = [g for g in ("covariance", "reweighted", "score", "vimco") if g in gradients]
     if not possible:
         return 'another bound, such as elbo.IWELBO(num_particles=8, gradient="vimco")'
     cure = "gradient=" + " or ".join(f'"{gradient}"' for gradient in possible)

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ppvae.elbo.estimator import Estimator, State
-from ppvae.elbo.gradients import coefficient, require_reparameterised, through_draws
+from ppvae.elbo.estimator import Estimator
+from ppvae.elbo.gradients import coefficient, through_draws, with_gradient
+from ppvae.elbo.state import State
 from ppvae.weights import drawn_log_q, log_weights_at_leaves
 
 
@@ -176,7 +177,7 @@ class PIWELBO(_Grouped):
         weights, pairs = log_weights_at_leaves(
             model, guide, *args, num_particles=self.num_draws, **kwargs
         )
-        require_reparameterised(self, weights)
+        self.require_reparameterised(weights)
         log_w = self.effective(weights, state)
         value, c = coefficient(self.bound, log_w)
         if not torch.is_grad_enabled():
@@ -189,7 +190,7 @@ class PIWELBO(_Grouped):
             _, c = coefficient(for_guide.bound, log_w)
             gradient = gradient - (c * drawn_log_q(weights)).sum()  # the guide's own score
         gradient = gradient + through_draws(c, log_w, pairs)
-        return weights.scale * (value + (gradient - gradient.detach()))
+        return weights.scale * with_gradient(value, gradient)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
-from ppvae.elbo.estimator import Estimator, State
+from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.penalties import Penalty, Tilt
+from ppvae.elbo.state import State
 from ppvae.weights import LogWeights, log_weights, reduce_site
 
 Weight = float | Tensor | Callable[[int], float] | Penalty

@@ -10,8 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ppvae.elbo.estimator import Estimator, State
+from ppvae.elbo.estimator import Estimator
+from ppvae.elbo.gradients import with_gradient
 from ppvae.elbo.importance import normalised
+from ppvae.elbo.state import State
 from ppvae.weights import drawn_log_q, log_weights_at_leaves
 
 
@@ -89,7 +91,7 @@ class ThermodynamicELBO(Estimator):
             path = log_q + point * log_w  # beta log p + (1 - beta) log q, at the fixed draws
             gradient = gradient + width * (share * log_w + centred * path)
         gradient = gradient.sum()
-        return weights.scale * (self.bound(fixed).sum() + (gradient - gradient.detach()))
+        return weights.scale * with_gradient(self.bound(fixed).sum(), gradient)
 
     def _intervals(self) -> list[tuple[float, float]]:
         """The left end and the width of every interval of the path."""

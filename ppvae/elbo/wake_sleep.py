@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ppvae.elbo.estimator import Estimator, State
-from ppvae.elbo.gradients import coefficient, require_reparameterised, through_draws
+from ppvae.elbo.estimator import Estimator
+from ppvae.elbo.gradients import coefficient, through_draws, with_gradient
 from ppvae.elbo.importance import log_mean_exp
+from ppvae.elbo.state import State
 from ppvae.weights import drawn_log_q, dream_log_q, log_weights_at_leaves
 
 
@@ -81,10 +82,10 @@ class ReweightedWakeSleep(Estimator):
         if self.insomnia < 1:
             asleep = dream_log_q(model, guide, *args, **kwargs).sum()
             gradient = gradient + (1 - self.insomnia) * asleep
-        return weights.scale * (value + (gradient - gradient.detach()))
+        return weights.scale * with_gradient(value, gradient)
 
     def _wake(self, weights: Any, log_w: Tensor, normalised: Tensor, pairs: Any) -> Tensor:
         if self.gradient == "dreg":
-            require_reparameterised(self, weights)
+            self.require_reparameterised(weights)
             return through_draws(normalised - normalised.square(), log_w, pairs)
         return (normalised * drawn_log_q(weights)).sum()

@@ -1,0 +1,92 @@
+"""What an estimator remembers between steps, and the schedules that it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppvae.pairs import NotCompiled
+
+Schedule = Callable[[int], float]
+
+
+class State(nn.Module):
+    """What an estimator remembers between steps; saved with ``state_dict()``.
+
+    Attributes:
+        weight: the weight on the KL at the last training loss, a 0-d tensor, where one changes.
+    """
+
+    log_multiplier: Tensor  # of a Constraint
+    violation: Tensor
+    latest_violation: Tensor  # of the last loss; not saved
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_steps = 0
+        self.weight: Tensor | None = None
+        self._slots: tuple[Tensor, list[tuple[Schedule, Tensor]]] | None = None  # see traced
+        self._asked = 0  # how many of them this loss has asked for
+
+    @property
+    def step(self) -> int:
+        """Training losses computed so far; what schedules are called with."""
+        if self._slots is not None:
+            raise NotCompiled(
+                "the estimator reads state.step, and a graph would keep the step it was built at "
+                "for ever; let it ask for what changes: state.at_step(schedule)"
+            )
+        return self._num_steps
+
+    def at_step(self, weight: float | Tensor | Schedule) -> Any:
+        """A weight as it is now: a schedule's value at this step, anything else as given.
+
+        In a graph it is a tensor, which is filled anew before each step.
+        """
+        if isinstance(weight, Tensor) or not callable(weight):
+            return weight
+        if self._slots is None:
+            return weight(self._num_steps)
+        like, slots = self._slots
+        if self._asked == len(slots):
+            value = float(weight(self._num_steps))
+            slot = torch.full((), value, dtype=like.dtype, device=like.device)
+            if type(slot) is not Tensor:  # made while tracing: it would hold this value for ever
+                raise NotCompiled("the estimator asks at_step more often in one loss than another")
+            slots.append((weight, slot))
+        self._asked += 1
+        return slots[self._asked - 1][1]
+
+    @contextmanager
+    def traced(self, like: Tensor) -> Iterator[list[tuple[Schedule, Tensor]]]:
+        """Inside, a graph is traced: schedules give tensors, of the dtype and device of ``like``.
+
+        Yields:
+            The schedules that were asked for, each with the tensor that holds its value.
+        """
+        slots: list[tuple[Schedule, Tensor]] = []
+        kept, self._slots, self._asked = vars(self).copy(), (like, slots), 0
+        try:
+            yield slots
+        finally:
+            vars(self).clear()
+            vars(self).update(kept)
+
+    def count(self) -> None:
+        """One more training loss was computed."""
+        self._num_steps += 1
+
+    @property
+    def learning(self) -> bool:
+        """Whether a loss computed now is a training step."""
+        return self.training and torch.is_grad_enabled()
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self._num_steps}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self._num_steps = state["step"]
