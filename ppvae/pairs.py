@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -38,36 +39,125 @@ class NotCompiled(RuntimeError):
 
 @dataclass(frozen=True)
 class Structure:
-    """What is the same at every run of a pair.
+    """What has to be known of a call of a pair before it is run.
 
     Attributes:
         nesting: how many plate dims it uses.
-        enumerates: whether a latent is marked ``infer={"enumerate": "parallel"}``.
+        enumerated: how many latents are marked ``infer={"enumerate": "parallel"}``.
     """
 
     nesting: int
-    enumerates: bool
+    enumerated: int
+
+    @staticmethod
+    def of(*traces: Trace) -> Structure:
+        """The structure that a run had."""
+        sites = [site for drawn in traces for site in sample_sites(drawn).values()]
+        dims = [
+            frame.dim
+            for site in sites
+            for frame in site["cond_indep_stack"]
+            if frame.name != PARTICLE_PLATE
+        ]
+        return Structure(
+            nesting=-min([dim for dim in dims if dim is not None], default=0),
+            enumerated=len({site["name"] for site in sites if is_enumerated(site)}),
+        )
+
+    def allows(self, other: Structure) -> bool:
+        """Whether a run prepared for this structure is right for another."""
+        return self.nesting >= other.nesting and self.enumerated >= other.enumerated
 
 
-# Found once per pair: model -> guide -> what is known.
-_structures: WeakKeyDictionary[Any, WeakKeyDictionary[Any, Structure]] = WeakKeyDictionary()
-_kl_valid: WeakKeyDictionary[Any, WeakKeyDictionary[Any, frozenset[str]]] = WeakKeyDictionary()
+class Memory:
+    """What is remembered of calls of a pair; gone when one of its programs is.
+
+    Never by the pair alone: labels may be given in one call and not in the next, a plate may be
+    there in one mode only. So each entry is of a :func:`signature`, and whoever uses it looks
+    whether the run that follows agrees.
+    """
+
+    def __init__(self) -> None:
+        self._by_model: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict]] = WeakKeyDictionary()
+
+    def of(self, model: Program, guide: Program) -> dict[Any, Any]:
+        """A dictionary for the pair; an empty one where a program cannot be remembered."""
+        # a bound method is made anew at each mention
+        owners = [module_of(program) or program for program in (model, guide)]
+        methods = tuple(getattr(program, "__func__", None) for program in (model, guide))
+        try:
+            by_guide = self._by_model.setdefault(owners[0], WeakKeyDictionary())
+            entries: dict[Any, Any] = by_guide.setdefault(owners[1], {}).setdefault(methods, {})
+        except TypeError:  # not hashable, or nothing weak can refer to it
+            return {}
+        if len(entries) >= _MOST_CALLS:
+            entries.clear()
+        return entries
+
+
+_MOST_CALLS = 64
+_structures, _kl_valid = Memory(), Memory()
+_MODES = (bool, str, type(None))
+_MODES_AND_COUNTS = (*_MODES, int)
+
+
+def signature(
+    model: Program, guide: Program, args: Args, kwargs: Kwargs, kinds: tuple = _MODES
+) -> Any:
+    """What may decide which sites a call has: what it is called with, and the programs' settings.
+
+    Of tensors the number of dims; of other arguments, of the attributes of a program, what is in
+    its closure and the globals that it mentions, the values of some kinds: by default flags, words
+    and what is None.
+    """
+    given = (*args, *(item for pair in sorted(kwargs.items()) for item in pair))
+    described = tuple([_described(value, kinds) for value in given])
+    return described, _settings(model, kinds), _settings(guide, kinds)
+
+
+def _described(value: Any, kinds: tuple) -> Any:
+    if isinstance(value, Tensor):
+        return value.dim()
+    if isinstance(value, (tuple, list)):
+        return tuple([_described(item, kinds) for item in value])
+    if isinstance(value, dict):
+        return tuple([(key, _described(item, kinds)) for key, item in value.items()])
+    return (type(value), value) if type(value) in kinds else type(value)
+
+
+def _settings(program: Program, kinds: tuple) -> Any:
+    owner = module_of(program)
+    attributes = vars(owner) if owner is not None else {}
+    function = getattr(owner, "forward", None) if owner is program else program
+    function = inspect.unwrap(getattr(function, "__func__", function))  # type: ignore[arg-type]
+    code = getattr(function, "__code__", None)
+    values = list(attributes.values())
+    if code is not None:
+        values += [_content(cell) for cell in function.__closure__ or ()]
+        values += [function.__globals__.get(name) for name in code.co_names]
+    return tuple([value for value in values if type(value) in kinds])
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet filled
+        return None
 
 
 def structure(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Structure:
-    """Found by running the pair once, unnoticed; remembered for the pair."""
-    by_guide = _structures.setdefault(model, WeakKeyDictionary())
-    if guide not in by_guide:
-        with unnoticed(model, guide):
-            guide_trace = trace(guide, args, kwargs)
-            model_trace = replay(model, guide_trace, args, kwargs)
-        sites = [*sample_sites(guide_trace).values(), *sample_sites(model_trace).values()]
-        dims = [frame.dim for site in sites for frame in site["cond_indep_stack"]]
-        by_guide[guide] = Structure(
-            nesting=-min([dim for dim in dims if dim is not None], default=0),
-            enumerates=any(is_enumerated(site) for site in sites),
-        )
-    return by_guide[guide]
+    """That of a call: remembered, or found by running the pair once, unnoticed."""
+    known, call = _structures.of(model, guide), signature(model, guide, args, kwargs)
+    if call not in known:
+        known[call] = _find_structure(model, guide, args, kwargs)
+    found: Structure = known[call]
+    return found
+
+
+def _find_structure(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Structure:
+    with own_path(), unnoticed(model, guide):
+        guide_trace = trace(guide, args, kwargs)
+        return Structure.of(guide_trace, replay(model, guide_trace, args, kwargs))
 
 
 def run(
@@ -83,16 +173,77 @@ def run(
     With ``leaves``, every draw that has a gradient is replaced by a detached leaf as soon as it is
     made, so that later sites of the guide, and the model, see the leaves.
     """
-    found = structure(model, guide, args, kwargs)
+    known, call = _structures.of(model, guide), signature(model, guide, args, kwargs)
+    found = known.get(call)
+    if found is not None:
+        try:
+            traces = _run(model, guide, args, kwargs, num_particles, leaves, found)
+        except (ValueError, RuntimeError, IndexError):  # an inner plate that was not there before
+            if found.allows(_find_structure(model, guide, args, kwargs)):
+                raise
+        else:
+            if found.allows(Structure.of(*traces)):
+                return traces
+        if leaves is not None:
+            leaves.pairs.clear()
+    found = known[call] = _find_structure(model, guide, args, kwargs)
+    return _run(model, guide, args, kwargs, num_particles, leaves, found)
+
+
+def _run(
+    model: Program,
+    guide: Program,
+    args: Args,
+    kwargs: Kwargs,
+    num_particles: int,
+    leaves: Leaves | None,
+    found: Structure,
+) -> tuple[Trace, Trace]:
     drawing, scoring = guide, model
-    if found.enumerates:
+    if found.enumerated:
         leftmost = found.nesting + (num_particles > 1)
-        drawing = EnumMessenger(first_available_dim=-1 - leftmost)(guide)
-        scoring = EnumMessenger()(model)
+        recycles = found.enumerated > _MOST_DIMS
+        drawing = Enumerate(recycles, first_available_dim=-1 - leftmost)(guide)
+        scoring = Enumerate(recycles)(model)
     with particle_plate(found, num_particles):
         with leaves or nullcontext():
             guide_trace = trace(drawing, args, kwargs)
         return guide_trace, replay(scoring, guide_trace, args, kwargs)
+
+
+_MOST_DIMS = 40  # of enumerated latents; a tensor has 64 at most
+
+
+class Enumerate(EnumMessenger):
+    """Pyro's enumeration, where it is exact.
+
+    Args:
+        recycles: let ``pyro.markov`` give the dim of a latent that is out of scope to another. It
+            is done for long chains only: what is out of scope the program says, and a model that
+            remembers more steps than it says, or a guide without ``pyro.markov`` beside a model
+            with it, would mix up two latents.
+        first_available_dim: the rightmost dim for latents.
+    """
+
+    def __init__(self, recycles: bool, first_available_dim: int | None = None) -> None:
+        super().__init__(first_available_dim)
+        self.recycles = recycles
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not self.recycles:
+            msg["infer"].pop("_markov_scope", None)
+        if is_enumerated(msg) and not msg["done"]:
+            if msg["infer"].get("num_samples") is not None:
+                raise ValueError(
+                    f"site {msg['name']!r}: with infer={{'num_samples': ...}} a few values are "
+                    "drawn, and would be summed as if they were all there are; leave it out"
+                )
+            if not getattr(msg["fn"], "has_enumerate_support", False):
+                raise ValueError(
+                    f"site {msg['name']!r} is marked to be enumerated, and "
+                    f"{type(msg['fn']).__name__} has no finite support; draw it"
+                )
+        super()._pyro_sample(msg)
 
 
 class Leaves(Messenger):
@@ -175,28 +326,31 @@ def is_enumerated(site: Site) -> bool:
 
 
 def closed_form_kl_valid(
-    model: Program, guide: Program, args: Args, kwargs: Kwargs
+    model: Program, guide: Program, args: Args, kwargs: Kwargs, order: tuple[str, ...]
 ) -> frozenset[str]:
     """The latents s of which no parent in the model is a descendant of s in the guide.
 
     For the others (a bottom-up guide) KL(q || p) has not the expectation of log q - log p. Found
-    by tracking what each site's distribution is computed from, never by the order of sites.
+    by tracking what each site's distribution is computed from, never by the order of sites; but
+    found anew where ``order``, the sites of this run in their order, is another.
     """
-    by_guide = _kl_valid.setdefault(model, WeakKeyDictionary())
-    if guide not in by_guide:
-        with unnoticed(model, guide), TrackProvenance():
+    known = _kl_valid.of(model, guide)
+    call = order, signature(model, guide, args, kwargs, _MODES_AND_COUNTS)
+    if call not in known:
+        with own_path(), unnoticed(model, guide), TrackProvenance():
             guide_trace = trace(guide, args, kwargs)
             model_trace = replay(model, guide_trace, args, kwargs)
         in_guide, in_model = _parents(guide_trace), _parents(model_trace)
         ancestors: dict[str, frozenset[str]] = {}
         for name, parents in in_guide.items():  # in the order of drawing: parents come first
             ancestors[name] = parents.union(*(ancestors[parent] for parent in parents))
-        by_guide[guide] = frozenset(
+        known[call] = frozenset(
             name
             for name in in_guide
             if not any(name in ancestors.get(u, ()) or name == u for u in in_model.get(name, ()))
         )
-    return by_guide[guide]
+    valid: frozenset[str] = known[call]
+    return valid
 
 
 def _parents(drawn: Trace) -> dict[str, frozenset[str]]:

@@ -6,16 +6,20 @@ Every bound and gradient estimator, and every diagnostic, is a function of what
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.distributions import biject_to
 
+from ppvae.enumeration import sum_out, total
 from ppvae.pairs import (
     DATA_PLATE,
-    PARTICLE_PLATE,
     Leaves,
     Program,
     Site,
@@ -27,6 +31,17 @@ from ppvae.pairs import (
     sample_sites,
     simulate,
 )
+from ppvae.terms import (
+    Letters,
+    Term,
+    leftmost_plate,
+    log_density,
+    reduce_site,
+    term,
+    unmasked,
+)
+
+__all__ = ["LogWeights", "log_weights", "reduce_site"]
 
 
 @dataclass(frozen=True)
@@ -37,14 +52,17 @@ class LogWeights:
 
     Latents marked ``infer={"enumerate": "parallel"}`` are summed out exactly, in the guide, in the
     model, or in both: with c enumerated, :math:`w_{kn} = \sum_c p(x_n, c, z_{kn}) / q(z_{kn} \mid
-    x_n)`. The terms then have enumeration dims left of ``(K, N)``.
+    x_n)`. A term that depends on one has a dim for it left of ``(K, N)``.
 
     Attributes:
         log_w: ``(K, N)``, nats, masked, not scaled by any plate or ``poutine.scale``.
-        log_p: model terms by site name, latent and observed, each broadcastable to ``(K, N)``.
-        log_q: guide terms by site name.
+        p, q: the :class:`~ppvae.terms.Term` of each site of the model and of the guide.
         observed: names of the observed sites.
-        enumerated: by name of an enumerated latent, its dim in the terms (-3, -4, ...).
+        letters: of enumerated latents and inner plates; empty where nothing is enumerated.
+        enumerated: the letter of each enumerated latent, by name.
+        factors: of each enumerated latent, its unmasked log p or log q by
+            ``("model" | "guide", name)``: what it is summed or averaged with. A mask hides its
+            term, but its probabilities still sum to 1.
         scale: N_total / N of the data plate: 1 for full data and for hand-made minibatches. It
             belongs outside the logarithm of a bound.
         site_scales: what ``poutine.scale`` or an inner subsampled plate put on single sites,
@@ -57,10 +75,12 @@ class LogWeights:
     """
 
     log_w: Tensor
-    log_p: dict[str, Tensor]
-    log_q: dict[str, Tensor]
+    p: dict[str, Term] = field(repr=False)
+    q: dict[str, Term] = field(repr=False)
     observed: frozenset[str]
-    enumerated: dict[str, int]
+    letters: Letters = field(repr=False)
+    enumerated: dict[str, str]
+    factors: dict[tuple[str, str], Term] = field(repr=False)
     scale: float
     site_scales: dict[tuple[str, str], Any] = field(repr=False)
     leftmost: int
@@ -69,26 +89,62 @@ class LogWeights:
     model_trace: Trace = field(repr=False)
     pair: tuple[Program, Program, tuple[Any, ...], dict[str, Any]] = field(repr=False)
 
+    @cached_property
+    def log_p(self) -> dict[str, Tensor]:
+        """Model terms by site name, latent and observed, each broadcastable to ``(..., K, N)``."""
+        return {name: term.values for name, term in self.p.items()}
+
+    @cached_property
+    def log_q(self) -> dict[str, Tensor]:
+        """Guide terms by site name."""
+        return {name: term.values for name, term in self.q.items()}
+
     @property
     def latents(self) -> tuple[str, ...]:
         """Names of the guide's sites, in its order."""
-        return tuple(self.log_q)
+        return tuple(self.q)
 
     @property
     def num_particles(self) -> int:
         """K."""
         return self.log_w.shape[0]
 
+    @property
+    def full_size(self) -> float:
+        """How many datapoints a loss sums over: N, or N_total of a subsampled data plate."""
+        return self.scale * self.log_w.shape[1]
+
+    def weighted(self, program: str) -> dict[str, Term]:
+        """The terms of the ``"model"`` or the ``"guide"``, times what is in ``site_scales``."""
+        terms, drawn = self.p, self.model_trace
+        if program == "guide":
+            terms, drawn = self.q, self.guide_trace
+        found = dict(terms)
+        for owner, name in self.site_scales:
+            if owner == program:
+                site, scale = drawn.nodes[name], self.site_scales[owner, name]
+                if isinstance(scale, Tensor) and scale.dim():  # it may differ within inner plates
+                    values = log_density(site) * scale
+                    found[name] = term(site, self.leftmost, self.joint, self.letters, values)
+                else:
+                    found[name] = found[name]._replace(values=found[name].values * scale)
+        return found
+
+    def model_factors(self) -> dict[str, Term]:
+        """What log p is a product of: terms, and of enumerated latents the unmasked ones."""
+        return {name: self.factors.get(("model", name), term) for name, term in self.p.items()}
+
     def stop_guide(self) -> LogWeights:
         """The same values, without the gradient of log q: that of the model's terms is left."""
-        log_q = {name: term.detach() for name, term in self.log_q.items()}
-        return replace(self, log_w=_combine(self.log_p, log_q, self.enumerated), log_q=log_q)
+        q = {name: t._replace(values=t.values.detach()) for name, t in self.q.items()}
+        log_w = _combine(self.p, q, self.enumerated, self.factors)
+        return replace(self, log_w=log_w.expand_as(self.log_w), q=q)
 
     def kl_valid(self) -> frozenset[str]:
         """Latents whose closed-form KL(q || p) has the expectation of log q - log p."""
-        if len(self.log_q) == 1:
-            return frozenset(self.log_q)
-        return closed_form_kl_valid(*self.pair)
+        if len(self.q) == 1:
+            return frozenset(self.q)
+        return closed_form_kl_valid(*self.pair, order=(*self.q, *self.p))
 
 
 def log_weights(
@@ -139,51 +195,7 @@ def log_weights(
     """
     if num_particles < 1:
         raise ValueError(f"num_particles must be at least 1, got {num_particles}")
-    pair = (model, guide, args, kwargs)
-    with own_path():
-        guide_trace, model_trace = run(*pair, num_particles)
-        return _weigh(model_trace, guide_trace, num_particles, joint, pair)
-
-
-def log_weights_along_paths(
-    model: Program,
-    guide: Program,
-    *args: Any,
-    num_particles: int = 1,
-    joint: bool = False,
-    **kwargs: Any,
-) -> LogWeights:
-    """:func:`log_weights` in fewer operations, for total derivatives in the parameters only.
-
-    Log q of a normal draw is a function of the noise, so it has no slope in the draw itself.
-    """
-    pair = (model, guide, args, kwargs)
-    with own_path():
-        guide_trace, model_trace = run(*pair, num_particles)
-        return _weigh(model_trace, guide_trace, num_particles, joint, pair, along_paths=True)
-
-
-def log_weights_at_leaves(
-    model: Program,
-    guide: Program,
-    *args: Any,
-    num_particles: int = 1,
-    joint: bool = False,
-    **kwargs: Any,
-) -> tuple[LogWeights, list[tuple[Tensor, Tensor]]]:
-    """Log-weights as a function of detached draws, for gradients along the sample path only.
-
-    Args:
-        model, guide, args, num_particles, joint, kwargs: as in :func:`log_weights`.
-
-    Returns:
-        The log-weights at leaves z' = z.detach(), and the pairs ``(z, z')`` in the order of
-        drawing: z still depends on the guide's parameters, and on the leaves drawn before it.
-    """
-    pair, leaves = (model, guide, args, kwargs), Leaves()
-    with own_path():
-        guide_trace, model_trace = run(*pair, num_particles, leaves)
-        return _weigh(model_trace, guide_trace, num_particles, joint, pair), leaves.pairs
+    return weigh(model, guide, args, {**kwargs, "joint": joint}, num_particles)
 
 
 def drawn_log_q(weights: LogWeights) -> Tensor:
@@ -192,13 +204,13 @@ def drawn_log_q(weights: LogWeights) -> Tensor:
     Raises:
         ValueError: a drawn latent depends on an enumerated one, so that there is no such number.
     """
-    terms = [term for name, term in weights.log_q.items() if name not in weights.enumerated]
-    if any(term.dim() > 2 for term in terms):
+    drawn = [t for name, t in weights.q.items() if name not in weights.enumerated]
+    if any(t.letters for t in drawn):
         raise ValueError(
             "a latent that the guide draws depends on one that it enumerates; draw both, or "
             "enumerate the discrete one in the model only"
         )
-    return sum(terms, torch.zeros_like(weights.log_w))
+    return total([Term(torch.zeros_like(weights.log_w)), *drawn])
 
 
 def dream_log_q(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
@@ -215,89 +227,147 @@ def dream_log_q(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Te
     with own_path():
         dreamt, dream = simulate(model, args, kwargs)
         sites = sample_sites(replay(guide, dream, dreamt, kwargs))
-        leftmost = _leftmost_plate(list(sites.values()))
-        terms = [_log_prob(site, leftmost, joint=False) for site in sites.values()]
-        return cast(Tensor, sum(terms))
+        leftmost = leftmost_plate(list(sites.values()))
+        return total([term(site, leftmost) for site in sites.values()])
 
 
-def _weigh(
-    model_trace: Trace,
-    guide_trace: Trace,
+def weigh(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
     num_particles: int,
-    joint: bool,
-    pair: Any,
-    along_paths: bool = False,
+    *,
+    leaves: Leaves | None = None,
+    along_path: bool = False,
 ) -> LogWeights:
-    """Log-weights from a guide's trace and the model's trace replayed against it."""
-    model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
-    observed = frozenset(name for name, site in model_sites.items() if site["is_observed"])
-    check_latents(model_sites, guide_sites)
+    """:func:`log_weights`, of the arguments of a call, for gradients of one kind or another.
 
-    scale, site_scales = _scales({"model": model_sites, "guide": guide_sites}, joint)
-    leftmost = _leftmost_plate([*model_sites.values(), *guide_sites.values()])
-    log_p = {name: _log_prob(site, leftmost, joint) for name, site in model_sites.items()}
-    log_q = {
-        name: _log_prob(site, leftmost, joint, along_paths) for name, site in guide_sites.items()
-    }
-    enumerated = {
-        name: site["infer"]["_enumerate_dim"] - leftmost - 2
-        for name, site in {**guide_sites, **model_sites}.items()
-        if site["infer"].get("_enumerate_dim") is not None
-    }
-    for name in enumerated:
-        frames = {frame.name for frame in (guide_sites | model_sites)[name]["cond_indep_stack"]}
-        if joint or frames - {DATA_PLATE, PARTICLE_PLATE}:
-            raise ValueError(
-                f"latent {name!r} is to be summed out for each datapoint, which is not possible "
-                f"with joint=True or inside an inner plate (its plates: {sorted(frames)}); draw it "
-                "in the guide, or train with pyro.infer.TraceEnum_ELBO"
-            )
-    log_w = _combine(log_p, log_q, enumerated)
-    if log_w.shape[0] != num_particles:  # no latent at all: every particle is the same
-        log_w = log_w.expand(num_particles, -1)
-    return LogWeights(
-        log_w,
-        log_p,
-        log_q,
-        observed,
-        enumerated,
-        scale,
-        site_scales,
-        leftmost,
-        joint,
-        guide_trace,
-        model_trace,
-        pair,
-    )
+    Args:
+        model, guide, num_particles: as in :func:`log_weights`.
+        args, kwargs: what both programs are called with; ``joint`` in ``kwargs`` is for this.
+        leaves: collects the draws, and puts detached leaves in their places: the log-weights are
+            then functions of these, for gradients along the sample path only.
+        along_path: fewer operations, for total derivatives in the parameters only: log q of a
+            normal draw is a function of the noise, so it has no slope in the draw itself.
+    """
+    kwargs = dict(kwargs)
+    joint: bool = kwargs.pop("joint", False)
+    with own_path():
+        traces = run(model, guide, args, kwargs, num_particles, leaves)
+        guide_sites, model_sites = (sample_sites(drawn) for drawn in traces)
+        check_latents(model_sites, guide_sites)
+        if guide_sites.keys() - model_sites.keys():
+            check_auxiliary(model_sites, guide_sites)
+        scale, site_scales = _scales({"model": model_sites, "guide": guide_sites}, joint)
+        leftmost = leftmost_plate([*model_sites.values(), *guide_sites.values()])
+        summed = {**guide_sites, **model_sites}
+        summed = {n: s for n, s in summed.items() if "_enumerate_dim" in s["infer"]}
+        letters = Letters()
+
+        def terms(sites: dict[str, Site], along_path: bool = False) -> dict[str, Term]:
+            return {
+                name: term(site, leftmost, joint, letters, log_density(site, along_path))
+                for name, site in sites.items()
+            }
+
+        p, q = terms(model_sites), terms(guide_sites, along_path)
+        enumerated, factors = {}, {}
+        for name, site in summed.items():
+            enumerated[name] = letters[
+                "latent", site["infer"]["_dim_to_id"][site["infer"]["_enumerate_dim"]]
+            ]
+            for program, sites in (("model", model_sites), ("guide", guide_sites)):
+                if name in sites:
+                    free = {**sites[name], "fn": unmasked(sites[name]["fn"]), "mask": None}
+                    factors[program, name] = term(free, leftmost, joint, letters)
+        log_w = _combine(p, q, enumerated, factors)
+        if log_w.shape[0] != num_particles:  # no latent at all: every particle is the same
+            log_w = log_w.expand(num_particles, -1)
+        guide_trace, model_trace = traces
+        return LogWeights(
+            log_w,
+            p,
+            q,
+            frozenset(n for n, s in model_sites.items() if s["is_observed"]),
+            letters,
+            enumerated,
+            factors,
+            scale,
+            site_scales,
+            leftmost,
+            joint,
+            guide_trace,
+            model_trace,
+            (model, guide, args, kwargs),
+        )
+
+
+def whole_weights(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_particles: int,
+) -> LogWeights:
+    """Log-weights of whole datapoints, and of all that the call is given.
+
+    What is reported as a bound, as log p(x) or as information is made of these.
+
+    Raises:
+        ValueError: a plate subsamples itself.
+    """
+    weights = weigh(model, guide, args, kwargs, num_particles)
+    require_whole(weights)
+    return weights
+
+
+def require_whole(weights: LogWeights) -> None:
+    """Raise ``ValueError`` if a plate of the pair subsamples itself: see :func:`whole_weights`."""
+    _, _, args, kwargs = weights.pair
+    given = {len(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()}
+    for program, drawn in (("model", weights.model_trace), ("guide", weights.guide_trace)):
+        for name, site in sample_sites(drawn).items():
+            for frame in site["cond_indep_stack"]:
+                # a data plate of the size of an argument was given its rows
+                rows = frame.name == DATA_PLATE and frame.size in given
+                if frame.full_size not in (None, frame.size) and not rows:
+                    raise ValueError(
+                        f"site {name!r} of the {program}: plate {frame.name!r} takes "
+                        f"{frame.size} of {frame.full_size} by itself, and a bound or log p(x) "
+                        "is of whole datapoints. Evaluate a pair whose plates are whole"
+                    )
 
 
 def _combine(
-    log_p: dict[str, Tensor], log_q: dict[str, Tensor], enumerated: dict[str, int]
+    p: Mapping[str, Term],
+    q: Mapping[str, Term],
+    enumerated: Mapping[str, str],
+    factors: Mapping[tuple[str, str], Term],
 ) -> Tensor:
-    """log of sum over the enumerated latents of p / q of the drawn ones, ``(K, N)``."""
-    log_w, *others = log_p.values()  # sum() would begin with 0 + log_w
-    for term in others:
-        log_w = log_w + term
-    for name, term in log_q.items():
-        if name not in enumerated:
-            log_w = log_w - term
-    return sum_out(log_w)
-
-
-def sum_out(terms: Tensor) -> Tensor:
-    """logsumexp over the enumeration dims, which are left of ``(K, N)``."""
-    return terms.flatten(0, -3).logsumexp(0) if terms.dim() > 2 else terms
+    """log of the sum, over the enumerated latents, of p / q of the drawn ones, ``(K, N)``."""
+    if enumerated:
+        drawn = [t._replace(values=-t.values) for name, t in q.items() if name not in enumerated]
+        terms = [factors.get(("model", name), t) for name, t in p.items()]
+        return total(sum_out([*terms, *drawn], enumerated.values()))
+    log_w = total(p.values())
+    for t in q.values():
+        log_w = log_w - t.values
+    return log_w
 
 
 def check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
     """Raise ``ValueError`` unless model and guide have the same latent sites."""
+    for site in (*model_sites.values(), *guide_sites.values()):
+        if site["infer"] and not site["is_observed"]:
+            _check_infer(site)
     latents = {name for name, site in model_sites.items() if not site["is_observed"]}
     if latents == guide_sites.keys() and len(latents) < len(model_sites):
         return
     # A latent that only the model has may be summed out there.
     latents -= {n for n in latents - guide_sites.keys() if is_enumerated(model_sites[n])}
     missing = sorted(latents - guide_sites.keys())
-    auxiliary = {n for n, site in guide_sites.items() if site["infer"].get("is_auxiliary")}
+    auxiliary = {n for n in guide_sites.keys() - latents if _is_auxiliary(guide_sites[n])}
     extra = sorted(guide_sites.keys() - latents - auxiliary)
     if missing:
         raise ValueError(
@@ -308,8 +378,8 @@ def check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) ->
     if extra:
         raise ValueError(
             f"the guide samples {extra}, which the model does not have as latent; the model's "
-            f"latents are {sorted(latents)}. Remove the site from the guide, or mark it with "
-            "infer={'is_auxiliary': True}"
+            f"latents are {sorted(latents)}. Remove the site from the guide, or give the model a "
+            "density of it, r(a | z), under the same name"
         )
     if not any(site["is_observed"] for site in model_sites.values()):
         raise ValueError(
@@ -318,78 +388,51 @@ def check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) ->
         )
 
 
-def _log_prob(site: Site, leftmost: int, joint: bool, along_paths: bool = False) -> Tensor:
-    """log-prob of one site: unscaled, masked, at least float32, ``(..., K or 1, N or 1)``."""
-    fn = site["fn"]
-    density = getattr(fn, "log_prob_along_path", fn.log_prob) if along_paths else fn.log_prob
-    log_prob: Tensor = density(site["value"], *site["args"], **site["kwargs"])
-    if log_prob.dtype in (torch.float16, torch.bfloat16):
-        log_prob = log_prob.float()
-    return reduce_site(site, log_prob, leftmost, joint)
+def _check_infer(site: Site) -> None:
+    """Refuse what Pyro would do with a latent that is not done here."""
+    how = site["infer"].get("enumerate")
+    if how not in (None, False, "parallel"):
+        raise ValueError(
+            f"site {site['name']!r}: infer={{'enumerate': {how!r}}} is not done here, and it would "
+            'be drawn instead; use "parallel", or leave it out to draw the latent'
+        )
 
 
-def reduce_site(site: Site, values: Tensor, leftmost: int, joint: bool = False) -> Tensor:
-    """Mask values of a site's batch shape, and sum its inner plates.
+def _is_auxiliary(site: Site) -> bool:
+    return bool(site["infer"].get("is_auxiliary"))
 
-    Args:
-        site: gives the mask and the plates.
-        values: of the site's batch shape; dims left of ``leftmost`` are kept.
-        leftmost: the leftmost plate dim of the pair (negative, or 0 without plates).
-        joint: sum the data plate too.
 
-    Returns:
-        ``(..., K or 1, N or 1)``.
+def check_auxiliary(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
+    """Refuse a guide's own site with a density, unless it is the noise of all its latents.
+
+    That is how Pyro's autoguides write a density: one draw, and latents that are functions of it,
+    whose Jacobians are the log-densities of their ``Delta``.
     """
-    mask = site["mask"]
-    if mask is False:
-        values = torch.zeros_like(values)
-    elif mask is not None and mask is not True:
-        values = torch.where(mask, values, values.new_zeros(()))
-
-    data_dim, particle_dim = _dims(site)
-    if joint:
-        data_dim = None
-    elif data_dim is None:
-        raise ValueError(
-            f"site {site['name']!r} lies outside the plate {DATA_PLATE!r}, so there is no weight "
-            f"per datapoint (its plates: {[f.name for f in site['cond_indep_stack']]}). Put it "
-            f'inside `with pyro.plate("{DATA_PLATE}", len(x)):` in both model and guide; if it is '
-            "a global latent, ask for one weight per batch with joint=True, in log_weights(...) or "
-            "as svi.step(x, joint=True)"
-        )
-    if values.dim() < -leftmost:
-        values = values.reshape((1,) * (-leftmost - values.dim()) + values.shape)
-    summed = [dim for dim in range(leftmost, 0) if dim not in (particle_dim, data_dim)]
-    if summed:
-        values = values.sum(summed)
-    if particle_dim is None:
-        values = values.unsqueeze(-1 if data_dim is None else -2)
-    if data_dim is None:
-        values = values.unsqueeze(-1)
-    return values
+    names = guide_sites.keys() - model_sites.keys()
+    noise = {n: guide_sites[n] for n in names if not _is_point(guide_sites[n]["fn"])}
+    size = sum(site["value"].numel() for site in noise.values())
+    if size == 0:  # a factor has no value
+        return
+    latents = names ^ guide_sites.keys()
+    functions = all(_is_point(guide_sites[name]["fn"]) for name in latents)
+    if functions and size == sum(_unconstrained_size(model_sites[name]) for name in latents):
+        return
+    raise ValueError(
+        f"the guide draws {sorted(noise)} beside the model's latents, and q(z | x) would take an "
+        "integral over it, so no log-weight can be formed. Give the model a site of that name, "
+        "with any density r(a | z): the bound is then one of the pair with both latents"
+    )
 
 
-def _leftmost_plate(sites: list[Site]) -> int:
-    """The leftmost plate dim, particles included; enumeration dims lie left of it."""
-    dims = [frame.dim for site in sites for frame in site["cond_indep_stack"]]
-    return min([dim for dim in dims if dim is not None], default=0)
+def _is_point(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
 
 
-def _dims(site: Site) -> tuple[int | None, int | None]:
-    """Where the data plate and the particle plate lie at a site (negative dims)."""
-    data_dim = particle_dim = None
-    for frame in site["cond_indep_stack"]:
-        if frame.name == DATA_PLATE:
-            data_dim = frame.dim
-        elif frame.name == PARTICLE_PLATE:
-            particle_dim = frame.dim
-    if particle_dim is not None and data_dim is not None and particle_dim > data_dim:
-        raise ValueError(
-            f"site {site['name']!r}: its plates nest deeper than when this pair was first run "
-            "(a plate lies left of the particles); give inner plates explicit dims, e.g. "
-            f'pyro.plate("pixels", P, dim=-2) with pyro.plate("{DATA_PLATE}", N, dim=-1)'
-        )
-    return data_dim, particle_dim
+def _unconstrained_size(site: Site) -> int:
+    transform = biject_to(site["fn"].support)
+    return torch.Size(transform.inverse_shape(site["value"].shape)).numel()
 
 
 def _scales(

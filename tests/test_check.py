@@ -108,7 +108,7 @@ def test_good_pairs_pass():
 
 def test_missing_and_extra_latents():
     refused(Model(("z", "w")), Toy(), X, match=("no site for the model's latent ['w']", "['z']"))
-    refused(Model(), Toy(("z", "w")), X, match=("the guide samples ['w']", "is_auxiliary"))
+    refused(Model(), Toy(("z", "w")), X, match=("the guide samples ['w']", "r(a | z)"))
     refused(Model(), Toy(("zz",)), X, match=("latent ['z']", "['zz']"))
     refused(Toy(), Toy(), X, match="no observed site")
 

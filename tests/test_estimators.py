@@ -741,11 +741,42 @@ def test_numpyro_gives_the_same_renyi_bound_on_shared_weights() -> None:
 
 
 @pytest.mark.parametrize("where", GUIDES)
-def test_a_scale_inside_a_sum_over_latents_is_refused(where: str) -> None:
-    model, guide = ClusterModel(), ClusterGuide(*GUIDES[where])
-    scaled = pyro.poutine.scale(model, scale=4.0)
+def test_one_scale_for_all_terms_of_a_sum_stands_outside_of_it(where: str) -> None:
+    model, guide = (
+        pyro.poutine.scale(program, scale=4.0)
+        for program in (ClusterModel(), ClusterGuide(*GUIDES[where]))
+    )
+    losses = []
+    for estimator in (TraceEnum_ELBO(max_plate_nesting=1), elbo.ELBO()):
+        torch.manual_seed(1)
+        losses.append(estimator.differentiable_loss(model, guide, X))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
+
+
+def test_a_scale_inside_a_sum_over_latents_is_refused() -> None:
+    model, guide = ClusterModel(direct=True), ClusterGuide(*GUIDES["model"])
+
+    def scaled(x: Tensor) -> None:
+        with data_plate(x):
+            c = pyro.sample(
+                "c", dist.Categorical(logits=model.logits), infer={"enumerate": "parallel"}
+            )
+            z = pyro.sample("z", dist.Normal(model.loc[c], 1.0))
+            with pyro.poutine.scale(scale=4.0):
+                pyro.sample("x", dist.Normal(z + model.shift * c, 0.8), obs=x)
+
     with pytest.raises(ValueError, match="a scale inside that sum has no meaning"):
         elbo.ELBO()(scaled, guide)(X)
+    # enumerated in the guide too, the objective is a sum of terms, so each may have a weight
+    guide = ClusterGuide(*GUIDES["guide"])
+    torch.manual_seed(0)
+    found = elbo.ELBO().differentiable_loss(scaled, guide, X)
+    torch.manual_seed(0)
+    weights = ppvae.log_weights(model, guide, X)
+    q = weights.log_q["c"].exp().squeeze(-2)  # (3, N)
+    others = weights.log_p["c"] + weights.log_p["z"] - weights.log_q["c"] - weights.log_q["z"]
+    each = others.squeeze(-2) + 4.0 * weights.log_p["x"].squeeze(-2)
+    torch.testing.assert_close(-found, (q * each).sum())
 
 
 @pytest.mark.parametrize("alpha", [-2.0, -math.inf])

@@ -1,5 +1,7 @@
 """Log-weights: shapes, masks, plates, scales, precision, refusals."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,7 +13,8 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel
 from ppvae import elbo
-from ppvae.pairs import structure
+from ppvae.pairs import Leaves, structure
+from ppvae.weights import weigh
 from registry import ALL_PAIRS, build
 
 
@@ -228,17 +231,19 @@ def test_the_data_plate_need_not_be_rightmost(K: int, explicit: bool) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_pair_that_nests_deeper_later_is_right_or_refused() -> None:
+def test_a_pair_that_nests_deeper_later_is_right() -> None:
     def model(x: Tensor) -> None:
-        (event_dims if len(x) == 1 else pixel_model)(x)
+        (event_dims if len(x) == 1 else pixel_model)(x)  # by its rows, which no one can foresee
 
     def again(x: Tensor) -> None:
         guide(x)
 
     ppvae.log_weights(model, again, torch.randn(1, 3), num_particles=2)
-    assert _nesting(model, again, (), {}) == 1
-    with pytest.raises(ValueError, match=r"collide|explicit dims"):
-        ppvae.log_weights(model, again, torch.randn(4, 3), num_particles=2)
+    x = torch.randn(4, 3)
+    later = ppvae.log_weights(model, again, x, num_particles=2)
+    z = later.guide_trace.nodes["z"]["value"].reshape(2, 3)
+    right = dist.Normal(z.unsqueeze(1), 1.0).log_prob(x).sum(1) + dist.Normal(0.0, 1.0).log_prob(z)
+    torch.testing.assert_close(later.log_w, right - dist.Normal(x.mean(0), 0.7).log_prob(z))
 
 
 def test_probing_the_nesting_leaves_no_trace() -> None:
@@ -474,7 +479,7 @@ def wordy_guide(x: Tensor) -> None:
     ("model", "guide", "names", "cure"),
     [
         (pixel_model, empty_guide, r"latent \['z'\]", "Sample every latent of the model"),
-        (pixel_model, wordy_guide, r"samples \['extra'\]", "'is_auxiliary': True"),
+        (pixel_model, wordy_guide, r"samples \['extra'\]", r"r\(a \| z\)"),
         (unobserved, guide, "no observed site", "obs=x"),
         (no_plate_model, no_plate_guide, "site '[xz]'.* lies outside", 'with pyro.plate\\("data"'),
     ],
@@ -489,14 +494,26 @@ def test_refusals_name_the_site_and_the_cure(model, guide, names: str, cure: str
             ppvae.check_pair(model, guide, x)
 
 
-def test_an_auxiliary_site_enters_log_q() -> None:
+def test_an_auxiliary_site_with_a_density_of_its_own_is_refused() -> None:
     def auxiliary(x: Tensor) -> None:
         with pyro.plate("data", x.shape[-1], dim=-1):
             u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
             pyro.sample("z", dist.Normal(u, 1.0))
 
+    with pytest.raises(ValueError, match=r"draws \['u'\] beside .* integral"):
+        ppvae.log_weights(pixel_model, auxiliary, torch.randn(4, 3), num_particles=2)
+
+
+def test_an_auxiliary_site_that_is_the_noise_of_a_latent_enters_log_q() -> None:
+    def auxiliary(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(2.0 * u, log_density=-math.log(2.0)))
+
     weights = ppvae.log_weights(pixel_model, auxiliary, torch.randn(4, 3), num_particles=2)
-    assert set(weights.latents) == {"z", "u"}
+    z = weights.guide_trace.nodes["z"]["value"].reshape(2, 3)
+    log_q = weights.log_q["u"] + weights.log_q["z"]
+    torch.testing.assert_close(log_q, dist.Normal(0.0, 2.0).log_prob(z))
 
 
 def test_num_particles_is_checked() -> None:
@@ -506,17 +523,16 @@ def test_num_particles_is_checked() -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_at_leaves_the_weights_are_the_same() -> None:
-    from ppvae.weights import log_weights_at_leaves
-
     model = oracles.TwoLevelModel()
     guide = oracles.TwoLevelGuide(model, bottom_up=True, shift=0.3)
     x = torch.randn(4)
     torch.manual_seed(0)
     plain = ppvae.log_weights(model, guide, x, num_particles=3)
     torch.manual_seed(0)
-    leaves, pairs = log_weights_at_leaves(model, guide, x, num_particles=3)
-    torch.testing.assert_close(leaves.log_w, plain.log_w)
-    assert len(pairs) == 2
-    for z, leaf in pairs:
+    leaves = Leaves()
+    weights = weigh(model, guide, (x,), {}, 3, leaves=leaves)
+    torch.testing.assert_close(weights.log_w, plain.log_w)
+    assert len(leaves.pairs) == 2
+    for z, leaf in leaves.pairs:
         assert leaf.is_leaf and leaf.requires_grad and not z.is_leaf
         assert torch.equal(z, leaf)

@@ -17,9 +17,19 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import IndependentTransform, Transform, biject_to, constraints
 
-from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Args, Kwargs, Program, sample_sites, seeded
+from ppvae.pairs import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Args,
+    Kwargs,
+    Leaves,
+    Program,
+    sample_sites,
+    seeded,
+)
 from ppvae.program import module_of
-from ppvae.weights import LogWeights, log_weights, log_weights_at_leaves
+from ppvae.terms import NoInverse
+from ppvae.weights import LogWeights, log_weights, weigh
 
 GRADIENTS = ("pathwise", "stl", "dreg", "score", "vimco")
 NO_INVERSE = "a flow of the guide has no inverse, so it can only weigh its own draws"
@@ -99,10 +109,8 @@ def possible_gradients(
             reasons |= dict.fromkeys(("pathwise", "stl", "dreg"), why)
     if not reasons["dreg"]:
         try:
-            log_weights_at_leaves(model, guide, *args, joint=weights.joint, **kwargs)
-        except KeyError as error:  # what Pyro's flows without an inverse raise
-            if "intermediates cache" not in str(error):
-                raise
+            weigh(model, guide, args, {**kwargs, "joint": weights.joint}, 1, leaves=Leaves())
+        except NoInverse:
             reasons |= dict.fromkeys(("stl", "dreg"), NO_INVERSE)
     return reasons
 

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ppvae.distributions import WordCounts
 from ppvae.pairs import DATA_PLATE, Site
-from ppvae.weights import LogWeights, check_latents
+from ppvae.weights import LogWeights, check_auxiliary, check_latents
 
 
 def latent_faults(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> list[str]:
     """Latents that model and guide do not share, in name, event shape or support."""
     try:
         check_latents(model_sites, guide_sites)
+        check_auxiliary(model_sites, guide_sites)
     except ValueError as error:
         return [str(error)]
     faults = []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ppvae.check.pair import check_tensors, names
 from ppvae.diagnostics.evidence import Evidence, count_rows, reason, summarise, take
+from ppvae.enumeration import draw
 from ppvae.pairs import (
     PARTICLE_PLATE,
     Site,
@@ -25,6 +26,7 @@ from ppvae.pairs import (
     seeded,
     structure,
 )
+from ppvae.terms import laid_out, unmasked
 from ppvae.weights import LogWeights, drawn_log_q, log_weights
 
 if TYPE_CHECKING:
@@ -196,19 +198,15 @@ def _with_summed_out(weights: LogWeights) -> Trace:
     if not weights.enumerated:
         return drawn
     drawn_log_q(weights)  # refuses a drawn latent that depends on one that is summed out
-    total: Any = sum(weights.log_p.values())
-    choice = torch.distributions.Categorical(
-        logits=total.expand(*total.shape[:-2], *weights.log_w.shape).flatten(0, -3).movedim(0, -1)
-    ).sample()  # (K, N)
-    index = torch.unravel_index(choice, total.shape[:-2])
-    for name, dim in weights.enumerated.items():
+    chosen = draw(weights.model_factors().values(), weights.enumerated.values())
+    for name, letter in weights.enumerated.items():
         site = weights.model_trace.nodes[name]
-        event = site["value"].shape[site["value"].dim() - site["fn"].event_dim :]
-        support = site["value"].reshape(-1, *event)
-        value = support[index[dim + 2]]  # (K, N, *event)
-        middle = (1,) * (-weights.leftmost - 2)
-        value = value.reshape(len(value), *middle, *value.shape[1:]) if len(value) > 1 else value[0]
-        drawn.nodes[name] = {**site, "value": value, "infer": {}}
+        support = unmasked(site["fn"]).enumerate_support(expand=False)
+        event = support.shape[support.dim() - site["fn"].event_dim :]
+        index = (
+            laid_out(chosen[letter], site, weights.letters) if letter in chosen else torch.tensor(0)
+        )
+        drawn.nodes[name] = {**site, "value": support.reshape(-1, *event)[index], "infer": {}}
     return drawn
 
 

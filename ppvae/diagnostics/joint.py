@@ -7,17 +7,16 @@ here and nowhere else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine import Trace
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
@@ -25,9 +24,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.check.behaviour import same_support, support_of
 from ppvae.check.pair import check_tensors
+from ppvae.enumeration import sum_out, total
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
+    Enumerate,
     Site,
     evaluation_mode,
     is_enumerated,
@@ -38,7 +39,8 @@ from ppvae.pairs import (
     trace,
     unnoticed,
 )
-from ppvae.weights import check_latents, reduce_site, sum_out
+from ppvae.terms import Letters, NoInverse, Term, log_density, masked, term, unmasked
+from ppvae.weights import check_latents
 
 
 @dataclass(frozen=True)
@@ -176,19 +178,16 @@ class Joint:
             raise ValueError(f'the guide has no density at given latents: {why}; use start="prior"')
         try:
             return self._sum(self._terms(self.guide, u).values(), u)
-        except KeyError as error:  # what Pyro's flows without an inverse raise
-            if "intermediates cache" not in str(error):
-                raise
+        except NoInverse as error:
             raise ValueError(
-                "a flow of the guide (planar, radial, Sylvester, ...) has no inverse, so the guide "
-                'has no density at given latents; use start="prior"'
+                f'the guide has no density at given latents: {error}; use start="prior"'
             ) from error
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x, u) ``(C, N)`` and its gradient ``(C, N, D)``."""
         return gradient_of(self, u)
 
-    def terms(self, u: Tensor) -> dict[str, Tensor]:
+    def terms(self, u: Tensor) -> dict[str, Term]:
         """The model's terms by site, each broadcastable to ``(..., C, N)``."""
         return self._terms(self.model, u)
 
@@ -229,8 +228,9 @@ class Joint:
             terms = self.terms(u)
         if self._sum(terms.values(), u).isfinite().all():
             return
-        for name, term in terms.items():
-            bad = ~term.isfinite().expand(*term.shape[:-2], *u.shape[:2]).flatten(0, -2).all(0)
+        for name, (values, *_) in terms.items():
+            finite = values.isfinite()
+            bad = ~finite.expand(*finite.shape[:-2], *u.shape[:2]).flatten(0, -2).all(0)
             if bad.any():
                 rows = bad.nonzero().flatten().tolist()
                 other = "guide" if start == "prior" else "prior"
@@ -271,28 +271,29 @@ class Joint:
             for (name, layout), part in zip(self.layouts.items(), parts, strict=True)
         }
 
-    def _terms(self, program: Callable[..., Any], u: Tensor) -> dict[str, Tensor]:
+    def _terms(self, program: Callable[..., Any], u: Tensor) -> dict[str, Term]:
         """Log-density of each site of a program at u, Jacobian included."""
         if self._enumerated:
             marked = poutine.infer_config(program, self._mark)
-            program = EnumMessenger(first_available_dim=self._leftmost - 1)(marked)
+            program = Enumerate(False, first_available_dim=self._leftmost - 1)(marked)
         with self._running(), _Given(self._unpack(u)) as given, self._chains(len(u)):
             sites = sample_sites(trace(program, self.args, {}))
-            terms = {name: self._log_prob(site, given) for name, site in sites.items()}
-        return terms
+            letters = Letters()
+            return {name: self._term(site, given, letters) for name, site in sites.items()}
 
     def _mark(self, site: Site) -> dict[str, Any]:
         return {"enumerate": "parallel"} if site["name"] in self._enumerated else {}
 
-    def _log_prob(self, site: Site, given: _Given) -> Tensor:
-        value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    def _term(self, site: Site, given: _Given, letters: Letters) -> Term:
+        if site["name"] in self._enumerated:  # a mask does not hide how it is summed out
+            site = {**site, "fn": unmasked(site["fn"]), "mask": None}
+        values = log_density(site)
         if site["name"] in given.log_det:
-            value = value + given.log_det[site["name"]]
-        return reduce_site(site, value, self._leftmost)
+            values = values + masked(given.log_det[site["name"]], site["mask"])
+        return term(site, self._leftmost, letters=letters, values=values)
 
-    def _sum(self, terms: Any, u: Tensor) -> Tensor:
-        return sum_out(cast(Tensor, sum(terms))).expand(u.shape[:2])
+    def _sum(self, terms: Iterable[Term], u: Tensor) -> Tensor:
+        return total(sum_out(terms)).expand(u.shape[:2])
 
 
 def traced(function: Callable[..., Any], *example: Tensor) -> Callable[..., Any]:

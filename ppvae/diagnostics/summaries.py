@@ -146,12 +146,8 @@ def _by_unit(site: Site, values: Tensor, leftmost: int) -> Tensor:
 def _enumerated_terms(weights: LogWeights, absent: Absent) -> dict[tuple[str, str], Tensor]:
     """With latents summed out: KL by group of sites, and no moments of single units."""
     names = ", ".join(sorted(weights.enumerated))
-    in_model = [dim for name, dim in weights.enumerated.items() if name not in weights.log_q]
-    reached = any(
-        weights.log_p[n].dim() >= -dim and weights.log_p[n].shape[dim] > 1
-        for n in weights.observed
-        for dim in in_model
-    )
+    in_model = {letter for name, letter in weights.enumerated.items() if name not in weights.q}
+    reached = any(in_model & set(weights.p[name].letters) for name in weights.observed)
     found = {}
     if reached:
         absent["KL and reconstruction"] = (
@@ -163,7 +159,7 @@ def _enumerated_terms(weights: LogWeights, absent: Absent) -> dict[tuple[str, st
         found |= {("kl", name): rate for name, rate in rates.items()}
     for name in weights.log_q.keys() - weights.enumerated.keys():
         site = weights.guide_trace.nodes[name]
-        if weights.log_q[name].dim() <= 2:
+        if not weights.q[name].letters:
             found |= _moments(name, site, weights.leftmost, absent)
         else:
             absent[f"activity of {name!r}"] = "it depends on a latent that is summed out"

@@ -13,7 +13,8 @@ from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.gradients import through_draws, with_gradient
 from ppvae.elbo.importance import log_mean_exp, normalised
 from ppvae.elbo.state import State
-from ppvae.weights import drawn_log_q, log_weights_at_leaves
+from ppvae.pairs import Leaves
+from ppvae.weights import drawn_log_q, weigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +70,8 @@ class ChiUpperBound(Estimator):
     def surrogate(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State
     ) -> Tensor:
-        weights, pairs = log_weights_at_leaves(
-            model, guide, *args, num_particles=self.num_particles, **kwargs
-        )
+        leaves = Leaves()
+        weights = weigh(model, guide, args, kwargs, self.num_particles, leaves=leaves)
         log_w = self.effective(weights, state)
         value = self.bound(log_w.detach()).sum()
         if not torch.is_grad_enabled():
@@ -79,7 +79,7 @@ class ChiUpperBound(Estimator):
         share = normalised(self.order * log_w.detach())
         if self.gradient == "dreg":
             self.require_reparameterised(weights)
-            gradient = (1 - self.order) * through_draws(share - share.square(), log_w, pairs)
+            gradient = (1 - self.order) * through_draws(share - share.square(), log_w, leaves.pairs)
         else:
             gradient = (1 - self.order) / self.order * (share * drawn_log_q(weights)).sum()
         return weights.scale * with_gradient(value, gradient)

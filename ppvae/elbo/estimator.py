@@ -15,14 +15,10 @@ from torch import Tensor, nn
 
 from ppvae.elbo import gradients
 from ppvae.elbo.state import State
-from ppvae.pairs import own_path
+from ppvae.pairs import Leaves, own_path
 from ppvae.program import method_owners, module_of
-from ppvae.weights import (
-    LogWeights,
-    log_weights,
-    log_weights_along_paths,
-    log_weights_at_leaves,
-)
+from ppvae.terms import NoInverse
+from ppvae.weights import LogWeights, weigh, whole_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +115,15 @@ class Estimator(pyro.infer.ELBO):
 
     # -- values and losses -----------------------------------------------------------------------
     def evaluate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """The bound on log p(x) of each datapoint, ``(N,)`` nats, unweighted, no gradient."""
+        """The bound on log p(x) of each datapoint, ``(N,)`` nats, no gradient.
+
+        Every term has weight 1, whatever ``poutine.scale`` or this estimator weighs it by.
+
+        Raises:
+            ValueError: a plate subsamples itself, so part of a datapoint or of the data is missing.
+        """
         with torch.no_grad():
-            draws = self.num_draws
-            return self.bound(log_weights(model, guide, *args, num_particles=draws, **kwargs).log_w)
+            return self.bound(whole_weights(model, guide, args, kwargs, self.num_draws).log_w)
 
     def loss_tensor(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State
@@ -131,14 +132,11 @@ class Estimator(pyro.infer.ELBO):
         try:
             with own_path():
                 value = self.surrogate(model, guide, args, kwargs, state)
-        except KeyError as error:  # what Pyro's flows without an inverse raise
-            if "intermediates cache" not in str(error):
-                raise
+        except NoInverse as error:
             raise ValueError(
-                f"{type(self).__name__}(gradient={self.gradient!r}) needs log q at given values, "
-                "and a flow of the pair (planar, radial, Sylvester, ...) has no inverse, so it can "
-                'only weigh its own draws; use gradient="pathwise" of elbo.ELBO or elbo.IWELBO, or '
-                "a flow with an inverse, such as affine_autoregressive or affine_coupling"
+                f"{type(self).__name__}(gradient={self.gradient!r}) needs log q at given values: "
+                f'{error}; use gradient="pathwise" of elbo.ELBO or elbo.IWELBO, or a flow with an '
+                "inverse, such as affine_autoregressive or affine_coupling"
             ) from error
         if state.learning:
             self.advance(state)
@@ -151,10 +149,11 @@ class Estimator(pyro.infer.ELBO):
         """The bound summed over the data set, with the gradient asked for; a scalar."""
         K = self.num_draws
         if self.gradient in ("stl", "dreg") and torch.is_grad_enabled():
-            weights, pairs = log_weights_at_leaves(model, guide, *args, num_particles=K, **kwargs)
-            value = self._along_path(weights, pairs, state)
+            leaves = Leaves()
+            weights = weigh(model, guide, args, kwargs, K, leaves=leaves)
+            value = self._along_path(weights, leaves, state)
         else:
-            weights = log_weights_along_paths(model, guide, *args, num_particles=K, **kwargs)
+            weights = weigh(model, guide, args, kwargs, K, along_path=True)
             log_w = self.effective(weights, state)
             value = self.bound(log_w).sum()
             if self.gradient in ("score", "vimco"):
@@ -165,11 +164,9 @@ class Estimator(pyro.infer.ELBO):
                 self.require_reparameterised(weights)
         return value if weights.scale == 1 else weights.scale * value
 
-    def _along_path(
-        self, weights: LogWeights, pairs: list[tuple[Tensor, Tensor]], state: State
-    ) -> Tensor:
+    def _along_path(self, weights: LogWeights, leaves: Leaves, state: State) -> Tensor:
         self.require_reparameterised(weights)
-        if self.gradient == "stl" and weights.enumerated.keys() & weights.log_q.keys():
+        if self.gradient == "stl" and weights.enumerated.keys() & weights.q.keys():
             raise ValueError(
                 'gradient="stl" drops the gradient of log q, which an enumerated latent in the '
                 'guide needs; use gradient="pathwise"'
@@ -179,7 +176,8 @@ class Estimator(pyro.infer.ELBO):
         for_model = (c * self.effective(weights.stop_guide(), state)).sum()
         if self.gradient == "dreg":
             c = self.dreg_coefficient(log_w.detach())
-        return gradients.with_gradient(value, for_model + gradients.through_draws(c, log_w, pairs))
+        for_guide = gradients.through_draws(c, log_w, leaves.pairs)
+        return gradients.with_gradient(value, for_model + for_guide)
 
     def require_reparameterised(self, weights: LogWeights) -> None:
         """Raise ``ValueError`` for a drawn site whose draws carry no gradient."""

@@ -34,6 +34,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ppvae.enumeration import total
 from ppvae.weights import LogWeights
 
 Bound = Callable[[Tensor], Tensor]  # log-weights (K, N) to (N,)
@@ -84,15 +85,15 @@ def scored_log_q(weights: LogWeights) -> Tensor | None:
     sites = weights.guide_trace.nodes
     scored = [
         term
-        for name, term in weights.log_q.items()
+        for name, term in weights.q.items()
         if name not in weights.enumerated and not sites[name]["fn"].has_rsample
     ]
-    if any(term.dim() > 2 for term in scored):
+    if any(term.letters for term in scored):
         raise ValueError(
             "a guide's site that is drawn by the score function depends on an enumerated one; "
             "enumerate both, or draw both"
         )
-    return torch.stack(torch.broadcast_tensors(*scored)).sum(0) if scored else None
+    return total(scored) if scored else None
 
 
 def score(bound: Bound, log_w: Tensor, log_q: Tensor | None, vimco: bool) -> Tensor:

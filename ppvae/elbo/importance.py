@@ -14,7 +14,8 @@ from torch import Tensor
 from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.gradients import coefficient, through_draws, with_gradient
 from ppvae.elbo.state import State
-from ppvae.weights import drawn_log_q, log_weights_at_leaves
+from ppvae.pairs import Leaves
+from ppvae.weights import drawn_log_q, weigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,9 +175,8 @@ class PIWELBO(_Grouped):
     def surrogate(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State
     ) -> Tensor:
-        weights, pairs = log_weights_at_leaves(
-            model, guide, *args, num_particles=self.num_draws, **kwargs
-        )
+        leaves = Leaves()
+        weights = weigh(model, guide, args, kwargs, self.num_draws, leaves=leaves)
         self.require_reparameterised(weights)
         log_w = self.effective(weights, state)
         value, c = coefficient(self.bound, log_w)
@@ -189,7 +189,7 @@ class PIWELBO(_Grouped):
         else:
             _, c = coefficient(for_guide.bound, log_w)
             gradient = gradient - (c * drawn_log_q(weights)).sum()  # the guide's own score
-        gradient = gradient + through_draws(c, log_w, pairs)
+        gradient = gradient + through_draws(c, log_w, leaves.pairs)
         return weights.scale * with_gradient(value, gradient)
 
 

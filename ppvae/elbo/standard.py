@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar
 
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.penalties import Penalty, Tilt
 from ppvae.elbo.state import State
-from ppvae.weights import LogWeights, log_weights, reduce_site
+from ppvae.enumeration import groups, mean, sum_of, sum_out
+from ppvae.pairs import Site
+from ppvae.terms import Term, masked, sum_plates, unmasked
+from ppvae.weights import LogWeights, whole_weights
 
 Weight = float | Tensor | Callable[[int], float] | Penalty
 
@@ -98,8 +103,9 @@ class ELBO(Estimator):
 
     def evaluate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():
-            weights = log_weights(model, guide, *args, num_particles=self.num_particles, **kwargs)
-            return self.bound(ELBO(self.num_particles).effective(weights, State()))
+            weights = whole_weights(model, guide, args, kwargs, self.num_particles)
+            plain = replace(weights, site_scales={})
+            return self.bound(ELBO(self.num_particles).effective(plain, State()))
 
     def effective(self, weights: LogWeights, state: State) -> Tensor:
         plain = isinstance(self.beta, (int, float)) and self.beta == 1  # a tensor is not looked at
@@ -124,40 +130,40 @@ class ELBO(Estimator):
 
     def terms(self, weights: LogWeights) -> tuple[Tensor, dict[str, Tensor]]:
         """log p(x | z) and log q - log p of each latent, ``(K or 1, N)``, summed out."""
-        scales = weights.site_scales
-        if scales and weights.enumerated:
-            raise ValueError(
-                f"a poutine.scale weighs site {next(iter(scales))[1]!r} while latents are summed "
-                f"out ({sorted(weights.enumerated)}), and a scale inside that sum has no meaning; "
-                "for a weight on the KL use elbo.ELBO(beta=...)"
-            )
-        log_p = {n: scales.get(("model", n), 1.0) * t for n, t in weights.log_p.items()}
-        log_q = {n: scales.get(("guide", n), 1.0) * t for n, t in weights.log_q.items()}
-
-        in_guide = [name for name in weights.enumerated if name in log_q]
-        expected = _expectation([log_q[name] for name in in_guide])
-        rates = {n: log_q[n] - log_p[n] if n in log_p else log_q[n] for n in log_q}
-        likelihood: Any = sum(log_p[name] for name in weights.observed)
-        in_model = [dim for name, dim in weights.enumerated.items() if name not in log_q]
-        if in_model:
-            # Dims of the model lie left of the guide's; their size is 1 where there is one class.
-            carriers = {n for n, t in log_p.items() if t.dim() >= -max(in_model)}
-            self._require_separate(carriers & weights.observed)
-            marginal = _sum_out(sum(log_p[name] for name in carriers), in_model)
-            if carriers & weights.observed:
-                likelihood = sum(log_p[n] for n in weights.observed - carriers) + marginal
-                for name in carriers & log_q.keys():
-                    rates[name] = log_q[name]
+        p, q = weights.weighted("model"), weights.weighted("guide")
+        likelihood = {name: p[name] for name in weights.observed}
+        # of each rate, the terms that are added and those that are taken off
+        rates = {name: ([q[name]], [p[name]] if name in p else []) for name in q}
+        for names in _summed_together(weights):
+            marginal, label = _marginal(weights, names), "+".join(sorted(names))
+            latents = [name for name in names if name in q]
+            if data := weights.observed & set(names):
+                self._require_separate(data)
+                likelihood = {n: t for n, t in likelihood.items() if n not in names}
+                likelihood[label] = marginal
+                rates |= {name: ([q[name]], []) for name in latents}
             else:
-                group = carriers & log_q.keys()
-                rates = {name: rate for name, rate in rates.items() if name not in group}
-                rates["+".join(sorted(carriers))] = sum(log_q[name] for name in group) - marginal
-        rates = {name: expected(rate) for name, rate in rates.items()}
+                rates = {name: rate for name, rate in rates.items() if name not in latents}
+                rates[label] = ([q[name] for name in latents], [marginal])
+
+        probabilities = {
+            letter: weights.factors["guide", name]
+            for name, letter in weights.enumerated.items()
+            if name in q
+        }
+
+        def expected(terms: Iterable[Term]) -> Any:
+            return sum_of([mean(term, probabilities) for term in terms])
+
+        found = {
+            name: expected(added) - expected(off) if off else expected(added)
+            for name, (added, off) in rates.items()
+        }
         closed = closed_form_kl(self, weights)
-        rates |= closed
+        found |= closed
         if isinstance(self.beta, Penalty) and self.beta.per_dimension:
-            rates = {name: dimension_rates(weights, name, closed=name in closed) for name in rates}
-        return expected(likelihood), rates
+            found = {name: dimension_rates(weights, name, closed=name in closed) for name in found}
+        return expected(likelihood.values()), found
 
     def _require_separate(self, merged: frozenset[str] | set[str]) -> None:
         if merged and not (isinstance(self.beta, (int, float)) and self.beta == 1):
@@ -168,24 +174,50 @@ class ELBO(Estimator):
             )
 
 
-def _sum_out(term: Any, dims: list[int]) -> Tensor:
-    """logsumexp over enumeration dims of the model, which lie left of the guide's."""
-    marginal: Tensor = term.flatten(0, max(dims)).logsumexp(0)
-    return marginal
+def _summed_together(weights: LogWeights) -> list[list[str]]:
+    """Names of the model's sites, by the latents of the model alone that are summed out of them."""
+    latents = {letter for n, letter in weights.enumerated.items() if n not in weights.q}
+    return groups(_of_sums(weights), latents) if latents else []
 
 
-def _expectation(log_q: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    """The mean over enumerated latents of the guide: weights exp(log q), dims left of (K, N)."""
-    if not log_q:
-        return lambda term: term
-    weights = torch.stack(torch.broadcast_tensors(*log_q)).sum(0).exp()
+def _of_sums(weights: LogWeights) -> dict[str, Term]:
+    """The model's terms; those of its own enumerated latents unmasked."""
+    return {n: t if n in weights.q else weights.model_factors()[n] for n, t in weights.p.items()}
 
-    def mean(term: Tensor) -> Tensor:
-        if term.dim() <= 2:
-            return term
-        return (weights * term).flatten(0, -3).sum(0)
 
-    return mean
+def _marginal(weights: LogWeights, names: Sequence[str]) -> Term:
+    """log of the sum, over latents of the model alone, of the terms that depend on them.
+
+    Raises:
+        ValueError: a scale stands inside that sum, or a latent of the guide in a plate does.
+    """
+    terms = [_of_sums(weights)[name] for name in names]
+    summed = {letter for n, letter in weights.enumerated.items() if n not in weights.q}
+    for letter in summed & {letter for t in terms for letter in t.letters}:
+        plates = frozenset.intersection(*[t.plates for t in terms if letter in t.letters])
+        for (program, name), factor in weights.factors.items():
+            inside = any(weights.enumerated[name] in t.letters for t in terms)
+            if program == "guide" and inside and not factor.plates <= plates:
+                raise ValueError(
+                    f"latent {name!r}, which the guide enumerates in an inner plate, stands inside "
+                    "a sum over a latent that is outside of it; draw one of the two"
+                )
+    scales = [weights.site_scales.get(("model", name), 1.0) for name in names]
+    if not all(scale is scales[0] or _equal_numbers(scale, scales[0]) for scale in scales):
+        raise ValueError(
+            f"a poutine.scale weighs some of the sites {sorted(names)}, and a latent is summed out "
+            "of their product: a scale inside that sum has no meaning. Scale all of them alike, or "
+            "for a weight on the KL use elbo.ELBO(beta=...)"
+        )
+    (marginal,) = sum_out(terms, summed)
+    return marginal._replace(values=marginal.values * scales[0])
+
+
+def _equal_numbers(a: Any, b: Any) -> bool:
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+
+
+# ------------------------------------------------------------------------------ closed forms
 
 
 def closed_form_kl(estimator: ELBO, weights: LogWeights) -> dict[str, Tensor]:
@@ -198,13 +230,10 @@ def closed_form_kl(estimator: ELBO, weights: LogWeights) -> dict[str, Tensor]:
         return {}
     valid, closed = weights.kl_valid(), {}
     scaled = {name for _, name in weights.site_scales}
-    for name in weights.log_q:
+    for name in weights.q:
         q, p = weights.guide_trace.nodes[name], weights.model_trace.nodes.get(name)
-        if p is None or name in scaled or weights.enumerated or p["mask"] is not q["mask"]:
-            reason = (
-                "it is auxiliary, weighed by a poutine.scale, beside an enumerated latent, or "
-                "masked differently in model and guide"
-            )
+        if p is None or name in scaled or weights.enumerated:
+            reason = "it is auxiliary, weighed by a poutine.scale, or beside an enumerated latent"
         elif name not in valid:
             reason = (
                 "in the model it depends on a latent that the guide draws from it, so the closed "
@@ -212,18 +241,59 @@ def closed_form_kl(estimator: ELBO, weights: LogWeights) -> dict[str, Tensor]:
             )
         else:
             try:
-                kl = _divergence(q["fn"], p["fn"])
-                closed[name] = reduce_site(q, kl, weights.leftmost, weights.joint)
+                kl = _masked_divergence(q["fn"], p["fn"], q["mask"], p["mask"])
+                closed[name] = sum_plates(q, kl, weights.leftmost, weights.joint)
                 continue
             except NotImplementedError:
                 kinds = f"KL({_kind(q['fn'])} || {_kind(p['fn'])})"
-                reason = f"no closed form is known for {kinds}"
+                reason = f"no closed form is known for {kinds}, or for its masks"
         if estimator.kl == "analytic":
             raise ValueError(
                 f'kl="analytic" is not possible for latent {name!r}: {reason}. Use kl="mixed" '
                 '(closed form where valid, draws elsewhere) or kl="sampled"'
             )
     return closed
+
+
+def _masked_divergence(q: Any, p: Any, q_mask: Any, p_mask: Any) -> Tensor:
+    r"""The mean of log q - log p, of the batch shape, each masked by its own masks.
+
+    .. math:: m_p \left(\mathrm{KL}(q \| p) + H(q)\right) - m_q H(q)
+
+    Masks are those of the program and those that the distributions carry. Where they are the same
+    ones it is the masked KL; whether others are equal is not asked, since their values may differ
+    in the next call of a graph.
+    """
+    masks = (q_mask, *_masks(q)), (p_mask, *_masks(p))
+    if len(masks[0]) == len(masks[1]) and all(map(operator.is_, *masks)):
+        return masked(_inside(q, p, _divergence), q_mask)
+    cross = _inside(p, q, lambda p, q: _divergence(q, p) + _entropy(q, p))
+    return masked(cross, p_mask) - masked(_inside(q, p, _entropy), q_mask)
+
+
+def _inside(fn: Any, other: Any, compute: Callable[[Any, Any], Tensor]) -> Tensor:
+    """What is computed of two distributions, masked and summed as the first one says."""
+    if isinstance(fn, MaskedDistribution):
+        while isinstance(other, MaskedDistribution):
+            other = other.base_dist
+        return masked(_inside(fn.base_dist, other, compute), fn._mask)
+    if isinstance(other, MaskedDistribution):
+        return _inside(fn, other.base_dist, compute)
+    if isinstance(fn, Independent) and isinstance(other, Independent):
+        n = fn.reinterpreted_batch_ndims
+        if n == other.reinterpreted_batch_ndims and n > 0 and _masks(fn) + _masks(other):
+            return _inside(fn.base_dist, other.base_dist, compute).flatten(-n).sum(-1)
+    return compute(fn, other)
+
+
+def _masks(fn: Any) -> tuple[Any, ...]:
+    """The masks that a distribution carries, the outermost first."""
+    found: tuple[Any, ...] = ()
+    while isinstance(fn, (MaskedDistribution, Independent)):
+        if isinstance(fn, MaskedDistribution):
+            found = (*found, fn._mask)
+        fn = fn.base_dist
+    return found
 
 
 def _divergence(q: Any, p: Any) -> Tensor:
@@ -235,29 +305,52 @@ def _divergence(q: Any, p: Any) -> Tensor:
     return kl
 
 
+def _entropy(q: Any, p: Any) -> Tensor:
+    """H(q), of the batch shape that both have together."""
+    entropy: Tensor = q.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape)).entropy()
+    return entropy
+
+
 def dimension_rates(weights: LogWeights, name: str, closed: bool) -> Tensor:
     """log q - log p (or KL) of every dimension of a latent, ``(D, K or 1, N)``."""
-    q, p = weights.guide_trace.nodes.get(name), weights.model_trace.nodes.get(name)
-    if (
-        q is None
-        or p is None
-        or weights.enumerated
-        or not all(isinstance(site["fn"], Independent) for site in (q, p))
-        or len(q["fn"].event_shape) != 1
-    ):
+    sites = weights.guide_trace.nodes.get(name), weights.model_trace.nodes.get(name)
+    found = [_units(site) for site in sites if site is not None]
+    units = [unit for unit in found if unit is not None]
+    if len(units) < 2 or weights.enumerated:
         raise ValueError(
             f"FreeBits(per_dimension=True) needs the rate of each dimension of latent {name!r}, so "
             "guide and model must both draw it from a vector of independent dimensions "
             "(.to_event(1)); use per_dimension=False"
         )
+    (q, q_mask), (p, p_mask) = units
     if closed:
-        rate = _divergence(q["fn"].base_dist, p["fn"].base_dist)
-    else:
-        rate = q["fn"].base_dist.log_prob(q["value"]) - p["fn"].base_dist.log_prob(p["value"])
-    shape = q["fn"].batch_shape  # dims left of the plates are kept by reduce_site
-    rate = rate.expand(shape + q["fn"].event_shape).movedim(-1, 0)
-    rate = rate.reshape(rate.shape[:1] + (1,) * (-weights.leftmost - len(shape)) + shape)
-    return reduce_site(q, rate, weights.leftmost, weights.joint)
+        return _by_dimension(weights, sites[0], _masked_divergence(q, p, q_mask, p_mask))
+
+    def rate(program: str, site: Site, fn: Any, mask: Any) -> Tensor:
+        scale = weights.site_scales.get((program, name), 1.0)
+        scale = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale
+        return _by_dimension(weights, site, masked(fn.log_prob(site["value"]), mask) * scale)
+
+    return rate("guide", sites[0], q, q_mask) - rate("model", sites[1], p, p_mask)
+
+
+def _units(site: Site) -> tuple[Any, Any] | None:
+    """The distribution of the dimensions of a vector, and the mask of them; None: there is none."""
+    fn, mask = site["fn"], site["mask"]
+    if isinstance(fn, MaskedDistribution):
+        mask = fn._mask if mask is None else mask & fn._mask
+        fn = unmasked(fn)
+    if not isinstance(fn, Independent) or len(fn.event_shape) != 1:
+        return None
+    return fn.base_dist, mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask
+
+
+def _by_dimension(weights: LogWeights, site: Site, values: Tensor) -> Tensor:
+    """Values of a vector's dimensions, batch shape and D, as ``(D, K or 1, N)``."""
+    sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"]}
+    shape = [sizes.get(dim, 1) for dim in range(weights.leftmost, 0)]
+    values = values.expand(*shape, values.shape[-1]).movedim(-1, 0)
+    return sum_plates(site, values, weights.leftmost, weights.joint)
 
 
 def _kind(fn: Any) -> str:

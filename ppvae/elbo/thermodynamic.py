@@ -14,7 +14,8 @@ from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.gradients import with_gradient
 from ppvae.elbo.importance import normalised
 from ppvae.elbo.state import State
-from ppvae.weights import drawn_log_q, log_weights_at_leaves
+from ppvae.pairs import Leaves
+from ppvae.weights import drawn_log_q, weigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +79,7 @@ class ThermodynamicELBO(Estimator):
     ) -> Tensor:
         if self.gradient != "covariance":
             return super().surrogate(model, guide, args, kwargs, state)
-        weights, _ = log_weights_at_leaves(
-            model, guide, *args, num_particles=self.num_particles, **kwargs
-        )
+        weights = weigh(model, guide, args, kwargs, self.num_particles, leaves=Leaves())
         log_w, log_q = self.effective(weights, state), drawn_log_q(weights)
         fixed = log_w.detach()
         correction = self.num_particles / (self.num_particles - 1)

@@ -13,7 +13,8 @@ from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.gradients import coefficient, through_draws, with_gradient
 from ppvae.elbo.importance import log_mean_exp
 from ppvae.elbo.state import State
-from ppvae.weights import drawn_log_q, dream_log_q, log_weights_at_leaves
+from ppvae.pairs import Leaves
+from ppvae.weights import LogWeights, drawn_log_q, dream_log_q, weigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,21 +72,24 @@ class ReweightedWakeSleep(Estimator):
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State
     ) -> Tensor:
         K = self.num_particles
-        weights, pairs = log_weights_at_leaves(model, guide, *args, num_particles=K, **kwargs)
+        leaves = Leaves()
+        weights = weigh(model, guide, args, kwargs, K, leaves=leaves)
         log_w = self.effective(weights, state)
         value, normalised = coefficient(self.bound, log_w)
         if not torch.is_grad_enabled():
             return weights.scale * value
         gradient: Any = (normalised * self.effective(weights.stop_guide(), state)).sum()
         if self.insomnia > 0:
-            gradient = gradient + self.insomnia * self._wake(weights, log_w, normalised, pairs)
+            gradient = gradient + self.insomnia * self._wake(weights, log_w, normalised, leaves)
         if self.insomnia < 1:
             asleep = dream_log_q(model, guide, *args, **kwargs).sum()
             gradient = gradient + (1 - self.insomnia) * asleep
         return weights.scale * with_gradient(value, gradient)
 
-    def _wake(self, weights: Any, log_w: Tensor, normalised: Tensor, pairs: Any) -> Tensor:
+    def _wake(
+        self, weights: LogWeights, log_w: Tensor, normalised: Tensor, leaves: Leaves
+    ) -> Tensor:
         if self.gradient == "dreg":
             self.require_reparameterised(weights)
-            return through_draws(normalised - normalised.square(), log_w, pairs)
+            return through_draws(normalised - normalised.square(), log_w, leaves.pairs)
         return (normalised * drawn_log_q(weights)).sum()
