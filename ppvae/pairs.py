@@ -52,17 +52,15 @@ class Structure:
     @staticmethod
     def of(*traces: Trace) -> Structure:
         """The structure that a run had."""
-        sites = [site for drawn in traces for site in sample_sites(drawn).values()]
-        dims = [
-            frame.dim
-            for site in sites
-            for frame in site["cond_indep_stack"]
-            if frame.name != PARTICLE_PLATE
-        ]
-        return Structure(
-            nesting=-min([dim for dim in dims if dim is not None], default=0),
-            enumerated=len({site["name"] for site in sites if is_enumerated(site)}),
-        )
+        deepest, enumerated = 0, set()
+        for drawn in traces:
+            for name, site in sample_sites(drawn).items():
+                if site["infer"] and is_enumerated(site):
+                    enumerated.add(name)
+                for frame in site["cond_indep_stack"]:
+                    if frame.dim is not None and frame.name != PARTICLE_PLATE:
+                        deepest = min(deepest, frame.dim)
+        return Structure(-deepest, len(enumerated))
 
     def allows(self, other: Structure) -> bool:
         """Whether a run prepared for this structure is right for another."""
@@ -73,8 +71,7 @@ class Memory:
     """What is remembered of calls of a pair; gone when one of its programs is.
 
     Never by the pair alone: labels may be given in one call and not in the next, a plate may be
-    there in one mode only. So each entry is of a :func:`signature`, and whoever uses it looks
-    whether the run that follows agrees.
+    there in one mode only. So each entry is of a :func:`signature`.
     """
 
     def __init__(self) -> None:
@@ -97,45 +94,37 @@ class Memory:
 
 _MOST_CALLS = 64
 _structures, _kl_valid = Memory(), Memory()
-_MODES = (bool, str, type(None))
-_MODES_AND_COUNTS = (*_MODES, int)
 
 
-def signature(
-    model: Program, guide: Program, args: Args, kwargs: Kwargs, kinds: tuple = _MODES
-) -> Any:
-    """What may decide which sites a call has: what it is called with, and the programs' settings.
-
-    Of tensors the number of dims; of other arguments, of the attributes of a program, what is in
-    its closure and the globals that it mentions, the values of some kinds: by default flags, words
-    and what is None.
-    """
-    given = (*args, *(item for pair in sorted(kwargs.items()) for item in pair))
-    described = tuple([_described(value, kinds) for value in given])
-    return described, _settings(model, kinds), _settings(guide, kinds)
+def signature(args: Args, kwargs: Kwargs) -> Any:
+    """Of tensors the number of dims; of flags, words and what is None the value; else the type."""
+    return tuple([_described(value) for value in (*args, *kwargs, *kwargs.values())])
 
 
-def _described(value: Any, kinds: tuple) -> Any:
+def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.dim()
     if isinstance(value, (tuple, list)):
-        return tuple([_described(item, kinds) for item in value])
+        return signature(tuple(value), {})
     if isinstance(value, dict):
-        return tuple([(key, _described(item, kinds)) for key, item in value.items()])
-    return (type(value), value) if type(value) in kinds else type(value)
+        return signature((), value)
+    return value if type(value) in (bool, str, type(None)) else type(value)
 
 
-def _settings(program: Program, kinds: tuple) -> Any:
+def _settings(program: Program) -> Any:
+    """Flags, whole numbers and words that a program looks at.
+
+    They are those among its attributes, in its closure, and among the globals that it mentions.
+    """
     owner = module_of(program)
-    attributes = vars(owner) if owner is not None else {}
     function = getattr(owner, "forward", None) if owner is program else program
     function = inspect.unwrap(getattr(function, "__func__", function))  # type: ignore[arg-type]
     code = getattr(function, "__code__", None)
-    values = list(attributes.values())
+    values = list(vars(owner).values()) if owner is not None else []
     if code is not None:
         values += [_content(cell) for cell in function.__closure__ or ()]
         values += [function.__globals__.get(name) for name in code.co_names]
-    return tuple([value for value in values if type(value) in kinds])
+    return tuple([value for value in values if type(value) in (bool, int, str, type(None))])
 
 
 def _content(cell: Any) -> Any:
@@ -147,11 +136,16 @@ def _content(cell: Any) -> Any:
 
 def structure(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Structure:
     """That of a call: remembered, or found by running the pair once, unnoticed."""
-    known, call = _structures.of(model, guide), signature(model, guide, args, kwargs)
+    known, call = _structures.of(model, guide), _call(model, guide, args, kwargs)
     if call not in known:
         known[call] = _find_structure(model, guide, args, kwargs)
     found: Structure = known[call]
     return found
+
+
+def _call(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
+    modes = getattr(model, "training", None), getattr(guide, "training", None)
+    return signature(args, kwargs), modes
 
 
 def _find_structure(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Structure:
@@ -173,7 +167,7 @@ def run(
     With ``leaves``, every draw that has a gradient is replaced by a detached leaf as soon as it is
     made, so that later sites of the guide, and the model, see the leaves.
     """
-    known, call = _structures.of(model, guide), signature(model, guide, args, kwargs)
+    known, call = _structures.of(model, guide), _call(model, guide, args, kwargs)
     found = known.get(call)
     if found is not None:
         try:
@@ -335,7 +329,8 @@ def closed_form_kl_valid(
     found anew where ``order``, the sites of this run in their order, is another.
     """
     known = _kl_valid.of(model, guide)
-    call = order, signature(model, guide, args, kwargs, _MODES_AND_COUNTS)
+    numbers = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, int))
+    call = order, signature(args, kwargs), numbers, _settings(model), _settings(guide)
     if call not in known:
         with own_path(), unnoticed(model, guide), TrackProvenance():
             guide_trace = trace(guide, args, kwargs)

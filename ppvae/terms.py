@@ -69,16 +69,13 @@ def term(
         values = log_density(site)
     dim_to_id = site["infer"].get("_dim_to_id", {})
     values = _declared(site, values, dim_to_id)
-    enumerated = [
-        dim
-        for dim, size in zip(range(-values.dim(), 0), values.shape, strict=True)
-        if size > 1 and dim < leftmost and dim in dim_to_id
-    ]
-    letters = Letters() if letters is None else letters
+    beyond = values.dim() + leftmost  # dims left of all plates
+    enumerated = [d for d in range(-values.dim(), leftmost) if values.shape[d] > 1]
     if not enumerated:
-        values = values.reshape(values.shape[max(values.dim() + leftmost, 0) :])
+        values = values.reshape(values.shape[beyond:]) if beyond > 0 else values
         return Term(sum_plates(site, values, leftmost, joint))
 
+    letters = Letters() if letters is None else letters
     data_dim, particle_dim = _dims(site, joint)
     plates = {
         frame.dim: letters["plate", frame.name]
