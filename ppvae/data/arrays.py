@@ -85,9 +85,9 @@ def from_arrays(
     natural_shape = _natural_shape(array.shape[1:], shape)
     mapped = isinstance(x, np.memmap)
     if mapped:
-        values, found = _map_tensor(array), _look_through(array, support, binarize)
+        values, found = _map_tensor(array), _support_by_pieces(array, support, binarize)
     else:
-        values, found = _look_at(array, "x", support, binarize)
+        values, found = _checked_values(array, "x", support, binarize)
     labels, num_classes = (None, None) if y is None else _labels_or_conditions(y, len(values))
     by_class = None if num_classes is None else np.asarray(labels)
     index = [torch.from_numpy(i) for i in split_rows(len(values), valid, test, seed, by_class)]
@@ -121,7 +121,7 @@ def _check_rows(array: np.ndarray, support: Support | None) -> None:
         )
     if array.ndim == 4 and shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4):
         raise ValueError(
-            f"x has shape {shape}, channels last: use x.permute(0, 3, 1, 2), or np.moveaxis(x, 3, 1)"
+            f"x has shape {shape}, channels last: use x.permute(0, 3, 1, 2) or np.moveaxis(x, 3, 1)"
         )
     if array.dtype == np.uint8 and array.max() > 1 and support is None:
         raise ValueError(f"x is uint8, up to {array.max()}: give x / 255, or support='counts'")
@@ -144,20 +144,22 @@ def _map_tensor(array: np.ndarray) -> Tensor:
             raise TypeError(f"torch cannot map {array.dtype}: store float32 or uint8") from error
 
 
-def _look_through(array: np.ndarray, support: Support | None, binarize: Binarize | None) -> Support:
-    """The support of a mapped array, looked at in pieces."""
+def _support_by_pieces(
+    array: np.ndarray, support: Support | None, binarize: Binarize | None
+) -> Support:
+    """The support of a mapped array, found piece by piece."""
     step = max(1, PIECE // max(1, array[0].size))
     found: set[Support] = set()
     for first in range(0, len(array), step):
         piece = array[first : first + step]
         name = f"x (rows {first} to {first + len(piece) - 1})"
-        found.add(_look_at(piece, name, support, binarize)[1])
+        found.add(_checked_values(piece, name, support, binarize)[1])
     if "unit_interval" in found and found & {"counts", "integer"}:
         return "real"
     return max(found, key=WIDENING.index)
 
 
-def _look_at(
+def _checked_values(
     array: np.ndarray, name: str, support: Support | None, binarize: Binarize | None
 ) -> tuple[Tensor, Support]:
     """A copy as a tensor, and the support that its values show; raises if they do not fit."""

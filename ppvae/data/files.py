@@ -86,7 +86,7 @@ def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -
         )
     except ValueError as error:
         raise ValueError(
-            f"cannot read {path}: {str(error).strip()}. Give a table, not empty, lines of one length"
+            f"cannot read {path}: {str(error).strip()}. Give a table, not empty, with equal lines"
         ) from error
     names = [str(j) for j in table]
     # labels may be words, so their column does not tell a line of names from a line of data
