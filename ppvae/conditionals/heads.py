@@ -123,9 +123,8 @@ class Normal(Conditional):
         channels = outputs.shape[-self.event_dim]
         if channels % 2:
             raise ValueError(
-                f"Normal(scale=None) splits dimension {-self.event_dim} of the network's outputs "
-                f"into means and raw scales, but they are {tuple(outputs.shape)}; give the network "
-                "2 * D outputs, or give Normal a scale"
+                f"Normal splits dimension {-self.event_dim} of the network's outputs into two, but "
+                f"they are {tuple(outputs.shape)}: make it 2 * D, or give a scale"
             )
         loc, raw = outputs.chunk(2, dim=-self.event_dim)
         log_scale = raw if self.positive is torch.exp else None
@@ -199,12 +198,9 @@ class Categorical(Conditional):
         if channels % self.num_classes:
             raise ValueError(
                 f"Categorical splits dimension {-self.event_dim} of the network's outputs into "
-                f"{self.num_classes} logits per value, but they are {tuple(outputs.shape)}; give "
-                f"the network D * {self.num_classes} outputs"
+                f"classes, but they are {tuple(outputs.shape)}: make D * {self.num_classes}"
             )
-        logits = outputs.unflatten(
-            -self.event_dim, (channels // self.num_classes, self.num_classes)
-        )
+        logits = outputs.unflatten(-self.event_dim, (-1, self.num_classes))
         logits = logits.movedim(-self.event_dim, -1)
         return dist.Categorical(logits=logits).to_event(self.event_dim)
 

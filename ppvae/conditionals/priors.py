@@ -35,7 +35,10 @@ class StandardNormal(nn.Module):
 
 
 class Mixture(nn.Module):
-    r"""A learned mixture of diagonal normals, whatever it is called with.
+    r"""The prior p(z) as a mixture of diagonal normals with learned parameters.
+
+    Whatever it is called with. Not :class:`ppvae.posteriors.Mixture`, whose parameters a network
+    predicts from x.
 
     .. math:: p(z) = \sum_{c=1}^C \pi_c\, N(z; \mu_c, \mathrm{diag}\,\sigma_c^2)
 
@@ -77,10 +80,8 @@ class Mixture(nn.Module):
         for name, value in new.items():
             parameter = self.get_parameter(name)
             if parameter.shape != value.shape:
-                raise ValueError(
-                    f"Mixture.initialise: {name} has shape {tuple(parameter.shape)}, but got "
-                    f"{tuple(value.shape)}"
-                )
+                seen, wanted = tuple(value.shape), tuple(parameter.shape)
+                raise ValueError(f"Mixture.initialise: {name} has shape {wanted}, but got {seen}")
             parameter.copy_(value)
 
     def components(self) -> DiagonalNormal:
@@ -124,6 +125,7 @@ class VampPrior(nn.Module):
             called, if the posterior does not have batch shape ``(C,)``.
 
     Example:
+        >>> from ppvae.conditionals import Normal
         >>> q = Normal(nn.Linear(64, 2 * 3))
         >>> VampPrior(q, 10, 64)().expand((5, 20)).log_prob(torch.zeros(5, 20, 3)).shape
         torch.Size([5, 20])
@@ -148,10 +150,8 @@ class VampPrior(nn.Module):
         if data is None:
             init = mean + std * torch.randn(size)
         elif data.shape[1:] != size[1:] or len(data) < num_pseudo_inputs:
-            raise ValueError(
-                f"data must hold at least {num_pseudo_inputs} rows of shape {size[1:]}, got "
-                f"{tuple(data.shape)}"
-            )
+            wanted = f"at least {num_pseudo_inputs} rows of shape {size[1:]}"
+            raise ValueError(f"data must hold {wanted}, got {tuple(data.shape)}")
         else:
             rows = torch.randperm(len(data), device=data.device)[:num_pseudo_inputs]
             init = data[rows].to(torch.get_default_dtype())
@@ -171,9 +171,8 @@ class VampPrior(nn.Module):
         components = self.posterior(self.inputs())
         if components.batch_shape != self.equal.shape:
             raise ValueError(
-                f"the posterior of {tuple(self.pseudo_inputs.shape)} pseudo-inputs must have batch "
-                f"shape {tuple(self.equal.shape)}, got {tuple(components.batch_shape)}; check its "
-                "event_dim"
+                f"the posterior must have batch shape {tuple(self.equal.shape)}, got "
+                f"{tuple(components.batch_shape)}: check its event_dim"
             )
         weights = dist.Categorical(logits=full_precision(self.equal))
         return dist.MixtureSameFamily(weights, components)
