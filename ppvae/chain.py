@@ -49,6 +49,7 @@ class Chain:
         level: nn.Module,
         shape: Shape | None = None,
         argument: str | None = None,
+        go_on: bool = True,
     ) -> Any:
         """Run a level on the latest variable; what it gives becomes the latest, ``name``.
 
@@ -58,6 +59,7 @@ class Chain:
             level: a network or a conditional.
             shape: what the event shape must be, if known.
             argument: where the level was given, if it must give a distribution.
+            go_on: whether later levels follow this one; False: a branch, which ends here.
 
         Returns:
             What the level gave.
@@ -66,38 +68,26 @@ class Chain:
             ValueError: the level fails, or gives another shape; the message has all shapes so far.
             TypeError: it must give a distribution, and does not.
         """
-        found = self.branch(label, name, level, shape, argument)
-        self._value = self._zeros_of(found)
-        self.shapes[name] = tuple(self._value.shape[1:])
-        return found
-
-    def branch(
-        self,
-        label: str,
-        name: str,
-        level: nn.Module,
-        shape: Shape | None = None,
-        argument: str | None = None,
-    ) -> Any:
-        """Run a level on the latest variable, as :meth:`follow`, without going on from there."""
         latest = next(reversed(self.shapes))
-        so_far = ", ".join(f"{known} {size}" for known, size in self.shapes.items())
+        so_far = ", ".join(f"{variable} {size}" for variable, size in self.shapes.items())
         try:
             with evaluation_mode(level), torch.no_grad():
                 found = level(self._value)
         except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"the levels do not chain: {label} fails for {latest} of shape "
-                f"{self.shapes[latest]}; so far {so_far}. Give its network such an input: {error}"
-            ) from error
+            seen = f"{label} fails for {latest} of shape {self.shapes[latest]}; so far {so_far}"
+            cure = "Give its network an input of that shape"
+            raise ValueError(f"the levels do not chain: {seen}. {cure}: {error}") from error
         if argument is not None:
             require_distribution(argument, found)
-        gives = tuple(self._zeros_of(found).shape[1:])
+        zeros = self._zeros_of(found)
+        gives = tuple(zeros.shape[1:])
         if shape is not None and gives != shape:
+            seen = f"{label} gives {name} of shape {gives}, but it has shape {shape} in the model"
             raise ValueError(
-                f"the levels do not chain: {label} gives {name} of shape {gives}, but it has shape "
-                f"{shape} in the model; so far {so_far}. Change its last width"
+                f"the levels do not chain: {seen}; so far {so_far}. Change its last width"
             )
+        if go_on:
+            self.shapes[name], self._value = gives, zeros
         return found
 
     @property
@@ -120,8 +110,8 @@ def require_distribution(argument: str, found: Any) -> Any:
     """What ``pyro.sample`` takes, or ``TypeError``: it can be called, and has a ``log_prob``."""
     if not (callable(found) and callable(getattr(found, "log_prob", None))):
         kind = f"{type(found).__module__}.{type(found).__qualname__}"
+        cure = "put a network into a conditional, as conditionals.Normal(net)"
         raise TypeError(
-            f"{argument} gives a {kind}, but must give one of pyro.distributions: put a network "
-            "into a conditional, as conditionals.Normal(net)"
+            f"{argument} gives a {kind}, but must give one of pyro.distributions: {cure}"
         )
     return found

@@ -275,7 +275,7 @@ class WordCounts(dist.TorchDistribution):
         return _expanded(log_prob, self.batch_shape)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws ``total_count`` words; it reads the largest count on the host."""
+        """Draw ``total_count`` words; it reads the largest count on the host."""
         n = torch.as_tensor(self._require_total_count(), device=self.logits.device)
         with torch.no_grad():
             shape = self._extended_shape(torch.Size(sample_shape))

@@ -92,15 +92,14 @@ def fit_local(
     if steps < 1 or num_particles < 1:
         raise ValueError(f"steps and num_particles must be >= 1, got {steps}, {num_particles}")
     if not isinstance(guide, torch.nn.Module):
-        raise ValueError(f"guide must be an nn.Module, got {type(guide).__name__}: guide.local(x)?")
+        seen = f"guide must be an nn.Module, got {type(guide).__name__}"
+        raise ValueError(f"{seen}; pass guide.local(x), or guides.PerDatapoint(...)")
     owner = module_of(model)
     fixed = {id(p) for p in owner.parameters()} if owner is not None else set()
     moving = [p for p in guide.parameters() if p.requires_grad and id(p) not in fixed]
     if not moving:
-        raise ValueError(
-            f"{type(guide).__name__} has no trainable parameter that is not the model's: pass "
-            "guide.local(x) of an amortised guide"
-        )
+        seen = f"{type(guide).__name__} has no trainable parameter that is not the model's"
+        raise ValueError(f"{seen}: pass guide.local(x) of an amortised guide")
     optimiser = torch.optim.Adam(moving, lr=lr)
     last = max(1, steps // 10)
     total: Tensor | None = None

@@ -413,7 +413,7 @@ def test_csv(tmp_path):
         ("a,b\n1,2\n3,x", None, "data row 1, column 'b' holds 'x'"),
         ("a,b\n1,2\n3,", None, "column 'b' holds ''"),
         ("a,b\n1,2\n3", None, "data row 1, column 'b' holds ''"),
-        ("a,b\n1,2\n3,4,5", None, r"bad\.csv: .*in line 3, saw 3\. .*equal lines"),
+        ("a,b\n1,2\n3,4,5", None, r"bad\.csv: .*in line 3, saw 3\. .*as many cells"),
         ("a,b\n1,2\n3,4", "c", r"label='c': the columns are \['a', 'b'\]"),
         ("1,2\n3,4", 2, "label=2"),
         ("1,2\nnan,4\n5,6", None, "1 NaN.*row 1"),

@@ -63,7 +63,7 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def initialise(self, weights: Tensor, loc: Tensor, scale: Tensor) -> None:
-        """Sets the parameters in place, as to those of a fitted GaussianMixture (VaDE).
+        """Set the parameters in place, as to those of a fitted GaussianMixture (VaDE).
 
         Args:
             weights: ``(C,)``, positive; normalised if they do not sum to one.
@@ -85,11 +85,11 @@ class Mixture(nn.Module):
             parameter.copy_(value)
 
     def components(self) -> DiagonalNormal:
-        """Returns the components p(z | c), of batch shape ``(C,)``."""
+        """The components p(z | c), of batch shape ``(C,)``."""
         return DiagonalNormal(full_precision(self.loc), full_precision(self.log_scale).exp())
 
     def weights(self) -> dist.Categorical:
-        """Returns the weights p(c)."""
+        """The weights p(c)."""
         return dist.Categorical(logits=full_precision(self.logits))
 
     def forward(self, *context: Tensor) -> dist.MixtureSameFamily:
@@ -163,16 +163,14 @@ class VampPrior(nn.Module):
         self.register_buffer("equal", torch.zeros(num_pseudo_inputs), persistent=False)
 
     def inputs(self) -> Tensor:
-        """Returns the pseudo-inputs as the posterior sees them, ``(C, *shape)``."""
+        """The pseudo-inputs as the posterior sees them, ``(C, *shape)``."""
         u = self.pseudo_inputs
         return nn.functional.hardtanh(u, 0.0, 1.0) if self.support == "unit_interval" else u
 
     def forward(self, *context: Tensor) -> dist.MixtureSameFamily:
         components = self.posterior(self.inputs())
         if components.batch_shape != self.equal.shape:
-            raise ValueError(
-                f"the posterior must have batch shape {tuple(self.equal.shape)}, got "
-                f"{tuple(components.batch_shape)}: check its event_dim"
-            )
+            wanted, found = tuple(self.equal.shape), tuple(components.batch_shape)
+            raise ValueError(f"posterior's batch shape is {found}, not {wanted}: check event_dim")
         weights = dist.Categorical(logits=full_precision(self.equal))
         return dist.MixtureSameFamily(weights, components)

@@ -21,7 +21,7 @@ from ppvae.data.split import (
     check_unit_interval,
 )
 
-PIECE = 2**22  # values of a mapped file that are looked at together
+PIECE = 2**22  # values of a mapped file that are checked together
 # What holds all the values of several pieces is the last of their supports in this order, but for
 # halves beside counts, which are "real".
 WIDENING: tuple[Support, ...] = ("binary", "unit_interval", "counts", "integer", "real")
@@ -50,8 +50,8 @@ def from_arrays(
     """A ``Dataset`` from arrays or tensors: checked, split at random (by class), copied.
 
     A file mapped into memory, ``np.load("x.npy", mmap_mode="r")``, is not copied: the training part
-    stays in the file and ``ppvae.fit`` reads it batch by batch. It is looked through once here, in
-    pieces. The validation and test parts are read into memory: give numbers of rows.
+    stays in the file and ``ppvae.fit`` reads it batch by batch. It is checked here once, in pieces.
+    The validation and test parts are read into memory: give numbers of rows.
 
     Args:
         x: ``(N, D)`` rows, ``(N, H, W)`` or ``(N, C, H, W)`` images; finite numbers, N >= 3.
@@ -116,13 +116,11 @@ def _check_rows(array: np.ndarray, support: Support | None) -> None:
     """Raise ``ValueError`` unless ``x`` is rows or images, channels first, in known units."""
     shape = array.shape
     if array.ndim not in (2, 3, 4):
-        raise ValueError(
-            f"x has shape {shape}: give (N, D), (N, H, W) or (N, C, H, W), or x[:, None] for (N, 1)"
-        )
+        cure = "give (N, D), (N, H, W) or (N, C, H, W); of N single numbers x[:, None]"
+        raise ValueError(f"x has shape {shape}: {cure}")
     if array.ndim == 4 and shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4):
-        raise ValueError(
-            f"x has shape {shape}, channels last: use x.permute(0, 3, 1, 2) or np.moveaxis(x, 3, 1)"
-        )
+        cure = "use np.transpose(x, (0, 3, 1, 2)) or x.permute(0, 3, 1, 2) for (N, C, H, W)"
+        raise ValueError(f"x has shape {shape}, channels last: {cure}")
     if array.dtype == np.uint8 and array.max() > 1 and support is None:
         raise ValueError(f"x is uint8, up to {array.max()}: give x / 255, or support='counts'")
 
@@ -207,9 +205,8 @@ def split_rows(
     check_at_least(0, seed=seed)
     num_valid, num_test = _size("valid", valid, num), _size("test", test, num)
     if num_valid + num_test >= num:
-        raise ValueError(
-            f"x has {num} rows, valid takes {num_valid} and test {num_test}: train needs at least 1"
-        )
+        seen = f"x has {num} rows, valid takes {num_valid} and test {num_test}"
+        raise ValueError(f"{seen}: train needs at least 1")
     rng = np.random.default_rng(seed)
     order = rng.permutation(num)
     if labels is not None:
@@ -254,10 +251,8 @@ def _finite(array: np.ndarray, name: str) -> Tensor:
     bad = ~values.isfinite()
     if bool(bad.any()):
         row = int(bad.reshape(len(bad), -1).any(1).int().argmax())
-        raise ValueError(
-            f"{name} has {int(bad.sum())} NaN or infinite values (as {dtype}), the first in row "
-            f"{row}: drop those rows or fill them in"
-        )
+        seen = f"{int(bad.sum())} NaN or infinite values (as {dtype}), the first in row {row}"
+        raise ValueError(f"{name} has {seen}: drop those rows or fill them in")
     return values
 
 
@@ -265,9 +260,8 @@ def _labels_or_conditions(y: Any, num: int) -> tuple[Tensor, int | None]:
     """``y`` as int64 labels ``(N,)`` and their number, or as float conditions ``(N, D)``."""
     array = _numbers(y, "y")
     if array.ndim not in (1, 2) or len(array) != num:
-        raise ValueError(
-            f"y has shape {array.shape} and x {num} rows: give labels (N,) or conditions (N, D)"
-        )
+        seen = f"y has shape {array.shape} and x {num} rows"
+        raise ValueError(f"{seen}: give ({num},) labels or ({num}, D) conditions")
     values = _finite(array, "y")
     if array.ndim == 2:
         return values, None
@@ -281,8 +275,7 @@ def class_labels(array: Any, name: str, otherwise: str = "") -> Tensor:
     bad = ~(np.isfinite(array) & (array == np.round(array)) & (array >= 0))
     if bad.any():
         row = int(bad.argmax())
-        raise ValueError(
-            f"{name} has {int(bad.sum())} labels that are not whole numbers from 0, the first in "
-            f"row {row}: {float(array[row]):g}. Number the classes 0..C-1{otherwise}"
-        )
+        seen = f"{int(bad.sum())} labels that are not whole numbers from 0, the first in row {row}"
+        cure = f"Number the classes 0..C-1{otherwise}"
+        raise ValueError(f"{name} has {seen}: {float(array[row]):g}. {cure}")
     return torch.from_numpy(array.astype(np.int64))

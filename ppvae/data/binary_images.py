@@ -115,8 +115,7 @@ def _amat(path: Path, rows: int, flatten: bool) -> Tensor:
     raw = np.frombuffer(path.read_bytes(), np.uint8)
     bits = raw.reshape(rows, -1)[:, ::2] - ord("0") if raw.size == rows * 784 * 2 else raw
     if bits.shape != (rows, 784) or bits.max() > 1:
-        raise broken(
-            path, f"has {raw.size:,} bytes, where {rows:,} lines of 784 were expected, 0 or 1"
-        )
+        wanted = f"{rows:,} lines of 784 were expected, each 0 or 1"
+        raise broken(path, f"has {raw.size:,} bytes, where {wanted}")
     values = torch.from_numpy(bits).to(torch.get_default_dtype())
     return values if flatten else values.reshape(-1, 1, 28, 28)

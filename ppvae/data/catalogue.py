@@ -98,8 +98,8 @@ bundled with scikit-learn; grey levels / 16; split at random by class, seed 0
     elif binarize not in ("default", None):
         raise ValueError(f"binarize={binarize!r} needs grey levels, and {str(name)!r} has none")
     if unknown := sorted(set(options) - accepted):
-        known = ", ".join(sorted(accepted))
-        raise TypeError(f"{str(name)!r} has no option {', '.join(unknown)}: it has {known}")
+        seen = f"{str(name)!r} has no option {', '.join(unknown)}"
+        raise TypeError(f"{seen}: it has {', '.join(sorted(accepted))}")
     return loader(**options)
 
 
@@ -116,10 +116,8 @@ def _for_path(name: str | Path) -> tuple[Callable[..., Dataset], set[str]]:
     else:
         near = difflib.get_close_matches(str(name).lower().replace("-", "_"), NAMES, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(
-            f"no data set, file or folder {str(name)!r}: {hint}The names are {', '.join(NAMES)}; "
-            "a path must be an existing .npz, .csv or folder of images"
-        )
+        cure = f"The names are {', '.join(NAMES)}; a path is of an existing .npz, .csv or folder"
+        raise ValueError(f"no data set, file or folder {str(name)!r}: {hint}{cure} of images")
     own = set(inspect.signature(reader).parameters) - {"path", "folder", "options"}
     shared = {"valid", "test", "support", "shape", "binarize", "flatten", "seed", "name"}
     return lambda **options: reader(path, **options), own | shared

@@ -118,9 +118,9 @@ class Dataset:
         if missing is None or visible is None:
             raise ValueError(f"{self.name!r} was not cut: join is for what data.quadrants returns")
         if x.shape[-1:] != missing.shape or y.shape[-1:] != visible.shape:
+            wanted = f"{len(missing)} (missing pixels) and {len(visible)} (visible pixels)"
             raise ValueError(
-                f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: their last sizes must be "
-                f"{len(missing)} (missing pixels) and {len(visible)} (visible pixels)"
+                f"last sizes of x and y are {x.shape[-1]} and {y.shape[-1]}, not {wanted}"
             )
         leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
         image = x.new_empty(*leading, len(missing) + len(visible))

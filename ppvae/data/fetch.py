@@ -89,15 +89,12 @@ def fetch(folder: str, file: str) -> Path:
         known_hash = None if published is None else f"{kind}:{published}"
         pooch.retrieve(url, known_hash=known_hash, fname=file, path=path.parent)
     except ValueError as error:  # pooch checks before it moves the file into the cache
-        raise ValueError(
-            f"the download of {url} is corrupt ({kind} is not {published}) and was not kept: try "
-            f"again, or put the right file at {path}"
-        ) from error
+        seen = f"the download of {url} is corrupt ({kind} is not {published}) and was not kept"
+        raise ValueError(f"{seen}: try again, or put the right file at {path}") from error
     except OSError as error:  # requests' errors are OSErrors too
-        raise ConnectionError(
-            f"{path} is not there, and {url} could not be saved there: {error}. Put the file there "
-            f"yourself, or set PPVAE_DATA to a folder that has {key}, or that can be written"
-        ) from error
+        seen = f"{path} is not there, and {url} could not be saved there: {error}"
+        cure = f"Put the file there yourself, or set PPVAE_DATA to a folder that has {key}"
+        raise ConnectionError(f"{seen}. {cure}, or that can be written") from error
     finally:
         with suppress(OSError):  # not empty: the file is there
             for empty in made:

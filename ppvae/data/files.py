@@ -48,9 +48,8 @@ def from_npz(path: str | Path, x: str = "x", y: str | None = "y", **options: Any
                 raise ValueError(f"wanted x={x!r} and y={y!r}, and the keys are {list(file)}")
             arrays = file[x], None if y is None or y not in file else file[y]
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"cannot read {path}: {error}. Give an .npz of numbers; pickled objects are refused"
-        ) from error
+        cure = "Give the keys of arrays of numbers; pickled objects are refused"
+        raise ValueError(f"cannot read {path}: {error}. {cure}") from error
     return from_arrays(*arrays, **{"name": path.stem, **options})
 
 
@@ -80,14 +79,13 @@ def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -
     import pandas
 
     path = _existing(path)
-    try:  # cells as text, so that none is changed before it is looked at
+    try:  # cells as text, so that a word stays what it was
         table = pandas.read_csv(
             path, header=None, dtype=object, keep_default_na=False, encoding="utf-8-sig"
         )
     except ValueError as error:
-        raise ValueError(
-            f"cannot read {path}: {str(error).strip()}. Give a table, not empty, with equal lines"
-        ) from error
+        cure = "Give a table, not empty, with as many cells in each line"
+        raise ValueError(f"cannot read {path}: {str(error).strip()}. {cure}") from error
     names = [str(j) for j in table]
     # labels may be words, so their column does not tell a line of names from a line of data
     skipped = label % len(names) if isinstance(label, int) else None
@@ -144,7 +142,8 @@ def from_images(
     beside = _images_in(folder)
     inside = [path for sub in sub_folders for path in _images_in(sub)]
     if beside and inside:
-        raise ValueError(f"{folder} has images beside sub-folders with images: keep one kind")
+        cure = "put every image in a sub-folder (labels) or none"
+        raise ValueError(f"{folder} has images beside sub-folders with images: {cure}")
     paths = beside or inside
     if not paths:
         raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)}")
@@ -212,10 +211,11 @@ def _as_numbers(cells: np.ndarray, names: list[str], path: Path) -> np.ndarray:
         row, column = next(
             (i, j) for i, j in np.ndindex(cells.shape) if not _is_number(cells[i, j])
         )
-        raise ValueError(
-            f"{path}: data row {row}, column {names[column]!r} holds {cells[row, column]!r}, not a "
-            "number: fill empty cells, separate by commas, and name a column of words as label="
-        ) from error
+        seen = (
+            f"data row {row}, column {names[column]!r} holds {cells[row, column]!r}, not a number"
+        )
+        cure = "fill empty cells, separate by commas, and name a column of words as label="
+        raise ValueError(f"{path}: {seen}: {cure}") from error
 
 
 def _column(label: str | int, names: list[str], path: Path) -> int:

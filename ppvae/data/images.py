@@ -15,7 +15,7 @@ from ppvae.data.fetch import cache_folder, fetch, read_idx
 from ppvae.data.split import Binarize, Split, binarised, check_binarize
 
 FREY_SHA256 = "2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78"  # of the pixels
-FREY_RECIPE = """
+FREY_RECIPE = """To make it, get https://cs.nyu.edu/~roweis/data/frey_rawface.mat, and run
     import numpy, scipy.io
     faces = scipy.io.loadmat('frey_rawface.mat')['ff'].T.reshape(-1, 28, 20)
     numpy.savez_compressed('freyfaces.npz', faces=faces.astype('uint8'))"""
@@ -125,19 +125,14 @@ def freyfaces(binarize: Binarize | None = None, flatten: bool = True, seed: int 
     """
     path = cache_folder() / "freyfaces" / "freyfaces.npz"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no file {path}: put it there, or set PPVAE_DATA to a folder with freyfaces/"
-            "freyfaces.npz. Get https://cs.nyu.edu/~roweis/data/frey_rawface.mat and make it by"
-            f"{FREY_RECIPE}"
-        )
+        cure = "put it there, or set PPVAE_DATA to a folder with freyfaces/freyfaces.npz"
+        raise FileNotFoundError(f"no file {path}: {cure}. {FREY_RECIPE}")
     with np.load(path, allow_pickle=False) as file:
         faces = np.ascontiguousarray(file["faces"]) if "faces" in file else np.zeros(0)
     # of the pixels, not of the file, so that a file made by the recipe above passes too
     if hashlib.sha256(faces.tobytes()).hexdigest() != FREY_SHA256:
-        raise ValueError(
-            f"{path} does not hold the Frey faces, uint8 (1965, 28, 20) under the key 'faces': "
-            "replace it, or load it as your own data with data.from_npz"
-        )
+        cure = "replace it, or load it as your own data with data.from_npz"
+        raise ValueError(f"{path} does not hold the Frey faces, uint8 (1965, 28, 20): {cure}")
     dataset = from_arrays(
         faces.reshape(-1, 1, 28, 20) / 255,
         valid=200,

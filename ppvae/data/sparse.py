@@ -107,9 +107,8 @@ def from_counts(
         parts.append((checked_counts(test, "test"), test_y, "test_y"))
     widths = [rows.shape[1] for rows, _, _ in parts]
     if widths[-1] != widths[0]:
-        raise ValueError(
-            f"test has {widths[1]} columns and counts {widths[0]}: count both with one vocabulary"
-        )
+        seen = f"test has {widths[1]} columns and counts {widths[0]}"
+        raise ValueError(f"{seen}: count both with one vocabulary")
     if vocabulary is not None:
         check_vocabulary(vocabulary, widths[0])
     kept = [drop_empty(*part) for part in parts]
@@ -177,19 +176,17 @@ def checked_counts(counts: Any, name: str) -> SparseRows:
     values = counts.data if scipy.sparse.issparse(counts) else counts
     bad = ~(np.isfinite(values) & (values >= 0) & (values == np.round(values)))
     if bad.any():
-        raise ValueError(
-            f"{name} has {bad.sum()} values that are NaN, negative or not whole, such as "
-            f"{values[bad].flat[0]:g}: give counts, not tf-idf or shares"
-        )
+        seen = f"{bad.sum()} values that are NaN, negative or not whole"
+        example = f"such as {values[bad].flat[0]:g}"
+        raise ValueError(f"{name} has {seen}, {example}: give counts, not tf-idf or shares")
     return SparseRows(counts)
 
 
 def drop_empty(rows: SparseRows, y: Any, name: str = "y") -> tuple[SparseRows, Tensor | None]:
     """Only the documents with a word, and their labels."""
     if y is not None and np.shape(y) != (len(rows),):
-        raise ValueError(
-            f"{name} has shape {tuple(np.shape(y))}: give one label per document, ({len(rows)},)"
-        )
+        cure = f"give one label per document, ({len(rows)},)"
+        raise ValueError(f"{name} has shape {tuple(np.shape(y))}: {cure}")
     labels = None if y is None else class_labels(y, name)
     kept = np.flatnonzero(np.asarray(rows.matrix.sum(1)).ravel() > 0)
     if not len(kept):
@@ -202,9 +199,8 @@ def drop_empty(rows: SparseRows, y: Any, name: str = "y") -> tuple[SparseRows, T
 def check_vocabulary(vocabulary: Sequence[str], width: int) -> None:
     """Raise ``ValueError`` unless there is one word for each column, none twice."""
     if len(vocabulary) != width:
-        raise ValueError(
-            f"vocabulary has {len(vocabulary)} words and counts {width} columns: give one for each"
-        )
+        seen = f"vocabulary has {len(vocabulary)} words and counts {width} columns"
+        raise ValueError(f"{seen}: give the vocabulary that the documents were counted with")
     if len(set(vocabulary)) != width:
         twice = next(word for word in vocabulary if list(vocabulary).count(word) > 1)
         raise ValueError(f"the word {twice!r} is in vocabulary twice: add up its columns")

@@ -68,10 +68,8 @@ class Split:
         if self.supervised and self.y is None:
             raise ValueError("supervised=True needs y, and y is None: give labels or conditions")
         if self.rows is not None and self.binarize == "static":
-            raise ValueError(
-                "binarize='static' keeps one draw of all rows: with rows use 'dynamic'"
-            )
-        if self.binarize is not None and self.rows is None:  # else from_arrays has looked
+            raise ValueError("binarize='static' keeps one draw of all rows: use 'dynamic' here")
+        if self.binarize is not None and self.rows is None:  # else from_arrays has checked them
             check_unit_interval(self.values, f"values (binarize={self.binarize!r})")
 
     @cached_property

@@ -178,7 +178,6 @@ def _downloaded(fetcher: Any, **options: Any) -> Any:
     try:
         return fetcher(**options)
     except OSError as error:
-        raise ConnectionError(
-            f"scikit-learn's {fetcher.__name__} could not fill {options['data_home']}: {error}. "
-            "Copy that folder from a machine with a network, or set PPVAE_DATA to where it is"
-        ) from error
+        seen = f"scikit-learn's {fetcher.__name__} could not fill {options['data_home']}: {error}"
+        cure = "Copy that folder from a machine with a network, or set PPVAE_DATA to where it is"
+        raise ConnectionError(f"{seen}. {cure}") from error

@@ -127,7 +127,5 @@ def _network_and_head(conditional: nn.Module) -> conditionals.Conditional:
     """A conditional whose network and head can be told apart."""
     if isinstance(conditional, conditionals.Conditional):
         return conditional
-    raise TypeError(
-        f"{type(conditional).__name__} does not say which part of it is the network: make it a "
-        "subclass of conditionals.Conditional, a distribution of self.outputs(*inputs)"
-    )
+    seen = f"{type(conditional).__name__} does not say which part of it is the network"
+    raise TypeError(f"{seen}: make it a subclass of conditionals.Conditional, which has a net")

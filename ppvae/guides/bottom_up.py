@@ -22,7 +22,7 @@ class BottomUp(Program):
     only the top level has a closed-form KL: use ``kl="sampled"`` or ``"mixed"``.
 
     Args:
-        model: what it is a guide of; only its shapes are looked at.
+        model: what it is a guide of; only its shapes are used.
         levels: the conditionals q(z1 | x), q(z2 | z1), ..., one for each latent.
 
     Raises:
@@ -72,14 +72,10 @@ def check_hierarchy(
     """Raise unless the model is a hierarchy, and each list has an entry for each of its latents."""
     kind = type(guide).__name__
     if not all(hasattr(model, name) for name in needed):
-        raise TypeError(
-            f"{kind}(model) must be a models.Hierarchical, got a {type(model).__name__}; for a "
-            "model with one latent use guides.Normal"
-        )
+        wanted = f"a models.Hierarchical, got a {type(model).__name__}"
+        raise TypeError(f"{kind}(model) must be {wanted}; for one latent use guides.Normal")
     latents = [name for name in model.shapes if name != "x"]
     for argument, modules in given.items():
         if len(modules) != len(latents):
-            raise ValueError(
-                f"{kind}({argument}) has {len(modules)} entries, but the model has {len(latents)} "
-                f"latents {latents}; give one for each, the lowest first"
-            )
+            seen = f"{len(modules)} entries, but the model has {len(latents)} latents {latents}"
+            raise ValueError(f"{kind}({argument}) has {seen}; give one for each, the lowest first")

@@ -93,12 +93,10 @@ class Ladder(Program):
         for level, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True), 1):
             d = chain.follow(f"block {level}", f"d{level}", block)
             if not isinstance(d, Tensor):
-                raise TypeError(
-                    f"block {level} gives a {type(d).__name__}, but must give a tensor: put the "
-                    "network into blocks, and the conditional into heads"
-                )
+                seen = f"block {level} gives a {type(d).__name__}"
+                raise TypeError(f"{seen}, but must give a tensor: conditionals belong into heads")
             name, label, argument = f"z{level}", f"head {level}", f"heads[{level - 1}]"
-            up = chain.branch(label, name, head, model.shapes[name], argument)
+            up = chain.follow(label, name, head, model.shapes[name], argument, go_on=False)
             if level <= len(self.levels):
                 _moments(up, label)
 
@@ -153,8 +151,8 @@ def merge(up: Any, down: Any, level: int = 1) -> DiagonalNormal:
 def _moments(fn: Any, label: str) -> tuple[Tensor, Tensor]:
     base = getattr(fn, "base_dist", None)
     if not isinstance(fn, dist.Independent) or not isinstance(base, dist.Normal):
-        raise TypeError(
-            f"{label} gives a {type(fn).__name__}, but the ladder merges diagonal normals only: "
-            "use conditionals.Normal, or guides.BottomUp"
+        cure = (
+            "the ladder merges diagonal normals only: use conditionals.Normal, or guides.BottomUp"
         )
+        raise TypeError(f"{label} gives a {type(fn).__name__}, but {cure}")
     return base.loc, base.scale

@@ -76,10 +76,10 @@ class Table(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         """The rows of that number."""
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            seen = f"integers (N,), got {index.dtype} of shape {tuple(index.shape)}"
+            cure = "add torch.arange(len(x)), and wrap the model in ppvae.local.Indexed"
             raise ValueError(
-                "this guide takes the row numbers as its last argument, integers (N,), got "
-                f"{index.dtype} of shape {tuple(index.shape)}: add torch.arange(len(x)) to x, and "
-                "wrap the model in ppvae.local.Indexed, which ignores them"
+                f"this guide takes the row numbers as its last argument, {seen}: {cure}"
             )
         return self.rows.index_select(0, index)
 

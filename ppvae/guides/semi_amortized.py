@@ -74,10 +74,8 @@ class SemiAmortized(Program):
     ) -> None:
         super().__init__()
         if not isinstance(guide, Amortized):
-            raise TypeError(
-                f"SemiAmortized refines an Amortized guide, got {type(guide).__name__}; write the "
-                "encoder as guides.Amortized(conditional)"
-            )
+            wanted = "a guides.Amortized(conditional), or a shorthand such as guides.Normal"
+            raise TypeError(f"SemiAmortized refines {wanted}, got a {type(guide).__name__}")
         if steps < 1 or not lr > 0:
             raise ValueError(f"SemiAmortized needs steps >= 1 and lr > 0, got {steps} and {lr}")
         self.guide = guide

@@ -151,10 +151,9 @@ def _assignments(clusters: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Both as int64 ``(N,)``, checked."""
     found, given = host(clusters), host(labels)
     if found.shape != given.shape or found.ndim != 1 or not len(found):
-        raise ValueError(
-            f"clusters has shape {found.shape} and labels {given.shape}: give one number of each "
-            "per datapoint, (N,); of probabilities q(c | x) take argmax(1)"
-        )
+        seen = f"clusters has shape {found.shape} and labels {given.shape}"
+        cure = "give one number of each per datapoint, (N,); of probabilities take argmax(1)"
+        raise ValueError(f"{seen}: {cure}")
     for name, array in (("clusters", found), ("labels", given)):
         if array.dtype.kind not in "iubf":
             raise ValueError(f"{name} holds {array.dtype}: give whole numbers from 0")

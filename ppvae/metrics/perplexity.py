@@ -53,19 +53,16 @@ def perplexity(log_p: Any, num_words: Any) -> Perplexity:
     rates = -values / words
     per_document, corpus = rates.mean(), -values.sum() / words.sum()
     if max(per_document, corpus) > np.log(np.finfo(np.float64).max):
-        raise ValueError(
-            f"log_p is {rates.max():.4g} nats below 0 per word for document {rates.argmax()}, too "
-            "much for exp: the model diverged, or num_words belongs to other documents"
-        )
+        seen = f"log_p is {rates.max():.4g} nats below 0 per word for document {rates.argmax()}"
+        cure = "the model diverged, or num_words belongs to other documents"
+        raise ValueError(f"{seen}, too much for exp: {cure}")
     return Perplexity(float(np.exp(per_document)), float(np.exp(corpus)))
 
 
 def _check(values: np.ndarray, words: np.ndarray) -> None:
     if values.ndim != 1 or values.shape != words.shape or not len(values):
-        raise ValueError(
-            f"log_p has shape {values.shape} and num_words {words.shape}: give one number of each "
-            "per document, (D,)"
-        )
+        seen = f"log_p has shape {values.shape} and num_words {words.shape}"
+        raise ValueError(f"{seen}: give one number of each per document, (D,)")
     faults = [
         ("log_p", "NaN or infinite values", ~np.isfinite(values)),
         ("num_words", "NaN or infinite values", ~np.isfinite(words)),

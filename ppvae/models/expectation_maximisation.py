@@ -15,6 +15,10 @@ COLLAPSED = 1e-5  # smallest variance of a component, where the data's columns h
 # (log(1 + r) - r / (1 + r)) / 2 = r^2 / 4 nats per dimension of a row, nearly: here 1e-4.
 NEGLIGIBLE = 0.02
 FLOOR = 1e-6  # added to variances fitted to codes; one that is no larger has collapsed
+# of a collapsed component, whose likelihood grows without limit
+CURE = """Start elsewhere (another seed), use fewer components or full=False, drop columns of x \
+that are sums of others, stop earlier, or go by m_step with a larger reg_covar, such as 1e-3 where \
+the columns have variance 1 (x / x.std(0))"""
 Parameters = tuple[Tensor, Tensor, Tensor]  # weights (C,), means (C, D), covariances
 
 
@@ -66,11 +70,8 @@ def require_spread(x: Tensor, covariance: Tensor, counts: Tensor) -> None:
 def _require(good: Tensor, what: str, counts: Tensor) -> None:
     if not good.all():
         bad = int((~good).nonzero()[0])
-        raise CollapsedComponent(
-            f"component {bad} {what} (it holds {counts[bad]:.3g} of {counts.sum():.0f} points). "
-            "Give another seed, fewer components or full=False, drop columns that are sums of "
-            "others, stop earlier, or go by m_step with a larger reg_covar (1e-3 of the variance)"
-        )
+        held = f"it holds {counts[bad]:.3g} of {counts.sum():.0f} points"
+        raise CollapsedComponent(f"component {bad} {what} ({held}). {CURE}")
 
 
 def raw_parameters(
@@ -106,10 +107,9 @@ def _cholesky(covariance: Tensor) -> Tensor:
         what = "must be symmetric and positive definite"
     if not good.all():
         bad = int((~good).nonzero()[0])
-        raise ValueError(
-            f"covariance {what}, but that of component {bad} is {covariance[bad].tolist()}; "
-            "give the covariance itself, not standard deviations, a Cholesky factor or logs"
-        )
+        seen = f"that of component {bad} is {covariance[bad].tolist()}"
+        cure = "give the covariance itself, not standard deviations, a Cholesky factor or logs"
+        raise ValueError(f"covariance {what}, but {seen}; {cure}")
     return factor
 
 
@@ -121,20 +121,17 @@ def check_points(x: Tensor, num_components: int, dim: int) -> None:
     check_finite("x", x, "drop such rows: x[x.isfinite().all(1)]")
     constant = (x == x[:1]).all(0)
     if constant.any():
-        raise ValueError(
-            f"column {int(constant.nonzero()[0])} of x is constant, so the likelihood grows "
-            "without limit along it; drop such columns: x[:, x.std(0) > 0]"
-        )
+        seen = f"column {int(constant.nonzero()[0])} of x is constant"
+        cure = "so the likelihood grows without limit along it; drop such columns"
+        raise ValueError(f"{seen}, {cure}: x[:, x.std(0) > 0]")
 
 
 def check_responsibilities(x: Tensor, responsibilities: Tensor, num_components: int) -> None:
     """Raise ``ValueError`` unless they are q(c | x), ``(N, C)``."""
     shape, cure = (len(x), num_components), "take guide.posterior(x).probs"
     if responsibilities.shape != shape:
-        raise ValueError(
-            f"responsibilities must be {shape} for {len(x)} rows of x and {num_components} "
-            f"components, got {tuple(responsibilities.shape)}; {cure}"
-        )
+        wanted, found = f"{shape} for {len(x)} rows of x", tuple(responsibilities.shape)
+        raise ValueError(f"responsibilities must be {wanted}, got {found}; {cure}")
     check_finite("responsibilities", responsibilities, cure)
     least = float(responsibilities.min())
     if least < 0:
@@ -146,11 +143,9 @@ def check_reg_covar(x: Tensor, reg_covar: float) -> None:
     least, column = x.var(0, correction=0).min(0)
     limit = NEGLIGIBLE * float(least)
     if not 0 <= reg_covar <= limit:
-        raise ValueError(
-            f"reg_covar must lie between 0 and {NEGLIGIBLE} of the smallest variance of x, "
-            f"{least:.3g} (column {column}), got {reg_covar:.3g}, which would cost log p(x). Scale "
-            f"the data (x / x.std(0)), drop such columns, or give less, such as {limit / 2:.1e}"
-        )
+        wanted = f"0 and {NEGLIGIBLE} of the smallest variance of x, {least:.3g} (column {column})"
+        cure = f"Scale the data (x / x.std(0)), drop such columns, or give {limit / 2:.1e}"
+        raise ValueError(f"reg_covar must lie between {wanted}, got {reg_covar:.3g}. {cure}")
 
 
 def check_finite(name: str, value: Tensor, cure: str = "give finite numbers") -> None:
@@ -177,10 +172,8 @@ def require_different(x: Tensor, rows: int | None, count: int) -> None:
 
 def _require_as_many(found: int, what: str, count: int) -> None:
     if found < count:
-        raise ValueError(
-            f"{found} {what} are fewer than the {count} components; use at most {found} "
-            "components, or more data"
-        )
+        cure = f"use at most {found} components, or more data"
+        raise ValueError(f"{found} {what} are fewer than the {count} components; {cure}")
 
 
 def fit_codes(
@@ -215,10 +208,9 @@ def fit_codes(
         variances = variances.diagonal(dim1=1, dim2=2)
     bad = (sizes < 2) | (variances < 2 * FLOOR).any(1)
     if bad.any():
-        raise ValueError(
-            f"components {bad.nonzero().flatten().tolist()} of {count} collapsed in the fit: give "
-            "another seed, fewer clusters, more codes, or codes without duplicates"
-        )
+        seen = f"components {bad.nonzero().flatten().tolist()} of {count} collapsed in the fit"
+        cure = "give another seed, fewer clusters, more codes, or codes without duplicates"
+        raise ValueError(f"{seen}: {cure}")
     return mixture, loc, variances
 
 

@@ -99,10 +99,9 @@ class Hierarchical(Program):
         try:
             found = self.prior()
         except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"prior, a {type(self.prior).__name__}, fails when called without arguments: give "
-                f"latent_dim, or a prior such as conditionals.Mixture. It said: {error}"
-            ) from error
+            seen = f"prior, a {type(self.prior).__name__}, fails when called without arguments"
+            cure = "give latent_dim, or a prior such as conditionals.Mixture"
+            raise TypeError(f"{seen}: {cure}. It said: {error}") from error
         return require_distribution("prior", found)
 
 

@@ -158,7 +158,7 @@ class GaussianMixture(Program):
 
     @torch.no_grad()
     def before_fit(self, rows: int | None, x: Tensor, *_: Tensor) -> Callable[[], None] | None:
-        """What :func:`ppvae.fit` calls: refuse too few points, and look for a collapse later.
+        """What :func:`ppvae.fit` calls: refuse too few points, and watch for a collapse.
 
         Args:
             rows: of the data set, or None if they are not known.

@@ -133,10 +133,10 @@ class NVDM(Program):
         if num < 1:
             raise ValueError(f"num must be 1 or more words, got {num}")
         if len(vocabulary) != len(self.word_vectors):
-            raise ValueError(
+            seen = (
                 f"the vocabulary has {len(vocabulary)} words and the model {len(self.word_vectors)}"
-                ": give that of the counts the model was trained on, in their order"
             )
+            raise ValueError(f"{seen}: give that of the counts it was trained on, in their order")
         for word in words:
             if word not in vocabulary:
                 near = get_close_matches(word, vocabulary)

@@ -50,10 +50,8 @@ class VaDE(Program):
     def __init__(self, likelihood: nn.Module, prior: conditionals.Mixture) -> None:
         super().__init__()
         if not all(callable(getattr(prior, name, None)) for name in ("weights", "components")):
-            raise TypeError(
-                f"VaDE(prior) must be a mixture as conditionals.Mixture is, got a "
-                f"{type(prior).__name__}; without clusters take models.VAE(likelihood, prior=...)"
-            )
+            wanted = f"a mixture as conditionals.Mixture is, got a {type(prior).__name__}"
+            raise TypeError(f"VaDE(prior) must be {wanted}; without clusters take models.VAE")
         self.likelihood = likelihood
         self.prior = prior
 
@@ -82,10 +80,9 @@ class VaDE(Program):
     def _check_clusters(self, c: Tensor) -> None:
         count = self._num_clusters()
         if c.is_floating_point() or c.dtype == torch.bool or ((c < 0) | (c >= count)).any():
-            raise ValueError(
-                f"c must be integers in 0 .. {count - 1}, got {c.dtype} from {c.min().item()} to "
-                f"{c.max().item()}; give model(c=torch.arange({count})) for one draw of each"
-            )
+            seen = f"{c.dtype} from {c.min().item()} to {c.max().item()}"
+            cure = f"one draw of each is model(c=torch.arange({count}))"
+            raise ValueError(f"c must be integers in 0 .. {count - 1}, got {seen}; {cure}")
 
     def component(self, c: Tensor) -> DiagonalNormal:
         """p(z | c) for clusters ``(..., N)``."""
@@ -95,7 +92,7 @@ class VaDE(Program):
     def before_fit(self, rows: int | None, x: Tensor, *_: Tensor) -> None:
         """What :func:`ppvae.fit` calls: refuse fewer rows, or different ones, than clusters.
 
-        Nothing is looked at after an epoch: the ELBO has a bound where a component is narrow, since
+        Nothing is checked after an epoch: the ELBO has a bound where a component is narrow, since
         q(z | x) would have to be as narrow. A cluster without rows is found by
         :func:`ppvae.metrics.clustering`.
         """

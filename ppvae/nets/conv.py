@@ -40,14 +40,13 @@ class ConvEncoder(nn.Module):
         self.shape = tuple(shape)
 
     def forward(self, image: Tensor, *context: Tensor) -> Tensor:
-        """Maps an image ``(..., C, H, W)`` and vectors ``(..., D_i)`` to ``(..., out_dim)``."""
+        """From an image ``(..., C, H, W)`` and vectors ``(..., D_i)`` to ``(..., out_dim)``."""
         if image.shape[-3:] != self.shape:
             wanted = ", ".join(map(str, self.shape))
-            raise ValueError(
-                f"conv_encoder takes images (..., {wanted}), but saw {tuple(image.shape)}: "
-                f"x.movedim(-1, -3) for channels last, x.unflatten(-1, ({wanted})) for flat ones, "
-                "x.unsqueeze(-3) for images without a channel"
-            )
+            seen = f"conv_encoder takes images (..., {wanted}), but saw {tuple(image.shape)}"
+            flat = f"x.unflatten(-1, ({wanted})) for flat pixels"
+            cure = f"x.movedim(-1, -3) for channels last, {flat}, x.unsqueeze(-3) for no channel"
+            raise ValueError(f"{seen}; use {cure}")
         return self.head(self.features(image), *context)
 
 
@@ -115,7 +114,7 @@ class ConvDecoder(nn.Module):
         self.shape = tuple(shape)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Maps vectors ``(..., D_i)`` to an image ``(..., C, H, W)``."""
+        """From vectors ``(..., D_i)`` to an image ``(..., C, H, W)``."""
         image = self.upsample(self.stem(*inputs))
         return image[..., : self.shape[1], : self.shape[2]]
 

@@ -18,10 +18,8 @@ def _broadcast_leading(inputs: Sequence[Tensor], event_dims: Sequence[int]) -> t
             *(x.shape[: x.dim() - n] for x, n in zip(inputs, event_dims, strict=True))
         )
     except RuntimeError:
-        raise ValueError(
-            f"leading dimensions of inputs {_shapes(inputs)} do not broadcast: a condition is "
-            "(N, D), one row per datapoint, to go with z of (K, N, Z)"
-        ) from None
+        cure = "a condition is (N, D), one row per datapoint, to go with z of (K, N, Z)"
+        raise ValueError(f"inputs {_shapes(inputs)} do not broadcast: {cure}") from None
 
 
 def _shapes(inputs: Sequence[Tensor]) -> str:
@@ -29,7 +27,7 @@ def _shapes(inputs: Sequence[Tensor]) -> str:
 
 
 def concatenate(*inputs: Tensor) -> Tensor:
-    """Broadcasts inputs over their leading dimensions and joins them along the last one.
+    """Broadcast inputs over their leading dimensions and join them along the last one.
 
     Args:
         *inputs: tensors ``(..., D_i)``.
@@ -64,7 +62,7 @@ class FlatBatch(nn.Module):
         self.event_dim = event_dim
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Folds the leading dimensions, calls the network, restores them."""
+        """Fold the leading dimensions, call the network, restore them."""
         event_dims = self.event_dim
         if isinstance(event_dims, int):
             event_dims = (event_dims,) * len(inputs)
@@ -81,7 +79,7 @@ class FlatBatch(nn.Module):
 
 
 def flat_batch(net: nn.Module, event_dim: int | tuple[int, ...] = 1) -> FlatBatch:
-    """Makes any module see exactly one batch dimension.
+    """Make any module see exactly one batch dimension.
 
     Without it a convolution fails on ``z (K, N, Z)``, and ``BatchNorm1d(K or N)`` runs and silently
     normalises over the wrong axis.
@@ -117,13 +115,12 @@ class MLP(nn.Module):
         self.in_features = in_features
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Maps inputs ``(..., D_i)``, with ``sum D_i = in_features``, to ``(..., out)``."""
+        """From inputs ``(..., D_i)``, with ``sum D_i = in_features``, to ``(..., out)``."""
         x = concatenate(*inputs)
         if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"this network takes inputs of total width {self.in_features}, but saw "
-                f"{_shapes(inputs)} of width {x.shape[-1]}; flatten images with x.flatten(-3)"
-            )
+            seen = f"{_shapes(inputs)} of total width {x.shape[-1]}"
+            cure = f"make it of width {x.shape[-1]}, or flatten images with x.flatten(-3)"
+            raise ValueError(f"this network takes width {self.in_features}, but saw {seen}: {cure}")
         return self.layers(x)
 
 
@@ -253,15 +250,14 @@ class OneHot(nn.Module):
         self.register_buffer("one", torch.ones(()), persistent=False)  # follows .double(), .half()
 
     def forward(self, y: Tensor) -> Tensor:
-        """Maps labels ``(...,)`` to ``(..., num_classes)``."""
+        """From labels ``(...,)`` to ``(..., num_classes)``."""
         if y.is_floating_point() or y.dtype == torch.bool:
-            raise ValueError(
-                f"OneHot takes integers, got {y.dtype}: y.long()? Is y one-hot already?"
-            )
+            cure = "use y.long(), or leave OneHot out if y is one-hot already"
+            raise ValueError(f"OneHot takes integers, got {y.dtype}: {cure}")
         return (y.unsqueeze(-1) == self.classes).to(self.one.dtype)
 
     def check(self, y: Tensor) -> None:
-        """Checks a data set's labels; it reads their values, so call it once, not in a loop.
+        """Check a data set's labels; it reads their values, so call it once, not in a loop.
 
         Args:
             y: labels of shape ``(N,)``, integers in ``0 .. num_classes - 1``.
@@ -273,13 +269,12 @@ class OneHot(nn.Module):
             >>> OneHot(3).check(torch.tensor([0, 2]))
         """
         if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
-            raise ValueError(
-                f"labels must be integers of shape (N,), got {y.dtype} of shape {tuple(y.shape)}: "
-                "use y.squeeze(-1) for (N, 1), y.argmax(-1) for one-hot rows, y.long() for floats"
-            )
+            seen = f"{y.dtype} of shape {tuple(y.shape)}"
+            cure = "y.squeeze(-1) for (N, 1), y.argmax(-1) for one-hot rows, y.long() for floats"
+            raise ValueError(f"labels must be integers of shape (N,), got {seen}: use {cure}")
         low, high = (int(y.min()), int(y.max())) if y.numel() else (0, 0)
         if not 0 <= low <= high < self.num_classes:
+            cure = f"renumber them, or set num_classes={high + 1}"
             raise ValueError(
-                f"labels must lie in 0 .. {self.num_classes - 1}, got {low} .. {high}: renumber "
-                f"them, or set num_classes={high + 1}"
+                f"labels must lie in 0 .. {self.num_classes - 1}, got {low} .. {high}: {cure}"
             )
