@@ -128,7 +128,8 @@ def _check_rows(array: np.ndarray, support: Support | None) -> None:
 def _natural_shape(event: tuple[int, ...], shape: tuple[int, ...] | None) -> tuple[int, ...]:
     size = math.prod(event)
     if shape is not None and math.prod(shape) != size:
-        raise ValueError(f"shape={shape} has {math.prod(shape)} values, and a row of x {size}")
+        seen = f"shape={shape} has {math.prod(shape)} values and a row of x {size}"
+        raise ValueError(f"{seen}: make them agree")
     return tuple(event if shape is None else shape)
 
 

@@ -58,7 +58,8 @@ class Amortized(Program):
         if y is not None:
             return x, self.condition(y)
         if not isinstance(self.condition, nn.Identity):
-            raise ValueError("a guide with a condition needs x and y, as of dataset.supervised()")
+            cure = "call it with x and y: data as a tuple (x, y), or dataset.supervised()"
+            raise ValueError(f"this guide was given a condition, so {cure}")
         return (x,)
 
     def forward(self, x: Tensor, y: Tensor | None = None, size: int | None = None) -> Tensor:

@@ -253,7 +253,7 @@ class OneHot(nn.Module):
         """From labels ``(...,)`` to ``(..., num_classes)``."""
         if y.is_floating_point() or y.dtype == torch.bool:
             cure = "use y.long(), or leave OneHot out if y is one-hot already"
-            raise ValueError(f"OneHot takes integers, got {y.dtype}: {cure}")
+            raise ValueError(f"OneHot takes integer labels, got {y.dtype}: {cure}")
         return (y.unsqueeze(-1) == self.classes).to(self.one.dtype)
 
     def check(self, y: Tensor) -> None:
