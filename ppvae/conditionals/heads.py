@@ -195,7 +195,7 @@ class Categorical(Conditional):
         channels = outputs.shape[-self.event_dim]
         if channels % self.num_classes:
             where = f"dimension {-self.event_dim} of the outputs {tuple(outputs.shape)}"
-            raise ValueError(f"Categorical splits {where}: make it D * {self.num_classes}")
+            raise ValueError(f"Categorical splits {where} by class: make it D * {self.num_classes}")
         logits = outputs.unflatten(-self.event_dim, (-1, self.num_classes))
         logits = logits.movedim(-self.event_dim, -1)
         return dist.Categorical(logits=logits).to_event(self.event_dim)

@@ -37,8 +37,8 @@ class StandardNormal(nn.Module):
 class Mixture(nn.Module):
     r"""The prior p(z) as a mixture of diagonal normals with learned parameters.
 
-    Whatever it is called with. Not :class:`ppvae.posteriors.Mixture`, whose parameters a network
-    predicts from x.
+    It ignores what it is called with; :class:`ppvae.posteriors.Mixture` is the q(z | x) whose
+    parameters a network predicts.
 
     .. math:: p(z) = \sum_{c=1}^C \pi_c\, N(z; \mu_c, \mathrm{diag}\,\sigma_c^2)
 

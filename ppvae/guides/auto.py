@@ -64,7 +64,7 @@ class Auto(Program):
         index = torch.arange(self.num_rows, device=data[0].device)
         flattens = ValueError(
             f"{getattr(make, '__name__', make)} flattens all latents into one vector, outside the "
-            f"plate {DATA_PLATE!r}: use AutoNormal, or it alone with svi.step(x, joint=True)"
+            f"plate {DATA_PLATE!r}: use AutoNormal, or pass it bare: svi.step(x, joint=True)"
         )
         try:
             self.auto = make(Indexed(model), create_plates=plates)

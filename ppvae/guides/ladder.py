@@ -94,7 +94,7 @@ class Ladder(Program):
             d = chain.follow(f"block {level}", f"d{level}", block)
             if not isinstance(d, Tensor):
                 seen = f"block {level} gives a {type(d).__name__}"
-                raise TypeError(f"{seen}, but must give a tensor: conditionals belong into heads")
+                raise TypeError(f"{seen}, but must give a tensor: conditionals go into heads")
             name, label, argument = f"z{level}", f"head {level}", f"heads[{level - 1}]"
             up = chain.follow(label, name, head, model.shapes[name], argument, go_on=False)
             if level <= len(self.levels):
@@ -151,8 +151,6 @@ def merge(up: Any, down: Any, level: int = 1) -> DiagonalNormal:
 def _moments(fn: Any, label: str) -> tuple[Tensor, Tensor]:
     base = getattr(fn, "base_dist", None)
     if not isinstance(fn, dist.Independent) or not isinstance(base, dist.Normal):
-        cure = (
-            "the ladder merges diagonal normals only: use conditionals.Normal, or guides.BottomUp"
-        )
-        raise TypeError(f"{label} gives a {type(fn).__name__}, but {cure}")
+        seen = f"{label} gives a {type(fn).__name__}, and the ladder merges diagonal normals only"
+        raise TypeError(f"{seen}: use conditionals.Normal, or guides.BottomUp")
     return base.loc, base.scale

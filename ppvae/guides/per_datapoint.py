@@ -76,11 +76,10 @@ class Table(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         """The rows of that number."""
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
-            seen = f"integers (N,), got {index.dtype} of shape {tuple(index.shape)}"
+            wanted = "takes the row numbers as its last argument, integers (N,)"
+            seen = f"{index.dtype} of shape {tuple(index.shape)}"
             cure = "add torch.arange(len(x)), and wrap the model in ppvae.local.Indexed"
-            raise ValueError(
-                f"this guide takes the row numbers as its last argument, {seen}: {cure}"
-            )
+            raise ValueError(f"this guide {wanted}, got {seen}: {cure}")
         return self.rows.index_select(0, index)
 
     def check(self, index: Tensor) -> None:

@@ -18,7 +18,7 @@ from ppvae.posteriors.normals import check_width
 class Mixture(Conditional):
     r"""The posterior q(z | x) as a mixture of normals, every parameter predicted from x.
 
-    Not :class:`ppvae.conditionals.Mixture`, the prior p(z) with learned parameters.
+    :class:`ppvae.conditionals.Mixture` is the prior p(z) with parameters of its own.
 
     .. math:: q(z \mid x) = \sum_{c=1}^C \pi_c(x)\, N(z; \mu_c(x), \operatorname{diag}\sigma_c(x)^2)
 
