@@ -42,7 +42,15 @@ class Chain:
         self._zero = next(floats, torch.zeros(())).new_zeros(())
         self._value = self._zeros(shape, integer)
 
-    def follow(self, label: str, name: str, level: nn.Module, shape: Shape | None = None) -> Any:
+    def follow(
+        self,
+        label: str,
+        name: str,
+        level: nn.Module,
+        shape: Shape | None = None,
+        argument: str | None = None,
+        go_on: bool = True,
+    ) -> Any:
         """Run a level on the latest variable; what it gives becomes the latest, ``name``.
 
         Args:
@@ -50,47 +58,37 @@ class Chain:
             name: of the variable that it gives: a tensor, or the value of a distribution.
             level: a network or a conditional.
             shape: what the event shape must be, if known.
+            argument: where the level was given, if it must give a distribution.
+            go_on: whether later levels follow this one; False: a branch, which ends here.
 
         Returns:
             What the level gave.
 
         Raises:
             ValueError: the level fails, or gives another shape; the message has all shapes so far.
+            TypeError: it must give a distribution, and does not.
         """
-        found, zeros = self._run(label, name, level, shape)
-        self.shapes[name], self._value = tuple(zeros.shape[1:]), zeros
-        return found
-
-    def branch(self, label: str, name: str, level: nn.Module, shape: Shape | None = None) -> Any:
-        """Run a level on the latest variable, as :meth:`follow`, without going on from there."""
-        return self._run(label, name, level, shape)[0]
-
-    def _run(
-        self, label: str, name: str, level: nn.Module, shape: Shape | None
-    ) -> tuple[Any, Tensor]:
         latest = next(reversed(self.shapes))
+        so_far = ", ".join(f"{variable} {size}" for variable, size in self.shapes.items())
         try:
             with evaluation_mode(level), torch.no_grad():
                 found = level(self._value)
         except (RuntimeError, ValueError) as error:
+            seen = f"{label} fails for {latest} of shape {self.shapes[latest]}; so far {so_far}"
+            cure = "Give its network an input of that shape"
+            raise ValueError(f"the levels do not chain: {seen}. {cure}: {error}") from error
+        if argument is not None:
+            require_distribution(argument, found)
+        zeros = self._zeros_of(found)
+        gives = tuple(zeros.shape[1:])
+        if shape is not None and gives != shape:
+            seen = f"{label} gives {name} of shape {gives}, but it has shape {shape} in the model"
             raise ValueError(
-                f"the levels do not chain: {label} fails for {latest} of shape "
-                f"{self.shapes[latest]}; so far {self._table()}. Give its network an input of "
-                f"that shape. It said: {error}"
-            ) from error
-        if isinstance(found, Tensor):
-            zeros = torch.zeros_like(found)
-        else:
-            classes = isinstance(getattr(found, "base_dist", found), dist.Categorical)
-            zeros = self._zeros(found.event_shape, classes)
-        if shape is not None and tuple(zeros.shape[1:]) != shape:
-            raise ValueError(
-                f"the levels do not chain: {label} gives {name} of shape "
-                f"{tuple(zeros.shape[1:])}, but it has shape {shape} in the model; so far "
-                f"{self._table()}. Change the last width of {label} (twice the size of the latent "
-                "for a normal with a predicted scale)"
+                f"the levels do not chain: {seen}; so far {so_far}. Change its last width"
             )
-        return found, zeros
+        if go_on:
+            self.shapes[name], self._value = gives, zeros
+        return found
 
     @property
     def integer(self) -> bool:
@@ -100,5 +98,20 @@ class Chain:
     def _zeros(self, shape: Shape, integer: bool) -> Tensor:
         return self._zero.new_zeros((2, *shape), dtype=torch.long if integer else None)
 
-    def _table(self) -> str:
-        return ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
+    def _zeros_of(self, found: Any) -> Tensor:
+        """Zeros for a tensor, or for the value of a distribution."""
+        if isinstance(found, Tensor):
+            return torch.zeros_like(found)
+        integer = isinstance(getattr(found, "base_dist", found), dist.Categorical)
+        return self._zeros(found.event_shape, integer)
+
+
+def require_distribution(argument: str, found: Any) -> Any:
+    """What ``pyro.sample`` takes, or ``TypeError``: it can be called, and has a ``log_prob``."""
+    if not (callable(found) and callable(getattr(found, "log_prob", None))):
+        kind = f"{type(found).__module__}.{type(found).__qualname__}"
+        cure = "put a network into a conditional, as conditionals.Normal(net)"
+        raise TypeError(
+            f"{argument} gives a {kind}, but must give one of pyro.distributions: {cure}"
+        )
+    return found

@@ -31,13 +31,9 @@ class _Vector(dist.Independent):
             raise ValueError(f"{type(self).__name__} needs event_dim >= 1, got {event_dim}")
         shape = _broadcast([tensor.shape for tensor in parameters.values()])
         if event_dim > len(shape):
-            raise ValueError(
-                f"{type(self).__name__} has parameters of shape {tuple(shape)}, which have no "
-                f"{event_dim} event dimensions"
-            )
+            raise ValueError(f"parameters of shape {tuple(shape)} have no {event_dim} event dims")
         self._parameters, self.reinterpreted_batch_ndims = parameters, event_dim
-        at = len(shape) - event_dim
-        self._batch_shape, self._event_shape = shape[:at], shape[at:]
+        self._batch_shape, self._event_shape = shape[:-event_dim], shape[-event_dim:]
         default = torch.distributions.Distribution._validate_args  # Pyro's setting changes it
         self._validate_args = default if validate_args is None else validate_args
         if self._validate_args:
@@ -279,7 +275,7 @@ class WordCounts(dist.TorchDistribution):
         return _expanded(log_prob, self.batch_shape)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws ``total_count`` words; it reads the largest count on the host."""
+        """Draw ``total_count`` words; it reads the largest count on the host."""
         n = torch.as_tensor(self._require_total_count(), device=self.logits.device)
         with torch.no_grad():
             shape = self._extended_shape(torch.Size(sample_shape))
@@ -292,10 +288,7 @@ class WordCounts(dist.TorchDistribution):
 
     def _require_total_count(self) -> Tensor | int:
         if self.total_count is None:
-            raise ValueError(
-                "WordCounts needs total_count, the number of words of each document, to be drawn "
-                "from: give total_count=..., or obs=counts to pyro.sample"
-            )
+            raise ValueError("WordCounts needs total_count=... to be drawn, or obs= to be observed")
         return self.total_count
 
 

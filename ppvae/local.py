@@ -92,18 +92,14 @@ def fit_local(
     if steps < 1 or num_particles < 1:
         raise ValueError(f"steps and num_particles must be >= 1, got {steps}, {num_particles}")
     if not isinstance(guide, torch.nn.Module):
-        raise ValueError(
-            f"fit_local optimises a guide's own parameters, so the guide must be an nn.Module, got "
-            f"{type(guide).__name__}; pass guide.local(x), or guides.PerDatapoint(...)"
-        )
+        seen = f"guide must be an nn.Module, got {type(guide).__name__}"
+        raise ValueError(f"{seen}; pass guide.local(x), or guides.PerDatapoint(...)")
     owner = module_of(model)
     fixed = {id(p) for p in owner.parameters()} if owner is not None else set()
     moving = [p for p in guide.parameters() if p.requires_grad and id(p) not in fixed]
     if not moving:
-        raise ValueError(
-            f"{type(guide).__name__} has no trainable parameter that is not the model's, so there "
-            "is nothing to optimise; pass guide.local(x) of an amortised guide"
-        )
+        seen = f"{type(guide).__name__} has no trainable parameter that is not the model's"
+        raise ValueError(f"{seen}: pass guide.local(x) of an amortised guide")
     optimiser = torch.optim.Adam(moving, lr=lr)
     last = max(1, steps // 10)
     total: Tensor | None = None
@@ -121,8 +117,6 @@ def fit_local(
         parameter.grad = None
     assert total is not None
     if not (finite := total.isfinite()).all():
-        raise ValueError(
-            f"the ELBO of {int((~finite).sum())} of {len(total)} datapoints is NaN or infinite "
-            f"after {steps} steps; lower lr (it was {lr})"
-        )
+        bad = f"{int((~finite).sum())} of {len(total)} datapoints"
+        raise ValueError(f"the ELBO of {bad} is NaN or infinite after {steps} steps: lower lr={lr}")
     return total / last

@@ -234,7 +234,7 @@ def test_rcv1(monkeypatch, cache):
     with pytest.raises(ValueError, match="num=39, and 38 stories"):
         data.load("rcv1", num=39)
     monkeypatch.setattr(text, "RCV1_SHAPE", (41, 9))
-    with pytest.raises(ValueError, match=r"delete .*scikit_learn"):
+    with pytest.raises(ValueError, match=r"scikit_learn has .*delete it"):
         data.load("rcv1")
 
 
@@ -280,7 +280,7 @@ def test_har_that_is_not(cache, monkeypatch):
     monkeypatch.setattr(har, "COUNTS", {"train": (2, 1), "test": (1, 1)})
     for content in (har_zip(change="range"), har_zip(change="labels"), b"no zip", har_zip()[:-99]):
         put(path, content)
-        with pytest.raises(ValueError, match=r"is not the UCI HAR data set.*Delete it"):
+        with pytest.raises(ValueError, match=r"is not the UCI HAR data set.*delete it"):
             data.load("har", num_valid=1)
 
 

@@ -296,7 +296,7 @@ def test_an_absolute_reg_covar_cannot_lower_the_evidence_of_data_in_small_units(
     model.start(z)
     before = model.log_evidence(z).mean()
     with pytest.raises(ValueError, match=r"reg_covar must lie .* 0.02 .*-09 .*column [01].*1e-06.*"
-                       r"Scale the data .* such as \d.\de-1\d"):  # fmt: skip
+                       r"Scale the data .* give \d.\de-1\d"):  # fmt: skip
         em(model, z, 1)
     assert torch.equal(model.log_evidence(z).mean(), before)
     em(model, z, 1, reg_covar=0.0199 * z.var(0, correction=0).min().item())

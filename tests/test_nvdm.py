@@ -227,8 +227,8 @@ def test_parts_that_are_given():
     [
         (corpus(), {"vocabulary": WORDS[:5]}, "vocabulary has 5 words and counts 7 columns"),
         (corpus(), {"vocabulary": [*WORDS[:6], "gun"]}, "'gun' .* twice"),
-        (corpus() + 0.5, {}, "not whole"),
-        (corpus() - 2, {}, "negative"),
+        (corpus() + 0.5, {}, r"not whole, such as \d\.5"),
+        (corpus() - 2, {}, "negative .*, such as -"),
         (corpus(), {"test": corpus(9)[:, :4]}, "test has 4 columns and counts 7"),
         (corpus(), {"y": np.zeros(3)}, "one label per document"),
         (corpus(), {"y": np.arange(40) - 1}, "y has 1 labels .* row 0: -1. Number the classes"),
@@ -236,7 +236,7 @@ def test_parts_that_are_given():
         (corpus(), {"y": np.zeros(40), "test": corpus(9), "test_y": -np.ones(9)}, "test_y has 9"),
         (np.zeros((4, V)), {}, "no document has a word"),
         (corpus()[0], {}, r"\(N, V\)"),
-        (corpus() * np.nan, {}, "NaN"),
+        (corpus() * np.nan, {}, "280 values that are NaN.*, such as nan"),
     ],
 )
 def test_bad_counts(counts, options, message):

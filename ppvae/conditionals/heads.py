@@ -13,7 +13,7 @@ from ppvae.distributions import BinaryVector, DiagonalNormal, WordCounts
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Casts bfloat16 and float16 to float32, so that log-probabilities are summed in float32."""
+    """Cast bfloat16 and float16 to float32, so that log-probabilities are summed in float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -38,11 +38,11 @@ class Conditional(nn.Module):
         self.net = net
 
     def outputs(self, *inputs: Tensor) -> Tensor:
-        """Calls the network; bfloat16 and float16 outputs become float32."""
+        """Call the network; bfloat16 and float16 outputs become float32."""
         return full_precision(self.net(*inputs))
 
     def forward(self, *inputs: Tensor) -> dist.TorchDistribution:
-        """Returns the distribution given the inputs."""
+        """The distribution given the inputs."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(*inputs)")
 
 
@@ -69,7 +69,7 @@ class Scale(nn.Module):
         self.log_scale = nn.Parameter(torch.full(shape, math.log(init)))
 
     def forward(self) -> Tensor:
-        """Returns the scale."""
+        """The scale."""
         return full_precision(self.log_scale).exp()
 
 
@@ -122,11 +122,8 @@ class Normal(Conditional):
             return DiagonalNormal(outputs, scale, self.event_dim)
         channels = outputs.shape[-self.event_dim]
         if channels % 2:
-            raise ValueError(
-                f"Normal(scale=None) splits dimension {-self.event_dim} of the network's outputs "
-                f"into means and raw scales, but they are {tuple(outputs.shape)}; give the network "
-                "2 * D outputs, or give Normal a scale"
-            )
+            where = f"dimension {-self.event_dim} of the outputs {tuple(outputs.shape)}"
+            raise ValueError(f"Normal splits {where} in two: make it 2 * D, or give a scale")
         loc, raw = outputs.chunk(2, dim=-self.event_dim)
         log_scale = raw if self.positive is torch.exp else None
         return DiagonalNormal(loc, self.positive(raw), self.event_dim, log_scale=log_scale)
@@ -197,14 +194,9 @@ class Categorical(Conditional):
             return dist.Categorical(logits=outputs)
         channels = outputs.shape[-self.event_dim]
         if channels % self.num_classes:
-            raise ValueError(
-                f"Categorical splits dimension {-self.event_dim} of the network's outputs into "
-                f"{self.num_classes} logits per value, but they are {tuple(outputs.shape)}; give "
-                f"the network D * {self.num_classes} outputs"
-            )
-        logits = outputs.unflatten(
-            -self.event_dim, (channels // self.num_classes, self.num_classes)
-        )
+            where = f"dimension {-self.event_dim} of the outputs {tuple(outputs.shape)}"
+            raise ValueError(f"Categorical splits {where} by class: make it D * {self.num_classes}")
+        logits = outputs.unflatten(-self.event_dim, (-1, self.num_classes))
         logits = logits.movedim(-self.event_dim, -1)
         return dist.Categorical(logits=logits).to_event(self.event_dim)
 

@@ -35,7 +35,10 @@ class StandardNormal(nn.Module):
 
 
 class Mixture(nn.Module):
-    r"""A learned mixture of diagonal normals, whatever it is called with.
+    r"""The prior p(z) as a mixture of diagonal normals with learned parameters.
+
+    It ignores what it is called with; :class:`ppvae.posteriors.Mixture` is the q(z | x) whose
+    parameters a network predicts.
 
     .. math:: p(z) = \sum_{c=1}^C \pi_c\, N(z; \mu_c, \mathrm{diag}\,\sigma_c^2)
 
@@ -60,7 +63,7 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def initialise(self, weights: Tensor, loc: Tensor, scale: Tensor) -> None:
-        """Sets the parameters in place, as to those of a fitted GaussianMixture (VaDE).
+        """Set the parameters in place, as to those of a fitted GaussianMixture (VaDE).
 
         Args:
             weights: ``(C,)``, positive; normalised if they do not sum to one.
@@ -77,18 +80,16 @@ class Mixture(nn.Module):
         for name, value in new.items():
             parameter = self.get_parameter(name)
             if parameter.shape != value.shape:
-                raise ValueError(
-                    f"Mixture.initialise: {name} has shape {tuple(parameter.shape)}, but got "
-                    f"{tuple(value.shape)}"
-                )
+                seen, wanted = tuple(value.shape), tuple(parameter.shape)
+                raise ValueError(f"Mixture.initialise: {name} has shape {wanted}, but got {seen}")
             parameter.copy_(value)
 
     def components(self) -> DiagonalNormal:
-        """Returns the components p(z | c), of batch shape ``(C,)``."""
+        """The components p(z | c), of batch shape ``(C,)``."""
         return DiagonalNormal(full_precision(self.loc), full_precision(self.log_scale).exp())
 
     def weights(self) -> dist.Categorical:
-        """Returns the weights p(c)."""
+        """The weights p(c)."""
         return dist.Categorical(logits=full_precision(self.logits))
 
     def forward(self, *context: Tensor) -> dist.MixtureSameFamily:
@@ -124,6 +125,7 @@ class VampPrior(nn.Module):
             called, if the posterior does not have batch shape ``(C,)``.
 
     Example:
+        >>> from ppvae.conditionals import Normal
         >>> q = Normal(nn.Linear(64, 2 * 3))
         >>> VampPrior(q, 10, 64)().expand((5, 20)).log_prob(torch.zeros(5, 20, 3)).shape
         torch.Size([5, 20])
@@ -148,10 +150,8 @@ class VampPrior(nn.Module):
         if data is None:
             init = mean + std * torch.randn(size)
         elif data.shape[1:] != size[1:] or len(data) < num_pseudo_inputs:
-            raise ValueError(
-                f"data must hold at least {num_pseudo_inputs} rows of shape {size[1:]}, got "
-                f"{tuple(data.shape)}"
-            )
+            wanted = f"at least {num_pseudo_inputs} rows of shape {size[1:]}"
+            raise ValueError(f"data must hold {wanted}, got {tuple(data.shape)}")
         else:
             rows = torch.randperm(len(data), device=data.device)[:num_pseudo_inputs]
             init = data[rows].to(torch.get_default_dtype())
@@ -163,17 +163,14 @@ class VampPrior(nn.Module):
         self.register_buffer("equal", torch.zeros(num_pseudo_inputs), persistent=False)
 
     def inputs(self) -> Tensor:
-        """Returns the pseudo-inputs as the posterior sees them, ``(C, *shape)``."""
+        """The pseudo-inputs as the posterior sees them, ``(C, *shape)``."""
         u = self.pseudo_inputs
         return nn.functional.hardtanh(u, 0.0, 1.0) if self.support == "unit_interval" else u
 
     def forward(self, *context: Tensor) -> dist.MixtureSameFamily:
         components = self.posterior(self.inputs())
         if components.batch_shape != self.equal.shape:
-            raise ValueError(
-                f"the posterior of {tuple(self.pseudo_inputs.shape)} pseudo-inputs must have batch "
-                f"shape {tuple(self.equal.shape)}, got {tuple(components.batch_shape)}; check its "
-                "event_dim"
-            )
+            wanted, found = tuple(self.equal.shape), tuple(components.batch_shape)
+            raise ValueError(f"posterior's batch shape is {found}, not {wanted}: check event_dim")
         weights = dist.Categorical(logits=full_precision(self.equal))
         return dist.MixtureSameFamily(weights, components)

@@ -1,19 +1,20 @@
-"""Data sets as `Dataset` values: built-in ones by name, users' own, image quadrants.
+"""Data sets as ``Dataset`` values: built-in ones by name, users' own, image quadrants.
 
->>> from ppvae import data
->>> data.load("digits").train.x.shape
-torch.Size([1297, 64])
+Example:
+    >>> from ppvae import data
+    >>> data.load("digits").train.x.shape
+    torch.Size([1297, 64])
 """
 
-from .arrays import from_arrays
-from .catalogue import NAMES, load
-from .dataset import Dataset
-from .fetch import cache_folder
-from .files import from_csv, from_images, from_npz
-from .quadrant import quadrants
-from .sparse import EmptyDocumentWarning, from_counts
-from .split import Split
-from .synthetic import (
+from ppvae.data.arrays import from_arrays
+from ppvae.data.catalogue import NAMES, load
+from ppvae.data.dataset import Dataset
+from ppvae.data.fetch import cache_folder
+from ppvae.data.files import from_csv, from_images, from_npz
+from ppvae.data.quadrant import quadrants
+from ppvae.data.sparse import EmptyDocumentWarning, from_counts
+from ppvae.data.split import Split
+from ppvae.data.synthetic import (
     GaussianMixture,
     LinearGaussian,
     gaussian_mixture_parameters,

@@ -1,7 +1,8 @@
-"""Users' own arrays -> `Dataset`, checked before anything else."""
+"""Users' own arrays -> ``Dataset``, checked before anything else."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, get_args
 
@@ -9,10 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dataset import Dataset, Support
-from .split import Binarize, Split, check_binarize, check_choice, check_unit_interval
+from ppvae.data.dataset import Dataset, Support
+from ppvae.data.split import (
+    Binarize,
+    Split,
+    binarised,
+    check_at_least,
+    check_binarize,
+    check_choice,
+    check_unit_interval,
+)
 
-PIECE = 2**22  # values of a mapped file that are looked at together
+PIECE = 2**22  # values of a mapped file that are checked together
+# What holds all the values of several pieces is the last of their supports in this order, but for
+# halves beside counts, which are "real".
+WIDENING: tuple[Support, ...] = ("binary", "unit_interval", "counts", "integer", "real")
+WITHIN: dict[Support, set[Support]] = {
+    "binary": {"binary"},
+    "unit_interval": {"binary", "unit_interval"},
+    "counts": {"binary", "counts"},
+    "integer": {"binary", "counts", "integer"},
+    "real": set(get_args(Support)),
+}
 
 
 def from_arrays(
@@ -28,163 +47,145 @@ def from_arrays(
     seed: int = 0,
     name: str = "arrays",
 ) -> Dataset:
-    """A `Dataset` from arrays or tensors: checked, split at random (by class with labels), copied.
+    """A ``Dataset`` from arrays or tensors: checked, split at random (by class), copied.
 
-    A file mapped into memory, `np.load("x.npy", mmap_mode="r")`, is not copied: the training part
-    stays in the file and `ppvae.fit` reads it batch by batch. It is looked through once here, in
-    pieces. The validation and test parts are read into memory: give numbers of rows.
+    A file mapped into memory, ``np.load("x.npy", mmap_mode="r")``, is not copied: the training part
+    stays in the file and ``ppvae.fit`` reads it batch by batch. It is checked here once, in pieces.
+    The validation and test parts are read into memory: give numbers of rows.
 
     Args:
-        x: `(N, D)` rows, `(N, H, W)` or `(N, C, H, W)` images; finite numbers, N at least 3.
-        y: `(N,)` labels, whole numbers 0..C-1; or `(N, D)` real conditions; or None.
+        x: ``(N, D)`` rows, ``(N, H, W)`` or ``(N, C, H, W)`` images; finite numbers, N >= 3.
+        y: ``(N,)`` labels, whole numbers 0..C-1; or ``(N, D)`` real conditions; or None.
         valid: rows for validation: a share in (0, 1) or a number of rows.
         test: rows for testing, likewise.
-        support: see `Dataset`. None infers it: all in {0, 1} "binary"; all in [0, 1]
+        support: see ``Dataset``. None infers it: all in {0, 1} "binary"; all in [0, 1]
             "unit_interval"; whole numbers, none negative "counts"; whole numbers "integer"; else
-            "real". `source` states what was inferred.
-        shape: natural shape of one row, if `x` is flat: (1, 28, 28) for rows of 784.
-        binarize: "dynamic" or "static" for `x` in [0, 1] read as grey levels, so that the model
-            sees Bernoulli draws (see `Split`); else None.
-        flatten: store each row flat, `(N, D)`, keeping its shape in `shape`.
+            "real". ``source`` states what was inferred.
+        shape: natural shape of one row, if ``x`` is flat: (1, 28, 28) for rows of 784.
+        binarize: "dynamic" or "static" for ``x`` in [0, 1] read as grey levels, so that the model
+            sees Bernoulli draws (see ``Split``); else None.
+        flatten: store each row flat, ``(N, D)``, keeping its shape in ``shape``.
         seed: of the split and of the binarisation, 0 or more.
         name: of the data set.
 
     Raises:
         TypeError: arrays of objects, text or complex numbers.
-        ValueError: empty, NaN or infinite `x`, wrong rank, channels last, 8-bit images without
-            `support`, values outside `support`, bad labels, or a split with no rows.
+        ValueError: empty, NaN or infinite ``x``, wrong rank, channels last, 8-bit images without
+            ``support``, values outside ``support``, bad labels, or a split with no rows.
 
-    >>> generator = torch.Generator().manual_seed(0)
-    >>> mine = from_arrays(torch.randn(100, 3, generator=generator), torch.arange(100) % 2)
-    >>> mine.support, mine.num_classes, len(mine.train), len(mine.valid), len(mine.test)
-    ('real', 2, 80, 10, 10)
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> mine = from_arrays(torch.randn(100, 3, generator=generator), torch.arange(100) % 2)
+        >>> mine.support, mine.num_classes, len(mine.train), len(mine.valid), len(mine.test)
+        ('real', 2, 80, 10, 10)
     """
     check_binarize(binarize)
+    array = _numbers(x, "x")
+    _check_rows(array, support)
+    natural_shape = _natural_shape(array.shape[1:], shape)
     mapped = isinstance(x, np.memmap)
-    rows = _numbers(x, "x")
-    if rows.ndim not in (2, 3, 4):
-        raise ValueError(
-            f"x has shape {rows.shape}: give (N, D), (N, H, W) or (N, C, H, W); "
-            "use x[:, None] for N single numbers, x.reshape(len(x), -1) for deeper rows"
-        )
-    _check_channels(rows.shape)
-    natural = _natural_shape(rows.shape[1:], shape)
-    if rows.dtype == np.uint8 and rows.max() > 1 and support is None:
-        raise ValueError(
-            f"x holds 8-bit values (uint8) up to {rows.max()}: pass x / 255 for grey levels, or "
-            "support='counts' to model the numbers themselves"
-        )
     if mapped:
-        values = map_tensor(rows, "x")
-        found = mapped_support(rows, support, binarize)
+        values, found = _map_tensor(array), _support_by_pieces(array, support, binarize)
     else:
-        values = _finite(rows, "x")
-        found = infer_support(values)
-        check_support(values, support or found)
-        if binarize is not None:
-            check_unit_interval(values, f"x (binarize={binarize!r})")
+        values, found = _checked_values(array, "x", support, binarize)
+    labels, num_classes = (None, None) if y is None else _labels_or_conditions(y, len(values))
+    by_class = None if num_classes is None else np.asarray(labels)
+    index = [torch.from_numpy(i) for i in split_rows(len(values), valid, test, seed, by_class)]
+    values = values.flatten(1) if flatten else values
+
+    def part(rows: Tensor, stays: bool) -> Split:
+        own_y = None if labels is None else labels[rows]
+        if stays:
+            return Split(values, own_y, rows=rows)
+        return Split(values[rows].to(torch.get_default_dtype()), own_y)
+
+    parts = [part(rows, stays=mapped and rows is index[0]) for rows in index]
     stated = f"support {found!r} inferred" if support is None else f"support {support!r} given"
-    labels = None if y is None else _conditions(y, len(values))
-    num_classes = int(labels.max()) + 1 if labels is not None and labels.ndim == 1 else None
-    index = split_rows(
-        len(values),
-        valid,
-        test,
-        seed,
-        None if num_classes is None else labels.numpy(),  # type: ignore[union-attr]
-    )
-    if flatten:
-        values = values.flatten(1)
-    train, valid_part, test_part = (
-        # a seed of its own for each part, so that parts share no binarisation noise
-        Split(values, part_y, binarize, 3 * seed + part, rows=i)
-        if mapped and part == 0
-        else Split(_gathered(values, i), part_y, binarize, 3 * seed + part)
-        for part, i in enumerate(map(torch.from_numpy, index))
-        for part_y in [None if labels is None else labels[i]]
-    )
     how = "at random" if num_classes is None else "at random by class"
     return Dataset(
         name,
-        train,
-        valid_part,
-        test_part,
+        *binarised(parts, binarize, seed),
         support="binary" if binarize else support or found,
-        shape=natural,
+        shape=natural_shape,
         num_classes=num_classes,
         source=f"arrays of the user; {stated}; split {how}, seed {seed}",
     )
 
 
-def map_tensor(array: np.ndarray, name: str) -> Tensor:
-    """An array as a tensor on the same memory: the file, if it is mapped.
+def _check_rows(array: np.ndarray, support: Support | None) -> None:
+    """Raise ``ValueError`` unless ``x`` is rows or images, channels first, in known units."""
+    shape = array.shape
+    if array.ndim not in (2, 3, 4):
+        cure = "give (N, D), (N, H, W) or (N, C, H, W); of N single numbers x[:, None]"
+        raise ValueError(f"x has shape {shape}: {cure}")
+    if array.ndim == 4 and shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4):
+        cure = "use np.transpose(x, (0, 3, 1, 2)) or x.permute(0, 3, 1, 2) for (N, C, H, W)"
+        raise ValueError(f"x has shape {shape}, channels last: {cure}")
+    if array.dtype == np.uint8 and array.max() > 1 and support is None:
+        raise ValueError(f"x is uint8, up to {array.max()}: give x / 255, or support='counts'")
 
-    Raises:
-        TypeError: torch has no such dtype.
-    """
+
+def _natural_shape(event: tuple[int, ...], shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    size = math.prod(event)
+    if shape is not None and math.prod(shape) != size:
+        seen = f"shape={shape} has {math.prod(shape)} values and a row of x {size}"
+        raise ValueError(f"{seen}: make them agree")
+    return tuple(event if shape is None else shape)
+
+
+def _map_tensor(array: np.ndarray) -> Tensor:
+    """A mapped file as a tensor on the same memory."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor do we
         try:
             return torch.from_numpy(array)
         except (TypeError, ValueError) as error:  # other byte orders raise the latter
-            raise TypeError(
-                f"{name} is a mapped file of dtype {array.dtype}, which torch cannot map: store it "
-                "as native float32, float16 or uint8"
-            ) from error
+            raise TypeError(f"torch cannot map {array.dtype}: store float32 or uint8") from error
 
 
-def mapped_support(array: np.ndarray, given: Support | None, binarize: Binarize | None) -> Support:
-    """Look through a mapped array in pieces, as `from_arrays` does through one in memory."""
-    order: list[Support] = ["binary", "unit_interval", "counts", "integer", "real"]
+def _support_by_pieces(
+    array: np.ndarray, support: Support | None, binarize: Binarize | None
+) -> Support:
+    """The support of a mapped array, found piece by piece."""
     step = max(1, PIECE // max(1, array[0].size))
-    seen: set[Support] = set()
+    found: set[Support] = set()
     for first in range(0, len(array), step):
         piece = array[first : first + step]
-        values = _finite(piece, f"x (rows {first} to {first + len(piece) - 1})")
-        if given is not None:
-            check_support(values, given)
-        if binarize is not None:
-            check_unit_interval(values, f"x (binarize={binarize!r})")
-        seen.add(infer_support(values))
-    if "unit_interval" in seen and seen & {"counts", "integer"}:
+        name = f"x (rows {first} to {first + len(piece) - 1})"
+        found.add(_checked_values(piece, name, support, binarize)[1])
+    if "unit_interval" in found and found & {"counts", "integer"}:
         return "real"
-    return max(seen, key=order.index)
+    return max(found, key=WIDENING.index)
 
 
-def _gathered(values: Tensor, index: Tensor) -> Tensor:
-    """Rows in the default float dtype; those of a mapped file are cast only here."""
-    return values[index].to(torch.get_default_dtype())
+def _checked_values(
+    array: np.ndarray, name: str, support: Support | None, binarize: Binarize | None
+) -> tuple[Tensor, Support]:
+    """A copy as a tensor, and the support that its values show; raises if they do not fit."""
+    values = _finite(array, name)
+    found = infer_support(values)
+    if support is not None:
+        check_choice("support", support, get_args(Support))
+    if support is not None and found not in WITHIN[support]:
+        low, high = float(values.min()), float(values.max())
+        seen = f"support={support!r}, and x ranges from {low:g} to {high:g}"
+        raise ValueError(f"{seen}: rescale x or give support={found!r}")
+    if binarize is not None:
+        check_unit_interval(values, f"x (binarize={binarize!r})")
+    return values, found
 
 
 def infer_support(values: Tensor) -> Support:
-    """The narrowest support that holds all values; see `from_arrays`.
+    """The narrowest support that holds all values; see ``from_arrays``.
 
-    >>> infer_support(torch.tensor([[0.0, 3.0]])), infer_support(torch.tensor([[0.0, 0.5]]))
-    ('counts', 'unit_interval')
+    Example:
+        >>> infer_support(torch.tensor([[0.0, 3.0]])), infer_support(torch.tensor([[0.0, 0.5]]))
+        ('counts', 'unit_interval')
     """
+    low, high = float(values.min()), float(values.max())
     if bool((values == values.round()).all()):
-        if bool((values < 0).any()):
-            return "integer"
-        return "counts" if bool((values > 1).any()) else "binary"
-    return "unit_interval" if float(values.min()) >= 0 and float(values.max()) <= 1 else "real"
-
-
-def check_support(values: Tensor, support: Support) -> None:
-    """Raise ValueError unless every value lies in `support`."""
-    check_choice("support", support, get_args(Support))
-    found = infer_support(values)
-    allowed = {
-        "binary": {"binary"},
-        "unit_interval": {"binary", "unit_interval"},
-        "counts": {"binary", "counts"},
-        "integer": {"binary", "counts", "integer"},
-        "real": set(get_args(Support)),
-    }
-    if found not in allowed[support]:
-        raise ValueError(
-            f"support={support!r}, and x ranges from {float(values.min()):g} to "
-            f"{float(values.max()):g} with support {found!r}: rescale x or give support={found!r}"
-        )
+        return "integer" if low < 0 else "counts" if high > 1 else "binary"
+    return "unit_interval" if low >= 0 and high <= 1 else "real"
 
 
 def split_rows(
@@ -196,18 +197,17 @@ def split_rows(
     every class in its share, give or take a row; test is the first stretch, then valid, then train.
 
     Raises:
-        ValueError: some part would have no rows, or `seed` is negative.
+        ValueError: some part would have no rows, or ``seed`` is negative.
 
-    >>> [len(part) for part in split_rows(10, 0.2, 3, seed=0)]
-    [5, 2, 3]
+    Example:
+        >>> [len(part) for part in split_rows(10, 0.2, 3, seed=0)]
+        [5, 2, 3]
     """
-    if seed < 0:
-        raise ValueError(f"seed={seed}: give 0 or more")
+    check_at_least(0, seed=seed)
     num_valid, num_test = _size("valid", valid, num), _size("test", test, num)
     if num_valid + num_test >= num:
-        raise ValueError(
-            f"x has {num} rows, valid takes {num_valid} and test {num_test}: train needs at least 1"
-        )
+        seen = f"x has {num} rows, valid takes {num_valid} and test {num_test}"
+        raise ValueError(f"{seen}: train needs at least 1")
     rng = np.random.default_rng(seed)
     order = rng.permutation(num)
     if labels is not None:
@@ -228,7 +228,7 @@ def _size(name: str, share: float | int, num: int) -> int:
 
 
 def _numbers(array: Any, name: str) -> np.ndarray:
-    """`array` as numpy numbers, not yet of a float type."""
+    """``array`` as numpy numbers, not yet of a float type."""
     if isinstance(array, Tensor):
         array = array.detach().cpu()
         array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has none
@@ -237,10 +237,7 @@ def _numbers(array: Any, name: str) -> np.ndarray:
     except ValueError as error:  # numpy's "inhomogeneous shape"
         raise ValueError(f"{name} has rows of different lengths: pad or cut them") from error
     if array.dtype.kind not in "biuf":
-        raise TypeError(
-            f"{name} holds {array.dtype} of shape {array.shape}: give an array of real numbers "
-            "(code words as numbers; .toarray() for a scipy sparse matrix)"
-        )
+        raise TypeError(f"{name} holds {array.dtype}: give real numbers, dense; code words as such")
     if array.size == 0:
         raise ValueError(f"{name} is empty, shape {array.shape}: give at least 3 rows")
     return array
@@ -255,54 +252,31 @@ def _finite(array: np.ndarray, name: str) -> Tensor:
     bad = ~values.isfinite()
     if bool(bad.any()):
         row = int(bad.reshape(len(bad), -1).any(1).int().argmax())
-        raise ValueError(
-            f"{name} has {int(bad.sum())} NaN or infinite values (as {dtype}), the first in row "
-            f"{row}: drop those rows or fill them in"
-        )
+        seen = f"{int(bad.sum())} NaN or infinite values (as {dtype}), the first in row {row}"
+        raise ValueError(f"{name} has {seen}: drop those rows or fill them in")
     return values
 
 
-def _check_channels(shape: tuple[int, ...]) -> None:
-    if len(shape) == 4 and shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4):
-        raise ValueError(
-            f"x has shape {shape}, channels last: use np.transpose(x, (0, 3, 1, 2)) or "
-            "x.permute(0, 3, 1, 2) for (N, C, H, W)"
-        )
-
-
-def _natural_shape(event: tuple[int, ...], shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    if shape is None:
-        return tuple(event)
-    if int(np.prod(shape)) != int(np.prod(event)):
-        raise ValueError(
-            f"shape={shape} has {int(np.prod(shape))} values and a row of x {int(np.prod(event))}, "
-            f"{event}: make them agree"
-        )
-    return tuple(shape)
-
-
-def _conditions(y: Any, num: int) -> Tensor:
-    """`y` as int64 labels `(N,)` or float conditions `(N, D)`."""
+def _labels_or_conditions(y: Any, num: int) -> tuple[Tensor, int | None]:
+    """``y`` as int64 labels ``(N,)`` and their number, or as float conditions ``(N, D)``."""
     array = _numbers(y, "y")
     if array.ndim not in (1, 2) or len(array) != num:
-        raise ValueError(
-            f"y has shape {array.shape} and x {num} rows: give ({num},) labels or ({num}, D) "
-            "conditions"
-        )
+        seen = f"y has shape {array.shape} and x {num} rows"
+        raise ValueError(f"{seen}: give ({num},) labels or ({num}, D) conditions")
     values = _finite(array, "y")
     if array.ndim == 2:
-        return values
-    return class_labels(array, "y", ", or give (N, 1) conditions")
+        return values, None
+    labels = class_labels(array, "y", ", or give (N, 1) conditions")
+    return labels, int(labels.max()) + 1
 
 
 def class_labels(array: Any, name: str, otherwise: str = "") -> Tensor:
-    """Labels `(N,)` as int64, if they are whole numbers from 0; `otherwise` is another cure."""
+    """Labels ``(N,)`` as int64, if they are whole numbers from 0; ``otherwise`` is another cure."""
     array = _numbers(array, name)
     bad = ~(np.isfinite(array) & (array == np.round(array)) & (array >= 0))
     if bad.any():
         row = int(bad.argmax())
-        raise ValueError(
-            f"{name} has {int(bad.sum())} labels that are not whole numbers from 0, the first in "
-            f"row {row}: {float(array[row]):g}. Number the classes 0..C-1{otherwise}"
-        )
+        seen = f"{int(bad.sum())} labels that are not whole numbers from 0, the first in row {row}"
+        cure = f"Number the classes 0..C-1{otherwise}"
+        raise ValueError(f"{name} has {seen}: {float(array[row]):g}. {cure}")
     return torch.from_numpy(array.astype(np.int64))

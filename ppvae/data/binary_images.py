@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dataset import Dataset
-from .fetch import cache_folder, fetch
-from .split import Binarize, Split, check_binarize
+from ppvae.data.dataset import Dataset
+from ppvae.data.fetch import broken, fetch
+from ppvae.data.split import Binarize, Split, binarised, check_binarize
 
 OMNIGLOT_ROWS = (24_345, 8_070)  # train with validation, test
 OMNIGLOT_VALID = 1_345
@@ -20,57 +20,60 @@ MNIST_ROWS = {"train": 50_000, "valid": 10_000, "test": 10_000}
 def omniglot(binarize: Binarize | None = "dynamic", flatten: bool = True, seed: int = 0) -> Dataset:
     """28x28 handwritten characters of 50 alphabets, as in IWAE: 23,000/1,345/8,070.
 
-    The split is that of the authors' code: rows permuted by NumPy's `RandomState(123)`, the last
-    1,345 for validation; whatever `seed` is, which moves the binarisation. Images are turned
+    The split is that of the authors' code: rows permuted by NumPy's ``RandomState(123)``, the last
+    1,345 for validation; whatever ``seed`` is, which moves the binarisation. Images are turned
     upright (the file has them transposed). Labels are the alphabets. No checksum is published:
     shapes, the range [0, 1] and one label per row are checked.
 
     Raises:
-        ValueError: `omniglot/chardata.mat` is not that file.
+        ValueError: ``omniglot/chardata.mat`` is not that file.
         ConnectionError: it is not in the cache and cannot be downloaded.
 
     Source: Lake, Salakhutdinov, Tenenbaum (2015), https://github.com/brendenlake/omniglot (MIT
     licence); resized by Burda et al. (2016), https://github.com/yburda/iwae
     """
-    import scipy.io
-
     check_binarize(binarize)
-    path = fetch("omniglot", "chardata.mat")
-    try:
-        file = scipy.io.loadmat(path, variable_names=["data", "testdata", "target", "testtarget"])
-        grey = [np.asarray(file[key], np.float64).T for key in ("data", "testdata")]
-        marks = [np.asarray(file[key]).T for key in ("target", "testtarget")]
-    except Exception as error:  # scipy has many for a broken file
-        raise ValueError(f"{path} is not IWAE's chardata.mat: {error!r}. Delete it") from error
-    for x, mark, rows in zip(grey, marks, OMNIGLOT_ROWS, strict=True):
-        fits = x.shape == (rows, 784) and 0 <= x.min() < x.max() <= 1
-        if not fits or len(mark) != rows or not (mark.sum(1) == 1).all():
-            raise ValueError(
-                f"{path} is not IWAE's chardata.mat: images of shape {x.shape} in "
-                f"[{x.min():g}, {x.max():g}] and labels {mark.shape}, where {rows} rows of 784 "
-                "values in [0, 1] with one label each were expected. Delete it and try again"
-            )
-    upright = [
-        torch.from_numpy(x.reshape(-1, 1, 28, 28).swapaxes(2, 3).copy()).to(
-            torch.get_default_dtype()
-        )
-        for x in grey
-    ]
-    values = [x.flatten(1) if flatten else x for x in upright]
-    labels = [torch.from_numpy(mark.argmax(1).astype(np.int64)) for mark in marks]
-    order = torch.from_numpy(np.random.RandomState(123).permutation(len(values[0])))
+    (x, y), (x_test, y_test) = _chardata(flatten)
+    order = torch.from_numpy(np.random.RandomState(123).permutation(len(x)))
     train, valid = order[:-OMNIGLOT_VALID], order[-OMNIGLOT_VALID:]
+    parts = [Split(x[train], y[train]), Split(x[valid], y[valid]), Split(x_test, y_test)]
     return Dataset(
         "omniglot",
-        Split(values[0][train], labels[0][train], binarize, 3 * seed),
-        Split(values[0][valid], labels[0][valid], binarize, 3 * seed + 1),
-        Split(values[1], labels[1], binarize, 3 * seed + 2),
+        *binarised(parts, binarize, seed),
         support="binary" if binarize else "unit_interval",
         shape=(1, 28, 28),
-        num_classes=marks[0].shape[1],
+        num_classes=50,
         source="Lake et al. (2015), https://github.com/brendenlake/omniglot, as resized by Burda "
         "et al. (2016), https://github.com/yburda/iwae; validation: 1,345 rows as in their code",
     )
+
+
+def _chardata(flatten: bool) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels of the training and of the test part, checked."""
+    import scipy.io
+
+    path, parts = fetch("omniglot", "chardata.mat"), []
+    try:
+        file = scipy.io.loadmat(path, variable_names=["data", "testdata", "target", "testtarget"])
+        arrays = [
+            [np.asarray(file[prefix + key], np.float64).T for key in ("data", "target")]
+            for prefix in ("", "test")
+        ]
+    except Exception as error:  # scipy has many for a broken file
+        raise broken(path, f"is not IWAE's chardata.mat: {error!r}") from error
+    for (grey, one_hot), rows in zip(arrays, OMNIGLOT_ROWS, strict=True):
+        one_label = len(one_hot) == rows and (one_hot.sum(1) == 1).all()
+        if grey.shape != (rows, 784) or not 0 <= grey.min() < grey.max() <= 1 or not one_label:
+            seen = (
+                f"images {grey.shape} in [{grey.min():g}, {grey.max():g}], labels {one_hot.shape}"
+            )
+            wanted = f"{rows} rows of 784 in [0, 1] with one label each"
+            raise broken(path, f"is not IWAE's chardata.mat: it has {seen}, not {wanted}")
+        upright = np.ascontiguousarray(grey.reshape(-1, 1, 28, 28).swapaxes(2, 3))
+        x = torch.from_numpy(upright).to(torch.get_default_dtype())
+        y = torch.from_numpy(one_hot.argmax(1).astype(np.int64))
+        parts.append((x.flatten(1) if flatten else x, y))
+    return parts
 
 
 def binarized_mnist(flatten: bool = True, seed: int = 0) -> Dataset:
@@ -81,7 +84,7 @@ def binarized_mnist(flatten: bool = True, seed: int = 0) -> Dataset:
     No licence is stated with the files.
 
     Args:
-        flatten: store `(N, 784)`; False keeps `(N, 1, 28, 28)`.
+        flatten: store ``(N, 784)``; False keeps ``(N, 1, 28, 28)``.
         seed: has no effect; nothing is drawn.
 
     Raises:
@@ -112,9 +115,7 @@ def _amat(path: Path, rows: int, flatten: bool) -> Tensor:
     raw = np.frombuffer(path.read_bytes(), np.uint8)
     bits = raw.reshape(rows, -1)[:, ::2] - ord("0") if raw.size == rows * 784 * 2 else raw
     if bits.shape != (rows, 784) or bits.max() > 1:
-        raise ValueError(
-            f"{path} has {raw.size:,} bytes, or other values than 0 and 1, where {rows:,} lines of "
-            f"784 were expected: delete it (in {cache_folder()}) and try again"
-        )
+        wanted = f"{rows:,} lines of 784 were expected, each 0 or 1"
+        raise broken(path, f"has {raw.size:,} bytes, where {wanted}")
     values = torch.from_numpy(bits).to(torch.get_default_dtype())
     return values if flatten else values.reshape(-1, 1, 28, 28)

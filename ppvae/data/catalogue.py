@@ -1,4 +1,4 @@
-"""`load`: a data set by name, or from a file or folder."""
+"""``load``: a data set by name, or from a file or folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import binary_images, har, images, synthetic, text
-from .dataset import Dataset
-from .files import from_csv, from_images, from_npz
+from ppvae.data import binary_images, har, images, synthetic, text
+from ppvae.data.dataset import Dataset
+from ppvae.data.files import from_csv, from_images, from_npz
 
 LOADERS: dict[str, Callable[..., Dataset]] = {
     "digits": images.digits,
@@ -36,7 +36,7 @@ def load(
     seed: int = 0,
     **options: Any,
 ) -> Dataset:
-    """A data set by name, or from a path to an `.npz` or `.csv` file or a folder of images.
+    """A data set by name, or from a path to an .npz or .csv file or a folder of images.
 
     ==================  =====================  ===================  ================
     name                train/valid/test       shape                default binarize
@@ -55,34 +55,35 @@ def load(
     ==================  =====================  ===================  ================
 
     "mnist", "fashion_mnist", "binarized_mnist", "omniglot", "har", "20newsgroups" and "rcv1" are
-    downloaded once into `cache_folder()`; "freyfaces" must be put there. Sources and licences are
-    in the docstrings of the loaders: `data.text`, `data.har`, `data.binary_images`.
+    downloaded once into ``cache_folder()``; "freyfaces" must be put there. Sources and licences are
+    in the docstrings of the loaders: ``data.text``, ``data.har``, ``data.binary_images``.
 
     Args:
-        name: one of the names above, or a path; paths go to `from_npz`, `from_csv`, `from_images`.
+        name: one of the names above, or a path; paths go to ``from_npz``, ``from_csv``,
+            ``from_images``.
         binarize: "dynamic", "static", None for grey levels in [0, 1], or "default" for the one in
             the table (None for a path).
-        flatten: store images as `(N, D)` rows; False keeps `(N, C, H, W)`.
+        flatten: store images as ``(N, D)`` rows; False keeps ``(N, C, H, W)``.
         seed: of random splits, of the binarisation and of synthetic data, 0 or more.
-        **options: of one data set. `num_valid`: "mnist", "fashion_mnist", "har", "20newsgroups".
-            `num`: synthetic ones, "rcv1". `num_words`: "20newsgroups", "rcv1". `version`:
-            "20newsgroups". `num_components`: "gaussian_mixture". `dim`, `latent_dim`:
-            "linear_gaussian". `x`, `y`:
-            `.npz`. `label`: `.csv`. `size`, `grey`: folders. `valid`, `test`, `support`, `shape`:
-            all paths.
+        **options: of one data set. ``num_valid``: "mnist", "fashion_mnist", "har", "20newsgroups".
+            ``num``: synthetic ones, "rcv1". ``num_words``: "20newsgroups", "rcv1". ``version``:
+            "20newsgroups". ``num_components``: "gaussian_mixture". ``dim``, ``latent_dim``:
+            "linear_gaussian". ``x``, ``y``: .npz. ``label``: .csv. ``size``, ``grey``: folders.
+            ``valid``, ``test``, ``support``, ``shape``: all paths.
 
     Raises:
         ValueError: unknown name or value of an argument, corrupt file, bad data.
         TypeError: an option the data set does not have.
         ConnectionError: the file is not in the cache and cannot be downloaded.
 
-    >>> print(load("digits"))
-    Dataset 'digits': support binary, shape (1, 8, 8), 10 classes
-      rows          train 1,297, valid 200, test 300
-      a batch is    (x) with rows of shape (64,)
-      binarisation  dynamic (fresh seeded draw each epoch; .x is that of epoch 0)
-      source        Alpaydin and Kaynak (1998), https://archive.ics.uci.edu/dataset/80, as bundled \
-with scikit-learn; grey levels / 16; split at random by class, seed 0
+    Example:
+        >>> print(load("digits"))
+        Dataset 'digits': support binary, shape (1, 8, 8), 10 classes
+          rows          train 1,297, valid 200, test 300
+          a batch is    (x) with rows of shape (64,)
+          binarisation  dynamic (fresh seeded draw each epoch; .x is that of epoch 0)
+          source        Alpaydin and Kaynak (1998), https://archive.ics.uci.edu/dataset/80, as \
+bundled with scikit-learn; grey levels / 16; split at random by class, seed 0
     """
     if str(name) in LOADERS:
         loader = LOADERS[str(name)]
@@ -92,41 +93,31 @@ with scikit-learn; grey levels / 16; split at random by class, seed 0
     options["seed"] = seed
     if "flatten" in accepted:
         options["flatten"] = flatten
-    if binarize != "default":
-        if "binarize" not in accepted and binarize is not None:
-            raise ValueError(
-                f"binarize={binarize!r} needs grey levels, and {str(name)!r} has none: leave it out"
-            )
-        if "binarize" in accepted:
-            options["binarize"] = binarize
-    unknown = sorted(set(options) - accepted)
-    if unknown:
-        raise TypeError(
-            f"{str(name)!r} has no option {', '.join(unknown)}: "
-            f"it has {', '.join(sorted(accepted))}"
-        )
+    if "binarize" in accepted and binarize != "default":
+        options["binarize"] = binarize
+    elif binarize not in ("default", None):
+        raise ValueError(f"binarize={binarize!r} needs grey levels, and {str(name)!r} has none")
+    if unknown := sorted(set(options) - accepted):
+        seen = f"{str(name)!r} has no option {', '.join(unknown)}"
+        raise TypeError(f"{seen}: it has {', '.join(sorted(accepted))}")
     return loader(**options)
 
 
 def _for_path(name: str | Path) -> tuple[Callable[..., Dataset], set[str]]:
     """The reader for a path, and the options it takes."""
     path = Path(name)
+    readers: dict[str, Callable[..., Dataset]] = {".npz": from_npz, ".csv": from_csv}
     if path.is_dir():
         reader: Callable[..., Dataset] = from_images
-    elif path.is_file() and path.suffix in (".npz", ".csv"):
-        reader = from_npz if path.suffix == ".npz" else from_csv
+    elif path.is_file() and path.suffix in readers:
+        reader = readers[path.suffix]
     elif path.is_file():
-        raise ValueError(
-            f"{path} is neither .npz nor .csv nor a folder of images: convert it, or read it "
-            "yourself and use data.from_arrays"
-        )
+        raise ValueError(f"{path} is neither .npz nor .csv: convert it, or use data.from_arrays")
     else:
         near = difflib.get_close_matches(str(name).lower().replace("-", "_"), NAMES, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(
-            f"no data set, file or folder {str(name)!r}: {hint}The names are {', '.join(NAMES)}; "
-            "a path must be an existing .npz, .csv or folder of images"
-        )
+        cure = f"The names are {', '.join(NAMES)}; a path is of an existing .npz, .csv or folder"
+        raise ValueError(f"no data set, file or folder {str(name)!r}: {hint}{cure} of images")
     own = set(inspect.signature(reader).parameters) - {"path", "folder", "options"}
     shared = {"valid", "test", "support", "shape", "binarize", "flatten", "seed", "name"}
     return lambda **options: reader(path, **options), own | shared

@@ -46,10 +46,11 @@ SHA256 = {
 
 
 def cache_folder() -> Path:
-    """The folder data sets are kept in: `$PPVAE_DATA`, or the user's cache folder if unset.
+    """The folder data sets are kept in: ``$PPVAE_DATA``, or the user's cache folder if unset.
 
-    >>> cache_folder().is_absolute()
-    True
+    Example:
+        >>> cache_folder().is_absolute()
+        True
     """
     chosen = os.environ.get("PPVAE_DATA")
     if chosen:
@@ -66,7 +67,7 @@ def fetch(folder: str, file: str) -> Path:
     published checksum (OMNIGLOT, HAR) the loader checks the contents.
 
     Args:
-        folder: a key of `URLS`.
+        folder: a key of ``URLS``.
         file: name of the file.
 
     Raises:
@@ -77,34 +78,33 @@ def fetch(folder: str, file: str) -> Path:
     import pooch
 
     path, url, key = cache_folder() / folder / file, URLS[folder] + quote(file), f"{folder}/{file}"
-    kind, known = ("md5", MD5[key]) if key in MD5 else ("sha256", SHA256.get(key))
+    kind, published = ("md5", MD5[key]) if key in MD5 else ("sha256", SHA256.get(key))
     if path.exists():
         found = pooch.file_hash(str(path), alg=kind)
-        if known is not None and found != known:
-            raise ValueError(
-                f"{path} is corrupt ({kind} {found}, not {known}): delete it and try again"
-            )
+        if published not in (None, found):
+            raise broken(path, f"is corrupt ({kind} {found}, not {published})")
         return path
     made = [folder for folder in path.parents if not folder.exists()]  # by pooch, innermost first
     try:
-        known_hash = None if known is None else f"{kind}:{known}"
+        known_hash = None if published is None else f"{kind}:{published}"
         pooch.retrieve(url, known_hash=known_hash, fname=file, path=path.parent)
     except ValueError as error:  # pooch checks before it moves the file into the cache
-        raise ValueError(
-            f"the download of {url} is corrupt ({kind} is not {known}) and was not kept: try "
-            f"again, or put the right file at {path}"
-        ) from error
+        seen = f"the download of {url} is corrupt ({kind} is not {published}) and was not kept"
+        raise ValueError(f"{seen}: try again, or put the right file at {path}") from error
     except OSError as error:  # requests' errors are OSErrors too
-        raise ConnectionError(
-            f"{path} is not there, and {url} could not be saved there: {error}. Put the file there "
-            "yourself, or set the environment variable PPVAE_DATA to a folder that has "
-            f"{folder}/{file} or that can be written"
-        ) from error
+        seen = f"{path} is not there, and {url} could not be saved there: {error}"
+        cure = f"Put the file there yourself, or set PPVAE_DATA to a folder that has {key}"
+        raise ConnectionError(f"{seen}. {cure}, or that can be written") from error
     finally:
         with suppress(OSError):  # not empty: the file is there
             for empty in made:
                 empty.rmdir()
     return path
+
+
+def broken(path: Path, what: str) -> ValueError:
+    """The error for a file that is not what it should be."""
+    return ValueError(f"{path} {what}: delete it and try again")
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -120,8 +120,8 @@ def read_idx(path: Path) -> np.ndarray:
     rank = raw[3] if raw[:3] == b"\x00\x00\x08" and len(raw) > 3 else 0
     start = 4 + 4 * rank
     if not rank or len(raw) < start:
-        raise ValueError(f"{path} starts with {raw[:4]!r}: not an IDX file of uint8")
+        raise broken(path, f"starts with {raw[:4]!r}: not an IDX file of uint8")
     shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", count=rank, offset=4))
     if len(raw) - start != np.prod(shape):
-        raise ValueError(f"{path} says sizes {shape} and has {len(raw) - start} values: truncated?")
+        raise broken(path, f"says sizes {shape} and has {len(raw) - start} values: truncated?")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)

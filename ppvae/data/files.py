@@ -1,8 +1,7 @@
-"""Users' own files -> `Dataset`: `.npz`, `.csv`, folders of images. Nothing is unpickled."""
+"""Users' own files -> ``Dataset``: .npz, .csv, folders of images. Nothing is unpickled."""
 
 from __future__ import annotations
 
-import csv
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,30 +9,31 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import from_arrays
-from .dataset import Dataset
+from ppvae.data.arrays import from_arrays
+from ppvae.data.dataset import Dataset
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 
 
 def from_npz(path: str | Path, x: str = "x", y: str | None = "y", **options: Any) -> Dataset:
-    """A `Dataset` from arrays in an `.npz` file; pickled objects are refused, never loaded.
+    """A ``Dataset`` from arrays in an .npz file; pickled objects are refused, never loaded.
 
     Args:
         path: of the file.
         x: key of the data.
         y: key of the labels or conditions, None for none. A file without the default key "y" is
             taken as unlabelled.
-        **options: passed on to `from_arrays`.
+        **options: passed on to ``from_arrays``.
 
     Raises:
-        ValueError: no such file, not an `.npz` file, a key it lacks, or pickled objects.
+        ValueError: no such file, not an .npz file, a key it lacks, or pickled objects.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "mine.npz"
-    >>> np.savez(path, x=np.eye(20), y=np.arange(20) % 2)
-    >>> from_npz(path).support
-    'binary'
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "mine.npz"
+        >>> np.savez(path, x=np.eye(20), y=np.arange(20) % 2)
+        >>> from_npz(path).support
+        'binary'
     """
     path = _existing(path)
     if path.suffix != ".npz":
@@ -48,67 +48,57 @@ def from_npz(path: str | Path, x: str = "x", y: str | None = "y", **options: Any
                 raise ValueError(f"wanted x={x!r} and y={y!r}, and the keys are {list(file)}")
             arrays = file[x], None if y is None or y not in file else file[y]
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"cannot read {path}: {error}. Give the keys of plain number arrays in a file made by "
-            "np.savez; pickled objects are refused"
-        ) from error
+        cure = "Give the keys of arrays of numbers; pickled objects are refused"
+        raise ValueError(f"cannot read {path}: {error}. {cure}") from error
     return from_arrays(*arrays, **{"name": path.stem, **options})
 
 
 def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -> Dataset:
-    r"""A `Dataset` from a comma-separated table of numbers, with or without a line of names.
+    r"""A ``Dataset`` from a comma-separated table of numbers, with or without a line of names.
 
     The first line is taken for names if any cell in it is not a number.
 
     Args:
         path: of the file, UTF-8.
         label: name or index (negative from the end) of the column of labels. Labels in words are
-            numbered in alphabetical order, and `source` says which is which.
-        **options: passed on to `from_arrays`.
+            numbered in alphabetical order, and ``source`` says which is which.
+        **options: passed on to ``from_arrays``.
 
     Raises:
         ValueError: no such file, text or empty cells among the numbers (row and column named),
-            lines of different lengths, or no such label column.
+            lines that are too long, or no such label column.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "mine.csv"
-    >>> _ = path.write_text("a,b,kind\n" + "0.5,1.5,cat\n-1,2,dog\n" * 10)
-    >>> mine = from_csv(path, label="kind")
-    >>> mine.shape, mine.num_classes, mine.source.split(";")[-1]
-    ((2,), 2, ' labels 0=cat, 1=dog')
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "mine.csv"
+        >>> _ = path.write_text("a,b,kind\n" + "0.5,1.5,cat\n-1,2,dog\n" * 10)
+        >>> mine = from_csv(path, label="kind")
+        >>> mine.shape, mine.num_classes, mine.source.split(";")[-1]
+        ((2,), 2, ' labels 0=cat, 1=dog')
     """
+    import pandas
+
     path = _existing(path)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        table = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
-    if not table:
-        raise ValueError(f"{path} is empty: give a table with one row per line")
-    names = [str(j) for j in range(len(table[0]))]
-    # labels may be words, so that column does not tell a line of names from a line of data
-    skip = label % len(names) if isinstance(label, int) else None
-    if any(not _is_number(cell) for j, cell in enumerate(table[0]) if j != skip):
-        names, table = table[0], table[1:]
-    for i, row in enumerate(table):
-        if len(row) != len(names):
-            raise ValueError(
-                f"{path}: data row {i} has {len(row)} cells and the first line {len(names)}: make "
-                "them the same"
-            )
-    words: np.ndarray | None = None
+    try:  # cells as text, so that a word stays what it was
+        table = pandas.read_csv(
+            path, header=None, dtype=object, keep_default_na=False, encoding="utf-8-sig"
+        )
+    except ValueError as error:
+        cure = "Give a table, not empty, with as many cells in each line"
+        raise ValueError(f"cannot read {path}: {str(error).strip()}. {cure}") from error
+    names = [str(j) for j in table]
+    # labels may be words, so their column does not tell a line of names from a line of data
+    skipped = label % len(names) if isinstance(label, int) else None
+    if not all(_is_number(cell) for j, cell in table.loc[0].items() if j != skipped):
+        names, table = table.loc[0].str.strip().tolist(), table.drop(0)
+    words = None
     if label is not None:
         column = _column(label, names, path)
-        words = np.array([row.pop(column) for row in table])
-        names = names[:column] + names[column + 1 :]
-    for i, row in enumerate(table):
-        for name, cell in zip(names, row, strict=True):
-            if not _is_number(cell):
-                raise ValueError(
-                    f"{path}: data row {i}, column {name!r} holds {cell!r}, not a number: drop or "
-                    "code text columns, fill empty cells, separate by commas, or name the column "
-                    "as label="
-                )
-    x = np.array(table, dtype=np.float64).reshape(len(table), len(names))
+        words = table.pop(column).str.strip().to_numpy()
+        del names[column]
+    x = _as_numbers(table.to_numpy(), names, path)
     options = {"name": path.stem, **options}
-    if words is None or all(_is_number(word) for word in words):
+    if words is None or all(map(_is_number, words)):
         return from_arrays(x, None if words is None else words.astype(np.float64), **options)
     return _with_named_labels(x, words, **options)
 
@@ -116,46 +106,44 @@ def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -
 def from_images(
     folder: str | Path, size: tuple[int, int] = (28, 28), grey: bool = True, **options: Any
 ) -> Dataset:
-    """A `Dataset` from a folder of 8-bit images, `(N, C, H, W)` with pixels / 255 in [0, 1].
+    """A ``Dataset`` from a folder of 8-bit images, ``(N, C, H, W)``, pixels / 255 in [0, 1].
 
     Images are turned upright (EXIF), converted to grey or RGB (transparency is dropped) and
-    resized to `size` with a bilinear filter, without keeping the aspect ratio. Images in
-    sub-folders are labelled by sub-folder, numbered in alphabetical order and named in `source`.
+    resized to ``size`` with a bilinear filter, without keeping the aspect ratio. Images in
+    sub-folders are labelled by sub-folder, numbered in alphabetical order and named in ``source``.
     Files that are not images by their suffix, and hidden ones, are left out.
 
     Args:
         folder: of images, or of one folder of images per class.
         size: height and width in pixels.
         grey: one channel if True, else the three of RGB.
-        **options: passed on to `from_arrays`.
+        **options: passed on to ``from_arrays``.
 
     Raises:
         ValueError: no such folder, no images, images both beside and inside sub-folders, a file
             that cannot be read, or more than 8 bits per channel.
         ImportError: pillow is not installed.
 
-    >>> import tempfile
-    >>> from PIL import Image
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> for i in range(10):
-    ...     Image.new("L", (40, 30), color=20 * i).save(folder / f"{i}.png")
-    >>> from_images(folder).shape
-    (1, 28, 28)
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for i in range(10):
+        ...     Image.new("L", (40, 30), color=20 * i).save(folder / f"{i}.png")
+        >>> from_images(folder).shape
+        (1, 28, 28)
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check the path")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size={size!r}: give (height, width) in pixels, each 1 or more")
-    beside, inside = _images_in(folder), []
-    for sub in sorted(folder.iterdir()):
-        if sub.is_dir() and not sub.name.startswith("."):
-            inside += _images_in(sub)
+    sub_folders = sorted(sub for sub in folder.iterdir() if sub.is_dir() and sub.name[0] != ".")
+    beside = _images_in(folder)
+    inside = [path for sub in sub_folders for path in _images_in(sub)]
     if beside and inside:
-        raise ValueError(
-            f"{folder} has {len(beside)} images beside sub-folders with {len(inside)}: put every "
-            "image in a sub-folder (labels) or none"
-        )
+        cure = "put every image in a sub-folder (labels) or none"
+        raise ValueError(f"{folder} has images beside sub-folders with images: {cure}")
     paths = beside or inside
     if not paths:
         raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)}")
@@ -175,7 +163,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _pixels(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
-    """One image as uint8 `(C, H, W)`."""
+    """One image as uint8 ``(C, H, W)``."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -193,7 +181,7 @@ def _pixels(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
 
 
 def _with_named_labels(x: Any, words: np.ndarray, **options: Any) -> Dataset:
-    """`from_arrays` for labels in words, numbered in alphabetical order and named in `source`."""
+    """``from_arrays`` for labels in words, numbered in alphabetical order, named in ``source``."""
     kinds, codes = np.unique(words, return_inverse=True)
     dataset = from_arrays(x, codes.reshape(-1), **options)
     named = ", ".join(f"{code}={kind}" for code, kind in enumerate(kinds))
@@ -207,12 +195,27 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _is_number(cell: str) -> bool:
+def _is_number(cell: Any) -> bool:
     try:
         float(cell)
     except ValueError:
         return False
     return True
+
+
+def _as_numbers(cells: np.ndarray, names: list[str], path: Path) -> np.ndarray:
+    """Cells of text as float64; raises ``ValueError`` naming the first that is no number."""
+    try:
+        return cells.astype(np.float64)
+    except ValueError as error:
+        row, column = next(
+            (i, j) for i, j in np.ndindex(cells.shape) if not _is_number(cells[i, j])
+        )
+        seen = (
+            f"data row {row}, column {names[column]!r} holds {cells[row, column]!r}, not a number"
+        )
+        cure = "fill empty cells, separate by commas, and name a column of words as label="
+        raise ValueError(f"{path}: {seen}: {cure}") from error
 
 
 def _column(label: str | int, names: list[str], path: Path) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .arrays import split_rows
-from .dataset import Dataset
-from .fetch import fetch
-from .split import Split
+from ppvae.data.arrays import split_rows
+from ppvae.data.dataset import Dataset
+from ppvae.data.fetch import broken, fetch
+from ppvae.data.split import Split
 
 FEATURES = 561
 # rows of walking, upstairs, downstairs, sitting, standing, lying, as the data set's page has them
@@ -25,7 +25,7 @@ COUNTS = {
 def har(num_valid: int = 735, seed: int = 0) -> Dataset:
     """Human activity from a smartphone's sensors: 561 features in [-1, 1], 6 activities.
 
-    7,352 rows of 21 people to train on, of which `num_valid` validate, at random by class (so of
+    7,352 rows of 21 people to train on, of which ``num_valid`` validate, at random by class (so of
     the same people), and 2,947 of 9 others to test on. It is not the HHAR of Jiang et al. (2017),
     which has other phones and 10,200 rows. No checksum is published: shapes, the range and the
     number of rows of each class are checked.
@@ -43,12 +43,12 @@ def har(num_valid: int = 735, seed: int = 0) -> Dataset:
     """
     path = fetch("har", "UCI HAR Dataset.zip")
     (x, y), (x_test, y_test) = (_read(path, part) for part in ("train", "test"))
-    train, valid, held = split_rows(len(x), num_valid, 1, seed, y.numpy())
-    index = [torch.from_numpy(i) for i in (np.concatenate([train, held]), valid)]
+    train, valid, rest = split_rows(len(x), num_valid, 1, seed, y.numpy())
+    train = np.concatenate([train, rest])
     return Dataset(
         "har",
-        Split(x[index[0]], y[index[0]]),
-        Split(x[index[1]], y[index[1]]),
+        Split(x[train], y[train]),
+        Split(x[valid], y[valid]),
         Split(x_test, y_test),
         support="real",
         shape=(FEATURES,),
@@ -70,19 +70,12 @@ def _read(path: Path, part: str) -> tuple[torch.Tensor, torch.Tensor]:
                     for kind in "Xy"
                 )
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not the UCI HAR data set: {error}. Delete it and try again"
-        ) from error
-    rows = sum(COUNTS[part])
-    counts = np.bincount(y.astype(np.int64), minlength=1)[1:].tolist()
+        raise broken(path, f"is not the UCI HAR data set: {error}") from error
+    shape, counts = (sum(COUNTS[part]), FEATURES), np.bincount(y.astype(np.int64))[1:].tolist()
     bounded = x.size > 0 and abs(x).max() <= 1
-    if x.shape != (rows, FEATURES) or tuple(counts) != COUNTS[part] or not bounded:
-        raise ValueError(
-            f"{path} is not the UCI HAR data set: {part} has shape {x.shape} and {counts} rows of "
-            f"each activity, where ({rows}, {FEATURES}) in [-1, 1] and {COUNTS[part]} were "
-            "expected. Delete it and try again"
-        )
-    return (
-        torch.from_numpy(x).to(torch.get_default_dtype()),
-        torch.from_numpy(y.astype(np.int64)) - 1,
-    )
+    if x.shape != shape or tuple(counts) != COUNTS[part] or not bounded:
+        seen = f"{part} has shape {x.shape} and {counts} rows of each activity"
+        wanted = f"{shape} in [-1, 1] and {COUNTS[part]}"
+        raise broken(path, f"is not the UCI HAR data set: {seen}, not {wanted}")
+    labels = torch.from_numpy(y.astype(np.int64)) - 1
+    return torch.from_numpy(x).to(torch.get_default_dtype()), labels

@@ -7,13 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .arrays import from_arrays
-from .dataset import Dataset
-from .fetch import cache_folder, fetch, read_idx
-from .split import Binarize, Split, check_binarize
+from ppvae.data.arrays import from_arrays
+from ppvae.data.dataset import Dataset
+from ppvae.data.fetch import cache_folder, fetch, read_idx
+from ppvae.data.split import Binarize, Split, binarised, check_binarize
 
 FREY_SHA256 = "2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78"  # of the pixels
+FREY_RECIPE = """To make it, get https://cs.nyu.edu/~roweis/data/frey_rawface.mat, and run
+    import numpy, scipy.io
+    faces = scipy.io.loadmat('frey_rawface.mat')['ff'].T.reshape(-1, 28, 20)
+    numpy.savez_compressed('freyfaces.npz', faces=faces.astype('uint8'))"""
 
 
 def digits(binarize: Binarize | None = "dynamic", flatten: bool = True, seed: int = 0) -> Dataset:
@@ -21,8 +26,9 @@ def digits(binarize: Binarize | None = "dynamic", flatten: bool = True, seed: in
 
     Source: Alpaydin and Kaynak (1998), https://archive.ics.uci.edu/dataset/80
 
-    >>> digits(binarize=None).support
-    'unit_interval'
+    Example:
+        >>> digits(binarize=None).support
+        'unit_interval'
     """
     from sklearn.datasets import load_digits
 
@@ -50,7 +56,7 @@ def mnist(
     seed: int = 0,
     num_valid: int = 10_000,
 ) -> Dataset:
-    """28x28 handwritten digits, grey levels / 255; the last `num_valid` training rows validate.
+    """28x28 handwritten digits, grey levels / 255; the last ``num_valid`` training rows validate.
 
     Source: LeCun, Bottou, Bengio, Haffner (1998), http://yann.lecun.com/exdb/mnist/
     """
@@ -64,7 +70,7 @@ def fashion_mnist(
     seed: int = 0,
     num_valid: int = 10_000,
 ) -> Dataset:
-    """28x28 pictures of clothes, grey levels / 255; the last `num_valid` training rows validate.
+    """28x28 pictures of clothes, grey levels / 255; the last ``num_valid`` training rows validate.
 
     Source: Xiao, Rasul, Vollgraf (2017), https://github.com/zalandoresearch/fashion-mnist
     """
@@ -78,21 +84,14 @@ def _mnist_like(
     check_binarize(binarize)
     if not 1 <= num_valid < 60_000:
         raise ValueError(f"num_valid={num_valid}: give 1 to 59,999 of the 60,000 training rows")
-    parts = []
-    for prefix in ("train", "t10k"):
-        pixels = read_idx(fetch(name, f"{prefix}-images-idx3-ubyte.gz"))
-        labels = read_idx(fetch(name, f"{prefix}-labels-idx1-ubyte.gz"))
-        grey = torch.from_numpy(pixels.copy()).to(torch.get_default_dtype()).div_(255)[:, None]
-        parts.append(
-            (grey.flatten(1) if flatten else grey, torch.from_numpy(labels.astype(np.int64)))
-        )
-    (x, y), (x_test, y_test) = parts
+    (x, y), (x_test, y_test) = (
+        _images_and_labels(name, part, flatten) for part in ("train", "t10k")
+    )
     cut = len(x) - num_valid
+    parts = [Split(x[:cut], y[:cut]), Split(x[cut:], y[cut:]), Split(x_test, y_test)]
     return Dataset(
         name,
-        Split(x[:cut], y[:cut], binarize, 3 * seed),
-        Split(x[cut:], y[cut:], binarize, 3 * seed + 1),
-        Split(x_test, y_test, binarize, 3 * seed + 2),
+        *binarised(parts, binarize, seed),
         support="binary" if binarize else "unit_interval",
         shape=(1, 28, 28),
         num_classes=10,
@@ -101,14 +100,21 @@ def _mnist_like(
     )
 
 
+def _images_and_labels(name: str, part: str, flatten: bool) -> tuple[Tensor, Tensor]:
+    pixels = read_idx(fetch(name, f"{part}-images-idx3-ubyte.gz"))
+    labels = read_idx(fetch(name, f"{part}-labels-idx1-ubyte.gz"))
+    grey = torch.from_numpy(pixels.copy()).to(torch.get_default_dtype()).div_(255)[:, None]
+    return grey.flatten(1) if flatten else grey, torch.from_numpy(labels.astype(np.int64))
+
+
 def freyfaces(binarize: Binarize | None = None, flatten: bool = True, seed: int = 0) -> Dataset:
     """1,965 video frames of a face, 28x20, pixels / 255 in [0, 1]; 1,565/200/200 at random.
 
     A density of these values is per unit of pixel / 255: for a density per 8-bit grey level take
-    `log p(x) - 560 log 255`. Neighbouring frames are alike, so a random split makes the test rows
+    ``log p(x) - 560 log 255``. Neighbouring frames are alike, so a random split makes the test rows
     easier than new video would be; it is the split of the literature.
 
-    The file `freyfaces/freyfaces.npz` must be in the cache: nobody offers it for download
+    The file ``freyfaces/freyfaces.npz`` must be in the cache: nobody offers it for download
     without a pickle. The error says how to make it.
 
     Raises:
@@ -119,22 +125,14 @@ def freyfaces(binarize: Binarize | None = None, flatten: bool = True, seed: int 
     """
     path = cache_folder() / "freyfaces" / "freyfaces.npz"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no file {path}: put it there, or set the environment variable PPVAE_DATA to a folder "
-            "that has freyfaces/freyfaces.npz. To make it, get "
-            "https://cs.nyu.edu/~roweis/data/frey_rawface.mat, run this and move the file there:\n"
-            "    import numpy, scipy.io\n"
-            "    faces = scipy.io.loadmat('frey_rawface.mat')['ff'].T.reshape(-1, 28, 20)\n"
-            "    numpy.savez_compressed('freyfaces.npz', faces=faces.astype('uint8'))"
-        )
+        cure = "put it there, or set PPVAE_DATA to a folder with freyfaces/freyfaces.npz"
+        raise FileNotFoundError(f"no file {path}: {cure}. {FREY_RECIPE}")
     with np.load(path, allow_pickle=False) as file:
         faces = np.ascontiguousarray(file["faces"]) if "faces" in file else np.zeros(0)
     # of the pixels, not of the file, so that a file made by the recipe above passes too
     if hashlib.sha256(faces.tobytes()).hexdigest() != FREY_SHA256:
-        raise ValueError(
-            f"{path} does not hold the Frey faces: wanted key 'faces', uint8 (1965, 28, 20), "
-            f"sha256 {FREY_SHA256}. Replace it, or load it as your own data with data.from_npz"
-        )
+        cure = "replace it, or load it as your own data with data.from_npz"
+        raise ValueError(f"{path} does not hold the Frey faces, uint8 (1965, 28, 20): {cure}")
     dataset = from_arrays(
         faces.reshape(-1, 1, 28, 20) / 255,
         valid=200,

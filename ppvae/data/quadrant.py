@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from .dataset import Dataset
-from .split import Split, check_choice
+from ppvae.data.dataset import Dataset
+from ppvae.data.split import Split, check_choice
 
 
 def quadrants(dataset: Dataset, missing: int) -> Dataset:
-    """The data set whose batches are `(x, y)`: missing pixels `x` given visible pixels `y`.
+    """The data set whose batches are ``(x, y)``: missing pixels ``x`` given visible pixels ``y``.
 
     ========  =========================  =============================
     missing   y, visible                 x, missing
@@ -21,12 +21,12 @@ def quadrants(dataset: Dataset, missing: int) -> Dataset:
     3         the bottom left            all but the bottom left
     ========  =========================  =============================
 
-    Both are flat and in row-major order, `(N, D_missing)` and `(N, D_visible)`. The image is
-    binarised as a whole, so in each epoch `x` and `y` come from the same draw. Of an odd height
-    or width the bottom or right part has the extra row or column. `Dataset.join` is the inverse.
+    Both are flat and in row-major order, ``(N, D_missing)`` and ``(N, D_visible)``. The image is
+    binarised as a whole, so in each epoch ``x`` and ``y`` come from the same draw. Of an odd height
+    or width the bottom or right part has the extra row or column. ``Dataset.join`` is the inverse.
 
     Args:
-        dataset: of images: `shape` is (H, W) or (C, H, W), H and W at least 2.
+        dataset: of images: ``shape`` is (H, W) or (C, H, W), H and W at least 2.
         missing: number of quadrants to predict: 1, 2 or 3.
 
     Raises:
@@ -35,18 +35,16 @@ def quadrants(dataset: Dataset, missing: int) -> Dataset:
     Source: Sohn, Lee, Yan (2015), Learning structured output representation using deep
     conditional generative models; quadrants as in the CVAE tutorial of Pyro.
 
-    >>> from ppvae import data
-    >>> cut = quadrants(data.load("digits"), missing=3)
-    >>> [tuple(t.shape) for t in cut.train.batch(0)]
-    [(1297, 48), (1297, 16)]
+    Example:
+        >>> from ppvae import data
+        >>> cut = quadrants(data.load("digits"), missing=3)
+        >>> [tuple(t.shape) for t in cut.train.batch(0)]
+        [(1297, 48), (1297, 16)]
     """
     check_choice("missing", missing, (1, 2, 3))
     shape = dataset.shape
     if len(shape) not in (2, 3) or min(shape[-2:]) < 2:
-        raise ValueError(
-            f"{dataset.name!r} has rows of shape {shape}, not images: load it with "
-            "shape=(C, H, W), H and W at least 2"
-        )
+        raise ValueError(f"{dataset.name!r} has rows of shape {shape}, not images: give (C, H, W)")
     if dataset.train.missing is not None:
         raise ValueError(f"{dataset.name!r} is cut already: give the data set it was made from")
     bottom, right = shape[-2] // 2, shape[-1] // 2
@@ -58,18 +56,15 @@ def quadrants(dataset: Dataset, missing: int) -> Dataset:
     else:
         hidden[...] = True
         hidden[..., bottom:, :right] = False
+    hidden_pixels, visible_pixels = (mask.flatten().nonzero()[:, 0] for mask in (hidden, ~hidden))
 
     def cut(split: Split) -> Split:
-        device = split.values.device
-        out = hidden.flatten().nonzero()[:, 0].to(device)
-        seen = (~hidden).flatten().nonzero()[:, 0].to(device)
-        whole = replace(split, values=split.values.flatten(1))
-        return replace(whole, y=whole.x[:, seen], supervised=True, missing=out, visible=seen)
+        flat = replace(split, values=split.values.flatten(1))
+        device = flat.values.device
+        x_pixels, y_pixels = hidden_pixels.to(device), visible_pixels.to(device)
+        return replace(
+            flat, y=flat.x[:, y_pixels], supervised=True, missing=x_pixels, visible=y_pixels
+        )
 
-    parts = dataset.map_splits(cut)
-    return replace(
-        parts,
-        name=f"{dataset.name}, {missing} of 4 quadrants missing",
-        num_classes=None,
-        log_evidence=None,
-    )
+    name = f"{dataset.name}, {missing} of 4 quadrants missing"
+    return replace(dataset.map_splits(cut), name=name, num_classes=None, log_evidence=None)

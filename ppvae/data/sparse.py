@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import class_labels, split_rows
-from .dataset import Dataset, Support
-from .split import Split
+from ppvae.data.arrays import class_labels, split_rows
+from ppvae.data.dataset import Dataset, Support
+from ppvae.data.split import Split
 
 
 class EmptyDocumentWarning(UserWarning):
@@ -20,18 +20,19 @@ class EmptyDocumentWarning(UserWarning):
 
 
 class SparseRows:
-    """A scipy matrix that answers as a tensor of rows where a `Split` and `ppvae.fit` ask.
+    """A scipy matrix that answers as a tensor of rows where a ``Split`` and ``ppvae.fit`` ask.
 
-    It is what `Split(values=..., rows=...)` keeps; what is asked for comes dense, as float32.
+    It is what ``Split(values=..., rows=...)`` keeps; what is asked for comes dense, as float32.
 
     Args:
-        matrix: `(N, D)`, scipy sparse, or dense.
+        matrix: ``(N, D)``, scipy sparse, or dense.
 
-    >>> import scipy.sparse
-    >>> rows = SparseRows(scipy.sparse.csr_array([[0, 2], [1, 0], [0, 0]]))
-    >>> rows.shape, rows.index_select(0, torch.tensor([1, 0]))
-    ((3, 2), tensor([[1., 0.],
-            [0., 2.]]))
+    Example:
+        >>> import scipy.sparse
+        >>> rows = SparseRows(scipy.sparse.csr_array([[0, 2], [1, 0], [0, 0]]))
+        >>> rows.shape, rows.index_select(0, torch.tensor([1, 0]))
+        ((3, 2), tensor([[1., 0.],
+                [0., 2.]]))
     """
 
     dtype = torch.float32
@@ -45,7 +46,7 @@ class SparseRows:
         self.shape = tuple(self.matrix.shape)
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """Rows, `(B, D)`, dense."""
+        """Rows, ``(B, D)``, dense."""
         return torch.from_numpy(self.matrix[index.cpu().numpy()].toarray())
 
     def __getitem__(self, index: Tensor | int) -> Tensor:
@@ -69,18 +70,18 @@ def from_counts(
     name: str = "counts",
     source: str = "counts of the user",
 ) -> Dataset:
-    """A `Dataset` of bags of words, kept sparse until a batch is made.
+    """A ``Dataset`` of bags of words, kept sparse until a batch is made.
 
     Documents without a word have no perplexity and tell nothing: they are dropped, and counted in
-    a warning and in `source`.
+    a warning and in ``source``.
 
     Args:
-        counts: `(N, V)` whole numbers, none negative: scipy sparse, or an array. scikit-learn's
-            `CountVectorizer` makes them.
+        counts: ``(N, V)`` whole numbers, none negative: scipy sparse, or an array. scikit-learn's
+            ``CountVectorizer`` makes them.
         vocabulary: V words in the order of the columns, or None.
-        y: `(N,)` labels 0..C-1, or None.
-        valid: documents for validation, taken from `counts`: a share in (0, 1) or a number.
-        test: documents for testing, likewise; or counts of their own, `(M, V)`.
+        y: ``(N,)`` labels 0..C-1, or None.
+        valid: documents for validation, taken from ``counts``: a share in (0, 1) or a number.
+        test: documents for testing, likewise; or counts of their own, ``(M, V)``.
         test_y: their labels, if they are given.
         seed: of the split, 0 or more.
         name: of the data set.
@@ -94,39 +95,32 @@ def from_counts(
     Warns:
         EmptyDocumentWarning: how many documents were dropped.
 
-    >>> import scipy.sparse
-    >>> documents = scipy.sparse.csr_array([[0, 2], [1, 0], [3, 1], [0, 1]])
-    >>> pets = from_counts(documents, ["cat", "dog"], valid=1, test=1)
-    >>> pets.support, pets.vocabulary, len(pets.train), pets.train.x.shape
-    ('counts', ('cat', 'dog'), 2, torch.Size([2, 2]))
+    Example:
+        >>> import scipy.sparse
+        >>> documents = scipy.sparse.csr_array([[0, 2], [1, 0], [3, 1], [0, 1]])
+        >>> pets = from_counts(documents, ["cat", "dog"], valid=1, test=1)
+        >>> pets.support, pets.vocabulary, len(pets.train), pets.train.x.shape
+        ('counts', ('cat', 'dog'), 2, torch.Size([2, 2]))
     """
-    rows = count_rows(counts, "counts")
-    own_test = not isinstance(test, (int, float, np.integer))
-    parts = [(rows, y)]
-    if own_test:
-        parts.append((count_rows(test, "test"), test_y))
-        if parts[1][0].shape[1] != rows.shape[1]:
-            raise ValueError(
-                f"test has {parts[1][0].shape[1]} columns and counts {rows.shape[1]}: count both "
-                "with one vocabulary"
-            )
+    parts = [(checked_counts(counts, "counts"), y, "y")]
+    if not isinstance(test, (int, float, np.integer)):
+        parts.append((checked_counts(test, "test"), test_y, "test_y"))
+    widths = [rows.shape[1] for rows, _, _ in parts]
+    if widths[-1] != widths[0]:
+        seen = f"test has {widths[1]} columns and counts {widths[0]}"
+        raise ValueError(f"{seen}: count both with one vocabulary")
     if vocabulary is not None:
-        check_vocabulary(vocabulary, rows.shape[1])
-    total = sum(len(part) for part, _ in parts)
-    kept = [
-        drop_empty(part, labels, label)
-        for (part, labels), label in zip(parts, ("y", "test_y"), strict=False)
-    ]
-    dropped = total - sum(len(part) for part, _ in kept)
+        check_vocabulary(vocabulary, widths[0])
+    kept = [drop_empty(*part) for part in parts]
+    total = sum(len(rows) for rows, _, _ in parts)
+    dropped = total - sum(len(rows) for rows, _ in kept)
     if dropped:
         warnings.warn(
             f"{dropped} of {total} documents have no word of the vocabulary, and were dropped",
             EmptyDocumentWarning,
             stacklevel=2,
         )
-    return split_counts(
-        kept, vocabulary, valid, 0.1 if own_test else test, seed, name, source, dropped
-    )
+    return split_counts(kept, vocabulary, valid, test, seed, name, source, dropped)
 
 
 def split_counts(
@@ -140,32 +134,29 @@ def split_counts(
     dropped: int = 0,
     support: Support = "counts",
 ) -> Dataset:
-    """A data set of one matrix, or of a training and a test matrix; by class with labels."""
+    """A data set of one matrix, or of a training and a test matrix (then ``test`` says nothing)."""
     rows, labels = parts[0]
-    numbers = None if labels is None else labels.numpy()
-    if len(parts) == 2:
-        train, chosen, rest = split_rows(len(rows), valid, 1, seed, numbers)
+    own_test = len(parts) == 2
+    by_class = None if labels is None else labels.numpy()
+    train, chosen, rest = split_rows(len(rows), valid, 1 if own_test else test, seed, by_class)
+    index = [train, chosen, rest]
+    if own_test:
         index = [np.concatenate([train, rest]), chosen, np.arange(len(parts[1][0]))]
-        owners = [parts[0], parts[0], parts[1]]
-    else:
-        index = list(split_rows(len(rows), valid, test, seed, numbers))
-        owners = [parts[0]] * 3
-    train_part, valid_part, test_part = (
-        Split(
-            cast(Tensor, matrix),
-            None if y is None else y[torch.from_numpy(i)],
-            rows=torch.from_numpy(i),
+
+    def part(owner: tuple[SparseRows, Tensor | None], numbers: np.ndarray) -> Split:
+        where = torch.from_numpy(numbers)
+        return Split(
+            cast(Tensor, owner[0]), None if owner[1] is None else owner[1][where], rows=where
         )
-        for (matrix, y), i in zip(owners, index, strict=True)
-    )
+
     empty = f"; {dropped} empty documents dropped" if dropped else ""
-    what = "validation" if len(parts) == 2 else "split"
+    what = "validation" if own_test else "split"
     how = "at random" if labels is None else "at random by class"
     return Dataset(
         name,
-        train_part,
-        valid_part,
-        test_part,
+        part(parts[0], index[0]),
+        part(parts[0], index[1]),
+        part(parts[-1], index[2]),
         support=support,
         shape=(int(rows.shape[1]),),
         num_classes=None if labels is None else int(labels.max()) + 1,
@@ -174,36 +165,28 @@ def split_counts(
     )
 
 
-def count_rows(counts: Any, name: str) -> SparseRows:
+def checked_counts(counts: Any, name: str) -> SparseRows:
     """Sparse rows, if they are whole numbers and none is negative."""
     import scipy.sparse
 
     if not scipy.sparse.issparse(counts):
         counts = np.asarray(counts.detach().cpu() if isinstance(counts, Tensor) else counts)
-    if len(counts.shape) != 2:
-        raise ValueError(f"{name} has shape {counts.shape}: give (N, V), one row per document")
-    if counts.dtype.kind not in "biuf":
-        raise ValueError(f"{name} holds {counts.dtype}: give numbers of times each word occurs")
+    if len(counts.shape) != 2 or counts.dtype.kind not in "biuf":
+        raise ValueError(f"{name} holds {counts.dtype} of shape {counts.shape}: give counts (N, V)")
     values = counts.data if scipy.sparse.issparse(counts) else counts
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} has NaN or infinite values: give numbers of words")
-    if (values < 0).any():
-        raise ValueError(f"{name} has negative values, down to {values.min():g}: give counts")
-    if (values != np.round(values)).any():
-        raise ValueError(
-            f"{name} has values that are not whole, such as "
-            f"{values[values != np.round(values)].flat[0]:g}: give counts, not tf-idf or shares"
-        )
+    bad = ~(np.isfinite(values) & (values >= 0) & (values == np.round(values)))
+    if bad.any():
+        seen = f"{bad.sum()} values that are NaN, negative or not whole"
+        example = f"such as {values[bad].flat[0]:g}"
+        raise ValueError(f"{name} has {seen}, {example}: give counts, not tf-idf or shares")
     return SparseRows(counts)
 
 
 def drop_empty(rows: SparseRows, y: Any, name: str = "y") -> tuple[SparseRows, Tensor | None]:
     """Only the documents with a word, and their labels."""
     if y is not None and np.shape(y) != (len(rows),):
-        raise ValueError(
-            f"{name} has shape {tuple(np.shape(y))} and there are {len(rows)} documents: give one "
-            "label per document"
-        )
+        cure = f"give one label per document, ({len(rows)},)"
+        raise ValueError(f"{name} has shape {tuple(np.shape(y))}: {cure}")
     labels = None if y is None else class_labels(y, name)
     kept = np.flatnonzero(np.asarray(rows.matrix.sum(1)).ravel() > 0)
     if not len(kept):
@@ -214,12 +197,10 @@ def drop_empty(rows: SparseRows, y: Any, name: str = "y") -> tuple[SparseRows, T
 
 
 def check_vocabulary(vocabulary: Sequence[str], width: int) -> None:
-    """Raise ValueError unless there is one word for each column, none twice."""
+    """Raise ``ValueError`` unless there is one word for each column, none twice."""
     if len(vocabulary) != width:
-        raise ValueError(
-            f"vocabulary has {len(vocabulary)} words and counts {width} columns: give the "
-            "vocabulary that the documents were counted with"
-        )
+        seen = f"vocabulary has {len(vocabulary)} words and counts {width} columns"
+        raise ValueError(f"{seen}: give the vocabulary that the documents were counted with")
     if len(set(vocabulary)) != width:
         twice = next(word for word in vocabulary if list(vocabulary).count(word) > 1)
         raise ValueError(f"the word {twice!r} is in vocabulary twice: add up its columns")

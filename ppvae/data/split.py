@@ -1,10 +1,11 @@
-"""`Split`: one part of a data set, and how it is binarised."""
+"""``Split``: one part of a data set, and how it is binarised."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -17,35 +18,37 @@ Binarize = Literal["dynamic", "static"]
 class Split:
     r"""One part (train, valid or test) of a data set.
 
-    With `binarize`, `values` are grey levels :math:`g \in [0, 1]` and the model sees
+    With ``binarize``, ``values`` are grey levels :math:`g \in [0, 1]` and the model sees
     :math:`x_{nd} \sim \mathrm{Bernoulli}(g_{nd})`, drawn from a generator of its own: a function
-    of `(seed, epoch)` and of nothing else, so the global random state is neither read nor moved.
-    Epoch 0 is drawn on the CPU wherever the values are, so `x` is the same on every device;
+    of ``(seed, epoch)`` and of nothing else, so the global random state is neither read nor moved.
+    Epoch 0 is drawn on the CPU wherever the values are, so ``x`` is the same on every device;
     later epochs are drawn where the values are, so on CUDA they differ from those of the CPU.
 
     Args:
-        values: `(N, *event)`, the rows as stored: grey levels in [0, 1] if `binarize` is set, else
-            what the model sees.
-        y: `(N,)` int64 labels in 0..C-1, `(N, D)` float conditions, or None.
+        values: ``(N, *event)``, the rows as stored: grey levels in [0, 1] if ``binarize`` is set,
+            else what the model sees.
+        y: ``(N,)`` int64 labels in 0..C-1, ``(N, D)`` float conditions, or None.
         binarize: "dynamic" (a fresh draw each epoch), "static" (one draw for good) or None.
         seed: of the binarisation, 0 or more.
-        supervised: whether a batch is `(x, y)` instead of `(x,)`.
-        missing: `(D_missing,)` positions in a flat row that become `x`; None for all.
-            `quadrants` sets it and `visible`.
-        visible: `(D_visible,)` positions in a flat row that become `y`; None to leave `y` alone.
-        rows: `(N,)` which rows of `values` are this part, for values that stay where they are, such
-            as a file mapped into memory: `ppvae.fit` then reads a batch when it needs it, and
-            binarises it on the device. None: `values` are the rows, and move with `to`.
+        supervised: whether a batch is ``(x, y)`` instead of ``(x,)``.
+        missing: ``(D_missing,)`` positions in a flat row that become ``x``; None for all.
+            ``quadrants`` sets it and ``visible``.
+        visible: ``(D_visible,)`` positions in a flat row that become ``y``; None to leave ``y``
+            alone.
+        rows: ``(N,)`` which rows of ``values`` are this part, for values that stay where they are,
+            such as a file mapped into memory: ``ppvae.fit`` then reads a batch when it needs it,
+            and binarises it on the device. None: ``values`` are the rows, and move with ``to``.
 
     Raises:
-        ValueError: lengths differ, `binarize` is unknown, grey levels leave [0, 1], `seed`
-            is negative, or `supervised` is set without `y`.
+        ValueError: lengths differ, ``binarize`` is unknown, grey levels leave [0, 1], ``seed``
+            is negative, or ``supervised`` is set without ``y``.
 
     Source: dynamic binarisation as in Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519.
 
-    >>> split = Split(torch.full((1000, 4), 0.3), binarize="dynamic")
-    >>> bool((split.draw(1) == split.draw(1)).all()), bool((split.draw(1) == split.draw(2)).all())
-    (True, False)
+    Example:
+        >>> part = Split(torch.full((1000, 4), 0.3), binarize="dynamic")
+        >>> torch.equal(part.draw(1), part.draw(1)), torch.equal(part.draw(1), part.draw(2))
+        (True, False)
     """
 
     values: Tensor
@@ -59,78 +62,79 @@ class Split:
 
     def __post_init__(self) -> None:
         check_binarize(self.binarize)
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: give 0 or more")
+        check_at_least(0, seed=self.seed)
         if self.y is not None and len(self.y) != len(self):
             raise ValueError(f"y has {len(self.y)} rows and values {len(self)}: give one y per row")
         if self.supervised and self.y is None:
             raise ValueError("supervised=True needs y, and y is None: give labels or conditions")
         if self.rows is not None and self.binarize == "static":
-            raise ValueError(
-                "binarize='static' keeps one draw of all rows, and rows=... is for values that do "
-                "not fit into memory: use binarize='dynamic', or store the draw in the file"
-            )
-        if self.binarize is not None and self.rows is None:  # else from_arrays has looked
+            raise ValueError("binarize='static' keeps one draw of all rows: use 'dynamic' here")
+        if self.binarize is not None and self.rows is None:  # else from_arrays has checked them
             check_unit_interval(self.values, f"values (binarize={self.binarize!r})")
 
     @cached_property
     def x(self) -> Tensor:
-        """What the model sees, `(N, *event)`; with binarisation the draw of epoch 0, kept.
+        """What the model sees, ``(N, *event)``; with binarisation the draw of epoch 0, kept.
 
-        Evaluate on this: it does not change. With `rows` it is read into memory.
+        Evaluate on this: it does not change. With ``rows`` it is read into memory.
 
-        >>> from ppvae import data
-        >>> data.load("digits").test.x.unique()
-        tensor([0., 1.])
+        Example:
+            >>> from ppvae import data
+            >>> data.load("digits").test.x.unique()
+            tensor([0., 1.])
         """
-        return _columns(self._rows(0), self.missing)
+        return _columns(self._whole_rows(0), self.missing)
 
     def draw(self, epoch: int) -> Tensor:
-        """What the model sees in one epoch, `(N, *event)`.
+        """What the model sees in one epoch, ``(N, *event)``.
 
         Args:
-            epoch: 0, 1, 2, ...; epoch 0 is `x`.
+            epoch: 0, 1, 2, ...; epoch 0 is ``x``.
 
         Returns:
-            A fresh seeded draw for "dynamic" binarisation; `x` otherwise.
+            A fresh seeded draw for "dynamic" binarisation; ``x`` otherwise.
 
-        >>> from ppvae import data
-        >>> train = data.load("digits").train
-        >>> torch.equal(train.draw(0), train.x), torch.equal(train.draw(1), train.x)
-        (True, False)
+        Example:
+            >>> from ppvae import data
+            >>> train = data.load("digits").train
+            >>> torch.equal(train.draw(0), train.x), torch.equal(train.draw(1), train.x)
+            (True, False)
         """
         return self.batch(epoch)[0]
 
     def batch(self, epoch: int) -> tuple[Tensor, ...]:
-        """What the model is called with in one epoch: `(x,)`, or `(x, y)` when supervised.
+        """What the model is called with in one epoch: ``(x,)``, or ``(x, y)`` when supervised.
 
         Args:
             epoch: 0, 1, 2, ...
 
-        >>> from ppvae import data
-        >>> [tuple(t.shape) for t in data.load("digits").supervised().train.batch(3)]
-        [(1297, 64), (1297,)]
+        Raises:
+            ValueError: for later epochs of a part with ``rows``.
+
+        Example:
+            >>> from ppvae import data
+            >>> [tuple(t.shape) for t in data.load("digits").supervised().train.batch(3)]
+            [(1297, 64), (1297,)]
         """
         if self.binarize != "dynamic" or epoch == 0:
             return self.args
         if self.rows is not None:
-            raise ValueError(
-                "with rows=... an epoch is binarised batch by batch: use read and present"
-            )
-        return self._columns(self._rows(epoch), self.y)
+            raise ValueError("with rows an epoch is binarised batch by batch: use read and present")
+        return self._arguments(self._whole_rows(epoch), self.y)
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows as they are stored, and their `y`, for `present`: copies, on the host.
+        """Rows as they are stored, and their ``y``, for ``present``: copies, on the host.
 
-        They are read in the order of the file, and returned in that of `index`.
+        They are read in the order of the file, and returned in that of ``index``.
 
         Args:
-            index: `(B,)` which of the N rows of this part.
+            index: ``(B,)`` which of the N rows of this part.
 
-        >>> values = torch.arange(10.0)[:, None]
-        >>> part = Split(values, rows=torch.tensor([7, 5, 3]))
-        >>> len(part), part.read(torch.tensor([2, 0]))[0].flatten()
-        (3, tensor([3., 7.]))
+        Example:
+            >>> values = torch.arange(10.0)[:, None]
+            >>> part = Split(values, rows=torch.tensor([7, 5, 3]))
+            >>> len(part), part.read(torch.tensor([2, 0]))[0].flatten()
+            (3, tensor([3., 7.]))
         """
         stored = index if self.rows is None else self.rows[index]
         ascending, order = stored.sort()
@@ -141,54 +145,48 @@ class Split:
     def present(
         self, values: Tensor, y: Tensor | None, epoch: int, key: int = 0
     ) -> tuple[Tensor, ...]:
-        """What the model is called with for rows from `read`, wherever they have been moved.
+        """What the model is called with for rows from ``read``, wherever they have been moved.
 
         Args:
-            values: `(B, *event)`, of any dtype; cast to the default float dtype.
-            y: `(B,)` or `(B, D)`, or None.
+            values: ``(B, *event)``, of any dtype; cast to the default float dtype.
+            y: ``(B,)`` or ``(B, D)``, or None.
             epoch: 0, 1, 2, ...
             key: tells the batches of an epoch apart: a draw is a function of (seed, epoch, key).
 
-        >>> part = Split(torch.full((4, 3), 0.5), binarize="dynamic", rows=torch.arange(4))
-        >>> rows = part.read(torch.tensor([0, 2]))
-        >>> torch.equal(part.present(*rows, 1, 7)[0], part.present(*rows, 1, 7)[0])
-        True
+        Example:
+            >>> part = Split(torch.full((4, 3), 0.5), binarize="dynamic", rows=torch.arange(4))
+            >>> rows = part.read(torch.tensor([0, 2]))
+            >>> torch.equal(part.present(*rows, 1, 7)[0], part.present(*rows, 1, 7)[0])
+            True
         """
         values = values.to(torch.get_default_dtype())
         if self.binarize is not None:
-            values = _draw(values, values.device, self.seed, epoch, key)
-        return self._columns(values, y)
+            values = _bernoulli(values, values.device, (self.seed, epoch, key))
+        return self._arguments(values, y)
 
     @property
     def args(self) -> tuple[Tensor, ...]:
-        """What the model is called with in evaluation: `(x,)`, or `(x, y)` when supervised.
+        """What the model is called with in evaluation: ``(x,)``, or ``(x, y)`` when supervised.
 
-        >>> from ppvae import data
-        >>> len(data.load("digits").test.args)
-        1
+        Example:
+            >>> from ppvae import data
+            >>> len(data.load("digits").test.args)
+            1
         """
-        if self.supervised:
-            assert self.y is not None
-            return (self.x, self.y)
-        return (self.x,)
+        return (self.x, cast(Tensor, self.y)) if self.supervised else (self.x,)
 
     def to(self, device: torch.device | str) -> Split:
-        """The same split with its tensors on `device`; with `rows` it stays where it is.
+        """The same split with its tensors on ``device``; with ``rows`` it stays where it is.
 
-        >>> Split(torch.zeros(2, 3)).to("cpu").values.device
-        device(type='cpu')
+        Example:
+            >>> Split(torch.zeros(2, 3)).to("cpu").values.device
+            device(type='cpu')
         """
         if self.rows is not None:
             return self
-        moved = {
-            name: None if tensor is None else tensor.to(device)
-            for name, tensor in {
-                "y": self.y,
-                "missing": self.missing,
-                "visible": self.visible,
-            }.items()
-        }
-        return replace(self, values=self.values.to(device), **moved)  # type: ignore[arg-type]
+        tensors = {name: getattr(self, name) for name in ("values", "y", "missing", "visible")}
+        moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **moved)
 
     def __len__(self) -> int:
         return len(self.values if self.rows is None else self.rows)
@@ -201,57 +199,70 @@ class Split:
             f"{'' if self.rows is None else ', read in batches'})"
         )
 
-    def _rows(self, epoch: int) -> Tensor:
-        """Whole rows as the model would see them, before `missing` and `visible` pick columns."""
+    def _whole_rows(self, epoch: int) -> Tensor:
+        """Rows as the model would see them, before ``missing`` and ``visible`` pick columns."""
         values = self.values
         if self.rows is not None:
             values = values.index_select(0, self.rows).to(torch.get_default_dtype())
         if self.binarize is None:
             return values
         device = torch.device("cpu") if epoch == 0 else values.device
-        return _draw(values, device, self.seed, epoch)
+        return _bernoulli(values, device, (self.seed, epoch))
 
-    def _columns(self, rows: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """`(x,)` or `(x, y)` of whole rows."""
-        x = _columns(rows, self.missing)
+    def _arguments(self, whole_rows: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+        """``(x,)`` or ``(x, y)``; visible pixels come from the same draw as missing ones."""
+        x = _columns(whole_rows, self.missing)
         if not self.supervised:
             return (x,)
-        # the visible pixels must come from the same draw as the missing ones
-        y = y if self.visible is None else _columns(rows, self.visible)
-        assert y is not None
-        return (x, y)
+        return (x, cast(Tensor, y) if self.visible is None else _columns(whole_rows, self.visible))
 
 
-def _draw(values: Tensor, device: torch.device, *words: int) -> Tensor:
-    """Bernoulli draws with probabilities `values`, a function of the words."""
-    # SeedSequence mixes them, so that neighbouring seeds and epochs share no stream
-    mixed = np.random.SeedSequence(list(words)).generate_state(1, np.uint64)[0]
+def binarised(
+    splits: Iterable[Split], binarize: Binarize | None, seed: int
+) -> tuple[Split, Split, Split]:
+    """Train, valid and test, each with a seed of its own, so that their draws share no noise."""
+    train, valid, test = (
+        replace(split, binarize=binarize, seed=3 * seed + part) for part, split in enumerate(splits)
+    )
+    return train, valid, test
+
+
+def _bernoulli(probabilities: Tensor, device: torch.device, key: tuple[int, ...]) -> Tensor:
+    """Draws that are a function of the key."""
+    # SeedSequence mixes it, so that neighbouring seeds and epochs share no stream
+    mixed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     generator = torch.Generator(device).manual_seed(int(mixed))
     # float32 whatever the dtype of the values, so that the draw does not depend on it
-    uniform = torch.rand(values.shape, generator=generator, device=device, dtype=torch.float32)
-    return uniform.lt_(values.to(device)).to(values)
+    uniform = torch.rand(
+        probabilities.shape, generator=generator, device=device, dtype=torch.float32
+    )
+    return uniform.lt_(probabilities.to(device)).to(probabilities)
 
 
-def _columns(rows: Tensor, index: Tensor | None) -> Tensor:
-    return rows if index is None else rows[:, index.to(rows.device)]
+def _columns(rows: Tensor, positions: Tensor | None) -> Tensor:
+    return rows if positions is None else rows[:, positions.to(rows.device)]
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: use {', '.join(map(repr, choices))}")
 
 
+def check_at_least(least: int, **arguments: int) -> None:
+    """Raise ``ValueError`` unless every argument is ``least`` or more."""
+    for name, value in arguments.items():
+        if value < least:
+            raise ValueError(f"{name}={value}: give {least} or more")
+
+
 def check_binarize(binarize: object) -> None:
-    """Raise ValueError unless `binarize` is "dynamic", "static" or None."""
+    """Raise ``ValueError`` unless ``binarize`` is "dynamic", "static" or None."""
     check_choice("binarize", binarize, (*get_args(Binarize), None))
 
 
 def check_unit_interval(values: Tensor, name: str) -> None:
-    """Raise ValueError unless all values lie in [0, 1]."""
+    """Raise ``ValueError`` unless all values lie in [0, 1]."""
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:
-        raise ValueError(
-            f"{name} must lie in [0, 1], and range from {low:g} to {high:g}: rescale them (divide "
-            "8-bit pixels by 255)"
-        )
+        raise ValueError(f"{name} must lie in [0, 1], and range from {low:g} to {high:g}: rescale")

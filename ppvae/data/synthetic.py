@@ -1,4 +1,4 @@
-"""Synthetic data sets whose `log p(x)` is known exactly."""
+"""Synthetic data sets whose log p(x) is known exactly."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 
-from .arrays import from_arrays
-from .dataset import Dataset
+from ppvae.data.arrays import from_arrays
+from ppvae.data.dataset import Dataset
+from ppvae.data.split import check_at_least
 
 
 class LinearGaussian(NamedTuple):
@@ -23,9 +24,10 @@ class LinearGaussian(NamedTuple):
 
     Parameters are float64. Source: Tipping and Bishop (1999), J. R. Stat. Soc. B 61(3).
 
-    >>> parameters = linear_gaussian_parameters(dim=8, latent_dim=2)
-    >>> parameters.W.shape, parameters.b.shape, parameters.sigma
-    (torch.Size([8, 2]), torch.Size([8]), 0.5)
+    Example:
+        >>> parameters = linear_gaussian_parameters(dim=8, latent_dim=2)
+        >>> parameters.W.shape, parameters.b.shape, parameters.sigma
+        (torch.Size([8, 2]), torch.Size([8]), 0.5)
     """
 
     W: Tensor
@@ -33,25 +35,27 @@ class LinearGaussian(NamedTuple):
     sigma: float
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        """Exact log p(x) in nats, `(..., dim) -> (...)`; in float64 on the CPU.
+        """Exact log p(x) in nats, ``(..., dim) -> (...)``; in float64 on the CPU.
 
-        >>> linear_gaussian_parameters().log_evidence(torch.zeros(3, 8)).shape
-        torch.Size([3])
+        Example:
+            >>> linear_gaussian_parameters().log_evidence(torch.zeros(3, 8)).shape
+            torch.Size([3])
         """
         variances = torch.full_like(self.b, self.sigma**2)
         marginal = LowRankMultivariateNormal(self.b, self.W, variances)
         return marginal.log_prob(x.to("cpu", torch.float64)).to(x)
 
     def posterior(self, x: Tensor) -> MultivariateNormal:
-        r"""Exact posterior of `z`, in float64 on the CPU: with :math:`M = I + W^\top W / \sigma^2`,
+        r"""Exact posterior of z, in float64 on the CPU: with :math:`M = I + W^\top W / \sigma^2`,
 
         .. math:: z \mid x \sim N(M^{-1} W^\top (x - b) / \sigma^2, M^{-1})
 
         Args:
-            x: `(..., dim)`.
+            x: ``(..., dim)``.
 
-        >>> linear_gaussian_parameters().posterior(torch.zeros(3, 8)).loc.shape
-        torch.Size([3, 2])
+        Example:
+            >>> linear_gaussian_parameters().posterior(torch.zeros(3, 8)).loc.shape
+            torch.Size([3, 2])
         """
         gain = self.W.T / self.sigma**2
         covariance = torch.linalg.inv(torch.eye(len(gain), dtype=gain.dtype) + gain @ self.W)
@@ -60,7 +64,7 @@ class LinearGaussian(NamedTuple):
 
 
 def linear_gaussian_parameters(dim: int = 8, latent_dim: int = 2, seed: int = 0) -> LinearGaussian:
-    """The W, b and sigma that `load("linear_gaussian")` draws its data with.
+    """The W, b and sigma that ``load("linear_gaussian")`` draws its data with.
 
     Entries of W are N(0, 1 / latent_dim), those of b are N(0, 1), sigma is 0.5.
 
@@ -72,24 +76,25 @@ def linear_gaussian_parameters(dim: int = 8, latent_dim: int = 2, seed: int = 0)
     Raises:
         ValueError: a dimension below 1 or a negative seed.
 
-    >>> linear_gaussian_parameters(seed=3).b.dtype
-    torch.float64
+    Example:
+        >>> linear_gaussian_parameters(seed=3).b.dtype
+        torch.float64
     """
-    if min(dim, latent_dim) < 1:
-        raise ValueError(f"dim={dim} and latent_dim={latent_dim}: give 1 or more for each")
+    check_at_least(1, dim=dim, latent_dim=latent_dim)
     rng = _stream(seed, 0)
     weight = rng.standard_normal((dim, latent_dim)) / math.sqrt(latent_dim)
     return LinearGaussian(torch.from_numpy(weight), torch.from_numpy(rng.standard_normal(dim)), 0.5)
 
 
 def linear_gaussian(num: int = 2000, dim: int = 8, latent_dim: int = 2, seed: int = 0) -> Dataset:
-    """`num` rows of x = W z + b + sigma eps; train, valid and test are 80, 10 and 10 %.
+    """``num`` rows of x = W z + b + sigma eps; train, valid and test are 80, 10 and 10 %.
 
-    `log_evidence` is exact; `linear_gaussian_parameters` of the same arguments gives W, b, sigma.
+    ``log_evidence`` is exact; W, b, sigma are ``linear_gaussian_parameters`` of the same arguments.
 
-    >>> tiny = linear_gaussian(num=100)
-    >>> tiny.log_evidence(tiny.test.x).shape
-    torch.Size([10])
+    Example:
+        >>> tiny = linear_gaussian(num=100)
+        >>> tiny.log_evidence(tiny.test.x).shape
+        torch.Size([10])
     """
     parameters = linear_gaussian_parameters(dim, latent_dim, seed)
     rng = _stream(seed, 1)
@@ -109,18 +114,20 @@ class GaussianMixture(NamedTuple):
 
     .. math:: y \sim \mathrm{Uniform}(0..C-1), \quad x \mid y \sim N(\mu_y, \sigma^2 I)
 
-    >>> gaussian_mixture_parameters(num_components=5).means.shape
-    torch.Size([5, 2])
+    Example:
+        >>> gaussian_mixture_parameters(num_components=5).means.shape
+        torch.Size([5, 2])
     """
 
     means: Tensor
     sigma: float
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        """Exact log p(x) in nats, `(..., 2) -> (...)`; in float64 on the CPU.
+        """Exact log p(x) in nats, ``(..., 2) -> (...)``; in float64 on the CPU.
 
-        >>> gaussian_mixture_parameters().log_evidence(torch.zeros(3, 2)).shape
-        torch.Size([3])
+        Example:
+            >>> gaussian_mixture_parameters().log_evidence(torch.zeros(3, 2)).shape
+            torch.Size([3])
         """
         far = (x.to("cpu", torch.float64)[..., None, :] - self.means).square().sum(-1)
         count, dim = self.means.shape
@@ -129,27 +136,30 @@ class GaussianMixture(NamedTuple):
 
 
 def gaussian_mixture_parameters(num_components: int = 5) -> GaussianMixture:
-    """The mixture `load("gaussian_mixture")` draws from: means on a circle of radius 4, sigma 0.5.
+    """The mixture ``load("gaussian_mixture")`` draws from: means on a circle, sigma 0.5.
+
+    The radius is 4.
 
     Raises:
         ValueError: fewer than 1 component.
 
-    >>> gaussian_mixture_parameters().sigma
-    0.5
+    Example:
+        >>> gaussian_mixture_parameters().sigma
+        0.5
     """
-    if num_components < 1:
-        raise ValueError(f"num_components={num_components}: give 1 or more")
+    check_at_least(1, num_components=num_components)
     angle = 2 * math.pi * torch.arange(num_components, dtype=torch.float64) / num_components
     return GaussianMixture(4 * torch.stack([angle.cos(), angle.sin()], -1), 0.5)
 
 
 def gaussian_mixture(num: int = 2000, num_components: int = 5, seed: int = 0) -> Dataset:
-    """`num` points in the plane, labelled by component; train, valid and test are 80, 10 and 10 %.
+    """``num`` points in the plane, labelled by component; parts are 80, 10 and 10 %.
 
-    `log_evidence` is exact; `gaussian_mixture_parameters` gives the means and sigma.
+    ``log_evidence`` is exact; ``gaussian_mixture_parameters`` gives the means and sigma.
 
-    >>> gaussian_mixture(num=100).num_classes
-    5
+    Example:
+        >>> gaussian_mixture(num=100).num_classes
+        5
     """
     mixture = gaussian_mixture_parameters(num_components)
     rng = _stream(seed, 1)
@@ -165,7 +175,6 @@ def gaussian_mixture(num: int = 2000, num_components: int = 5, seed: int = 0) ->
 
 
 def _stream(seed: int, number: int) -> np.random.Generator:
-    """Streams 0 and 1 of a seed: parameters and data, so that `num` does not change the former."""
-    if seed < 0:
-        raise ValueError(f"seed={seed}: give 0 or more")
+    """Streams 0 (parameters) and 1 (data) of a seed: ``num`` does not change the former."""
+    check_at_least(0, seed=seed)
     return np.random.default_rng([seed, number])

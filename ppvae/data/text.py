@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .dataset import Dataset
-from .fetch import SHA256, cache_folder, fetch
-from .sparse import SparseRows, check_vocabulary, count_rows, drop_empty, split_counts
-from .split import check_choice
+from ppvae.data.dataset import Dataset
+from ppvae.data.fetch import SHA256, broken, cache_folder, fetch
+from ppvae.data.sparse import (
+    SparseRows,
+    check_vocabulary,
+    checked_counts,
+    drop_empty,
+    split_counts,
+)
+from ppvae.data.split import check_choice
 
 RCV1_SHAPE = (804_414, 47_236)
 ROOTS = ("CCAT", "ECAT", "GCAT", "MCAT")  # corporate, economics, government, markets
@@ -28,9 +33,9 @@ def newsgroups(
 
     Args:
         version: "clean": the counts of Srivastava and Sutton (2017), 1,995 words of which the
-            first, `_eos_`, never occurs; 11,258 and 7,487 documents, after one empty document of
+            first, ``_eos_``, never occurs; 11,258 and 7,487 documents, after one empty document of
             each part is dropped; no labels. "sklearn": scikit-learn's download, headers, footers
-            and quotations removed, its `num_words` most frequent words of the training part but
+            and quotations removed, its ``num_words`` most frequent words of the training part but
             for English stop words; labels are the 20 groups.
         num_valid: training documents taken for validation.
         num_words: size of the vocabulary, for "sklearn".
@@ -40,8 +45,8 @@ def newsgroups(
         ValueError: an unknown version, a corrupt file, or one that does not fit its vocabulary.
         ConnectionError: a file is not in the cache and cannot be downloaded.
 
-    "clean" is read from `20news/` in the cache (`train.feat`, `test.feat`, plain or with `.gz`,
-    and `vocab.new`) and downloaded if it is not there; SHA-256 of the contents are checked.
+    "clean" is read from ``20news/`` in the cache (``train.feat``, ``test.feat``, plain or with .gz,
+    and ``vocab.new``) and downloaded if it is not there; SHA-256 of the contents are checked.
     scikit-learn checks its own download, and keeps it pickled. No licence is stated.
 
     Source: Lang (1995), http://qwone.com/~jason/20Newsgroups/
@@ -65,20 +70,19 @@ def newsgroups(
 def _text(file: str) -> str:
     """A file of the clean version, plain or gzipped in the cache, checked."""
     zipped = cache_folder() / "20news" / f"{file}.gz"
-    raw = gzip.decompress(zipped.read_bytes()) if zipped.exists() else _fetched(file).read_bytes()
-    known = SHA256[f"20news/{file}"]
-    found = hashlib.sha256(raw).hexdigest()
-    if found != known:
-        raise ValueError(f"{zipped} is corrupt (sha256 of its contents {found}, not {known})")
-    return raw.decode()
+    content = gzip.decompress(zipped.read_bytes()) if zipped.exists() else _plain(file)
+    published, found = SHA256[f"20news/{file}"], hashlib.sha256(content).hexdigest()
+    if found != published:
+        raise broken(zipped, f"is corrupt (sha256 of its contents {found}, not {published})")
+    return content.decode()
 
 
-def _fetched(file: str) -> Path:
-    return fetch("20news", file)
+def _plain(file: str) -> bytes:
+    return fetch("20news", file).read_bytes()
 
 
 def _feat(text: str, width: int, name: str) -> SparseRows:
-    """Lines `label index:count ...`, indices from 1."""
+    """Lines ``label index:count ...``, indices from 1."""
     import scipy.sparse
 
     indices, values, ends = [], [], [0]
@@ -89,10 +93,8 @@ def _feat(text: str, width: int, name: str) -> SparseRows:
             values.append(int(count))
         ends.append(len(indices))
     if indices and not 0 <= min(indices) <= max(indices) < width:
-        raise ValueError(
-            f"{name}.feat has word numbers from {min(indices) + 1} to {max(indices) + 1}, and the "
-            f"vocabulary {width} words, numbered from 1: they do not belong together"
-        )
+        found = f"word numbers from {min(indices) + 1} to {max(indices) + 1}"
+        raise ValueError(f"{name}.feat has {found}, and the vocabulary {width} words, from 1 on")
     return SparseRows(scipy.sparse.csr_array((values, indices, ends), (len(ends) - 1, width)))
 
 
@@ -111,16 +113,16 @@ def _from_sklearn(num_words: int) -> tuple[list[SparseRows], list[np.ndarray], l
     )
     counts = [counter.fit_transform(bunches[0].data), counter.transform(bunches[1].data)]
     words = counter.get_feature_names_out().tolist()
-    return [count_rows(part, "counts") for part in counts], [b.target for b in bunches], words
+    return [checked_counts(part, "counts") for part in counts], [b.target for b in bunches], words
 
 
 def rcv1(num: int | None = 10_000, num_words: int = 2000, seed: int = 0) -> Dataset:
     """REUTERS-10K: newswire stories of one root category each, as tf-idf of 2,000 words.
 
     Stories of RCV1-v2 with exactly one of the labels CCAT, ECAT, GCAT, MCAT (0 to 3), 685,071 of
-    804,414 by Xie et al. (2016); a random `num` of them; the `num_words` words that occur in most
-    of the stories with one root; each row scaled to length sqrt(num_words), so that its mean square
-    is 1. Stories without a word are dropped. Rows stay sparse until a batch is made.
+    804,414 by Xie et al. (2016); a random ``num`` of them; the ``num_words`` words that occur in
+    most of the stories with one root; each row scaled to length sqrt(num_words), so that its mean
+    square is 1. Stories without a word are dropped. Rows stay sparse until a batch is made.
 
     The words' weights are those of the published vectors (log tf-idf over 47,236 stems), not made
     from counts as Xie et al. did, and the sample is another: accuracies are near theirs, not equal.
@@ -142,13 +144,11 @@ def rcv1(num: int | None = 10_000, num_words: int = 2000, seed: int = 0) -> Data
     import scipy.sparse
     from sklearn import datasets
 
-    bunch = _downloaded(datasets.fetch_rcv1, data_home=str(cache_folder() / "scikit_learn"))
+    home = cache_folder() / "scikit_learn"
+    bunch = _downloaded(datasets.fetch_rcv1, data_home=str(home))
     names = list(bunch.target_names)
     if bunch.data.shape != RCV1_SHAPE or not set(ROOTS) <= set(names):
-        raise ValueError(
-            f"the download has shape {bunch.data.shape} and not {RCV1_SHAPE}, or lacks the labels "
-            f"{ROOTS}: delete {cache_folder() / 'scikit_learn'} and try again"
-        )
+        raise broken(home, f"has an RCV1 of {bunch.data.shape}, not {RCV1_SHAPE}, or no {ROOTS}")
     roots = bunch.target.tocsc()[:, [names.index(root) for root in ROOTS]].toarray()
     single = np.flatnonzero(roots.sum(1) == 1)
     if num is not None and len(single) < num:
@@ -178,8 +178,6 @@ def _downloaded(fetcher: Any, **options: Any) -> Any:
     try:
         return fetcher(**options)
     except OSError as error:
-        raise ConnectionError(
-            f"scikit-learn's {fetcher.__name__} could not get the data into "
-            f"{options['data_home']}: {error}. Call it on a machine with a network and copy that "
-            "folder, or set the environment variable PPVAE_DATA to a folder that has it"
-        ) from error
+        seen = f"scikit-learn's {fetcher.__name__} could not fill {options['data_home']}: {error}"
+        cure = "Copy that folder from a machine with a network, or set PPVAE_DATA to where it is"
+        raise ConnectionError(f"{seen}. {cure}") from error

@@ -58,10 +58,8 @@ class Amortized(Program):
         if y is not None:
             return x, self.condition(y)
         if not isinstance(self.condition, nn.Identity):
-            raise ValueError(
-                "this guide was given a condition, so call it with x and y: data as a tuple "
-                "(x, y), or dataset.supervised()"
-            )
+            cure = "call it with x and y: data as a tuple (x, y), or dataset.supervised()"
+            raise ValueError(f"this guide was given a condition, so {cure}")
         return (x,)
 
     def forward(self, x: Tensor, y: Tensor | None = None, size: int | None = None) -> Tensor:
@@ -71,14 +69,14 @@ class Amortized(Program):
         return z
 
     def outputs(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the network says about each row: the parameters of q(z | x), ``(N, ...)``."""
-        outputs: Tensor = _own(self.conditional).outputs(*self.inputs(x, y))
+        """What the network gives for each row: the parameters of q(z | x), ``(N, ...)``."""
+        outputs: Tensor = _network_and_head(self.conditional).outputs(*self.inputs(x, y))
         return outputs
 
     @property
     def head(self) -> nn.Module:
         """The conditional without its network: from :meth:`outputs` to q(z | x)."""
-        head = copy.copy(_own(self.conditional))
+        head = copy.copy(_network_and_head(self.conditional))
         head._modules = {**head._modules, "net": nn.Identity()}
         return head
 
@@ -126,12 +124,9 @@ class Normal(Amortized):
         super().__init__(conditionals.Normal(net, positive=positive), condition, latent)
 
 
-def _own(conditional: nn.Module) -> conditionals.Conditional:
+def _network_and_head(conditional: nn.Module) -> conditionals.Conditional:
     """A conditional whose network and head can be told apart."""
     if isinstance(conditional, conditionals.Conditional):
         return conditional
-    raise TypeError(
-        f"{type(conditional).__name__} does not say which part of it is the network; make it a "
-        "subclass of conditionals.Conditional, which has a net, and return a distribution of "
-        "self.outputs(*inputs)"
-    )
+    seen = f"{type(conditional).__name__} does not say which part of it is the network"
+    raise TypeError(f"{seen}: make it a subclass of conditionals.Conditional, which has a net")

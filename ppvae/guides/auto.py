@@ -63,9 +63,8 @@ class Auto(Program):
         plates = functools.partial(_plate_of_rows, self.num_rows)
         index = torch.arange(self.num_rows, device=data[0].device)
         flattens = ValueError(
-            f"{getattr(make, '__name__', make)} flattens the latents of all datapoints into one "
-            f"vector, outside the plate {DATA_PLATE!r}. Use AutoNormal, or the bare autoguide on "
-            "the full data with joint=True, as svi.step(x, joint=True)"
+            f"{getattr(make, '__name__', make)} flattens all latents into one vector, outside the "
+            f"plate {DATA_PLATE!r}: use AutoNormal, or pass it bare: svi.step(x, joint=True)"
         )
         try:
             self.auto = make(Indexed(model), create_plates=plates)
@@ -92,7 +91,7 @@ class _AsBatch(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
-            msg["stop"] = True  # which rows these are is nobody else's affair
+            msg["stop"] = True  # no other handler needs the row numbers
             return
         frames = msg["cond_indep_stack"]
         for frame in frames:

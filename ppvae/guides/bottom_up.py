@@ -9,7 +9,7 @@ import pyro
 from torch import Tensor, nn
 
 from ppvae.chain import Chain
-from ppvae.models.hierarchical import Gives, Hierarchical
+from ppvae.models.hierarchical import Hierarchical
 from ppvae.program import Program, data_plate
 
 
@@ -22,7 +22,7 @@ class BottomUp(Program):
     only the top level has a closed-form KL: use ``kl="sampled"`` or ``"mixed"``.
 
     Args:
-        model: what it is a guide of; only its shapes are looked at.
+        model: what it is a guide of; only its shapes are used.
         levels: the conditionals q(z1 | x), q(z2 | z1), ..., one for each latent.
 
     Raises:
@@ -49,14 +49,13 @@ class BottomUp(Program):
 
     def __init__(self, model: Hierarchical, levels: Sequence[nn.Module]) -> None:
         super().__init__()
-        require_hierarchy("BottomUp", model, "shapes", "integer")
+        check_hierarchy(self, model, ("shapes", "integer"), levels=levels)
         self.levels = nn.ModuleList(levels)
-        require_levels("BottomUp(levels)", len(levels), model)
         chain = Chain("x", model.shapes["x"], like=self, integer=model.integer)
         for level, conditional in enumerate(levels, 1):
             below, name = ("x" if level == 1 else f"z{level - 1}"), f"z{level}"
-            checked = Gives(conditional, f"levels[{level - 1}]")
-            chain.follow(f"q({name} | {below})", name, checked, model.shapes[name])
+            label, argument = f"q({name} | {below})", f"levels[{level - 1}]"
+            chain.follow(label, name, conditional, model.shapes[name], argument)
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Draw z1, z2, ... in the plate ``"data"``; returns the top one."""
@@ -67,21 +66,16 @@ class BottomUp(Program):
         return z
 
 
-def require_hierarchy(guide: str, model: Any, *needed: str) -> None:
-    """Raise ``TypeError`` unless a model has the attributes of a hierarchy that a guide needs."""
-    missing = [name for name in needed if not hasattr(model, name)]
-    if missing:
-        raise TypeError(
-            f"{guide}(model) must be a models.Hierarchical, got a {type(model).__name__}, which "
-            f"has no {missing[0]}; for a model with one latent use guides.Normal"
-        )
-
-
-def require_levels(argument: str, number: int, model: Hierarchical) -> None:
-    """Raise ``ValueError`` unless a guide has as many levels as the model has latents."""
+def check_hierarchy(
+    guide: Program, model: Any, needed: Sequence[str], **given: Sequence[nn.Module]
+) -> None:
+    """Raise unless the model is a hierarchy, and each list has an entry for each of its latents."""
+    kind = type(guide).__name__
+    if not all(hasattr(model, name) for name in needed):
+        wanted = f"a models.Hierarchical, got a {type(model).__name__}"
+        raise TypeError(f"{kind}(model) must be {wanted}; for one latent use guides.Normal")
     latents = [name for name in model.shapes if name != "x"]
-    if number != len(latents):
-        raise ValueError(
-            f"{argument} has {number} entries, but the model has {len(latents)} latents "
-            f"{latents}; give one for each, the lowest first"
-        )
+    for argument, modules in given.items():
+        if len(modules) != len(latents):
+            seen = f"{len(modules)} entries, but the model has {len(latents)} latents {latents}"
+            raise ValueError(f"{kind}({argument}) has {seen}; give one for each, the lowest first")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ppvae.chain import Chain
 from ppvae.distributions import DiagonalNormal
-from ppvae.guides.bottom_up import require_hierarchy, require_levels
-from ppvae.models.hierarchical import Gives, Hierarchical
+from ppvae.guides.bottom_up import check_hierarchy
+from ppvae.models.hierarchical import Hierarchical
 from ppvae.program import Program, data_plate
 
 
@@ -72,33 +72,33 @@ class Ladder(Program):
         self, model: Hierarchical, blocks: Sequence[nn.Module], heads: Sequence[nn.Module]
     ) -> None:
         super().__init__()
-        require_hierarchy("Ladder", model, "levels", "shapes", "integer")
+        needed = ("levels", "shapes", "integer")
+        check_hierarchy(self, model, needed, blocks=blocks, heads=heads)
         self.blocks, self.heads = nn.ModuleList(blocks), nn.ModuleList(heads)
         self.levels = model.levels
-        require_levels("Ladder(blocks)", len(blocks), model)
-        require_levels("Ladder(heads)", len(heads), model)
-        self._check_levels(model)
-        chain = Chain("x", model.shapes["x"], like=self, integer=model.integer)
-        for level, (block, head) in enumerate(zip(blocks, heads, strict=True), 1):
-            name = f"z{level}"
-            d = chain.follow(f"block {level}", f"d{level}", block)
-            if not isinstance(d, Tensor):
-                raise TypeError(
-                    f"block {level} gives a {type(d).__name__}, but must give a tensor; put the "
-                    "bare network into blocks, and the conditional into heads"
-                )
-            checked = Gives(head, f"heads[{level - 1}]")
-            up = chain.branch(f"head {level}", name, checked, model.shapes[name])
-            if level <= len(self.levels):
-                _moments(up, f"head {level}")
+        self._check_down(model)
+        self._check_up(model)
 
-    def _check_levels(self, model: Hierarchical) -> None:
+    def _check_down(self, model: Hierarchical) -> None:
         """The model's levels run once, from the top; raises if one cannot be merged."""
-        top = f"z{len(self.levels) + 1}"
-        chain = Chain(top, model.shapes[top], like=self)
-        for level in range(len(self.levels), 0, -1):
+        top = len(self.levels) + 1
+        chain = Chain(f"z{top}", model.shapes[f"z{top}"], like=self)
+        for level in range(top - 1, 0, -1):
             label = f"p(z{level} | z{level + 1})"
             _moments(chain.follow(label, f"z{level}", self.levels[level - 1]), label)
+
+    def _check_up(self, model: Hierarchical) -> None:
+        """Blocks and heads run once, from the data; raises if they do not fit."""
+        chain = Chain("x", model.shapes["x"], like=self, integer=model.integer)
+        for level, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True), 1):
+            d = chain.follow(f"block {level}", f"d{level}", block)
+            if not isinstance(d, Tensor):
+                seen = f"block {level} gives a {type(d).__name__}"
+                raise TypeError(f"{seen}, but must give a tensor: conditionals go into heads")
+            name, label, argument = f"z{level}", f"head {level}", f"heads[{level - 1}]"
+            up = chain.follow(label, name, head, model.shapes[name], argument, go_on=False)
+            if level <= len(self.levels):
+                _moments(up, label)
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Draw the latents from the top down in the plate ``"data"``; returns z1."""
@@ -111,7 +111,7 @@ class Ladder(Program):
         return z
 
     def upward(self, x: Tensor) -> list[Any]:
-        r"""What x says about each level before the levels above are heard: the :math:`\hat q_l`."""
+        r"""What x says about each level, without the levels above: the :math:`\hat q_l`."""
         found, d = [], x
         for block, head in zip(self.blocks, self.heads, strict=True):
             d = block(d)
@@ -151,8 +151,6 @@ def merge(up: Any, down: Any, level: int = 1) -> DiagonalNormal:
 def _moments(fn: Any, label: str) -> tuple[Tensor, Tensor]:
     base = getattr(fn, "base_dist", None)
     if not isinstance(fn, dist.Independent) or not isinstance(base, dist.Normal):
-        raise TypeError(
-            f"{label} gives a {type(fn).__name__}, but the ladder merges diagonal normals only; "
-            "use conditionals.Normal, or a guide without a merge: guides.BottomUp"
-        )
+        seen = f"{label} gives a {type(fn).__name__}, and the ladder merges diagonal normals only"
+        raise TypeError(f"{seen}: use conditionals.Normal, or guides.BottomUp")
     return base.loc, base.scale

@@ -76,18 +76,14 @@ class Table(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         """The rows of that number."""
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(
-                "a guide with parameters per datapoint takes the row numbers as its last "
-                f"argument, integers of shape (N,), got {index.dtype} of shape "
-                f"{tuple(index.shape)}; call it with (x, torch.arange(len(x))), and wrap the model "
-                "in ppvae.local.Indexed, which ignores them"
-            )
+            wanted = "takes the row numbers as its last argument, integers (N,)"
+            seen = f"{index.dtype} of shape {tuple(index.shape)}"
+            cure = "add torch.arange(len(x)), and wrap the model in ppvae.local.Indexed"
+            raise ValueError(f"this guide {wanted}, got {seen}: {cure}")
         return self.rows.index_select(0, index)
 
     def check(self, index: Tensor) -> None:
         """Check a data set's row numbers once; raises ``ValueError``."""
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(self.rows):
-            raise ValueError(
-                f"row numbers must lie in 0 .. {len(self.rows) - 1}, got {int(index.min())} .. "
-                f"{int(index.max())}; this guide has parameters for {len(self.rows)} datapoints"
-            )
+            seen = f"{int(index.min())} .. {int(index.max())}"
+            raise ValueError(f"row numbers must lie in 0 .. {len(self.rows) - 1}, got {seen}")

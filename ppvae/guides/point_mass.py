@@ -59,9 +59,6 @@ class PointDistribution(dist.Delta):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         if len(batch_shape) > len(self.batch_shape):
-            raise ValueError(
-                "a point mass has no density, so there are no importance weights: K draws of it "
-                "are one draw, and log p(x), IWELBO and k-hat do not exist. Train it with "
-                "elbo.ELBO() (one particle), and for evidence use a guide with a density"
-            )
+            cure = "train it with elbo.ELBO() (one particle); evidence needs a guide with a density"
+            raise ValueError(f"a point mass has no density, so no importance weights: {cure}")
         return super().expand(batch_shape, _instance)

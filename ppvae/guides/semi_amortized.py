@@ -29,7 +29,7 @@ class SemiAmortized(Program):
 
     The noise is not random: :math:`\epsilon_s` are the S = 2 Z points :math:`\pm\sqrt Z q_d` with
     orthonormal :math:`q_d`, whose mean is 0 and covariance exactly I. (A few fixed random draws
-    would be overfitted, and fresh ones would make q(z | x) another density at each look.) So
+    would be overfitted, and fresh ones would make q(z | x) another density at each call.) So
     q(z | x) is a function of the row alone, and all K particles come from one refinement, which
     costs 2 Z rows of the decoder per datapoint and step. The model is in evaluation mode there.
 
@@ -74,10 +74,8 @@ class SemiAmortized(Program):
     ) -> None:
         super().__init__()
         if not isinstance(guide, Amortized):
-            raise TypeError(
-                f"SemiAmortized refines the outputs of an Amortized guide (Normal and the like), "
-                f"got {type(guide).__name__}; write the encoder as guides.Amortized(conditional)"
-            )
+            wanted = "a guides.Amortized(conditional), or a shorthand such as guides.Normal"
+            raise TypeError(f"SemiAmortized refines {wanted}, got a {type(guide).__name__}")
         if steps < 1 or not lr > 0:
             raise ValueError(f"SemiAmortized needs steps >= 1 and lr > 0, got {steps} and {lr}")
         self.guide = guide
@@ -110,13 +108,11 @@ class SemiAmortized(Program):
         with poutine.block(expose_types=["param"]), evaluation_mode(*self._model):
             with torch.enable_grad():
                 for _ in range(self.steps):
-                    if not (through and outputs.requires_grad):
-                        at = outputs.detach().requires_grad_()
-                    else:
-                        at = outputs
-                    elbo = self._elbo(at, args)  # rows share nothing in it, so neither do slopes
-                    (slope,) = torch.autograd.grad(elbo, at, create_graph=through)
-                    outputs = (at if through else outputs) + self.lr * slope
+                    in_graph = through and outputs.requires_grad
+                    current = outputs if in_graph else outputs.detach().requires_grad_()
+                    elbo = self._elbo(current, args)  # rows share nothing, so neither do slopes
+                    (slope,) = torch.autograd.grad(elbo, current, create_graph=through)
+                    outputs = (current if through else outputs) + self.lr * slope
         return outputs
 
     def _elbo(self, outputs: Tensor, args: tuple[Tensor, ...]) -> Tensor:
@@ -171,10 +167,7 @@ def path(fn: Any, noise: Tensor) -> Tensor:
         return fn.loc + (factor @ low.unsqueeze(-1)).squeeze(-1) + diagonal.sqrt() * own
     if isinstance(fn, dist.Independent) and isinstance(fn.base_dist, dist.Normal):
         return fn.base_dist.loc + fn.base_dist.scale * noise.unflatten(-1, fn.event_shape)
-    raise TypeError(
-        f"refinement fixes the noise that z is made of, and a draw of {type(fn).__name__} is not "
-        "made of normals by a smooth path; use a normal or a flow"
-    )
+    raise TypeError(f"a draw of {type(fn).__name__} is not made of normals: use a normal or a flow")
 
 
 def _repeat(tensor: Tensor, times: int) -> Tensor:

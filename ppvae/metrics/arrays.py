@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
-def host(values: Any) -> Any:
-    """A tensor as an array; anything else as it is."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+def host(values: Any, dtype: Any = None) -> np.ndarray:
+    """Numbers, or a tensor of them, as an array."""
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype)

@@ -51,10 +51,7 @@ def clustering(clusters: Any, labels: Any, num_clusters: int) -> Clustering:
     """
     found, given = _assignments(clusters, labels)
     if found.max() >= num_clusters:
-        raise ValueError(
-            f"clusters has the number {found.max()}, and num_clusters={num_clusters}: number them "
-            f"0 to {num_clusters - 1}"
-        )
+        raise ValueError(f"clusters has the number {found.max()}, and num_clusters={num_clusters}")
     sizes = np.bincount(found, minlength=num_clusters).tolist()
     unused = [cluster for cluster, size in enumerate(sizes) if size == 0]
     if unused:
@@ -152,21 +149,15 @@ def adjusted_rand_index(clusters: Any, labels: Any) -> float:
 
 def _assignments(clusters: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Both as int64 ``(N,)``, checked."""
-    arrays = {"clusters": np.asarray(host(clusters)), "labels": np.asarray(host(labels))}
-    shapes = [array.shape for array in arrays.values()]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 1 or not shapes[0][0]:
-        raise ValueError(
-            f"clusters has shape {shapes[0]} and labels {shapes[1]}: give one number of each per "
-            "datapoint, (N,); of probabilities q(c | x) take argmax(1)"
-        )
-    for name, array in arrays.items():
+    found, given = host(clusters), host(labels)
+    if found.shape != given.shape or found.ndim != 1 or not len(found):
+        seen = f"clusters has shape {found.shape} and labels {given.shape}"
+        cure = "give one number of each per datapoint, (N,); of probabilities take argmax(1)"
+        raise ValueError(f"{seen}: {cure}")
+    for name, array in (("clusters", found), ("labels", given)):
         if array.dtype.kind not in "iubf":
             raise ValueError(f"{name} holds {array.dtype}: give whole numbers from 0")
-        whole = np.isfinite(array) & (array == np.round(array))
-        if not whole.all():
-            raise ValueError(f"{name} has values that are not whole: {array[~whole][:5]}")
-        if array.min() < 0:
-            raise ValueError(f"{name} has the negative number {array.min()}: number them from 0")
-        if array.max() >= 2**63:
-            raise ValueError(f"{name} has the number {array.max()}: number them from 0")
-    return arrays["clusters"].astype(np.int64), arrays["labels"].astype(np.int64)
+        bad = ~np.isfinite(array) | (array != np.round(array)) | (array < 0) | (array >= 2**63)
+        if bad.any():
+            raise ValueError(f"{name} must be whole numbers from 0, not {array[bad][:5]}")
+    return found.astype(np.int64), given.astype(np.int64)

@@ -48,34 +48,26 @@ def perplexity(log_p: Any, num_words: Any) -> Perplexity:
         >>> [round(value, 3) for value in perplexity(log_p, [2, 6])]
         [4.0, 2.828]
     """
-    values, words = (np.asarray(host(v), np.float64) for v in (log_p, num_words))
-    if values.ndim != 1 or values.shape != words.shape or not len(values):
-        raise ValueError(
-            f"log_p has shape {values.shape} and num_words {words.shape}: give one number of each "
-            "per document, (D,)"
-        )
-    if not np.isfinite(values).all():
-        raise ValueError(
-            f"log_p has {int((~np.isfinite(values)).sum())} NaN or infinite values, the first for "
-            f"document {int((~np.isfinite(values)).argmax())}: the model diverged, or log_p is "
-            "that of words the model excludes"
-        )
-    if not np.isfinite(words).all():
-        raise ValueError(
-            f"num_words has {int((~np.isfinite(words)).sum())} NaN or infinite values, the first "
-            f"for document {int((~np.isfinite(words)).argmax())}: give the sums of its counts"
-        )
-    if (words < 1).any():
-        raise ValueError(
-            f"{int((words < 1).sum())} documents have no words (the first is number "
-            f"{int((words < 1).argmax())}), so no perplexity per word: drop them, and say how many"
-        )
+    values, words = host(log_p, np.float64), host(num_words, np.float64)
+    _check(values, words)
     rates = -values / words
     per_document, corpus = rates.mean(), -values.sum() / words.sum()
     if max(per_document, corpus) > np.log(np.finfo(np.float64).max):
-        raise ValueError(
-            f"log_p is {rates.max():.4g} nats below 0 per word for document {int(rates.argmax())}: "
-            "a perplexity of its exponential is too large for a number; the model diverged, or "
-            "num_words belongs to other documents"
-        )
+        seen = f"log_p is {rates.max():.4g} nats below 0 per word for document {rates.argmax()}"
+        cure = "the model diverged, or num_words belongs to other documents"
+        raise ValueError(f"{seen}, too much for exp: {cure}")
     return Perplexity(float(np.exp(per_document)), float(np.exp(corpus)))
+
+
+def _check(values: np.ndarray, words: np.ndarray) -> None:
+    if values.ndim != 1 or values.shape != words.shape or not len(values):
+        seen = f"log_p has shape {values.shape} and num_words {words.shape}"
+        raise ValueError(f"{seen}: give one number of each per document, (D,)")
+    faults = [
+        ("log_p", "NaN or infinite values", ~np.isfinite(values)),
+        ("num_words", "NaN or infinite values", ~np.isfinite(words)),
+        ("num_words", "documents without words", words < 1),
+    ]
+    for name, what, bad in faults:
+        if bad.any():
+            raise ValueError(f"{name} has {bad.sum()} {what}, the first is document {bad.argmax()}")

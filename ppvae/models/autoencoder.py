@@ -51,10 +51,8 @@ class Autoencoder(VAE):
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """Observe ``x``, ``(N, ...)``; there is nothing to draw it from."""
         if x is None:
-            raise ValueError(
-                "an autoencoder has no p(z) to draw from; fit a density to the codes, for example "
-                "conditionals.Mixture(...).initialise(...), or train a models.VAE"
-            )
+            cure = "fit a density to the codes, for example conditionals.Mixture, or train a VAE"
+            raise ValueError(f"an autoencoder has no p(z) to draw from; {cure}")
         return super().forward(x, size)
 
 
@@ -76,7 +74,7 @@ class Flat(nn.Module):
 
 
 class FlatDistribution(dist.TorchDistribution):
-    """log p(z) = 0 everywhere. Its "draw" is the origin: a place to look at the model from.
+    """log p(z) = 0 everywhere. Its "draw" is the origin.
 
     Where ppvae checks shapes and data it runs the model without a guide.
     """

@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
-from ppvae.chain import Chain
+from ppvae.chain import Chain, require_distribution
 from ppvae.models.vae import choose_prior
 from ppvae.program import Program, data_plate
 
@@ -87,55 +87,22 @@ class Hierarchical(Program):
 
     def _chain(self) -> Chain:
         """The levels and the likelihood run once, from the top; raises if they do not chain."""
-        names = [f"z{level}" for level in range(len(self.levels) + 1, 0, -1)] + ["x"]
-        chain = Chain(names[0], tuple(self._top().event_shape), like=self)
-        downward = [Gives(level, f"levels[{i}]") for i, level in enumerate(self.levels)][::-1]
-        downward.append(Gives(self.likelihood, "likelihood"))
-        for above, below, conditional in zip(names[:-1], names[1:], downward, strict=True):
-            chain.follow(f"p({below} | {above})", below, conditional)
+        top = len(self.levels) + 1
+        chain = Chain(f"z{top}", tuple(self._top().event_shape), like=self)
+        for level in range(top - 1, 0, -1):
+            label, conditional = f"p(z{level} | z{level + 1})", self.levels[level - 1]
+            chain.follow(label, f"z{level}", conditional, argument=f"levels[{level - 1}]")
+        chain.follow("p(x | z1)", "x", self.likelihood, argument="likelihood")
         return chain
 
     def _top(self) -> Any:
         try:
             found = self.prior()
         except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"prior, a {type(self.prior).__name__}, fails when called without arguments: give "
-                "latent_dim for a standard normal, or a prior such as conditionals.Mixture. It "
-                f"said: {error}"
-            ) from error
+            seen = f"prior, a {type(self.prior).__name__}, fails when called without arguments"
+            cure = "give latent_dim, or a prior such as conditionals.Mixture"
+            raise TypeError(f"{seen}: {cure}. It said: {error}") from error
         return require_distribution("prior", found)
-
-
-class Gives(nn.Module):
-    """A conditional, as it is run once to be checked: raises if it gives no distribution.
-
-    Args:
-        conditional: what is run.
-        argument: where it was given, for the message.
-
-    Raises:
-        TypeError: when called, if it gives something else.
-    """
-
-    def __init__(self, conditional: nn.Module, argument: str) -> None:
-        super().__init__()
-        self.conditional, self.argument = conditional, argument
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return require_distribution(self.argument, self.conditional(*inputs))
-
-
-def require_distribution(argument: str, found: Any) -> Any:
-    """What ``pyro.sample`` takes, or ``TypeError``: it can be called, and has a ``log_prob``."""
-    if not (callable(found) and callable(getattr(found, "log_prob", None))):
-        kind = f"{type(found).__module__}.{type(found).__qualname__}"
-        raise TypeError(
-            f"{argument} gives a {kind}, but must give one of pyro.distributions; put a network "
-            "into a conditional, as conditionals.Normal(net), or return a distribution of its "
-            "outputs in a conditional of your own"
-        )
-    return found
 
 
 def softplus_variance(raw: Tensor) -> Tensor:

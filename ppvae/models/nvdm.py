@@ -83,7 +83,8 @@ class NVDM(Program):
             >>> model.nearest_words(["cat"], ["cat", "tax", "dog"], num=1)
             {'cat': ['dog']}
         """
-        index = self._index(words, vocabulary, num)
+        self._check(vocabulary, num, words)
+        index = [vocabulary.index(word) for word in words]
         with torch.no_grad():
             unit = nn.functional.normalize(self.word_vectors, dim=1)
             cosine = unit[index] @ unit.T
@@ -117,27 +118,27 @@ class NVDM(Program):
             >>> model.topics(["cat", "tax", "dog"], num=1)
             [(['dog'], ['tax'])]
         """
-        self._index([], vocabulary, num)
+        self._check(vocabulary, num)
         columns, num = self.word_vectors.detach().T, min(num, len(vocabulary))
-        high = columns.topk(num).indices.tolist()
-        low = columns.topk(num, largest=False).indices.tolist()
+        largest, smallest = (
+            columns.topk(num, largest=largest).indices.tolist() for largest in (True, False)
+        )
         return [
             ([vocabulary[i] for i in up], [vocabulary[i] for i in down])
-            for up, down in zip(high, low, strict=True)
+            for up, down in zip(largest, smallest, strict=True)
         ]
 
-    def _index(self, words: Sequence[str], vocabulary: Sequence[str], num: int) -> list[int]:
-        """Positions of words, and the check that the vocabulary is the model's, and num >= 1."""
+    def _check(self, vocabulary: Sequence[str], num: int, words: Sequence[str] = ()) -> None:
+        """Raise ``ValueError`` for another vocabulary, words that it lacks, or num < 1."""
         if num < 1:
             raise ValueError(f"num must be 1 or more words, got {num}")
         if len(vocabulary) != len(self.word_vectors):
-            raise ValueError(
+            seen = (
                 f"the vocabulary has {len(vocabulary)} words and the model {len(self.word_vectors)}"
-                ": give that of the counts the model was trained on, in their order"
             )
+            raise ValueError(f"{seen}: give that of the counts it was trained on, in their order")
         for word in words:
             if word not in vocabulary:
                 near = get_close_matches(word, vocabulary)
                 hint = f"; near ones are {', '.join(near)}" if near else ""
                 raise ValueError(f"the word {word!r} is not in the vocabulary{hint}")
-        return [list(vocabulary).index(word) for word in words]

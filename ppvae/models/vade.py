@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from ppvae import conditionals
 from ppvae.distributions import DiagonalNormal
-from ppvae.models.mixture import require_different
+from ppvae.models import expectation_maximisation as em
 from ppvae.program import Program, data_plate
-
-FLOOR = 1e-6  # added to the variances of a fitted mixture; one that is no larger has collapsed
 
 
 class VaDE(Program):
@@ -51,13 +49,9 @@ class VaDE(Program):
 
     def __init__(self, likelihood: nn.Module, prior: conditionals.Mixture) -> None:
         super().__init__()
-        for name in ("weights", "components"):
-            if not callable(getattr(prior, name, None)):
-                raise TypeError(
-                    f"VaDE(prior) must be a mixture with {name}(), as conditionals.Mixture is, "
-                    f"got a {type(prior).__name__}; a model without clusters is "
-                    "models.VAE(likelihood, prior=...)"
-                )
+        if not all(callable(getattr(prior, name, None)) for name in ("weights", "components")):
+            wanted = f"a mixture as conditionals.Mixture is, got a {type(prior).__name__}"
+            raise TypeError(f"VaDE(prior) must be {wanted}; without clusters take models.VAE")
         self.likelihood = likelihood
         self.prior = prior
 
@@ -74,11 +68,21 @@ class VaDE(Program):
         with data_plate(x, c, size=size):
             cluster = self.prior.weights()
             if c is not None and cluster._validate_args:  # off where a step is traced
-                _check_clusters(c, cluster.logits.shape[-1])
+                self._check_clusters(c)
             c = pyro.sample("c", cluster, obs=c, infer={"enumerate": "parallel"})
             z = pyro.sample("z", self.component(c))
             value: Tensor = pyro.sample("x", self.likelihood(z), obs=x)
         return value
+
+    def _num_clusters(self) -> int:
+        return int(self.prior.weights().logits.shape[-1])
+
+    def _check_clusters(self, c: Tensor) -> None:
+        count = self._num_clusters()
+        if c.is_floating_point() or c.dtype == torch.bool or ((c < 0) | (c >= count)).any():
+            seen = f"{c.dtype} from {c.min().item()} to {c.max().item()}"
+            cure = f"one draw of each is model(c=torch.arange({count}))"
+            raise ValueError(f"c must be integers in 0 .. {count - 1}, got {seen}; {cure}")
 
     def component(self, c: Tensor) -> DiagonalNormal:
         """p(z | c) for clusters ``(..., N)``."""
@@ -88,18 +92,11 @@ class VaDE(Program):
     def before_fit(self, rows: int | None, x: Tensor, *_: Tensor) -> None:
         """What :func:`ppvae.fit` calls: refuse fewer rows, or different ones, than clusters.
 
-        Nothing is looked at after an epoch: the ELBO has a bound where a component is narrow, since
+        Nothing is checked after an epoch: the ELBO has a bound where a component is narrow, since
         q(z | x) would have to be as narrow. A cluster without rows is found by
         :func:`ppvae.metrics.clustering`.
-
-        Args:
-            rows: of the data set, or None if they are not known.
-            x: all of them, or a batch.
-
-        Raises:
-            ValueError: with both numbers.
         """
-        require_different(x, rows, self.prior.weights().logits.shape[-1])
+        em.require_different(x, rows, self._num_clusters())
 
     def responsibilities(self, z: Tensor) -> Tensor:
         r"""p(c | z), ``(..., C)`` for z ``(..., Z)``.
@@ -174,66 +171,9 @@ class VaDE(Program):
             >>> model.prior.loc[:, 0].abs().round().sort().values.tolist()
             [0.0, 10.0]
         """
-        from sklearn.mixture import GaussianMixture
-
-        if num_starts < 1:
-            raise ValueError(f"num_starts must be at least 1, got {num_starts}")
-        if covariance not in ("diag", "full"):
-            raise ValueError(f'covariance must be "diag" or "full", got {covariance!r}')
-        count, dim = self.prior.loc.shape
-        _check_codes(codes, count, dim)
-        mixture = GaussianMixture(
-            count,
-            covariance_type=covariance,
-            tol=1e-4,
-            max_iter=300,
-            n_init=num_starts,
-            random_state=seed,
-            reg_covar=FLOOR,
+        mixture, loc, variances = em.fit_codes(
+            codes, self.prior.loc.shape, seed, num_starts, covariance
         )
-        mixture.fit(codes.detach().cpu().double().numpy())
-        sizes = len(codes) * torch.as_tensor(mixture.weights_)
-        loc, variances = torch.as_tensor(mixture.means_), torch.as_tensor(mixture.covariances_)
-        if covariance == "full":
-            variances = variances.diagonal(dim1=1, dim2=2)
-        bad = (sizes < 2) | (variances < 2 * FLOOR).any(1)
-        if bad.any():
-            raise ValueError(
-                f"components {bad.nonzero().flatten().tolist()} of {count} collapsed on "
-                f"{[round(n, 1) for n in sizes[bad].tolist()]} codes, with variances down to "
-                f"{float(variances[bad].min()):.1e}: give another seed, fewer clusters, more "
-                "codes, or codes without duplicates"
-            )
-        like = self.prior.loc
-        self.prior.initialise(torch.ones(count).to(like), loc.to(like), variances.sqrt().to(like))
+        weights, like = torch.ones(len(loc)), self.prior.loc
+        self.prior.initialise(weights.to(like), loc.to(like), variances.sqrt().to(like))
         return mixture
-
-
-def _check_clusters(c: Tensor, count: int) -> None:
-    if c.is_floating_point() or c.dtype == torch.bool or ((c < 0) | (c >= count)).any():
-        raise ValueError(
-            f"c must be integers in 0 .. {count - 1}, one cluster for each row, got {c.dtype} "
-            f"from {c.min().item()} to {c.max().item()}; give model(c=torch.arange({count})) for "
-            "one draw of each"
-        )
-
-
-def _check_codes(codes: Tensor, count: int, dim: int) -> None:
-    if codes.dim() != 2 or codes.shape[1] != dim:
-        raise ValueError(
-            f"codes have shape {tuple(codes.shape)}: give (N, {dim}), for the prior has {dim} "
-            "dimensions"
-        )
-    if len(codes) < count:
-        raise ValueError(
-            f"{len(codes)} codes are fewer than the {count} clusters: give more rows, or a "
-            "Mixture of fewer components"
-        )
-    if not bool(codes.isfinite().all()):
-        raise ValueError("codes have NaN or infinite values: the encoder diverged in pretraining")
-    constant = (codes.double().var(0) < FLOOR).nonzero().flatten().tolist()
-    if constant:
-        raise ValueError(
-            f"dimensions {constant} of the codes are constant, so a mixture has no scale there: "
-            "pretrain longer or otherwise, without an activation after the encoder's last layer"
-        )

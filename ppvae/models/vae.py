@@ -60,7 +60,4 @@ def choose_prior(prior: nn.Module | None, latent_dim: int | None) -> nn.Module:
         return prior
     if prior is None and latent_dim is not None:
         return StandardNormal(latent_dim)
-    raise ValueError(
-        "give either latent_dim (a standard normal prior of that size) or prior (a conditional), "
-        f"got latent_dim={latent_dim}, prior={prior}"
-    )
+    raise ValueError(f"give either latent_dim or prior, got {latent_dim} and {prior}")

@@ -7,19 +7,15 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from ppvae.nets.dense import MLP, Activation, FlatBatch, Residual, mlp
+from ppvae.nets.dense import MLP, Activation, FlatBatch, Residual, hidden_layers, mlp
 
 
-def _conv_hidden(width: int, activation: Activation, batch_norm: bool) -> list[nn.Module]:
-    return [nn.BatchNorm2d(width), activation()] if batch_norm else [activation()]
-
-
-def _conv_residuals(
-    width: int, blocks: int, activation: Activation, batch_norm: bool
+def _residuals(
+    width: int, blocks: int, activation: Activation, norm: type[nn.Module] | None
 ) -> list[nn.Module]:
     def half() -> list[nn.Module]:
         conv = nn.Conv2d(width, width, 3, padding=1)
-        return [*_conv_hidden(width, activation, batch_norm), conv]
+        return [*hidden_layers(width, activation, norm), conv]
 
     return [Residual(*half(), *half()) for _ in range(blocks)]
 
@@ -44,14 +40,13 @@ class ConvEncoder(nn.Module):
         self.shape = tuple(shape)
 
     def forward(self, image: Tensor, *context: Tensor) -> Tensor:
-        """Maps an image ``(..., C, H, W)`` and vectors ``(..., D_i)`` to ``(..., out_dim)``."""
+        """From an image ``(..., C, H, W)`` and vectors ``(..., D_i)`` to ``(..., out_dim)``."""
         if image.shape[-3:] != self.shape:
-            want = ", ".join(map(str, self.shape))
-            raise ValueError(
-                f"conv_encoder expects images of shape (..., {want}), channels first, but saw "
-                f"{tuple(image.shape)}; for channels last use x.movedim(-1, -3), for flat pixels "
-                f"x.unflatten(-1, ({want})), for images without a channel x.unsqueeze(-3)"
-            )
+            wanted = ", ".join(map(str, self.shape))
+            seen = f"conv_encoder takes images (..., {wanted}), but saw {tuple(image.shape)}"
+            flat = f"x.unflatten(-1, ({wanted})) for flat pixels"
+            cure = f"x.movedim(-1, -3) for channels last, {flat}, x.unsqueeze(-3) for no channel"
+            raise ValueError(f"{seen}; use {cure}")
         return self.head(self.features(image), *context)
 
 
@@ -91,10 +86,11 @@ def conv_encoder(
         torch.Size([5, 6, 32])
     """
     layers: list[nn.Module] = []
+    norm = nn.BatchNorm2d if batch_norm else None
     for width_in, width in pairwise((shape[0], *channels)):
         layers.append(nn.Conv2d(width_in, width, 3, stride=2, padding=1))
-        layers += _conv_residuals(width, residual_blocks, activation, batch_norm)
-        layers += _conv_hidden(width, activation, batch_norm)
+        layers += _residuals(width, residual_blocks, activation, norm)
+        layers += hidden_layers(width, activation, norm)
     h, w = (_halved(size, len(channels)) for size in shape[1:])
     flat = (shape[0], *channels)[-1] * h * w
     head = mlp(flat + context_dim, *hidden, out_dim, activation=activation, batch_norm=batch_norm)
@@ -118,7 +114,7 @@ class ConvDecoder(nn.Module):
         self.shape = tuple(shape)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Maps vectors ``(..., D_i)`` to an image ``(..., C, H, W)``."""
+        """From vectors ``(..., D_i)`` to an image ``(..., C, H, W)``."""
         image = self.upsample(self.stem(*inputs))
         return image[..., : self.shape[1], : self.shape[2]]
 
@@ -159,8 +155,9 @@ def conv_decoder(
     start = (channels[0], h, w)
     stem = mlp(in_dim, *hidden, channels[0] * h * w, activation=activation, batch_norm=batch_norm)
     layers: list[nn.Module] = [nn.Unflatten(1, start)]
+    norm = nn.BatchNorm2d if batch_norm else None
     for width, width_out in pairwise((*channels, shape[0])):
-        layers += _conv_residuals(width, residual_blocks, activation, batch_norm)
-        layers += _conv_hidden(width, activation, batch_norm)
+        layers += _residuals(width, residual_blocks, activation, norm)
+        layers += hidden_layers(width, activation, norm)
         layers.append(nn.ConvTranspose2d(width, width_out, 4, stride=2, padding=1))
     return ConvDecoder(stem, FlatBatch(nn.Sequential(*layers)), shape)

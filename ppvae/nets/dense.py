@@ -18,16 +18,16 @@ def _broadcast_leading(inputs: Sequence[Tensor], event_dims: Sequence[int]) -> t
             *(x.shape[: x.dim() - n] for x, n in zip(inputs, event_dims, strict=True))
         )
     except RuntimeError:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise ValueError(
-            f"the leading dimensions of inputs {shapes} do not broadcast (the last "
-            f"{list(event_dims)} dimensions are not leading ones); give a condition one row per "
-            "datapoint, (N, D), to go with z of (K, N, Z)"
-        ) from None
+        cure = "a condition is (N, D), one row per datapoint, to go with z of (K, N, Z)"
+        raise ValueError(f"inputs {_shapes(inputs)} do not broadcast: {cure}") from None
+
+
+def _shapes(inputs: Sequence[Tensor]) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in inputs)
 
 
 def concatenate(*inputs: Tensor) -> Tensor:
-    """Broadcasts inputs over their leading dimensions and joins them along the last one.
+    """Broadcast inputs over their leading dimensions and join them along the last one.
 
     Args:
         *inputs: tensors ``(..., D_i)``.
@@ -62,7 +62,7 @@ class FlatBatch(nn.Module):
         self.event_dim = event_dim
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Folds the leading dimensions, calls the network, restores them."""
+        """Fold the leading dimensions, call the network, restore them."""
         event_dims = self.event_dim
         if isinstance(event_dims, int):
             event_dims = (event_dims,) * len(inputs)
@@ -79,7 +79,7 @@ class FlatBatch(nn.Module):
 
 
 def flat_batch(net: nn.Module, event_dim: int | tuple[int, ...] = 1) -> FlatBatch:
-    """Makes any module see exactly one batch dimension.
+    """Make any module see exactly one batch dimension.
 
     Without it a convolution fails on ``z (K, N, Z)``, and ``BatchNorm1d(K or N)`` runs and silently
     normalises over the wrong axis.
@@ -115,22 +115,20 @@ class MLP(nn.Module):
         self.in_features = in_features
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Maps inputs ``(..., D_i)``, with ``sum D_i = in_features``, to ``(..., out)``."""
+        """From inputs ``(..., D_i)``, with ``sum D_i = in_features``, to ``(..., out)``."""
         x = concatenate(*inputs)
         if x.shape[-1] != self.in_features:
-            shapes = ", ".join(str(tuple(i.shape)) for i in inputs)
-            raise ValueError(
-                f"this network expects inputs of total width {self.in_features}, but saw shapes "
-                f"{shapes} of total width {x.shape[-1]}; flatten images with x.flatten(-3), or "
-                "build the network with the total width of all the inputs it is called with"
-            )
+            seen = f"{_shapes(inputs)} of total width {x.shape[-1]}"
+            cure = f"make it of width {x.shape[-1]}, or flatten images with x.flatten(-3)"
+            raise ValueError(f"this network takes width {self.in_features}, but saw {seen}: {cure}")
         return self.layers(x)
 
 
-def _hidden(
-    width: int, activation: Activation, batch_norm: bool, dropout: float
+def hidden_layers(
+    width: int, activation: Activation, norm: type[nn.Module] | None, dropout: float = 0.0
 ) -> list[nn.Module]:
-    layers: list[nn.Module] = [nn.BatchNorm1d(width)] if batch_norm else []
+    """What follows a linear or convolutional layer: normalisation, activation, dropout."""
+    layers = [] if norm is None else [norm(width)]
     layers.append(activation())
     return [*layers, nn.Dropout(dropout)] if dropout else layers
 
@@ -163,9 +161,10 @@ def mlp(
     if len(sizes) < 2:
         raise ValueError(f"mlp needs an input and an output size, as mlp(16, 64); got {sizes}")
     layers: list[nn.Module] = []
+    norm = nn.BatchNorm1d if batch_norm else None
     for width_in, width_out in pairwise(sizes[:-1]):
         layers.append(nn.Linear(width_in, width_out))
-        layers += _hidden(width_out, activation, batch_norm, dropout)
+        layers += hidden_layers(width_out, activation, norm, dropout)
     layers.append(nn.Linear(sizes[-2], sizes[-1]))
     net: nn.Module = nn.Sequential(*layers)  # nn.Linear folds leading dimensions by itself
     return MLP(FlatBatch(net) if batch_norm else net, sizes[0])
@@ -207,14 +206,15 @@ def residual(
         >>> residual(16, 32, 8)(torch.zeros(5, 10, 16)).shape
         torch.Size([5, 10, 8])
     """
+    norm = nn.BatchNorm1d if batch_norm else None
 
     def half() -> list[nn.Module]:
-        return [*_hidden(hidden, activation, batch_norm, dropout), nn.Linear(hidden, hidden)]
+        return [*hidden_layers(hidden, activation, norm, dropout), nn.Linear(hidden, hidden)]
 
     net: nn.Module = nn.Sequential(
         nn.Linear(width_in, hidden),
         *(Residual(*half(), *half()) for _ in range(blocks)),
-        *_hidden(hidden, activation, batch_norm, dropout),
+        *hidden_layers(hidden, activation, norm, dropout),
         nn.Linear(hidden, width_out),
     )
     return MLP(FlatBatch(net) if batch_norm else net, width_in)
@@ -250,16 +250,14 @@ class OneHot(nn.Module):
         self.register_buffer("one", torch.ones(()), persistent=False)  # follows .double(), .half()
 
     def forward(self, y: Tensor) -> Tensor:
-        """Maps labels ``(...,)`` to ``(..., num_classes)``."""
+        """From labels ``(...,)`` to ``(..., num_classes)``."""
         if y.is_floating_point() or y.dtype == torch.bool:
-            raise ValueError(
-                f"OneHot expects integer labels, got {y.dtype} of shape {tuple(y.shape)}; use "
-                "y.long(), or leave OneHot out if y is one-hot already"
-            )
+            cure = "use y.long(), or leave OneHot out if y is one-hot already"
+            raise ValueError(f"OneHot takes integer labels, got {y.dtype}: {cure}")
         return (y.unsqueeze(-1) == self.classes).to(self.one.dtype)
 
     def check(self, y: Tensor) -> None:
-        """Checks a data set's labels; it reads their values, so call it once, not in a loop.
+        """Check a data set's labels; it reads their values, so call it once, not in a loop.
 
         Args:
             y: labels of shape ``(N,)``, integers in ``0 .. num_classes - 1``.
@@ -271,12 +269,12 @@ class OneHot(nn.Module):
             >>> OneHot(3).check(torch.tensor([0, 2]))
         """
         if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
+            seen = f"{y.dtype} of shape {tuple(y.shape)}"
+            cure = "y.squeeze(-1) for (N, 1), y.argmax(-1) for one-hot rows, y.long() for floats"
+            raise ValueError(f"labels must be integers of shape (N,), got {seen}: use {cure}")
+        low, high = (int(y.min()), int(y.max())) if y.numel() else (0, 0)
+        if not 0 <= low <= high < self.num_classes:
+            cure = f"renumber them, or set num_classes={high + 1}"
             raise ValueError(
-                f"labels must be integers of shape (N,), got {y.dtype} of shape {tuple(y.shape)}; "
-                "use y.squeeze(-1) for (N, 1), y.argmax(-1) for one-hot rows, y.long() for floats"
-            )
-        if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
-            raise ValueError(
-                f"labels must lie in 0 .. {self.num_classes - 1}, got {int(y.min())} .. "
-                f"{int(y.max())}; renumber them, or set num_classes={int(y.max()) + 1}"
+                f"labels must lie in 0 .. {self.num_classes - 1}, got {low} .. {high}: {cure}"
             )

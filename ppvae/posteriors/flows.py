@@ -202,24 +202,19 @@ def spline(
 
 def _require_two(dim: int, name: str) -> None:
     if dim < 2:
-        raise ValueError(
-            f"{name} needs a latent dimension of at least 2, got {dim}; for one dimension use "
-            "posteriors.spline, or a normal"
-        )
+        raise ValueError(f"{name} needs a latent dimension of at least 2, got {dim}: use spline")
 
 
 def _import_zuko() -> Any:
     """Import zuko without its side effect of switching validation off for all distributions."""
     base = torch.distributions.Distribution
-    before = base._validate_args, base.arg_constraints
+    validation = base._validate_args, base.arg_constraints
     try:
         import zuko
     except ImportError as error:
-        raise ImportError(
-            "neural spline flows need zuko, which is not installed: pip install 'ppvae[flows]'"
-        ) from error
+        raise ImportError("neural spline flows need zuko: pip install 'ppvae[flows]'") from error
     finally:
-        base._validate_args, base.arg_constraints = before  # type: ignore[method-assign]
+        base._validate_args, base.arg_constraints = validation  # type: ignore[method-assign]
     return zuko
 
 

@@ -16,7 +16,9 @@ from ppvae.posteriors.normals import check_width
 
 
 class Mixture(Conditional):
-    r"""A mixture of diagonal normals, every parameter predicted from x.
+    r"""The posterior q(z | x) as a mixture of normals, every parameter predicted from x.
+
+    :class:`ppvae.conditionals.Mixture` is the prior p(z) with parameters of its own.
 
     .. math:: q(z \mid x) = \sum_{c=1}^C \pi_c(x)\, N(z; \mu_c(x), \operatorname{diag}\sigma_c(x)^2)
 
@@ -167,8 +169,8 @@ class MixtureOfNormals(dist.TorchDistribution):
             both ``(..., Z)``.
         """
         standard, log_density = self._by_dim(z)
-        before = log_density.cumsum(-1) - log_density  # of the dims before d
-        weights = (self.logits.unsqueeze(-1) + before).softmax(-2)
+        of_earlier_dims = log_density.cumsum(-1) - log_density
+        weights = (self.logits.unsqueeze(-1) + of_earlier_dims).softmax(-2)
         below = torch.special.ndtr(standard)
         uniform = (weights * below).sum(-2)
         density = (weights * log_density.exp()).sum(-2)

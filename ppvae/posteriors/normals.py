@@ -96,7 +96,5 @@ class LowRankNormal(Conditional):
 def check_width(outputs: Tensor, width: int, head: str) -> None:
     """Raise ``ValueError`` unless a network's last dimension is what a head splits up."""
     if outputs.shape[-1] != width or width == 0:
-        raise ValueError(
-            f"{head} cannot split the network's outputs, {tuple(outputs.shape)}: it takes "
-            f"{width or 'more'} per row; change the last layer of the network"
-        )
+        seen = tuple(outputs.shape)
+        raise ValueError(f"{head} cannot split outputs {seen}: it takes {width or 'more'} per row")
