@@ -611,3 +611,16 @@ def test_a_compiled_step_sums_out_as_an_eager_one(estimator: Any) -> None:
         losses = [svi.step(x), svi.step(-x)]
         found.append((torch.tensor(losses), *model.parameters(), *guide.parameters()))
     torch.testing.assert_close(*found)
+
+
+def test_a_global_latent_is_summed_out_of_the_whole_batch() -> None:
+    loc = torch.tensor([-1.0, 0.5, 2.0])
+
+    def model(x: Tensor) -> None:
+        c = pyro.sample("c", dist.Categorical(torch.ones(3) / 3), infer=SUMMED)
+        with data_plate(x):
+            pyro.sample("x", dist.Normal(loc[c], 1.0), obs=x)
+
+    found = ppvae.log_weights(model, nothing, X, joint=True, num_particles=2).log_w
+    right = dist.Normal(loc.unsqueeze(-1), 1.0).log_prob(X).sum(-1).logsumexp(0) - math.log(3)
+    torch.testing.assert_close(found, right.expand(2, 1))
