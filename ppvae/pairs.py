@@ -23,7 +23,8 @@ from pyro.poutine.trace_messenger import TraceHandler, TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppvae.program import local_parameters, module_of
+from ppvae.program import all_modules, local_parameters, read
+from ppvae.wrapped import innermost, owner_of
 
 DATA_PLATE = "data"
 PARTICLE_PLATE = "_ppvae_particles"  # not to meet a plate of the user's
@@ -79,8 +80,7 @@ class Memory:
 
     def of(self, model: Program, guide: Program) -> dict[Any, Any]:
         """A dictionary for the pair; an empty one where a program cannot be remembered."""
-        # a bound method is made anew at each mention
-        owners = [module_of(program) or program for program in (model, guide)]
+        owners = owner_of(model), owner_of(guide)
         methods = tuple(getattr(program, "__func__", None) for program in (model, guide))
         try:
             by_guide = self._by_model.setdefault(owners[0], WeakKeyDictionary())
@@ -116,11 +116,12 @@ def _settings(program: Program) -> Any:
 
     They are those among its attributes, in its closure, and among the globals that it mentions.
     """
-    owner = module_of(program)
-    function = getattr(owner, "forward", None) if owner is program else program
-    function = inspect.unwrap(getattr(function, "__func__", function))  # type: ignore[arg-type]
+    inside = innermost(program)
+    owner = owner_of(inside)
+    function = getattr(inside, "forward", inside)
+    function = inspect.unwrap(getattr(function, "__func__", function))
     code = getattr(function, "__code__", None)
-    values = list(vars(owner).values()) if owner is not None else []
+    values = list(getattr(owner, "__dict__", {}).values())
     if code is not None:
         values += [_content(cell) for cell in function.__closure__ or ()]
         values += [function.__globals__.get(name) for name in code.co_names]
@@ -144,8 +145,8 @@ def structure(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Str
 
 
 def _call(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
-    modes = getattr(model, "training", None), getattr(guide, "training", None)
-    return signature(args, kwargs), modes
+    modes = [getattr(owner_of(innermost(p)), "training", None) for p in (model, guide)]
+    return signature(args, kwargs), *modes
 
 
 def _find_structure(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Structure:
@@ -241,7 +242,10 @@ class Enumerate(EnumMessenger):
 
 
 class Leaves(Messenger):
-    """Cuts each draw z from the guide's parameters; ``pairs`` holds (z, z.detach())."""
+    """Cuts each draw z from the guide's parameters; ``pairs`` holds (z, z.detach()).
+
+    A straight-through draw is cut where it is smooth: before it is rounded.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,8 +254,27 @@ class Leaves(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         value = msg["value"]
         if isinstance(value, Tensor) and value.requires_grad and not msg["is_observed"]:
-            msg["value"] = value.detach().requires_grad_()
-            self.pairs.append((value, msg["value"]))
+            smooth = unrounded(value)
+            leaf = smooth.detach().requires_grad_()
+            self.pairs.append((smooth, leaf))
+            msg["value"] = leaf
+            if smooth is not value:
+                msg["value"] = value.detach() + (leaf - leaf.detach())
+                msg["value"]._unquantize = leaf
+
+
+def unrounded(value: Tensor) -> Tensor:
+    """What Pyro's straight-through draws have a density of; other values as they are."""
+    smooth: Tensor = getattr(value, "_unquantize", value)
+    return smooth
+
+
+def moved(value: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """A draw with its rows moved, and with them what its density belongs to."""
+    result, smooth = move(value), unrounded(value)
+    if smooth is not value:
+        result._unquantize = move(smooth)  # type: ignore[attr-defined]
+    return result
 
 
 def particle_plate(found: Structure, num_particles: int) -> Any:
@@ -304,13 +327,18 @@ def simulate(model: Program, args: Args, kwargs: Kwargs) -> tuple[Args, Trace]:
 
 
 def sample_sites(drawn: Trace) -> dict[str, Site]:
-    """The random sites of a trace: no plates' subsample sites, no ``pyro.deterministic``."""
+    """The random sites of a trace that count.
+
+    No plates' subsample sites, no ``pyro.deterministic``, and no latent that ``poutine.do`` has put
+    a value in the place of: nothing depends on it, so it integrates to 1.
+    """
     return {
         name: site
         for name, site in drawn.nodes.items()
         if site["type"] == "sample"
         and not site_is_subsample(site)
         and not site["infer"].get("_deterministic")
+        and (site["is_observed"] or "_intervener_id" not in site)
     }
 
 
@@ -361,8 +389,11 @@ def _parents(drawn: Trace) -> dict[str, frozenset[str]]:
 
 @contextmanager
 def own_path() -> Iterator[None]:
-    """:func:`~ppvae.program.local_parameters`, unless a stock Pyro engine is listening."""
-    with nullcontext() if am_i_wrapped() else local_parameters():
+    """:func:`~ppvae.program.local_parameters`, unless somebody is listening who decides that.
+
+    What a stock engine has trained in Pyro's store is read.
+    """
+    with nullcontext() if am_i_wrapped() else local_parameters(read):
         yield
 
 
@@ -395,8 +426,8 @@ def seeded(seed: int | None, *tensors: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(*programs: Program) -> Iterator[None]:
-    """``eval()`` for the programs that are modules, then each module's own mode again."""
-    modules = [m for p in programs if (owner := module_of(p)) is not None for m in owner.modules()]
+    """``eval()`` for all modules of the programs, then each module's own mode again."""
+    modules = all_modules(*programs)
     modes = [module.training for module in modules]
     try:
         for module in modules:

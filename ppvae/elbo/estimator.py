@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
@@ -11,14 +12,17 @@ from weakref import WeakKeyDictionary
 
 import pyro.infer
 import torch
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ppvae.elbo import gradients
 from ppvae.elbo.state import State
-from ppvae.pairs import Leaves, own_path
-from ppvae.program import method_owners, module_of
+from ppvae.pairs import Leaves
+from ppvae.program import local_parameters, method_owners, stored
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, weigh, whole_weights
+from ppvae.wrapped import innermost, owner_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +134,8 @@ class Estimator(pyro.infer.ELBO):
     ) -> Tensor:
         """The loss as a differentiable scalar; with a gradient it counts as a training step."""
         try:
-            with own_path():
+            # called as Pyro's own estimators are: what a program puts into the store stays there
+            with nullcontext() if am_i_wrapped() else local_parameters(stored):
                 value = self.surrogate(model, guide, args, kwargs, state)
         except NoInverse as error:
             raise ValueError(
@@ -211,10 +216,11 @@ class Estimator(pyro.infer.ELBO):
         The step count of schedules and a constraint's multiplier; save its ``state_dict()`` beside
         Pyro's parameter store.
         """
-        by_model = _stock_states.setdefault(self, WeakKeyDictionary())
-        by_guide = by_model.setdefault(_anchor(model), WeakKeyDictionary())
-        states = by_guide.setdefault(_anchor(guide), {})
-        methods = getattr(model, "__func__", None), getattr(guide, "__func__", None)
+        by_model = _stock_states.setdefault(self, WeakIdKeyDictionary())
+        programs = innermost(model), innermost(guide)
+        by_guide = by_model.setdefault(owner_of(programs[0]), WeakIdKeyDictionary())
+        states = by_guide.setdefault(owner_of(programs[1]), {})
+        methods = tuple(getattr(program, "__func__", None) for program in programs)
         if methods not in states:
             states[methods] = self.new_state()
         state: State = states[methods]
@@ -228,7 +234,8 @@ class Estimator(pyro.infer.ELBO):
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The loss as a number; adds its gradient to the parameters'. One step of stock SVI."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         return loss.item()
 
     def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
@@ -237,11 +244,6 @@ class Estimator(pyro.infer.ELBO):
 
 # Stock Pyro engines hold no state of a loss: estimator -> model -> guide -> methods -> state.
 _stock_states: WeakKeyDictionary[Estimator, Any] = WeakKeyDictionary()
-
-
-def _anchor(program: Any) -> Any:
-    """What lives as long as a program: a bound method is made anew at each mention."""
-    return program if module_of(program) is None else module_of(program)
 
 
 class Objective(nn.Module):
