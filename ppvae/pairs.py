@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import get_provenance
 from pyro.poutine import Trace
@@ -32,6 +33,10 @@ Site = dict[str, Any]
 Program = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+
+class NotAtCopies(ValueError):
+    """A distribution gives a copy of its draw another density than the draw itself."""
 
 
 class NotCompiled(RuntimeError):
@@ -83,7 +88,9 @@ class Memory:
         owners = owner_of(model), owner_of(guide)
         methods = tuple(getattr(program, "__func__", None) for program in (model, guide))
         try:
-            by_guide = self._by_model.setdefault(owners[0], WeakKeyDictionary())
+            by_guide = self._by_model.get(owners[0])
+            if by_guide is None:
+                by_guide = self._by_model[owners[0]] = WeakKeyDictionary()
             entries: dict[Any, Any] = by_guide.setdefault(owners[1], {}).setdefault(methods, {})
         except TypeError:  # not hashable, or nothing weak can refer to it
             return {}
@@ -93,7 +100,7 @@ class Memory:
 
 
 _MOST_CALLS = 64
-_structures, _kl_valid = Memory(), Memory()
+_structures, _kl_valid, _weighed = Memory(), Memory(), Memory()
 
 
 def signature(args: Args, kwargs: Kwargs) -> Any:
@@ -168,8 +175,12 @@ def run(
     With ``leaves``, every draw that has a gradient is replaced by a detached leaf as soon as it is
     made, so that later sites of the guide, and the model, see the leaves.
     """
+    if fault := position_fault(guide, args, kwargs):
+        raise ValueError(fault)
     known, call = _structures.of(model, guide), _call(model, guide, args, kwargs)
     found = known.get(call)
+    if leaves is not None:
+        leaves.weighed = _weighed.of(model, guide).setdefault("sites", set())
     if found is not None:
         try:
             traces = _run(model, guide, args, kwargs, num_particles, leaves, found)
@@ -245,11 +256,19 @@ class Leaves(Messenger):
     """Cuts each draw z from the guide's parameters; ``pairs`` holds (z, z.detach()).
 
     A straight-through draw is cut where it is smooth: before it is rounded.
+
+    Attributes:
+        weighed: names of sites whose density is known to be that of the value, whatever tensor
+            holds it.
+
+    Raises:
+        NotAtCopies: a site weighs a leaf otherwise than its draw.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.weighed: set[str] = set()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         value = msg["value"]
@@ -261,12 +280,54 @@ class Leaves(Messenger):
             if smooth is not value:
                 msg["value"] = value.detach() + (leaf - leaf.detach())
                 msg["value"]._unquantize = leaf
+            if msg["name"] not in self.weighed:
+                self._require_equal(msg, value)
+
+    def _require_equal(self, msg: Any, value: Tensor) -> None:
+        if not weighs_alike(msg, value, msg["value"]):
+            raise NotAtCopies(
+                f"site {msg['name']!r}: {type(msg['fn']).__name__} gives a copy of a draw another "
+                "density than the draw itself, and this gradient needs it at copies; use "
+                'gradient="pathwise", or a log_prob that is a function of the value'
+            )
+        self.weighed.add(msg["name"])
+
+
+@torch.no_grad()
+def weighs_alike(site: Site, value: Tensor, other: Tensor) -> bool:
+    """Whether a site's density is the same at two tensors of one value, up to rounding."""
+    if type(value) is not Tensor or torch._C._is_tracing():  # a graph is traced: no numbers
+        return True
+    try:
+        one, two = (site["fn"].log_prob(tensor) for tensor in (value, other))
+    except KeyError as error:  # of a flow of Pyro without an inverse: the term of the site says so
+        return "intermediates cache" in str(error)
+    except NotImplementedError:
+        return False
+    return torch.allclose(one, two, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True)
+
+
+_ROUNDING = 0.03  # in nats: the inverse of a deep flow is that inexact, a wrong density is far off
 
 
 def unrounded(value: Tensor) -> Tensor:
     """What Pyro's straight-through draws have a density of; other values as they are."""
     smooth: Tensor = getattr(value, "_unquantize", value)
     return smooth
+
+
+def is_rounded(site: Site) -> bool:
+    """Whether a site's draws are straight-through: discrete, with the gradient of others."""
+    fn, value = site["fn"], site["value"]
+    return unrounded(value) is not value or (fn.has_rsample and is_discrete(fn))
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether a distribution's support is; one that does not say has none that is known."""
+    try:
+        return bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):
+        return False
 
 
 def moved(value: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
@@ -385,6 +446,30 @@ def _parents(drawn: Trace) -> dict[str, frozenset[str]]:
         for name, site in sites.items()
         if name in latents
     }
+
+
+def by_position(program: Program) -> AutoGuide | None:
+    """An autoguide whose parameters belong to positions in a batch, not to datapoints; or None."""
+    inside = owner_of(innermost(program))
+    return inside if isinstance(inside, AutoGuide) and inside.create_plates is None else None
+
+
+def position_fault(guide: Program, args: Args, kwargs: Kwargs) -> str | None:
+    """Why an autoguide cannot be run on other rows than those that it was set up with."""
+    auto = by_position(guide)
+    if auto is None or auto.prototype_trace is None:
+        return None
+    tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim())
+    rows = next((len(tensor) for tensor in tensors), None)
+    frames = [f for s in auto.prototype_trace.nodes.values() for f in s.get("cond_indep_stack", ())]
+    size = next((frame.size for frame in frames if frame.name == DATA_PLATE), rows)
+    if rows in (None, size):
+        return None
+    return (
+        f"{type(auto).__name__} has a parameter for each of the {size} positions of the batch that "
+        f"it was set up with, and is run on {rows} rows. Give all {size} rows at once, or wrap it: "
+        "guides.Auto gives each datapoint its own"
+    )
 
 
 @contextmanager

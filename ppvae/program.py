@@ -26,7 +26,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
 
-from ppvae.wrapped import mentioned, parts, title
+from ppvae.wrapped import announced, mentioned, parts, title
 
 _parameters_are_local: ContextVar[bool] = ContextVar("_parameters_are_local", default=False)
 # Keyed by the module itself, so that a deep copy gets a name of its own and two equal programs in
@@ -134,9 +134,9 @@ def refused(msg: Any) -> None:
     """What a ``pyro.param`` is where ppvae trains: it would be neither optimised nor saved."""
     if not _is_of_module(msg):
         raise ValueError(
-            f"pyro.param({msg['name']!r}) lives in Pyro's global store, which ppvae neither trains nor "
-            "saves; make it an attribute, self.theta = torch.nn.Parameter(...) or PyroParam(...) on "
-            "a PyroModule, or train it by pyro.infer.SVI(..., loss=elbo.ELBO())"
+            f"pyro.param({msg['name']!r}) lives in Pyro's global store, and ppvae trains nothing "
+            "there: make it an attribute, self.theta = torch.nn.Parameter(...), or PyroParam(...) of "
+            "a PyroModule; or train it by pyro.infer.SVI(..., loss=elbo.ELBO())"
         )
 
 
@@ -144,7 +144,7 @@ def read(msg: Any) -> None:
     """What a ``pyro.param`` is where ppvae evaluates: the value that a stock engine has trained."""
     if not _is_of_module(msg) and msg["name"] not in pyro.get_param_store():
         raise ValueError(
-            f"pyro.param({msg['name']!r}) has no value in Pyro's global store: train it there first, "
+            f"pyro.param({msg['name']!r}) has no value in Pyro's global store; train it first, "
             "by pyro.infer.SVI(..., loss=elbo.ELBO()), or make it an attribute of the program, "
             "self.theta = torch.nn.Parameter(...), which ppvae trains"
         )
@@ -171,7 +171,7 @@ def module_of(program: Any) -> nn.Module | None:
     That is the program itself, or the owner of a bound method; what ``functools.partial`` binds
     and what Pyro's handlers are put around; the attributes of another object that can be called.
     A plain function has the programs that it calls, since these announce themselves to Pyro too,
-    but no bare network from outside.
+    and the networks that it passes to ``pyro.module``; no other network from outside.
 
     Example:
         >>> import functools, pyro, torch
@@ -209,6 +209,7 @@ def outside_networks(program: Any) -> dict[str, nn.Module]:
         if isinstance(part, FunctionType)
         for name, value in mentioned(part).items()
         if isinstance(value, nn.Module) and not _announces_itself(value)
+        if name not in announced(part)
     }
 
 
@@ -314,7 +315,7 @@ def local_parameters(bare: Callable[[Any], None] = refused) -> Iterator[None]:
         ...     pyro.param("theta", torch.zeros(1))
         Traceback (most recent call last):
         ...
-        ValueError: pyro.param('theta') lives in Pyro's global store, which ppvae neither trains nor ...
+        ValueError: pyro.param('theta') lives in Pyro's global store, and ppvae trains ...
     """
     token = _parameters_are_local.set(True)
     try:

@@ -61,8 +61,8 @@ def parts(program: Any, announces_itself: Callable[[Any], bool]) -> list[Any]:
 
     Args:
         program: a Pyro program; a module is one part.
-        announces_itself: whether what a function takes from outside belongs to the program, other
-            than the function's own helpers.
+        announces_itself: whether a value that a function takes from outside belongs to the program,
+            though it is neither the function's own helper nor passed to ``pyro.module``.
     """
     found: list[Any] = []
     pending, seen = [program], set()
@@ -78,8 +78,8 @@ def parts(program: Any, announces_itself: Callable[[Any], bool]) -> list[Any]:
         if isinstance(part, FunctionType):
             pending += [
                 value
-                for value in mentioned(part).values()
-                if _is_helper(value, part) or announces_itself(value)
+                for name, value in mentioned(part).items()
+                if _is_helper(value, part) or announces_itself(value) or name in announced(part)
             ]
     return found
 
@@ -105,6 +105,11 @@ def mentioned(function: FunctionType) -> dict[str, Any]:
             continue
     known = function.__globals__
     return {name: known[name] for name in _globals_of(function.__code__) if name in known} | found
+
+
+def announced(function: FunctionType) -> frozenset[str]:
+    """Names, of those that a function takes from outside, which it passes to ``pyro.module``."""
+    return _announced(function.__code__)
 
 
 def _inside(program: Any) -> Any:
@@ -149,3 +154,16 @@ def _globals_of(code: CodeType) -> tuple[str, ...]:
     own = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
     inner = [_globals_of(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return tuple(sorted(own.union(*inner)))
+
+
+@functools.lru_cache(maxsize=256)
+def _announced(code: CodeType) -> frozenset[str]:
+    names, in_call = set(), False
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith("CALL"):
+            in_call = False
+        elif instruction.argval == "module" and instruction.opname.startswith("LOAD"):
+            in_call = True
+        elif in_call and instruction.opname in ("LOAD_GLOBAL", "LOAD_DEREF"):
+            names.add(instruction.argval)
+    return frozenset(names)

@@ -442,7 +442,7 @@ def test_the_report_reads_well():
         (torch.tensor([1.0, float("nan")]), ("1 NaN", "row 1")),
         (torch.ones(0, 4), ("'x' is empty", "(0, 4)")),
         (torch.ones(5, 0), ("'x' is empty", "(5, 0)")),
-        (torch.tensor(1.0), ("'x' is empty", "()")),
+        (torch.tensor(1.0), ("'x' is a single number", "as a Python number")),
         (X + 1, ("argument 'x'", "{0, 1}", "[2.0]", "Rescale or binarise")),
         (-X, ("{0, 1}", "[-1.0]")),
         (X / 2, ("site 'x'", "[0.5]")),

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ppvae.elbo import gradients
 from ppvae.elbo.state import State
-from ppvae.pairs import Leaves
+from ppvae.pairs import Leaves, is_rounded
 from ppvae.program import local_parameters, method_owners, stored
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, weigh, whole_weights
@@ -185,18 +185,24 @@ class Estimator(pyro.infer.ELBO):
         return gradients.with_gradient(value, for_model + for_guide)
 
     def require_reparameterised(self, weights: LogWeights) -> None:
-        """Raise ``ValueError`` for a drawn site whose draws carry no gradient."""
+        """Raise ``ValueError`` for a drawn site whose draws have not the gradient asked for."""
         if not torch.is_grad_enabled():
             return
         for name in weights.log_q.keys() - weights.enumerated.keys():
-            fn = weights.guide_trace.nodes[name]["fn"]
-            if not fn.has_rsample:
+            site = weights.guide_trace.nodes[name]
+            kind = type(site["fn"]).__name__
+            if not site["fn"].has_rsample:
                 raise ValueError(
                     f"{type(self).__name__}(gradient={self.gradient!r}) cannot differentiate "
-                    f"through site {name!r}: {type(fn).__name__} has no reparameterised sampler, "
-                    "and its parameters would get no gradient. Use "
-                    f"{gradients.without_path(self.gradients)}, or sum the site out with "
+                    f"through site {name!r}: {kind} has no reparameterised sampler. Use "
+                    f"{gradients.without_path(self.gradients)}, or "
                     'infer={"enumerate": "parallel"}'
+                )
+            if self.gradient == "dreg" and is_rounded(site):
+                raise ValueError(
+                    f'{type(self).__name__}(gradient="dreg") makes the score of site {name!r} a '
+                    f"slope of its draw, and that of {kind} is not the slope of a function; use "
+                    'gradient="pathwise"'
                 )
 
     # -- the interface of pyro.infer.ELBO --------------------------------------------------------
