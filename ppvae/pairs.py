@@ -466,9 +466,9 @@ def position_fault(guide: Program, args: Args, kwargs: Kwargs) -> str | None:
     if rows in (None, size):
         return None
     return (
-        f"{type(auto).__name__} has a parameter for each of the {size} positions of the batch that "
-        f"it was set up with, and is run on {rows} rows. Give all {size} rows at once, or wrap it: "
-        "guides.Auto gives each datapoint its own"
+        f"{type(auto).__name__} has parameters for the {size} positions of the batch that it was "
+        f"set up with, and is run on {rows} rows. Run it on all {size} at once (an evaluator with "
+        "max_rows >= num_particles * rows), or wrap it: guides.Auto gives each datapoint its own"
     )
 
 

@@ -135,8 +135,8 @@ def refused(msg: Any) -> None:
     if not _is_of_module(msg):
         raise ValueError(
             f"pyro.param({msg['name']!r}) lives in Pyro's global store, and ppvae trains nothing "
-            "there: make it an attribute, self.theta = torch.nn.Parameter(...), or PyroParam(...) of "
-            "a PyroModule; or train it by pyro.infer.SVI(..., loss=elbo.ELBO())"
+            "there: make it an attribute, self.theta = torch.nn.Parameter(...), or PyroParam(...) "
+            "of a PyroModule; or train it by pyro.infer.SVI(..., loss=elbo.ELBO())"
         )
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine import Trace
 from torch import Tensor
 
 from ppvae.check.behaviour import Behaviour, behaviour, possible_gradients
@@ -243,13 +242,13 @@ def _weigh(
     faults: list[str] = []
     checks: list[RowCheck] = []
     try:
-        guide_sites = sample_sites(_run("guide", guide, args, kwargs))
+        guide_sites = _run("guide", guide, args, kwargs)
     except PairError as error:  # the model may name the cause in the data
         with suppress(Exception):  # what the guide lacks is to be said
-            model_sites = sample_sites(_run("model", model, args, kwargs))
+            model_sites = _run("model", model, args, kwargs)
             faults += _data_faults(model, args, model_sites, checks)
         raise PairError("\n".join([*faults, str(error)])) from error
-    model_sites = sample_sites(_run("model", model, args, kwargs))  # from its own prior
+    model_sites = _run("model", model, args, kwargs)  # from its own prior
     faults += latent_faults(model_sites, guide_sites)
     if not joint:
         faults += plate_faults("model", model_sites) + plate_faults("guide", guide_sites)
@@ -270,9 +269,10 @@ def names(program: Callable[..., Any], args: Sequence[Any]) -> list[str]:
 
 def _run(
     role: str, program: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> Trace:
+) -> dict[str, Site]:
+    """The sites of a program that is run on its own."""
     try:
-        return poutine.trace(program).get_trace(*args, **kwargs)
+        drawn = sample_sites(poutine.trace(program).get_trace(*args, **kwargs))
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = str(error).partition("\nTrace Shapes:")[0]  # which Pyro appends
         if isinstance(error, PairError):
@@ -286,6 +286,13 @@ def _run(
         raise PairError(
             f"the {role} ({title(program)}) fails when called with ({seen}): {reason}"
         ) from error
+    for name, site in drawn.items():
+        if not hasattr(site["fn"], "log_prob"):
+            raise PairError(
+                f"site {name!r} of the {role} has a {type(site['fn']).__name__} in the place of a "
+                "distribution; put a network into a conditional, as conditionals.Normal(net)"
+            )
+    return drawn
 
 
 @contextmanager
