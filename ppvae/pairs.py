@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import get_provenance
@@ -23,6 +24,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.trace_messenger import TraceHandler, TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import Independent
 
 from ppvae.program import all_modules, local_parameters, read
 from ppvae.wrapped import innermost, owner_of
@@ -286,7 +288,7 @@ class Leaves(Messenger):
     def _require_equal(self, msg: Any, value: Tensor) -> None:
         if not weighs_alike(msg, value, msg["value"]):
             raise NotAtCopies(
-                f"site {msg['name']!r}: {type(msg['fn']).__name__} gives a copy of a draw another "
+                f"site {msg['name']!r}: {kind(msg['fn'])} gives a copy of a draw another "
                 "density than the draw itself, and this gradient needs it at copies; use "
                 'gradient="pathwise", or a log_prob that is a function of the value'
             )
@@ -328,6 +330,13 @@ def is_discrete(fn: Any) -> bool:
         return bool(fn.support.is_discrete)
     except (NotImplementedError, AttributeError):
         return False
+
+
+def kind(fn: Any) -> str:
+    """The name of a distribution, without what declares or masks its dimensions."""
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    return type(fn).__name__
 
 
 def moved(value: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ from ppvae.pairs import (
     Program,
     by_position,
     is_rounded,
+    kind,
     moved,
     sample_sites,
     seeded,
@@ -74,7 +75,7 @@ def uncovered_latents(weights: LogWeights) -> dict[str, str]:
     for name in weights.q.keys() & weights.p.keys() - weights.enumerated.keys():
         q, p = (t.nodes[name]["fn"] for t in (weights.guide_trace, weights.model_trace))
         if known_support(q) is None or known_support(p) is None:
-            found[name] = f"{type(innermost(q)).__name__} does not say its support"
+            found[name] = f"{kind(q)} does not say its support"
         elif not same_support(q, p):
             found[name] = "the guide's support is not all of the model's"
     return found
@@ -144,14 +145,14 @@ def possible_gradients(weights: LogWeights) -> dict[str, str]:
         return reasons | dict.fromkeys(GRADIENTS[1:], only)
     for name in weights.latents:
         site = weights.guide_trace.nodes[name]
-        kind = f"{type(innermost(site['fn'])).__name__} at latent {name!r}"
+        which = f"{kind(site['fn'])} at latent {name!r}"
         if name in weights.enumerated:
             reasons["stl"] = f"latent {name!r} is enumerated in the guide"
         elif not site["fn"].has_rsample:
-            why = f"{kind} has no reparameterised sampler"
+            why = f"{which} has no reparameterised sampler"
             reasons |= dict.fromkeys(("pathwise", "stl", "dreg"), why)
         elif is_rounded(site) and not reasons["dreg"]:
-            reasons["dreg"] = f"{kind} is straight-through"
+            reasons["dreg"] = f"{which} is straight-through"
     if not reasons["stl"]:
         model, guide, args, kwargs = weights.pair
         try:

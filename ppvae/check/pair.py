@@ -284,7 +284,8 @@ def _run(
             for name, arg in [*zip(names(program, args), args, strict=True), *kwargs.items()]
         )
         raise PairError(
-            f"the {role} ({title(program)}) fails when called with ({seen}): {reason}"
+            f"the {role} ({title(program)}) fails when called with ({seen}): "
+            f"{reason}{_other_precision(program, args)}"
         ) from error
     for name, site in drawn.items():
         if not hasattr(site["fn"], "log_prob"):
@@ -293,6 +294,16 @@ def _run(
                 "distribution; put a network into a conditional, as conditionals.Normal(net)"
             )
     return drawn
+
+
+def _other_precision(program: Callable[..., Any], args: Sequence[Any]) -> str:
+    """A cure for data of another precision than a program's parameters; "" if it is the same."""
+    owner = module_of(program)
+    dtype = next(owner.parameters(), torch.empty(0)).dtype if owner is not None else None
+    for name, arg in zip(names(program, args), args, strict=True):
+        if isinstance(arg, Tensor) and arg.is_floating_point() and dtype not in (None, arg.dtype):
+            return f"; the parameters are {dtype}, so give {name}.to({dtype})"
+    return ""
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ppvae.check.behaviour import (
     uncovered_latents,
 )
 from ppvae.check.sites import describe, known_support
-from ppvae.pairs import by_position, is_rounded
+from ppvae.pairs import by_position, is_discrete, is_rounded
 from ppvae.weights import LogWeights
 
 # The position of an argument, and what raises ValueError for values of it that cannot be used.
@@ -96,12 +96,13 @@ def _latents(weights: LogWeights) -> Answer:
         "lower bound, but log p(x), IWELBO and k-hat know nothing of the rest"
         for name, why in uncovered.items()
     ]
-    notes += [
-        f"latent {name!r} is straight-through: gradients through it are those of another function, "
-        "so they are biased; and a sampled KL of a discrete latent has none"
-        for name in latents
-        if name not in weights.enumerated and is_rounded(weights.guide_trace.nodes[name])
-    ]
+    guide = weights.guide_trace.nodes
+    for name in (n for n in latents if n not in weights.enumerated and is_rounded(guide[n])):
+        also = ", and a sampled KL has none" if is_discrete(guide[name]["fn"]) else ""
+        notes.append(
+            f"latent {name!r} is straight-through: the gradients through it are those of another "
+            f"function, so they are biased{also}"
+        )
     holds = f"latents {latents} of the guide are those of the model, with {equal}"
     return Answer([holds], notes=notes)
 

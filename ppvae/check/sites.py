@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from ppvae.distributions import WordCounts
-from ppvae.pairs import DATA_PLATE, Site, is_discrete
+from ppvae.pairs import DATA_PLATE, Site, is_discrete, kind, unrounded, weighs_alike
 from ppvae.weights import LogWeights, check_auxiliary, check_latents
 
 
@@ -40,13 +40,29 @@ def latent_faults(model_sites: dict[str, Site], guide_sites: dict[str, Site]) ->
                 f"{describe(support)}; use a guide distribution with that support"
             )
         elif is_discrete(q["fn"]) != is_discrete(p["fn"]) and not is_point(q["fn"]):
-            kinds = [type(innermost(fn)).__name__ for fn in (q["fn"], p["fn"])]
             faults.append(
-                f"latent {name!r}: {kinds[0]} in the guide and {kinds[1]} in the model, so a "
-                "density is divided by a probability, and log p(x) has no bound; use a relaxed "
-                "distribution in both, or a discrete one in both"
+                f"latent {name!r}: {kind(q['fn'])} in the guide and {kind(p['fn'])} in the model: "
+                "a probability over a density bounds nothing; use a relaxed distribution in both, "
+                "or a discrete one in both"
+            )
+        elif _is_weighed_rounded(q, p):
+            faults.append(
+                f"latent {name!r}: the guide gives the density of its draw before it is rounded, "
+                f"and {kind(p['fn'])} of the model that of the rounded value; use "
+                f"{kind(q['fn'])} in both"
             )
     return faults
+
+
+def _is_weighed_rounded(q: Site, p: Site) -> bool:
+    """Whether a straight-through draw of the guide has another density than its copies there only.
+
+    A copy does not know what it was before it was rounded.
+    """
+    value = q["value"]
+    if unrounded(value) is value:
+        return False
+    return weighs_alike(p, value, value.clone()) and not weighs_alike(q, value, value.clone())
 
 
 def plate_faults(role: str, sites: dict[str, Site]) -> list[str]:

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ppvae.elbo import gradients
 from ppvae.elbo.state import State
-from ppvae.pairs import Leaves, is_rounded
+from ppvae.pairs import Leaves, is_rounded, kind
 from ppvae.program import local_parameters, method_owners, stored
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, weigh, whole_weights
@@ -190,19 +190,18 @@ class Estimator(pyro.infer.ELBO):
             return
         for name in weights.log_q.keys() - weights.enumerated.keys():
             site = weights.guide_trace.nodes[name]
-            kind = type(site["fn"]).__name__
             if not site["fn"].has_rsample:
                 raise ValueError(
                     f"{type(self).__name__}(gradient={self.gradient!r}) cannot differentiate "
-                    f"through site {name!r}: {kind} has no reparameterised sampler. Use "
-                    f"{gradients.without_path(self.gradients)}, or "
+                    f"through site {name!r}: {kind(site['fn'])} has no reparameterised sampler. "
+                    f"Use {gradients.without_path(self.gradients)}, or sum the site out with "
                     'infer={"enumerate": "parallel"}'
                 )
             if self.gradient == "dreg" and is_rounded(site):
                 raise ValueError(
-                    f'{type(self).__name__}(gradient="dreg") makes the score of site {name!r} a '
-                    f"slope of its draw, and that of {kind} is not the slope of a function; use "
-                    'gradient="pathwise"'
+                    f'{type(self).__name__}(gradient="dreg") puts a slope of the draw in the place '
+                    f"of the score at site {name!r}, and draws of {kind(site['fn'])}, "
+                    'straight-through, have none; use gradient="pathwise"'
                 )
 
     # -- the interface of pyro.infer.ELBO --------------------------------------------------------
