@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import finalize
 
 import pyro
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from ppvae.program import all_modules, local_parameters, read
-from ppvae.wrapped import innermost, owner_of
+from ppvae.wrapped import innermost, method_of, owner_of
 
 DATA_PLATE = "data"
 PARTICLE_PLATE = "_ppvae_particles"  # not to meet a plate of the user's
@@ -83,19 +83,22 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._by_model: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict]] = WeakKeyDictionary()
+        self._known: dict[Any, dict[Any, Any]] = {}
+        self._alive: list[Any] = []
 
     def of(self, model: Program, guide: Program) -> dict[Any, Any]:
-        """A dictionary for the pair; an empty one where a program cannot be remembered."""
+        """A dictionary for the pair: these two objects, whatever equals them."""
         owners = owner_of(model), owner_of(guide)
-        methods = tuple(getattr(program, "__func__", None) for program in (model, guide))
-        try:
-            by_guide = self._by_model.get(owners[0])
-            if by_guide is None:
-                by_guide = self._by_model[owners[0]] = WeakKeyDictionary()
-            entries: dict[Any, Any] = by_guide.setdefault(owners[1], {}).setdefault(methods, {})
-        except TypeError:  # not hashable, or nothing weak can refer to it
-            return {}
+        methods = method_of(model), method_of(guide)
+        key = id(owners[0]), id(owners[1]), methods
+        entries = self._known.get(key)
+        if entries is None:
+            entries = self._known[key] = {}
+            for owner in owners:
+                try:
+                    finalize(owner, self._known.pop, key, None)
+                except TypeError:  # nothing weak can refer to it
+                    self._alive.append(owner)
         if len(entries) >= _MOST_CALLS:
             entries.clear()
         return entries

@@ -32,6 +32,11 @@ def owner_of(program: Any) -> Any:
     return program.__self__ if isinstance(program, MethodType) else program
 
 
+def method_of(program: Any) -> Any:
+    """The function of a bound method, which beside its owner says what runs; None for others."""
+    return program.__func__ if isinstance(program, MethodType) else None
+
+
 def title(program: Any) -> str:
     """What a program is called in a message: its class, or the name of a function."""
     inside = innermost(program)

@@ -253,10 +253,13 @@ def _weigh(
     if not joint:
         faults += plate_faults("model", model_sites) + plate_faults("guide", guide_sites)
     faults += _data_faults(model, args, model_sites, checks)
-    if not faults:
-        weights = log_weights(model, guide, *args, joint=joint, **kwargs)
-        faults = weight_faults(weights)
     if faults:
+        raise PairError("\n".join(faults))
+    try:
+        weights = log_weights(model, guide, *args, joint=joint, **kwargs)
+    except ValueError as error:
+        raise PairError(str(error).partition("\nTrace Shapes:")[0]) from error
+    if faults := weight_faults(weights):
         raise PairError("\n".join(faults))
     return weights, checks
 

@@ -14,15 +14,14 @@ import pyro.infer
 import torch
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ppvae.elbo import gradients
 from ppvae.elbo.state import State
-from ppvae.pairs import Leaves, is_rounded, kind
+from ppvae.pairs import Leaves, Memory, is_rounded, kind
 from ppvae.program import local_parameters, method_owners, stored
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, weigh, whole_weights
-from ppvae.wrapped import innermost, owner_of
+from ppvae.wrapped import innermost
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,14 +220,10 @@ class Estimator(pyro.infer.ELBO):
         The step count of schedules and a constraint's multiplier; save its ``state_dict()`` beside
         Pyro's parameter store.
         """
-        by_model = _stock_states.setdefault(self, WeakIdKeyDictionary())
-        programs = innermost(model), innermost(guide)
-        by_guide = by_model.setdefault(owner_of(programs[0]), WeakIdKeyDictionary())
-        states = by_guide.setdefault(owner_of(programs[1]), {})
-        methods = tuple(getattr(program, "__func__", None) for program in programs)
-        if methods not in states:
-            states[methods] = self.new_state()
-        state: State = states[methods]
+        known = _stock_states.setdefault(self, Memory()).of(innermost(model), innermost(guide))
+        if "state" not in known:
+            known["state"] = self.new_state()
+        state: State = known["state"]
         return state
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -247,8 +242,8 @@ class Estimator(pyro.infer.ELBO):
         raise NotImplementedError("ppvae's estimators draw their traces in ppvae.log_weights")
 
 
-# Stock Pyro engines hold no state of a loss: estimator -> model -> guide -> methods -> state.
-_stock_states: WeakKeyDictionary[Estimator, Any] = WeakKeyDictionary()
+# Stock Pyro engines hold no state of a loss.
+_stock_states: WeakKeyDictionary[Estimator, Memory] = WeakKeyDictionary()
 
 
 class Objective(nn.Module):
