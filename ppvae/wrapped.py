@@ -49,7 +49,7 @@ def argument_names(program: Any) -> list[str]:
     if isinstance(program, nn.Module):
         return argument_names(program.forward)
     if (inside := _inside(program)) is not None:
-        bound = len(program.args) if isinstance(program, functools.partial) else 0
+        bound = len(program.args) if type(program) is functools.partial else 0
         if bound and program.func is _context_wrap:  # the handler and the program inside
             bound -= 2
         return argument_names(inside)[bound:]
@@ -134,12 +134,15 @@ def _contents(part: Any) -> Iterator[Any]:
     """What a part that is no module was made of."""
     if isinstance(part, functools.partial):
         return _flat([part.func, *part.args, part.keywords])
-    if isinstance(part, MethodType):
-        owner = part.__self__
-        return _flat([owner] if isinstance(owner, nn.Module) else [getattr(owner, "__dict__", {})])
     if isinstance(part, FunctionType):
         return _flat([getattr(part, "__wrapped__", None), part.__defaults__, part.__kwdefaults__])
-    return _flat([getattr(part, "__dict__", {})])
+    owner = owner_of(part)
+    return _flat([owner] if isinstance(owner, nn.Module) else _attributes(owner))
+
+
+def _attributes(part: Any) -> list[Any]:
+    slots = [name for kind in type(part).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [*getattr(part, "__dict__", {}).values(), *(getattr(part, name, None) for name in slots)]
 
 
 def _flat(value: Any) -> Iterator[Any]:
