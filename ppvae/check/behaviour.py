@@ -17,7 +17,16 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import IndependentTransform, Transform, biject_to, constraints
 
-from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Args, Kwargs, Program, sample_sites, seeded
+from ppvae.pairs import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Args,
+    Kwargs,
+    Program,
+    reason,
+    sample_sites,
+    seeded,
+)
 from ppvae.program import module_of
 from ppvae.weights import LogWeights, log_weights, log_weights_at_leaves
 
@@ -209,8 +218,7 @@ def particle_faults(
     try:
         many = log_weights(model, guide, *args, num_particles=K, joint=weights.joint, **kwargs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = str(error).partition("\nTrace Shapes:")[0]
-        return [f"the pair runs with one particle but not with {K}: {reason}. {_FOLD}"]
+        return [f"the pair runs with one particle but not with {K}: {reason(error)}. {_FOLD}"]
     if weights.enumerated:
         return None
     faults: dict[tuple[str, str], None] = {}
