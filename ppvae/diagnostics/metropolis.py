@@ -63,8 +63,6 @@ def metropolis(
         >>> bool(((draws.mean("z") - torch.tensor([0., 1.])).abs() < 0.15).all())
         True
     """
-    if thin < 1:
-        raise ValueError(f"thin must be at least 1, got {thin}")
     settings = Settings(num_chains, num_warmup, num_draws, thin, 0.3, step_size, start)
 
     def transition(joint: Joint, u: Tensor) -> Transition:
@@ -84,7 +82,6 @@ def metropolis(
 
         return move
 
-    settings.check()
     return sample(
         Joint(model, guide, *args),
         transition,

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.diagnostics.annealing import blocks
 from ppvae.diagnostics.joint import Joint
 from ppvae.pairs import seeded
 
@@ -112,18 +111,18 @@ def quadrature(
     joint = Joint(model, guide, *args)
     if joint.dim > 2:
         raise ValueError(
-            f"quadrature is for one or two latents, and this model has {joint.dim} per datapoint "
-            f"({', '.join(joint.layouts)}); use diagnostics.ais or diagnostics.hmc"
+            f"quadrature is for one or two latents, and this model has {joint.dim} per datapoint; "
+            "use diagnostics.ais or diagnostics.hmc"
         )
     with seeded(seed, *args), torch.no_grad():
-        parts = [_integrate(b, num_points, max_rows) for b in blocks(joint, 1, 64)]
+        parts = [_integrate(block, num_points, max_rows) for _, block in joint.blocks(1, 64)]
     result = Quadrature(*(torch.cat(column) for column in zip(*parts, strict=True)))
     bad = (~(result.error <= tolerance)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"the grid does not resolve the posterior of {len(bad)} datapoints, the first is "
-            f"datapoint {bad[0]} (its log p(x) moved by {result.error[bad[0]].item():.2g} nats on "
-            f"refining); raise num_points={num_points}, or use diagnostics.ais"
+            f"the grid does not resolve the posterior of {len(bad)} datapoints: log p(x) of "
+            f"datapoint {bad[0]} moved by {result.error[bad[0]].item():.2g} nats on refining; "
+            f"raise num_points={num_points}, or use diagnostics.ais"
         )
     return result
 

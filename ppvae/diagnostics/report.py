@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ppvae.diagnostics.evidence import Evidence, check_data, count_rows, weigh
+from ppvae.diagnostics.evidence import Evidence, weigh
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
+from ppvae.diagnostics.rows import check_pair_and_data, spread
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+
+    from ppvae.diagnostics.html import Picture
 
 COLLAPSED_KL, COLLAPSED_SHARE = 0.01, 0.99  # nats, of the datapoints: Lucas et al. 2019
 
@@ -274,9 +277,9 @@ class Report(Evidence):
             ValueError: no datapoint is chosen, one does not exist, or all of them would take more
                 than a gigabyte.
         """
-        from ppvae.diagnostics.arviz_bridge import of_report
+        from ppvae.diagnostics.arviz_bridge import export_rows
 
-        return of_report(self, datapoints, num_draws, **options)
+        return export_rows(self.pair, self, datapoints, num_draws, **options)
 
     def to_elpd(self) -> Any:
         """Log p(x) as ArviZ's ``ELPDData``, for ``az.compare`` and ``az.plot_khat``.
@@ -288,9 +291,9 @@ class Report(Evidence):
         Raises:
             ImportError: ArviZ is not installed.
         """
-        from ppvae.diagnostics.arviz_bridge import elpd_of_report
+        from ppvae.diagnostics.arviz_bridge import elpd
 
-        return elpd_of_report(self)
+        return elpd(self)
 
     def plot(self, image_shape: Sequence[int] | None = None) -> Figure:
         """The pictures of this report in one figure.
@@ -300,7 +303,7 @@ class Report(Evidence):
         """
         from ppvae.diagnostics.html import figure
 
-        return figure(self, image_shape)
+        return figure(self._pictures(image_shape))
 
     def to_html(
         self, path: str | Path, image_shape: Sequence[int] | None = None, title: str | None = None
@@ -317,7 +320,67 @@ class Report(Evidence):
         """
         from ppvae.diagnostics.html import write
 
-        return write(self, Path(path), image_shape, title)
+        return write(
+            Path(path),
+            title=title or "Can this posterior be trusted?",
+            report=self,
+            pictures=self._pictures(image_shape),
+            summary=self._summary(),
+            units={site: self._units(site) for site in self.activity},
+            datapoints=self._worst_rows(100),
+        )
+
+    def _pictures(self, image_shape: Sequence[int] | None) -> list[Picture]:
+        from ppvae.diagnostics import html
+
+        x = next(arg for arg in self.pair[2] if isinstance(arg, Tensor))
+        worst = html.worst_picture(x, self.khat, self.worst(10), image_shape)
+        pictures = [html.khat_picture(self.khat, self.unreliable), *([worst] if worst else [])]
+        pictures += [
+            html.units_picture(site, kl, self.active.get(site))
+            for site, kl in self.kl_per_dimension.items()
+        ]
+        if math.isfinite(sum(self.rate_distortion)):
+            pictures.append(html.plane_picture(*self.rate_distortion))
+        return pictures
+
+    def _summary(self) -> pandas.DataFrame:
+        import pandas
+
+        heads = ["quantity", "mean", "± s.e.", "5 %", "median", "95 %"]
+        return pandas.DataFrame(
+            [[name, *spread(column)] for name, column in self.columns()], columns=heads
+        )
+
+    def _units(self, site: str) -> pandas.DataFrame:
+        import pandas
+
+        columns: dict[str, Any] = {"unit": range(len(self.activity[site]))}
+        if site in self.kl_per_dimension:
+            columns["mean KL"] = self.kl_per_dimension[site].mean(0)
+        columns["activity"] = self.activity[site]
+        columns["active"] = ["yes" if a else "no" for a in self.active[site]]
+        if site in self.collapsed:
+            columns["collapsed"] = ["yes" if c else "no" for c in self.collapsed[site]]
+        columns["mean of q(z)"] = self.marginal_mean[site]
+        columns["sd of q(z)"] = self.marginal_sd[site]
+        if self.aggregate is not None and site in self.aggregate.ks:
+            columns["distance to the prior (KS)"] = self.aggregate.ks[site]
+        return pandas.DataFrame(columns)
+
+    def _worst_rows(self, count: int) -> pandas.DataFrame:
+        """The rows of :meth:`table` with the largest k-hat, worst first."""
+        heads = {
+            "log_evidence": "log p(x)",
+            "log_evidence_se": "± s.e.",
+            "elbo": "ELBO",
+            "gap_se": "± s.e. of gap",
+            "ess": "ESS",
+            "khat": "k-hat",
+            **{f"kl_{site}": f"KL of {site}" for site in self.kl},
+        }
+        worst = self.table().iloc[self.worst(count).numpy()]
+        return worst.rename(columns=heads).reset_index()
 
 
 def diagnose(
@@ -386,19 +449,18 @@ def diagnose(
     """
     if tail_length(num_particles) < MIN_TAIL:
         raise ValueError(
-            f"num_particles={num_particles} is too few for k-hat, a fit to the largest "
-            f"min(K / 5, 3 sqrt(K)) of K weights of which there must be {MIN_TAIL}: pass 21 or "
-            "more, 1000 for numbers to report; diagnostics.log_evidence takes fewer"
+            f"num_particles={num_particles} is too few for k-hat: pass 21 or more, 1000 for "
+            "numbers to report; diagnostics.log_evidence takes fewer"
         )
     if not threshold > 0:
         raise ValueError(f"threshold must be positive, got {threshold}")
     if num_aggregate < 0:
         raise ValueError(f"num_aggregate must be 0 or more, got {num_aggregate}")
-    check_data(model, guide, args)
-    terms = SiteTerms(count_rows(args), num_particles)
+    rows = check_pair_and_data(model, guide, args)
+    terms = SiteTerms(rows, num_particles)
     evidence = weigh(model, guide, args, num_particles, max_rows, seed, terms)
     absent, found = terms.absent, None
-    if count_rows(args) == 1:
+    if rows == 1:
         absent["activity and mutual information"] = "they take two datapoints"
     elif num_aggregate:
         try:
@@ -442,18 +504,6 @@ def _share(value: float | Tensor) -> str:
     if 0 < value < 0.01 or 0.99 < value < 1:
         return f"{100 * value:.2g} %" if value < 0.5 else f"{100 * value:.3g} %"
     return f"{100 * value:.0f} %"
-
-
-def spread(column: Tensor) -> list[float]:
-    """Mean, its standard error, and the 5, 50 and 95 % quantiles of what is not NaN."""
-    known = column[~column.isnan()]
-    if not len(known):
-        return [math.nan] * 5
-    se = known.std().item() / math.sqrt(len(known)) if len(known) > 1 else math.nan
-    # Infinite values cannot be interpolated.
-    how = "linear" if known.isfinite().all() else "nearest"
-    levels = torch.tensor([0.05, 0.5, 0.95], dtype=known.dtype)
-    return [known.mean().item(), se, *known.quantile(levels, interpolation=how).tolist()]
 
 
 def _row(name: str, column: Tensor) -> str:
