@@ -114,6 +114,11 @@ def modules_of(*programs: Program) -> nn.ModuleList:
     return nn.ModuleList(owners.values())
 
 
+def trainable(*programs: Program) -> list[nn.Parameter]:
+    """The programs' parameters that a gradient is taken by, each once."""
+    return [p for p in modules_of(*programs).parameters() if p.requires_grad]
+
+
 def rows_first(site: Site) -> Tensor:
     """A draw as ``(particles if any, datapoints, rest)``."""
     value, event_dim = site["value"], site["fn"].event_dim
