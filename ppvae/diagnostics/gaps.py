@@ -200,17 +200,8 @@ def gaps(
     """
     check_at_least(2, num_particles=num_particles)
     rows = check_data(model, args)
-    if log_evidence is not None:
-        check_log_evidence(log_evidence, rows)
-    if reference is not None and reference.num_datapoints != rows:
-        raise ValueError(
-            f"reference is of {reference.num_datapoints} datapoints, but the data have {rows}; run "
-            "hmc on these very data"
-        )
-    if local is None:
-        local = {OWN: own_family(guide, *args)}
-    if not local:
-        raise ValueError('local must name at least one family, e.g. {"own family": guide.local(x)}')
+    _check_given(rows, log_evidence, reference, local)
+    families = {OWN: own_family(guide, *args)} if local is None else local
     indexed = Indexed(model)
     index = torch.arange(rows, device=next(a.device for a in args if isinstance(a, Tensor)))
     annealing: dict[str, Any] = {
@@ -223,12 +214,12 @@ def gaps(
     with seeded(seed, *args):
         elbo, elbo_se = _elbo(model, guide, args, num_particles, max_rows)
         best, best_se = {}, {}
-        for name, family in local.items():
+        for name, family in families.items():
             fit_local(indexed, family, *args, index, steps=steps, lr=lr, seed=None)
             best[name], best_se[name] = _elbo(
                 indexed, family, (*args, index), num_particles, max_rows
             )
-        first = next(iter(local.values()))
+        first = next(iter(families.values()))
         if log_evidence is not None:
             value, note = log_evidence.detach().double().cpu(), "as given"
             se = torch.zeros_like(value)
@@ -242,6 +233,23 @@ def gaps(
             upper, upper_se = above.log_evidence, above.log_evidence_se
             note += f"; the upper side: reverse AIS from {reference.method} draws, if exact"
     return Gaps(value, se, upper, upper_se, elbo, elbo_se, best, best_se, note)
+
+
+def _check_given(
+    rows: int,
+    log_evidence: Tensor | None,
+    reference: PosteriorDraws | None,
+    local: Mapping[str, nn.Module] | None,
+) -> None:
+    if log_evidence is not None:
+        check_log_evidence(log_evidence, rows)
+    if reference is not None and reference.num_datapoints != rows:
+        raise ValueError(
+            f"reference is of {reference.num_datapoints} datapoints, but the data have {rows}; run "
+            "hmc on these very data"
+        )
+    if local is not None and not local:
+        raise ValueError('local must name at least one family, e.g. {"own family": guide.local(x)}')
 
 
 def own_family(guide: Any, *args: Any) -> nn.Module:

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ppvae.diagnostics import html
+from ppvae.diagnostics.arviz_bridge import elpd, export_rows
 from ppvae.diagnostics.evidence import Evidence, weigh
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.rows import check_pair_and_data, spread
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
+from ppvae.pairs import Program
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
-
-    from ppvae.diagnostics.html import Picture
 
 COLLAPSED_KL, COLLAPSED_SHARE = 0.01, 0.99  # nats, of the datapoints: Lucas et al. 2019
 
@@ -277,8 +278,6 @@ class Report(Evidence):
             ValueError: no datapoint is chosen, one does not exist, or all of them would take more
                 than a gigabyte.
         """
-        from ppvae.diagnostics.arviz_bridge import export_rows
-
         return export_rows(self.pair, self, datapoints, num_draws, **options)
 
     def to_elpd(self) -> Any:
@@ -291,8 +290,6 @@ class Report(Evidence):
         Raises:
             ImportError: ArviZ is not installed.
         """
-        from ppvae.diagnostics.arviz_bridge import elpd
-
         return elpd(self)
 
     def plot(self, image_shape: Sequence[int] | None = None) -> Figure:
@@ -301,9 +298,7 @@ class Report(Evidence):
         Args:
             image_shape: of one datapoint, such as ``(28, 28)``, to draw the worst ones.
         """
-        from ppvae.diagnostics.html import figure
-
-        return figure(self._pictures(image_shape))
+        return html.figure(self._pictures(image_shape))
 
     def to_html(
         self, path: str | Path, image_shape: Sequence[int] | None = None, title: str | None = None
@@ -318,9 +313,7 @@ class Report(Evidence):
         Returns:
             The path.
         """
-        from ppvae.diagnostics.html import write
-
-        return write(
+        return html.write(
             Path(path),
             title=title or "Can this posterior be trusted?",
             report=self,
@@ -330,9 +323,7 @@ class Report(Evidence):
             datapoints=self._worst_rows(100),
         )
 
-    def _pictures(self, image_shape: Sequence[int] | None) -> list[Picture]:
-        from ppvae.diagnostics import html
-
+    def _pictures(self, image_shape: Sequence[int] | None) -> list[html.Picture]:
         x = next(arg for arg in self.pair[2] if isinstance(arg, Tensor))
         worst = html.worst_picture(x, self.khat, self.worst(10), image_shape)
         pictures = [html.khat_picture(self.khat, self.unreliable), *([worst] if worst else [])]
@@ -459,41 +450,57 @@ def diagnose(
     rows = check_pair_and_data(model, guide, args)
     terms = SiteTerms(rows, num_particles)
     evidence = weigh(model, guide, args, num_particles, max_rows, seed, terms)
-    absent, found = terms.absent, None
+    absent = terms.absent
+    found = None
     if rows == 1:
         absent["activity and mutual information"] = "they take two datapoints"
     elif num_aggregate:
-        try:
-            found = aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed)
-            if found is None:
-                absent["activity and mutual information"] = "the guide draws no latents"
-        except (NotImplementedError, KeyError) as error:  # a flow without inverse
-            absent["mutual information"] = (
-                "the guide has no density at points it has not drawn, as a flow without inverse "
-                f"({type(error).__name__}: {error})"
-            )
-    if found is not None and found.prior_differs:
-        absent["KL(q(z) || p(z))"] = "the prior differs by datapoint, so there is no one p(z)"
-    reconstruction = terms.column("reconstruction").get("")
+        found = _aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed, absent)
     mean, square, variance = (terms.column(q) for q in ("mean", "square", "variance"))
-    marginal_mean = {name: value.mean(0) for name, value in mean.items()}
+    marginal_mean = {site: value.mean(0) for site, value in mean.items()}
+    second = {site: square[site].mean(0) + variance[site].mean(0) for site in mean}
     return Report(
         **vars(evidence),
         kl=terms.column("kl"),
         kl_per_dimension=terms.column("kl_per_dimension"),
-        reconstruction=reconstruction,
+        reconstruction=terms.column("reconstruction").get(""),
         posterior_mean=mean,
         activity=terms.activity(),
         threshold=threshold,
         marginal_mean=marginal_mean,
         marginal_sd={
-            n: (square[n].mean(0) + variance[n].mean(0) - m.square()).clamp(min=0).sqrt()
-            for n, m in marginal_mean.items()
+            site: (second[site] - value.square()).clamp(min=0).sqrt()
+            for site, value in marginal_mean.items()
         },
         aggregate=found,
         absent=absent,
         pair=(model, guide, args),
     )
+
+
+def _aggregate(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    max_pairs: int,
+    num_draws: int,
+    seed: int | None,
+    absent: dict[str, str],
+) -> Aggregate | None:
+    """As :func:`~ppvae.diagnostics.summaries.aggregate`; what there is not goes to ``absent``."""
+    try:
+        found = aggregate(model, guide, args, max_pairs, num_draws, seed)
+    except (NotImplementedError, KeyError) as error:  # a flow without inverse
+        absent["mutual information"] = (
+            "the guide has no density at points it has not drawn, as a flow without inverse "
+            f"({type(error).__name__}: {error})"
+        )
+        return None
+    if found is None:
+        absent["activity and mutual information"] = "the guide draws no latents"
+    elif found.prior_differs:
+        absent["KL(q(z) || p(z))"] = "the prior differs by datapoint, so there is no one p(z)"
+    return found
 
 
 def _share(value: float | Tensor) -> str:
