@@ -18,7 +18,7 @@ from ppvae.diagnostics.joint import Joint, traced
 from ppvae.diagnostics.rows import check_at_least, check_start
 
 TARGET_ACCEPT = 0.8
-REFRESH = 10  # transitions at the posterior that part chains which start from one exact draw
+REFRESH = 10  # transitions at the posterior that separate chains started at one exact draw
 
 
 def sigmoid_schedule(num_temperatures: int, delta: float = 4.0) -> Tensor:
@@ -70,7 +70,9 @@ class AnnealedEvidence(Estimates):
 
 
 class Annealing:
-    """How chains are annealed, checked: from where, through which temperatures, how many at once.
+    """How chains are annealed: from where, and through which temperatures.
+
+    Arguments are those of :func:`ppvae.diagnostics.ais`; what cannot work raises ``ValueError``.
 
     Attributes:
         betas: the inverse temperatures, from 0 to 1.
@@ -93,7 +95,7 @@ class Annealing:
         self.max_rows = max_rows
 
     def paths(self, joint: Joint) -> Iterator[tuple[slice, Path]]:
-        """Datapoints, and the path of as many at once as ``max_rows`` allows."""
+        """Slices of datapoints with the path of each, as large as ``max_rows`` allows."""
         for part, block in joint.blocks(self.num_chains, self.max_rows):
             yield part, Path(block, self.start, self.betas, self.num_leapfrog, self.num_chains)
 
@@ -223,7 +225,7 @@ class Path:
 def annealed_evidence(
     parts: list[tuple[Tensor, Tensor]], side: Literal["lower", "upper"], note: str
 ) -> AnnealedEvidence:
-    """What runs of blocks of datapoints, their log-weights and acceptances, say of log p(x)."""
+    """The evidence from log-weights and acceptances of blocks of datapoints."""
     log_w = torch.cat([w for w, _ in parts], 1).cpu()
     accept = torch.cat([accepted for _, accepted in parts]).double().cpu()
     log_mean, se, ess = log_mean_weight(log_w)

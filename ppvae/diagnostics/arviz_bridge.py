@@ -1,4 +1,4 @@
-"""ArviZ export: a pair's draws and numbers as data sets with named dimensions."""
+"""Export to ArviZ: a pair's draws and numbers as data sets with named dimensions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Variables = dict[str, tuple[list[str], Any]]  # by name: dimensions, and an arra
 
 
 def require_arviz() -> None:
-    """Raise ``ImportError`` with the cure before any work, if ArviZ is missing."""
+    """Raise ``ImportError`` with the cure if ArviZ is missing: before any work."""
     try:
         import arviz  # noqa: F401
     except ImportError as error:
@@ -56,7 +56,7 @@ def to_arviz(
     predictive: bool = True,
     seed: int | None = None,
 ) -> Any:
-    """Draws of the guide, the prior and the predictive, as ArviZ has them.
+    """Draws of the guide, the prior and the predictive distribution in ArviZ's format.
 
     Groups: ``posterior`` (the guide's draws of the latents; one that is summed out is drawn from
     its exact conditional given the others), ``sample_stats`` (``log_weight``, the importance
@@ -117,7 +117,7 @@ def export_rows(
     predictive: bool = True,
     seed: int | None = None,
 ) -> Any:
-    """:func:`to_arviz` for some datapoints, with the numbers of ``evidence`` for those of a few.
+    """:func:`to_arviz` for some datapoints of a report, with the report's own ``evidence``.
 
     See :meth:`ppvae.diagnostics.Report.to_arviz`.
     """
@@ -170,7 +170,7 @@ def _draw(
     predictive: bool,
     seed: int | None,
 ) -> tuple[LogWeights, dict[str, Trace]]:
-    """Log-weights, and the traces of posterior, prior and (if asked for) predictive."""
+    """Log-weights, and traces by name: posterior, prior and, if wanted, predictive."""
     free = poutine.uncondition(model)
     traces: dict[str, Trace] = {}
     with torch.no_grad(), evaluation_mode(model, guide), own_path(), seeded(seed, *args):
@@ -200,7 +200,7 @@ def _with_summed_out(weights: LogWeights) -> Trace:
     drawn = weights.guide_trace.copy()
     if not weights.enumerated:
         return drawn
-    drawn_log_q(weights)  # refuses a drawn latent that depends on one that is summed out
+    drawn_log_q(weights)  # raises where a drawn latent depends on one that is summed out
     total: Any = sum(weights.log_p.values())
     choice = torch.distributions.Categorical(
         logits=total.expand(*total.shape[:-2], *weights.log_w.shape).flatten(0, -3).movedim(0, -1)
@@ -228,7 +228,7 @@ def _export(
     coords: dict[str, Any] | None,
     dims: dict[str, list[str]] | None,
 ) -> Any:
-    """Groups of named arrays; ``numbers`` of each datapoint are by the names of ``Evidence``."""
+    """All groups; ``numbers`` are columns of :class:`~ppvae.diagnostics.Evidence`, or nothing."""
     observed, draws = weights.observed, weights.num_particles
     latents = [n for n in traces["posterior"].nodes if n in weights.log_p and n not in observed]
     posterior, prior = (
@@ -259,7 +259,7 @@ def _export(
 
 
 def _constants(model: Program, args: Args, weights: LogWeights) -> Variables:
-    """The arguments that are not observed: what the programs are conditioned on."""
+    """The arguments that the programs are conditioned on: those that are not observed."""
     seen = [weights.model_trace.nodes[name]["value"] for name in weights.observed]
     return {
         name: (["datapoint", *(f"{name}_dim_{d}" for d in range(a.dim() - 1))], a.cpu().numpy())
@@ -275,13 +275,13 @@ def _variables(
     num_draws: int = 0,
     only: str = "",
 ) -> Variables:
-    """Values of sites as arrays, with chain and draw if there are draws.
+    """The wanted sites as arrays.
 
     Args:
         drawn: the trace.
         wanted: names of sites.
         dims, only: as :func:`event_names` has them.
-        num_draws: 0: the values are no draws.
+        num_draws: with 0, there are no dims of chain and draw.
     """
     sites = {name: site for name, site in sample_sites(drawn).items() if name in wanted}
     events = {name: site["fn"].event_dim for name, site in sites.items()}
@@ -290,7 +290,7 @@ def _variables(
 
 
 def _variable(site: Site, event: list[str], draws: bool) -> tuple[list[str], Any]:
-    """A site's value with its dimensions named: plates by their name, then those of the event."""
+    """A site's value with named dimensions: its plates, then those of the event."""
     value = site["value"].detach().cpu()
     batch = value.dim() - site["fn"].event_dim
     plates = {f.dim: _LABELS.get(f.name, f.name) for f in site["cond_indep_stack"]}

@@ -70,7 +70,7 @@ class Calibration:
 
     @property
     def p_value(self) -> float:
-        """Of all quantities together: the least, times their number (Bonferroni), at most 1."""
+        """Of all quantities together: the smallest, times their number (Bonferroni), at most 1."""
         every = torch.cat(list(self.p_values.values()))
         return min(1.0, every.min().item() * len(every))
 
@@ -98,7 +98,7 @@ class Calibration:
         return found
 
     def band(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the whole ECDF of uniform ranks stays with this probability.
+        """The band in which the whole ECDF of uniform ranks stays with this probability.
 
         Returns:
             ``(points, lower, upper)``, ``(L,)`` each, as fractions.

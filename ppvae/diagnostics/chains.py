@@ -132,7 +132,7 @@ Transition = Callable[[Point, Tensor, Tensor], tuple[Point, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How long chains run, and how their steps are adapted; checked."""
+    """How long chains run and how steps are adapted; what cannot work raises ``ValueError``."""
 
     num_chains: int
     num_warmup: int
@@ -154,7 +154,7 @@ class Settings:
             raise ValueError(f"target_accept must lie in (0, 1), got {self.target_accept}")
 
     def longer(self, rerun: int) -> Settings:
-        """Of a rerun: more warm-up, as many draws kept of more, steps nearer to acceptance 1."""
+        """The settings of a rerun: a longer warm-up, draws further apart, smaller steps."""
         return replace(
             self,
             num_warmup=self.num_warmup * 2**rerun,
@@ -167,7 +167,6 @@ def sample(
     joint: Joint,
     transition: Callable[[Joint, Tensor], Transition],
     settings: Settings,
-    *,
     method: str,
     max_rows: int,
     max_reruns: int,
@@ -233,38 +232,37 @@ def _run(
     log_joint = torch.stack(values, 1).cpu()
     flat = unconstrained.flatten(0, 1)
     parts = [joint.constrain(some) for some in flat.split(max(1, 20_000 // flat.shape[1]))]
+    shape = unconstrained.shape[:2]
     draws = {
-        name: torch.cat([part[name] for part in parts]).unflatten(0, unconstrained.shape[:2]).cpu()
-        for name in joint.layouts
+        site: torch.cat([part[site] for part in parts]).unflatten(0, shape).cpu()
+        for site in joint.layouts
     }
     unconstrained = unconstrained.cpu()
-    rhat, ess = convergence(torch.cat([unconstrained, log_joint.unsqueeze(-1)], -1))
     return PosteriorDraws(
         draws,
         unconstrained,
         log_joint,
-        rhat,
-        ess,
-        (accept / (settings.num_draws * settings.thin)).cpu(),
-        divergences.long().cpu(),
-        step.cpu(),
-        torch.full((joint.num_datapoints,), rerun),
-        method,
-        0.0,
+        *convergence(torch.cat([unconstrained, log_joint.unsqueeze(-1)], -1)),
+        accept=(accept / (settings.num_draws * settings.thin)).cpu(),
+        divergences=divergences.long().cpu(),
+        step_size=step.cpu(),
+        reruns=torch.full((joint.num_datapoints,), rerun),
+        method=method,
+        seconds=0.0,
     )
 
 
 def _warm_up(
     joint: Joint, transition: Transition, settings: Settings, u: Tensor, scale: Tensor
 ) -> tuple[Point, Tensor, Tensor]:
-    """Adapt step sizes and scales per datapoint: a fifth of the time steps only, then windows."""
+    """Adapt step sizes and scales per datapoint: step sizes alone for a fifth of the time."""
     value, gradient = joint.value_and_grad(u)
     point = Point(u, value, gradient)
     W, N = settings.num_warmup, joint.num_datapoints
     first = settings.step_size or 0.5 * joint.dim**-0.25
     step = u.new_full((N,), first)
     averaging = DualAveraging(step, settings.target_accept)
-    # Scales are updated at the end of each window from the draws in it.
+    # Then, in two windows, scales too: at the end of each, from the draws in it.
     ends = [W // 5, 2 * W // 5, 4 * W // 5]
     window: list[Tensor] = []
     for i in range(W):
@@ -332,12 +330,12 @@ _DATAPOINT_DIM = {"unconstrained": 2, "log_joint": 2} | dict.fromkeys(
 
 
 def joined(parts: list[PosteriorDraws]) -> PosteriorDraws:
-    """The results of some datapoints, and those of others."""
+    """Results of different datapoints as one."""
     return parts[0] if len(parts) == 1 else _combined(parts, torch.cat)
 
 
 def _replaced(result: PosteriorDraws, rows: Tensor, again: PosteriorDraws) -> PosteriorDraws:
-    """The results, with those of some datapoints put in the place of what they had."""
+    """Results, with those of the datapoints ``rows`` replaced by what a rerun gave."""
 
     def put(old_and_new: list[Tensor], dim: int) -> Tensor:
         old, new = old_and_new
@@ -349,7 +347,7 @@ def _replaced(result: PosteriorDraws, rows: Tensor, again: PosteriorDraws) -> Po
 def _combined(
     results: list[PosteriorDraws], combine: Callable[[list[Tensor], int], Tensor]
 ) -> PosteriorDraws:
-    """Results with every tensor combined; ``combine`` is told the dim of the datapoints."""
+    """Results combined tensor by tensor; ``combine`` gets tensors and the dim of the datapoints."""
     columns: dict[str, Any] = {
         name: combine([getattr(result, name) for result in results], dim)
         for name, dim in _DATAPOINT_DIM.items()
@@ -365,7 +363,7 @@ def chains_to_arviz(
     coords: dict[str, Any] | None = None,
     dims: dict[str, list[str]] | None = None,
 ) -> Any:
-    """Markov chains as ArviZ has them: ``posterior`` with chains, ``sample_stats`` with ``lp``.
+    """Markov chains in ArviZ's format: ``posterior`` with chains, ``sample_stats`` with ``lp``.
 
     ArviZ's own R-hat and effective sample sizes are then those of each datapoint.
 

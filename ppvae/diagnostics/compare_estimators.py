@@ -129,7 +129,7 @@ def compare(
 
 
 def _by_name(estimators: Any) -> dict[str, Estimator]:
-    """The estimators by the names to show, which are made from family and draws if not given."""
+    """The estimators by name: as given, or made from family and number of draws."""
     if isinstance(estimators, pyro.infer.ELBO):
         estimators = [estimators]
     mapped = isinstance(estimators, Mapping)
@@ -184,7 +184,7 @@ def _bound(
 def _gradient(
     objective: Objective, args: tuple[Tensor, ...], parameters: Sequence[nn.Parameter]
 ) -> tuple[Tensor | None, ...]:
-    """The gradient of the mean loss per datapoint; a loss alone if there is no parameter."""
+    """The gradient of the mean loss per datapoint; without parameters only the loss is computed."""
     loss = objective(*args) / len(args[0])
     return torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
 
@@ -192,7 +192,7 @@ def _gradient(
 def _gradient_noise(
     objective: Objective, args: tuple[Tensor, ...], repeats: int
 ) -> dict[str, float]:
-    """SNR of model's and guide's gradient, its floor, and the total variance."""
+    """Signal-to-noise ratio, its floor, and total variance of the gradients of model and guide."""
     parts = {"model": trainable(objective.model), "guide": trainable(objective.guide)}
     every = list(dict.fromkeys([*parts["model"], *parts["guide"]]))
     mean = {p: torch.zeros_like(p, dtype=torch.float64) for p in every}

@@ -204,7 +204,7 @@ def compare_posteriors(
 def _draws_side_by_side(
     joint: Joint, reference: PosteriorDraws
 ) -> tuple[list[str], Tensor, Tensor]:
-    """Names of the d numbers, and as many draws of q as the reference has, ``(S, N, d)`` each."""
+    """Names of the d numbers, and draws of guide and reference, ``(S, N, d)`` each."""
     chains, kept, N = reference.unconstrained.shape[:3]
     total = chains * kept
     drawn = joint.constrain(

@@ -34,7 +34,7 @@ _BLOCK = 256  # datapoints whose weights are summarised at once
 
 @dataclass(frozen=True)
 class Estimates:
-    """Estimates of log p(x) from weights, per datapoint, and their mean over the datapoints."""
+    """Estimates of log p(x) per datapoint, from weights, and their mean."""
 
     log_evidence: Tensor
     log_evidence_se: Tensor
@@ -89,8 +89,8 @@ class Evidence(Estimates):
     @property
     def unreliable(self) -> float:
         """The share of datapoints whose k-hat exceeds 0.7, of those that have one."""
-        khat = self.khat[~self.khat.isnan()]
-        return (khat > 0.7).double().mean().item() if len(khat) else math.nan
+        defined = self.khat[~self.khat.isnan()]
+        return (defined > 0.7).double().mean().item() if len(defined) else math.nan
 
     def __repr__(self) -> str:
         tail = (
@@ -180,7 +180,7 @@ def weigh(
     visit: Callable[[slice, LogWeights], None] | None = None,
     compile: bool | str = False,
 ) -> Evidence:
-    """The one pass over all weights, of data and a pair that have been checked.
+    """Weigh all particles of all datapoints in one pass; data and pair have been checked.
 
     Args:
         model, guide, args, num_particles, max_rows, seed, compile: as :func:`log_evidence` has
@@ -197,13 +197,13 @@ def weigh(
 
     def weights_of(part: slice, particles: int) -> Tensor:
         batch = take(args, part)
-        # The first piece is looked at; a rest at the end is not worth a graph.
+        # The first piece runs eagerly, to be checked; a shorter last one is not worth a graph.
         if compiled is not None and 0 < part.start <= last:
             random = torch.get_rng_state()
             log_w = compiled(batch, {"num_particles": particles})
             if log_w is not None and (log_w < math.inf).all():
                 return log_w
-            torch.set_rng_state(random)  # the same draws, to name the site
+            torch.set_rng_state(random)  # draw the same again, to name the site
         weights = log_weights(model, guide, *batch, num_particles=particles)
         require_numbers(weights, part.start)
         if part.start == 0:
@@ -252,7 +252,7 @@ def _refuse_point_masses(weights: LogWeights) -> None:
 
 
 def summarise(log_w: Tensor, start: int = 0) -> dict[str, Tensor]:
-    """What log-weights ``(K, N)`` of the datapoints from ``start`` on tell: by name, ``(N,)``."""
+    """The columns of :class:`Evidence` from log-weights ``(K, N)`` of datapoints ``start``, ..."""
     k = khat(log_w)
     log_w = log_w.double().cpu()
     log_mean, se, ess = log_mean_weight(log_w)
@@ -274,9 +274,9 @@ def summarise(log_w: Tensor, start: int = 0) -> dict[str, Tensor]:
 
 
 def log_mean_weight(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log of the mean of weights ``(K, N)``, its standard error, effective sample size.
+    """Log of the mean weight, its standard error and the effective sample size, ``(N,)`` each.
 
-    The standard error is that of the delta method. Each is ``(N,)``.
+    The standard error is by the delta method; ``log_w`` is ``(K, N)``.
     """
     K = len(log_w)
     log_mean = log_w.logsumexp(0) - math.log(K)

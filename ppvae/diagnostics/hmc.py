@@ -103,15 +103,8 @@ def hmc(
 
         return move
 
-    return sample(
-        Joint(model, guide, *args),
-        transition,
-        settings,
-        method="HMC",
-        max_rows=max_rows,
-        max_reruns=max_reruns,
-        seed=seed,
-    )
+    joint = Joint(model, guide, *args)
+    return sample(joint, transition, settings, "HMC", max_rows, max_reruns, seed)
 
 
 def leapfrog(

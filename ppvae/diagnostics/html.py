@@ -1,4 +1,4 @@
-"""Pictures of a report in a figure, and the page that shows them, from ``page.html``."""
+"""A report's pictures, in a figure or on a page; ``page.html`` is the template of the page."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def figure(pictures: Sequence[Picture]) -> Figure:
 
 
 def write(path: Path, **content: Any) -> Path:
-    """Fill ``page.html``, which says what ``content`` is."""
+    """Write ``page.html``, filled with ``content``; what that is stands at its top."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     if path.is_dir():
@@ -126,7 +126,7 @@ def write(path: Path, **content: Any) -> Path:
 
 
 def _key(name: str) -> str:
-    """A name as the id of a table, which an address can name too."""
+    """A table's name as an id that can be part of an address."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
@@ -140,7 +140,7 @@ def _rounded(value: float) -> str:
 
 
 def _svg(picture: Picture, number: int) -> str:
-    """An inline drawing in the colour of the page's text; ``number`` tells its ids from others'."""
+    """An inline drawing in the page's text colour; ``number`` keeps its ids apart from others'."""
     import matplotlib
     from markupsafe import Markup, escape
     from matplotlib.figure import Figure
@@ -158,7 +158,7 @@ def _svg(picture: Picture, number: int) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg ") :], flags=re.DOTALL)
     for size in ("width", "height"):  # the page decides
         svg = re.sub(rf'(<svg [^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
-    for before in (r'\bid="', r"url\(#", r'href="#'):
-        svg = re.sub(f"({before})", rf"\g<1>{prefix}", svg)
+    for reference in (r'\bid="', r"url\(#", r'href="#'):
+        svg = re.sub(f"({reference})", rf"\g<1>{prefix}", svg)
     label = f'<svg role="img" aria-label="{escape(picture.alt)}" '
     return Markup(svg.replace("<svg ", label, 1))

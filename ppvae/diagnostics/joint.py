@@ -149,7 +149,7 @@ class Joint:
         return Joint(self.model, self.guide, *take(self.args, index))
 
     def blocks(self, num_chains: int, max_rows: int) -> Iterator[tuple[slice, Joint]]:
-        """Datapoints, and the pair on them, as many at once as ``max_rows`` allows."""
+        """Slices of datapoints with the pair on each, as large as ``max_rows`` allows."""
         size = rows_per_piece(num_chains, max_rows)
         if size >= self.num_datapoints:
             yield slice(None), self
@@ -210,7 +210,7 @@ class Joint:
             return self._pack(trace(poutine.uncondition(self.model), self.args, {}))
 
     def coordinates(self, drawn: Trace) -> Tensor:
-        """u of the latents in a trace of the model without plate of chains, ``(N, D)``."""
+        """u of the latents in a trace of the model that has no plate of chains, ``(N, D)``."""
         return self._pack(drawn)[0]
 
     @torch.no_grad()
@@ -249,7 +249,7 @@ class Joint:
         return -1 - self._structure.nesting
 
     def _chains(self, chains: int) -> Any:
-        """The plate of chains, left of all others: also for one chain, so shapes do not vary."""
+        """The plate of chains, left of all others; for one chain too, so shapes do not vary."""
         return pyro.plate(PARTICLE_PLATE, chains, dim=-1 - self._structure.nesting)
 
     @contextmanager
@@ -335,7 +335,7 @@ def _no_density(why: str) -> ValueError:
 
 
 class _Given(Messenger):
-    """Sets each latent to the value that an unconstrained one stands for."""
+    """Sets each latent to its value at given unconstrained coordinates."""
 
     def __init__(self, unconstrained: dict[str, Tensor]) -> None:
         super().__init__()

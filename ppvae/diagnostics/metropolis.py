@@ -82,12 +82,5 @@ def metropolis(
 
         return move
 
-    return sample(
-        Joint(model, guide, *args),
-        transition,
-        settings,
-        method="Metropolis",
-        max_rows=max_rows,
-        max_reruns=max_reruns,
-        seed=seed,
-    )
+    joint = Joint(model, guide, *args)
+    return sample(joint, transition, settings, "Metropolis", max_rows, max_reruns, seed)

@@ -77,7 +77,7 @@ def nuts(
 
 
 def _refuse_discrete(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Pyro's NUTS sums discrete latents out; its draws then have no log p(x, z) here."""
+    """Raise ``ValueError``: NUTS sums discrete latents out, and draws then have no log p(x, z)."""
     with own_path(), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         sites = sample_sites(trace(model, args, {}))
     for name, site in sites.items():

@@ -179,7 +179,7 @@ def _evaluate(joint: Joint, axes: Tensor, max_rows: int) -> Tensor:
 
 
 def _box(axes: Tensor, values: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Middle and half width of what is within ``EDGE`` nats of the highest value, ``(N, D)``."""
+    """Middle and half width of the box that lies within ``EDGE`` nats of the peak, ``(N, D)``."""
     N, D, G = axes.shape
     inside = values > values.flatten(1).amax(-1).reshape(N, *[1] * D) - EDGE
     step = axes[..., 1] - axes[..., 0]
@@ -190,7 +190,7 @@ def _box(axes: Tensor, values: Tensor) -> tuple[Tensor, Tensor, bool]:
         index = torch.arange(G, device=axes.device)
         first = torch.where(along, index, G).amin(-1)
         last = torch.where(along, index, -1).amax(-1)
-        # Beyond the edge: twice as far. Inside: one point of margin.
+        # Where the density reaches the edge, go twice as far; elsewhere keep one point of margin.
         out_low, out_high = first == 0, last == G - 1
         span = axes[:, d, -1] - axes[:, d, 0]
         left = axes[:, d].gather(-1, first.unsqueeze(-1)).squeeze(-1) - step[:, d]

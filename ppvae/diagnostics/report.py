@@ -232,7 +232,7 @@ class Report(Evidence):
         return "\n".join(lines)
 
     def columns(self) -> list[tuple[str, Tensor]]:
-        """What there is per datapoint, by the names that the tables have."""
+        """Every quantity per datapoint, by the names in the tables."""
         columns = [("log p(x)", self.log_evidence), ("ELBO", self.elbo), ("gap", self.gap)]
         columns += [(f"KL of {name!r}", kl) for name, kl in self.kl.items()]
         if self.reconstruction is not None:
@@ -240,7 +240,7 @@ class Report(Evidence):
         return [*columns, ("ESS [draws]", self.ess), ("Pareto k-hat", self.khat)]
 
     def facts(self) -> list[tuple[str, str]]:
-        """What there is of all datapoints together: a name, and the value in words."""
+        """Every quantity of all datapoints together: its name, and its value in words."""
         said = [("k-hat > 0.7", f"{_share(self.unreliable)} of points")]
         for name, units in self.active.items():
             value = f"{int(units.sum())} of {len(units)} active (variance of the mean > "
@@ -487,7 +487,7 @@ def _aggregate(
     seed: int | None,
     absent: dict[str, str],
 ) -> Aggregate | None:
-    """As :func:`~ppvae.diagnostics.summaries.aggregate`; what there is not goes to ``absent``."""
+    """:func:`~ppvae.diagnostics.summaries.aggregate`; where there is none, ``absent`` says why."""
     try:
         found = aggregate(model, guide, args, max_pairs, num_draws, seed)
     except (NotImplementedError, KeyError) as error:  # a flow without inverse
@@ -504,7 +504,7 @@ def _aggregate(
 
 
 def _share(value: float | Tensor) -> str:
-    """A percentage that is 0 or 100 only if it is."""
+    """A percentage that reads 0 or 100 only where it is exactly that."""
     value = float(value)
     if math.isnan(value):
         return "none"
@@ -514,6 +514,6 @@ def _share(value: float | Tensor) -> str:
 
 
 def _row(name: str, column: Tensor) -> str:
-    # + 0.0: no minus zero
+    # + 0.0 turns minus zero into zero.
     shown = ["-" if math.isnan(v) else f"{round(v, 2) + 0.0:.2f}" for v in spread(column)]
     return f"{name:24s}" + "".join(f"{value:>10s}" for value in shown)

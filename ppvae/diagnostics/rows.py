@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,24 +15,28 @@ from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site
 from ppvae.program import module_of
 from ppvae.weights import LogWeights
 
-_CHECKED_ROWS = 100  # with which the pair is run before all of them
+_CHECKED_ROWS = 100  # on which the pair is tried before all of them
 
 
 # -- before any work ---------------------------------------------------------------------------
 
 
 def check_data(program: Program, args: Sequence[Any]) -> int:
-    """Return N, the number of datapoints that a program is to be called with.
+    """Check the data that a program is to be called with; return N, the number of datapoints.
 
     Raises:
         ValueError: no argument is a tensor.
-        PairError: a tensor is empty, NaN or infinite, or has another number of rows.
+        PairError: an argument is an array of another library; a tensor is empty, NaN or infinite,
+            or has another number of rows.
     """
+    for name, arg in zip(names(program, args), args, strict=True):
+        if not isinstance(arg, Tensor) and hasattr(arg, "__array__") and np.ndim(arg) > 0:
+            seen = type(arg).__name__
+            raise PairError(f"argument {name!r} must be a tensor, got {seen}: torch.as_tensor(...)")
     check_tensors(program, args)
     rows = count_rows(args)
     if not rows:
-        seen = ", ".join(type(arg).__name__ for arg in args) or "no arguments"
-        raise ValueError(f"no data: got {seen}; pass tensors with one row per datapoint")
+        raise ValueError("no data: pass tensors with one row per datapoint, e.g. (model, guide, x)")
     return rows
 
 
@@ -41,9 +46,9 @@ def count_rows(args: Sequence[Any]) -> int:
 
 
 def check_pair_and_data(model: Program, guide: Program, args: Sequence[Any]) -> int:
-    """:func:`check_data`, and ``PairError`` unless the pair fits and takes every row.
+    """:func:`check_data`, and raise ``PairError`` unless the pair fits and accepts every row.
 
-    For passes over the weights, which have Pyro's validation off.
+    For passes over the weights, which run with Pyro's validation off.
     """
     rows = check_data(model, args)
     for position, check in check_batch(model, guide, *take(args, slice(_CHECKED_ROWS))):
@@ -55,14 +60,14 @@ def check_pair_and_data(model: Program, guide: Program, args: Sequence[Any]) -> 
 
 
 def check_at_least(least: int, **arguments: int) -> None:
-    """Raise ``ValueError`` for an argument that is too small, by its name."""
+    """Raise ``ValueError`` for an argument below ``least``; each is passed by its name."""
     for name, value in arguments.items():
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_log_evidence(log_evidence: Tensor, rows: int) -> None:
-    """Raise ``ValueError`` unless log p(x) is given for each datapoint."""
+    """Raise ``ValueError`` unless there is one value of log p(x) per datapoint."""
     shape = getattr(log_evidence, "shape", None)
     if shape != (rows,):
         raise ValueError(
@@ -72,7 +77,7 @@ def check_log_evidence(log_evidence: Tensor, rows: int) -> None:
 
 
 def check_start(start: str) -> None:
-    """Raise ``ValueError`` unless chains are told where to start."""
+    """Raise ``ValueError`` unless chains start at draws of the guide or the prior."""
     if start not in ("guide", "prior"):
         raise ValueError(f'start must be "guide" or "prior", got {start!r}')
 
@@ -81,7 +86,7 @@ def check_start(start: str) -> None:
 
 
 def take(args: Sequence[Any], rows: Any) -> tuple[Any, ...]:
-    """The same rows of every tensor; what is no tensor stays."""
+    """The same rows of every tensor; other arguments as they are."""
     return tuple(
         arg[rows.to(arg.device) if isinstance(rows, Tensor) else rows]
         if isinstance(arg, Tensor)
@@ -96,7 +101,10 @@ def rows_per_piece(num_particles: int, max_rows: int) -> int:
 
 
 def pieces(rows: int, num_particles: int, max_rows: int) -> Iterator[tuple[slice, list[int]]]:
-    """Datapoints, and numbers of particles that add up to K, of at most ``max_rows`` rows each."""
+    """Slices of datapoints, and numbers of particles that add up to K.
+
+    A piece has at most ``max_rows`` rows, datapoints x particles.
+    """
     particles = min(num_particles, max_rows)
     full, rest = divmod(num_particles, particles)
     sizes = [particles] * full + ([rest] if rest else [])
@@ -115,12 +123,12 @@ def modules_of(*programs: Program) -> nn.ModuleList:
 
 
 def trainable(*programs: Program) -> list[nn.Parameter]:
-    """The programs' parameters that a gradient is taken by, each once."""
+    """The programs' parameters that require a gradient, each once."""
     return [p for p in modules_of(*programs).parameters() if p.requires_grad]
 
 
 def rows_first(site: Site) -> Tensor:
-    """A draw as ``(particles if any, datapoints, rest)``."""
+    """A site's value as ``(particles if any, datapoints, rest)``."""
     value, event_dim = site["value"], site["fn"].event_dim
     dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
     moved = [dims[name] - event_dim for name in (PARTICLE_PLATE, DATA_PLATE) if name in dims]
@@ -128,12 +136,12 @@ def rows_first(site: Site) -> Tensor:
 
 
 def require_numbers(weights: LogWeights, start: int = 0, where: str = "") -> None:
-    """Raise ``ValueError`` if a log-weight is NaN or plus infinity: which datapoint, which site.
+    """Raise ``ValueError`` if a log-weight is NaN or plus infinity, naming datapoint and site.
 
     Args:
         weights: of the datapoints from ``start`` on.
         start: number of the first datapoint.
-        where: what to say before.
+        where: how the message begins.
     """
     bad = ~(weights.log_w < math.inf)
     if not bad.any():

@@ -76,7 +76,7 @@ class SiteTerms:
 
 def _terms(weights: LogWeights, absent: Absent) -> dict[tuple[str, str], Tensor]:
     """By quantity and site, ``(..., K or 1, N or 1)``."""
-    weights = replace(weights, site_scales={})  # a scale is an objective's affair
+    weights = replace(weights, site_scales={})  # a scale belongs to an objective
     if weights.enumerated:
         return _enumerated_terms(weights, absent)
     closed = closed_form_kl(_CLOSED, weights)
@@ -133,7 +133,7 @@ def _by_unit(site: Site, values: Tensor, leftmost: int) -> Tensor:
     values = values.expand(batch + site["fn"].event_shape).reshape(*batch, -1).movedim(-1, 0)
     values = values.reshape(len(values), *(1,) * (-leftmost - len(batch)), *batch)
     values = reduce_site({**site, "mask": None}, values, leftmost)
-    # What depends on x only was expanded to all particles: one is enough.
+    # What depends on x alone is the same for all particles: one is enough.
     return values[:, :1] if values.stride(1) == 0 else values
 
 
@@ -263,7 +263,7 @@ def _densities(
     max_pairs: int,
     nesting: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log q(z_m | x_m), and log of its mean over all x, and over all others; ``(M,)`` each."""
+    """log q(z_m | x_m), and the log of its mean over all x and over all other x; ``(M,)`` each."""
     rows = count_rows(args)
     wide = min(rows, max(1, math.isqrt(max_pairs)))
     parts = [take(args, slice(start, start + wide)) for start in range(0, rows, wide)]
@@ -303,7 +303,7 @@ def _log_density(
 
 
 class AtDraws(Messenger):
-    """Puts draws m in the place of particles, every one at every datapoint.
+    """Puts given draws in the place of particles, each of them at every datapoint.
 
     Args:
         z: by site, ``(m, *batch dims other than the data plate's, *event)``.

@@ -70,7 +70,7 @@ def ecdf_band(
 
 
 def departure(ranks: Tensor, num_draws: int) -> str:
-    """What kind of departure from uniformity there is."""
+    """How ranks depart from uniformity: "narrow", "wide", "shifted" or "other"."""
     place = (ranks.double() + 0.5) / (num_draws + 1) - 0.5
     S = len(place)
     slope = place.mean().item() * math.sqrt(12 * S)  # standard errors

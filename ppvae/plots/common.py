@@ -47,7 +47,7 @@ def shaped(
     finite: Literal["all", "some", "any"] = "any",
     cure: str = "",
 ) -> np.ndarray:
-    """Return :func:`array` of the values of an argument, checked.
+    """Return :func:`array` of an argument, with its shape checked.
 
     Args:
         name: of the argument.
