@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
@@ -17,21 +16,14 @@ from ppvae.diagnostics.rows import (
     check_at_least,
     check_pair_and_data,
     count_rows,
+    evaluating,
     require_numbers,
     rows_first,
     rows_per_piece,
     take,
 )
 from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
-from ppvae.pairs import (
-    Program,
-    evaluation_mode,
-    own_path,
-    replay,
-    sample_sites,
-    seeded,
-    simulate,
-)
+from ppvae.pairs import Program, replay, sample_sites, simulate
 from ppvae.weights import log_weights, reduce_site
 
 if TYPE_CHECKING:
@@ -245,13 +237,12 @@ def sbc(
     tests, absent = dict(test_quantities or {}), dict[str, str]()
     columns: dict[str, list[Tensor]] = {}
     which = torch.arange(num_simulations) % rows
-    with torch.no_grad(), evaluation_mode(model, guide), own_path():
-        with pyro.validation_enabled(False), seeded(seed, *args):
-            for index in which.split(rows_per_piece(num_draws, max_rows)):
-                simulated, truth = simulate(model, take(args, index), {})
-                ranks = _ranks(model, guide, truth, simulated, num_draws, tests, absent)
-                for name, of_piece in ranks.items():
-                    columns.setdefault(name, []).append(of_piece)
+    with evaluating(model, guide, args, seed):
+        for index in which.split(rows_per_piece(num_draws, max_rows)):
+            simulated, truth = simulate(model, take(args, index), {})
+            ranks = _ranks(model, guide, truth, simulated, num_draws, tests, absent)
+            for name, of_piece in ranks.items():
+                columns.setdefault(name, []).append(of_piece)
     return Calibration({n: torch.cat(parts) for n, parts in columns.items()}, num_draws, absent)
 
 

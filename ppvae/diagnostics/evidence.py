@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from ppvae.diagnostics.rows import (
     check_at_least,
     check_pair_and_data,
     count_rows,
+    evaluating,
     modules_of,
     pieces,
     require_numbers,
@@ -26,7 +26,7 @@ from ppvae.diagnostics.rows import (
     standard_error,
     take,
 )
-from ppvae.pairs import Program, evaluation_mode, seeded
+from ppvae.pairs import Program
 from ppvae.weights import LogWeights, log_weights
 
 _BLOCK = 256  # datapoints whose weights are summarised at once
@@ -214,14 +214,13 @@ def weigh(
 
     block: list[Tensor] = []
     summaries = []
-    with torch.no_grad(), evaluation_mode(model, guide), pyro.validation_enabled(False):
-        with seeded(seed, *args):
-            for part, sizes in pieces(rows, num_particles, max_rows):
-                block.append(torch.cat([weights_of(part, particles) for particles in sizes]))
-                start = part.stop - sum(log_w.shape[1] for log_w in block)
-                if part.stop - start >= _BLOCK or part.stop == rows:
-                    summaries.append(summarise(torch.cat(block, 1), start))
-                    block = []
+    with evaluating(model, guide, args, seed):
+        for part, sizes in pieces(rows, num_particles, max_rows):
+            block.append(torch.cat([weights_of(part, particles) for particles in sizes]))
+            start = part.stop - sum(log_w.shape[1] for log_w in block)
+            if part.stop - start >= _BLOCK or part.stop == rows:
+                summaries.append(summarise(torch.cat(block, 1), start))
+                block = []
     columns = {name: torch.cat([found[name] for found in summaries]) for name in summaries[0]}
     return Evidence(**columns, num_particles=num_particles)
 

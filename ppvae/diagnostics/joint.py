@@ -189,7 +189,11 @@ class Joint:
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x, u) ``(C, N)`` and its gradient ``(C, N, D)``."""
-        return gradient_of(self, u)
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            value = self(u)
+            (gradient,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), gradient
 
     def terms(self, u: Tensor) -> dict[str, Tensor]:
         """The model's terms by site, each broadcastable to ``(..., C, N)``."""
@@ -319,15 +323,6 @@ def traced(function: Callable[..., Any], *example: Tensor) -> Callable[..., Any]
         return graph(*(tensor.contiguous() for tensor in tensors))  # strides are in it as well
 
     return call
-
-
-def gradient_of(density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    """A density's values ``(C, N)`` at u ``(C, N, D)``, and their gradient."""
-    with torch.enable_grad():
-        u = u.detach().requires_grad_()
-        value = density(u)
-        (gradient,) = torch.autograd.grad(value.sum(), u)
-    return value.detach(), gradient
 
 
 def _no_density(why: str) -> ValueError:

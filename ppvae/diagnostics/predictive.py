@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -14,19 +13,17 @@ from torch import Tensor
 from ppvae.diagnostics.rows import (
     check_at_least,
     check_pair_and_data,
+    evaluating,
     pieces,
     rows_first,
     take,
 )
 from ppvae.pairs import (
     Program,
-    evaluation_mode,
-    own_path,
     particle_plate,
     reason,
     replay,
     sample_sites,
-    seeded,
     structure,
     trace,
 )
@@ -150,21 +147,20 @@ def predictive_check(
     rows = check_pair_and_data(model, guide, args)
     free = poutine.uncondition(model)
     replicated = {label: torch.empty(num_draws, rows) for label in statistics}
-    with torch.no_grad(), evaluation_mode(model, guide), own_path():
-        with pyro.validation_enabled(False), seeded(seed, *args):
-            sites = sample_sites(trace(model, args, {}))
-            name = _choose(site, [n for n, found in sites.items() if found["is_observed"]])
-            data = rows_first(sites[name])
-            observed = {label: _of(label, f, data) for label, f in statistics.items()}
-            shape = structure(model, guide, args, {})
-            for part, sizes in pieces(rows, num_draws, max_rows):
-                batch, start = take(args, part), 0
-                for size in sizes:
-                    drawn = _draw(free, guide, batch, shape, size, name)  # (size, n, *event)
-                    for label, f in statistics.items():
-                        flat = _of(label, f, drawn.flatten(0, 1)).reshape(size, -1)
-                        replicated[label][start : start + size, part] = flat.float()
-                    start += size
+    with evaluating(model, guide, args, seed):
+        sites = sample_sites(trace(model, args, {}))
+        name = _choose(site, [n for n, found in sites.items() if found["is_observed"]])
+        data = rows_first(sites[name])
+        observed = {label: _of(label, f, data) for label, f in statistics.items()}
+        shape = structure(model, guide, args, {})
+        for part, sizes in pieces(rows, num_draws, max_rows):
+            batch, start = take(args, part), 0
+            for size in sizes:
+                drawn = _draw(free, guide, batch, shape, size, name)  # (size, n, *event)
+                for label, f in statistics.items():
+                    flat = _of(label, f, drawn.flatten(0, 1)).reshape(size, -1)
+                    replicated[label][start : start + size, part] = flat.float()
+                start += size
     return PredictiveCheck(
         {label: values.double() for label, values in observed.items()},
         {label: values.double() for label, values in replicated.items()},

@@ -162,12 +162,9 @@ def _axes(middle: Tensor, half: Tensor, count: int) -> Tensor:
 
 def _points(axes: Tensor) -> Tensor:
     """All points of the grids, ``(G^D, N, D)``, the last axis fastest."""
-    N, D, G = axes.shape
-    if D == 1:
-        return axes.permute(2, 0, 1)
-    first = axes[:, 0].unsqueeze(-1).expand(N, G, G)
-    second = axes[:, 1].unsqueeze(-2).expand(N, G, G)
-    return torch.stack([first, second], -1).flatten(1, 2).transpose(0, 1)
+    _, D, G = axes.shape
+    index = torch.cartesian_prod(*[torch.arange(G, device=axes.device)] * D).reshape(-1, D)
+    return torch.stack([axes[:, d, index[:, d]] for d in range(D)], -1).transpose(0, 1)
 
 
 def _evaluate(joint: Joint, axes: Tensor, max_rows: int) -> Tensor:

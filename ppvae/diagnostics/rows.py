@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor, nn
 
 from ppvae.check.pair import PairError, check_batch, check_tensors, names
-from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site
+from ppvae.pairs import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Program,
+    Site,
+    evaluation_mode,
+    own_path,
+    seeded,
+)
 from ppvae.program import module_of
 from ppvae.weights import LogWeights
 
@@ -114,6 +124,21 @@ def pieces(rows: int, num_particles: int, max_rows: int) -> Iterator[tuple[slice
 
 
 # -- one run of a pair -------------------------------------------------------------------------
+
+
+@contextmanager
+def evaluating(
+    model: Program, guide: Program, args: Sequence[Any], seed: int | None
+) -> Iterator[None]:
+    """Run a pair that has been checked: no gradients, evaluation mode, draws with a seed."""
+    with (
+        torch.no_grad(),
+        evaluation_mode(model, guide),
+        own_path(),
+        pyro.validation_enabled(False),
+        seeded(seed, *args),
+    ):
+        yield
 
 
 def modules_of(*programs: Program) -> nn.ModuleList:

@@ -14,17 +14,14 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
 
-from ppvae.diagnostics.rows import count_rows, rows_first, standard_error, take
+from ppvae.diagnostics.rows import count_rows, evaluating, rows_first, standard_error, take
 from ppvae.elbo.standard import ELBO, closed_form_kl, dimension_rates
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
     Program,
     Site,
-    evaluation_mode,
-    own_path,
     sample_sites,
-    seeded,
     structure,
     trace,
 )
@@ -229,13 +226,7 @@ def aggregate(
     repeats = -(-num_draws // len(chosen))
     chosen = chosen.repeat_interleave(repeats)
     nesting = structure(model, guide, args, {}).nesting
-    with (
-        torch.no_grad(),
-        evaluation_mode(model, guide),
-        own_path(),
-        pyro.validation_enabled(False),
-        seeded(seed, *args),
-    ):
+    with evaluating(model, guide, args, seed):
         some = take(args, chosen)
         z = _draws(guide, some)
         if not z:
