@@ -229,17 +229,17 @@ def _export(
     dims: dict[str, list[str]] | None,
 ) -> Any:
     """All groups; ``numbers`` are columns of :class:`~ppvae.diagnostics.Evidence`, or nothing."""
-    observed, draws = weights.observed, weights.num_particles
+    observed = weights.observed
     latents = [n for n in traces["posterior"].nodes if n in weights.log_p and n not in observed]
     posterior, prior = (
-        _variables(traces[name], latents, dims, draws, only="latent")
+        _variables(traces[name], latents, dims, draws=True, only="latent")
         for name in ("posterior", "prior")
     )
     groups = {"posterior": posterior, "prior": prior}
     groups["observed_data"] = _variables(weights.model_trace, observed, dims)
     if "predictive" in traces:
-        groups["posterior_predictive"] = _variables(traces["predictive"], observed, dims, draws)
-        groups["prior_predictive"] = _variables(traces["prior"], observed, dims, draws)
+        for group, drawn in (("posterior", traces["predictive"]), ("prior", traces["prior"])):
+            groups[f"{group}_predictive"] = _variables(drawn, observed, dims, draws=True)
 
     def by_datapoint(values: Tensor, *labels: str) -> tuple[list[str], Any]:
         array = values.detach().cpu().numpy()
@@ -272,21 +272,14 @@ def _variables(
     drawn: Trace,
     wanted: Collection[str],
     dims: dict[str, list[str]] | None,
-    num_draws: int = 0,
+    draws: bool = False,
     only: str = "",
 ) -> Variables:
-    """The wanted sites as arrays.
-
-    Args:
-        drawn: the trace.
-        wanted: names of sites.
-        dims, only: as :func:`event_names` has them.
-        num_draws: with 0, there are no dims of chain and draw.
-    """
+    """The wanted sites as arrays, of draws with dims of chain and draw; see :func:`event_names`."""
     sites = {name: site for name, site in sample_sites(drawn).items() if name in wanted}
     events = {name: site["fn"].event_dim for name, site in sites.items()}
     labels = event_names(events, dims, only)
-    return {name: _variable(site, labels[name], num_draws > 0) for name, site in sites.items()}
+    return {name: _variable(site, labels[name], draws) for name, site in sites.items()}
 
 
 def _variable(site: Site, event: list[str], draws: bool) -> tuple[list[str], Any]:

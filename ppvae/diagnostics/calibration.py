@@ -24,6 +24,7 @@ from ppvae.diagnostics.rows import (
 )
 from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
 from ppvae.pairs import Program, replay, sample_sites, simulate
+from ppvae.plots import diagnostics as plots
 from ppvae.weights import log_weights, reduce_site
 
 if TYPE_CHECKING:
@@ -152,12 +153,10 @@ class Calibration:
         """The ECDFs of the ranks with their band, and the coverage of credible sets."""
         from matplotlib import pyplot as plt
 
-        from ppvae.plots import diagnostics as pictures
-
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-        pictures.sbc_ecdf(self.ranks, self.num_draws, self.band(), ax=left)
+        plots.sbc_ecdf(self.ranks, self.num_draws, self.band(), ax=left)
         levels = torch.arange(1, 50) / 50
-        pictures.coverage(levels, self.coverage(levels), self.num_simulations, ax=right)
+        plots.coverage(levels, self.coverage(levels), self.num_simulations, ax=right)
         return figure
 
 

@@ -27,6 +27,7 @@ from ppvae.pairs import (
     structure,
     trace,
 )
+from ppvae.plots import diagnostics as plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,14 +83,12 @@ class PredictiveCheck:
         """The distribution of every statistic, and its value for the data."""
         from matplotlib import pyplot as plt
 
-        from ppvae.plots import diagnostics as pictures
-
         count = len(self.observed)
         figure, axes = plt.subplots(
             1, count, figsize=(4.5 * count, 3.4), layout="constrained", squeeze=False
         )
         for ax, (name, value) in zip(axes[0], self.observed.items(), strict=True):
-            pictures.predictive_check(value, self.replicated[name], name, ax=ax)
+            plots.predictive_check(value, self.replicated[name], name, ax=ax)
         return figure
 
 
