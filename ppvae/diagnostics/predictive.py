@@ -18,15 +18,7 @@ from ppvae.diagnostics.rows import (
     rows_first,
     take,
 )
-from ppvae.pairs import (
-    Program,
-    particle_plate,
-    reason,
-    replay,
-    sample_sites,
-    structure,
-    trace,
-)
+from ppvae.pairs import Program, particle_plate, reason, replay, sample_sites, structure, trace
 from ppvae.plots import diagnostics as plots
 
 if TYPE_CHECKING:

@@ -13,15 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.check.pair import PairError, check_batch, check_tensors, names
-from ppvae.pairs import (
-    DATA_PLATE,
-    PARTICLE_PLATE,
-    Program,
-    Site,
-    evaluation_mode,
-    own_path,
-    seeded,
-)
+from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, evaluation_mode, own_path, seeded
 from ppvae.program import module_of
 from ppvae.weights import LogWeights
 

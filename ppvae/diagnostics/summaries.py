@@ -16,15 +16,7 @@ from torch.distributions import Independent
 
 from ppvae.diagnostics.rows import count_rows, evaluating, rows_first, standard_error, take
 from ppvae.elbo.standard import ELBO, closed_form_kl, dimension_rates
-from ppvae.pairs import (
-    DATA_PLATE,
-    PARTICLE_PLATE,
-    Program,
-    Site,
-    sample_sites,
-    structure,
-    trace,
-)
+from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, sample_sites, structure, trace
 from ppvae.weights import LogWeights, reduce_site
 
 _CLOSED = ELBO(kl="mixed")  # closed forms where they are valid, draws elsewhere

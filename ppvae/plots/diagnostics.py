@@ -189,10 +189,7 @@ def rate_distortion(points: Mapping[str, tuple[float, float]], ax: Axes | None =
 
 
 def sbc_ecdf(
-    ranks: Mapping[str, Values],
-    num_draws: int,
-    band: tuple[Any, Any, Any],
-    ax: Axes | None = None,
+    ranks: Mapping[str, Values], num_draws: int, band: tuple[Any, Any, Any], ax: Axes | None = None
 ) -> Axes:
     """Draw each ECDF of ranks less the uniform one, with the band that all of it should stay in.
 
@@ -240,10 +237,7 @@ def sbc_ecdf(
 
 
 def coverage(
-    levels: Values,
-    covered: Mapping[str, Values],
-    num_simulations: int,
-    ax: Axes | None = None,
+    levels: Values, covered: Mapping[str, Values], num_simulations: int, ax: Axes | None = None
 ) -> Axes:
     """Draw how often credible sets hold the true value against their level.
 

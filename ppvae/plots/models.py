@@ -57,11 +57,7 @@ def em_steps(
 
 
 def gaussian_components(
-    x: Values,
-    responsibilities: Values,
-    loc: Values,
-    covariance: Values,
-    ax: Axes | None = None,
+    x: Values, responsibilities: Values, loc: Values, covariance: Values, ax: Axes | None = None
 ) -> Axes:
     """Draw a mixture in the plane: points by their likeliest component, ellipses at 1 and 2 sd.
 
