@@ -36,12 +36,9 @@ from ppvae.terms import (
     Term,
     leftmost_plate,
     log_density,
-    reduce_site,
     term,
     unmasked,
 )
-
-__all__ = ["LogWeights", "log_weights", "reduce_site"]
 
 
 @dataclass(frozen=True)
