@@ -79,8 +79,7 @@ def all_callbacks(on_epoch_end: Any, callbacks: Any) -> list[Callback]:
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise TypeError(
-                f"callbacks takes ppvae.Callback objects, got {callback!r}; a function of (svi, "
-                "history) goes to on_epoch_end"
+                f"callbacks takes ppvae.Callback objects, got {callback!r}; functions: on_epoch_end"
             )
     return [*callbacks] if on_epoch_end is None else [_EpochEnd(on_epoch_end), *callbacks]
 

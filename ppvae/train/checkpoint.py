@@ -23,7 +23,7 @@ from torch import Tensor
 FORMAT = 1  # raised when an older ppvae could not read what is written
 MAGIC = "ppvae checkpoint"
 _NAME = re.compile(r"step-(\d{8,})\.pt")
-# What zipfile and torch.load raise at bytes that are not theirs, depending on where they differ.
+# What zipfile and torch.load raise for a damaged file; it depends on where the damage is.
 _DAMAGE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
 _DAMAGE += (OSError, EOFError, RuntimeError, ValueError, LookupError)
 
@@ -185,7 +185,7 @@ def checkpoints_for(
             f"{files.folder} holds the checkpoints of a run ({present[-1].name}), and this one "
             "would replace them: go on with it by resume=True, or give checkpoint= another folder"
         )
-    files.folder.mkdir(parents=True, exist_ok=True)  # if that fails, not after an epoch's work
+    files.folder.mkdir(parents=True, exist_ok=True)  # if it fails, then before any training
     return files
 
 
@@ -259,8 +259,7 @@ def plain(value: Any, where: str = "state") -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)([plain(item, f"{where}[{i}]") for i, item in enumerate(value)])
     raise TypeError(
-        f"a checkpoint holds tensors, numbers, strings, None, lists and dictionaries, and {where} "
-        f"is {type(value).__name__}: save what it is made of"
+        f"{where} is {type(value).__name__}; save tensors, numbers, strings, None, lists and dicts"
     )
 
 

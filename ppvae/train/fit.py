@@ -165,14 +165,14 @@ def fit(
         run.resume(resume)
     rows = run.progress.history.rows
     log(run.loggers, rows)  # a logger of a resumed run has all of it
-    disabled = None if progress and processes.rank == 0 else True  # None: unless in a terminal
+    disabled = None if progress and processes.rank == 0 else True  # None: shown in a terminal
     bar = tqdm(total=epochs, initial=len(rows), unit="epoch", disable=disabled)
     with bar, processes.joined(svi), interrupts(files is not None) as interrupt:
         return _train(run, bar, interrupt)
 
 
 def _train(run: Run, bar: Any, interrupt: Interrupt) -> History:
-    """The loop: epochs, until these are enough or patience, a callback or a signal ends it."""
+    """The loop: epoch after epoch, until there are enough, or something else ends the run."""
     svi, progress, files = run.svi, run.progress, run.files
     history = progress.history
     while not run.is_over():
@@ -196,16 +196,16 @@ def _train(run: Run, bar: Any, interrupt: Interrupt) -> History:
             if history.interrupted:
                 return history
     if progress.best_state is not None:
-        svi.objective.load_state_dict(progress.best_state, strict=False)  # the step count goes on
+        svi.objective.load_state_dict(progress.best_state, strict=False)  # not the step count
     return history
 
 
 def _epoch(run: Run, interrupt: Interrupt) -> bool:
-    """The steps of an epoch that are left; True: a signal has ended it, and all is saved."""
+    """Take the steps of an epoch that are left; True if a signal stopped it, and it is saved."""
     svi, progress, processes = run.svi, run.progress, run.processes
     after_step = overridden(run.callbacks, "on_step_end")
     every_steps = run.files.every_steps if run.files is not None else None
-    may_stop = run.files is not None and processes.size == 1  # several stop where they meet
+    may_stop = run.files is not None and processes.size == 1  # several must stop together
     progress.start_clock(svi)
     with closing(run.data.epoch(run.seed, svi.num_epochs + 1, progress.batch)) as batches:
         for batch, rows in batches:
@@ -229,7 +229,7 @@ def _epoch(run: Run, interrupt: Interrupt) -> bool:
 
 
 def _row(run: Run) -> dict[str, float]:
-    """What the history says of an epoch that has ended; validation is made for it."""
+    """The row of the history for an epoch that has just ended; it runs the validation."""
     svi, progress, processes = run.svi, run.progress, run.processes
     total, count = processes.sum(float(progress.total), float(progress.count))
     progress.read_clock(svi)  # float(total) has waited for the device

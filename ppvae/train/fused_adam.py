@@ -1,8 +1,8 @@
 """torch's fused Adam on the CPU, without what its step does for each tensor.
 
 At each step torch looks up the state of every tensor, puts it into new lists, and counts the steps
-of each tensor by an operation of its own; with sixty tensors this takes as long as the update. Here
-the lists are kept for as long as they hold the state's tensors, and a group has one count. Design,
+of each tensor by an operation of its own; for many small tensors most of the step is that. Here the
+lists are kept for as long as they hold the state's tensors, and a group has one count. Design,
 decision 36, has what it is worth.
 """
 
@@ -48,7 +48,7 @@ class Adam(optim.Adam):
             return self._hooked_step() if closure is None else self._hooked_step(closure)
         return self._step(closure)
 
-    step.hooked = True  # type: ignore[attr-defined]  # else torch would call the hooks, too
+    step.hooked = True  # type: ignore[attr-defined]  # it calls hooks itself, so torch need not add them
 
     def _step(self, closure: Any = None) -> Any:
         if closure is not None or not self._keep_lists():

@@ -1,4 +1,4 @@
-"""The one torch optimiser of a pair, from whatever the user gives."""
+"""The one torch optimiser of a pair, from what the user gives."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
         optim = _from_pyro(optim)
     if not callable(optim):
         raise TypeError(f"optim takes a torch.optim class, a factory or a PyroOptim, got {optim!r}")
-    made = functools.partial(optim)  # of a partial it is the same partial
+    made = functools.partial(optim)  # equal to ``optim``, if that is a partial already
     _check_first_order(made.func)
     if {"fused", "foreach"} & made.keywords.keys() or not _can_fuse(made.func, parameters):
         return optim(parameters)
@@ -46,8 +46,7 @@ def _check_first_order(factory: Any) -> None:
     closure = inspect.signature(getattr(factory, "step", lambda closure=None: None)).parameters
     if "closure" in closure and closure["closure"].default is inspect.Parameter.empty:
         raise TypeError(
-            f"{factory.__name__} evaluates the loss several times in a step, and a step of SVI is "
-            "one loss and one gradient; use torch.optim.Adam or another first-order optimiser"
+            f"{factory.__name__} evaluates the loss several times in a step, SVI once: use Adam"
         )
 
 
@@ -63,8 +62,7 @@ def _can_fuse(factory: Any, parameters: list[nn.Parameter]) -> bool:
 def _from_pyro(optim: pyro.optim.PyroOptim) -> Callable[..., torch.optim.Optimizer]:
     if isinstance(optim, pyro.optim.PyroLRScheduler):
         raise TypeError(
-            "a Pyro scheduler keeps one schedule per tensor: give SVI the torch optimiser class, "
-            "and the schedule to ppvae.fit(..., lr_scheduler=...)"
+            "a Pyro scheduler keeps one schedule per tensor: use ppvae.fit(..., lr_scheduler=...)"
         )
     if callable(optim.pt_optim_args) or optim.pt_clip_args:
         raise TypeError(

@@ -31,7 +31,7 @@ class Processes:
         self.fabric, self.size = fabric, size
         self.rank = distributed.get_rank() if size > 1 else 0
         self.precision = "32-true" if fabric is None else str(fabric.strategy.precision.precision)
-        # Whether this process has rows in the current step; if not, its gradient counts as zero.
+        # Whether this process has rows in the current step; if not, its gradient is taken as zero.
         self.contributes = True
 
     # -- gradients -------------------------------------------------------------------------------
@@ -174,6 +174,5 @@ def _check_fabric(fabric: Any, size: int) -> None:
         )
     if fabric.world_size != size:
         raise ValueError(
-            f"the Fabric is for {fabric.world_size} processes, and {size} run: call "
-            "fabric.launch() first, and fit(..., fabric=fabric) in each"
+            f"Fabric for {fabric.world_size} processes, and {size} run: call fabric.launch() first"
         )

@@ -1,4 +1,4 @@
-"""What ``fit`` refuses before its first step, besides what every batch is checked for."""
+"""What ``fit`` refuses before its first step, apart from the checks that every batch passes."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(f'device={device!r} is unknown: use "auto", "cpu" or "cuda:1"') from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device={str(device)!r} was asked for, but this PyTorch sees no CUDA device; use "
-            '"auto" or "cpu", or install a CUDA build of torch'
+            f"device={str(device)!r}, but this PyTorch sees no CUDA device: use 'cpu' or 'auto'"
         )
     return resolved
 
@@ -86,7 +85,7 @@ def before_fit(model: Any, data: Source, first: Batch) -> Callable[[], None] | N
     if ask is None:
         return None
     after_epoch: Callable[[], None] | None = ask(data.num_rows, *(data.whole() or first))
-    return after_epoch or (lambda: None)  # in every process, if in one
+    return after_epoch or (lambda: None)  # all processes meet to call it, so each has one
 
 
 def prepare(svi: SVI, batch: Batch) -> Checks:
@@ -118,7 +117,7 @@ def require_two_rows(svi: SVI, data: Source, batch: Batch) -> None:
     cure = "give more rows, or normalise by nn.LayerNorm"
     if rows > 1:
         works = next(b for b in itertools.count(size + 1) if rows % b != 1)
-        cure = f"use batch_size={works}" + (f", or {data.dropping}" if size > 1 else "")
+        cure = f"use batch_size={works}" + (f", or {data.how_to_drop}" if size > 1 else "")
     raise ValueError(
         f"{data.label} has {rows} rows, so batch_size={size} leaves one row for the last batch, "
         f"and the batch-norm layer {layer!r} cannot train on a single value per channel; {cure}"
@@ -146,13 +145,13 @@ def _layer_of_single_values(svi: SVI, batch: Batch) -> str | None:
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     if isinstance(svi.elbo, Estimator):
         K = svi.elbo.num_draws
-    else:  # Pyro's own draw one by one, unless told otherwise
+    else:  # Pyro's own estimators run particles one by one, unless they are told to vectorise
         K = svi.elbo.num_particles if svi.elbo.vectorize_particles else 1
     row = [tensor[:1] for tensor in batch]
     try:
         with unnoticed(svi.model, svi.guide), local_parameters(), pyro.validation_enabled(False):
             log_weights(svi.model, svi.guide, *row, num_particles=K)
-    except ValueError:  # a layer without running statistics, which has none to evaluate with
+    except ValueError:  # from a layer without running statistics, which needs two values
         if not found:
             raise
     finally:

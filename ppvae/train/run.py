@@ -61,13 +61,13 @@ class Progress:
             self.count += rows
 
     def start_clock(self, svi: SVI) -> None:
-        """Measure the current epoch from now on; what a resume has brought along counts, too."""
+        """Start to measure the current epoch, on top of what it took before a resume."""
         self.built_before = svi.build_seconds
         self._skipped_before = svi.num_skipped - self.skipped
         self._started = time.perf_counter() - svi.build_seconds - self.seconds
 
     def read_clock(self, svi: SVI) -> None:
-        """Set ``seconds``, those of compiling left out, and ``skipped``."""
+        """Set ``seconds``, without those of compiling, and ``skipped``."""
         self.seconds = time.perf_counter() - svi.build_seconds - self._started
         self.skipped = svi.num_skipped - self._skipped_before
 
@@ -105,7 +105,7 @@ class Run:
         return [c for c in self.callbacks if type(c).state_dict is not Callback.state_dict]
 
     def is_over(self) -> bool:
-        """Whether the run has come to its end; if it is by patience, the history is told."""
+        """Whether the run has come to its end; the end of patience is noted in the history."""
         history = self.progress.history
         if self.patience is not None and history.best_epoch is not None:
             since_best = history.rows[-1]["epoch"] - history.best_epoch
@@ -114,7 +114,7 @@ class Run:
         return stopped or len(history.rows) >= self.epochs
 
     def keep_best(self, valid_bound: float | None) -> bool:
-        """Whether the validation bound was never better; only after the warm-up of beta."""
+        """Note the best validation bound, after the warm-up of beta; True if this one is."""
         svi, progress = self.svi, self.progress
         warm_up = getattr(getattr(svi.elbo, "beta", None), "steps", 0)
         if valid_bound is None or svi.num_steps < warm_up:

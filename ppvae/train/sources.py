@@ -23,9 +23,9 @@ from ppvae.train.processes import Processes
 from ppvae.train.reader import read_ahead
 
 Batch = tuple[Tensor, ...]
-Counted = Generator[tuple[Batch, int], None, None]  # batches, and how many rows of each count
+CountedBatches = Generator[tuple[Batch, int], None, None]  # and how many rows of each count
 Device = torch.device | None
-Stored = tuple[Sequence[Tensor], str]  # tensors, and what else tells the data from others
+Stored = tuple[Sequence[Tensor], str]  # tensors, and in words what else makes up the data
 
 
 def source(
@@ -69,12 +69,12 @@ class Source(ABC):
         label, batch_size, device, processes: as :func:`source` has them.
 
     Attributes:
-        num_rows: rows of the data set, if known.
-        dropping: how to leave out a row, for messages.
+        num_rows: rows of the data set; None: not known.
+        how_to_drop: a row, for messages.
     """
 
     num_rows: int | None
-    dropping = "leave a row out"
+    how_to_drop = "leave a row out"
 
     def __init__(self, label: str, batch_size: int, device: Device, processes: Processes) -> None:
         self.label, self.batch_size = label, batch_size
@@ -83,16 +83,16 @@ class Source(ABC):
 
     # -- batches ---------------------------------------------------------------------------------
     @abstractmethod
-    def epoch(self, seed: int, epoch: int, skip: int = 0) -> Counted:
+    def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
         """This process's part of each batch of an epoch, and how many of its rows count.
 
-        Every process gets equally many batches. One that gets no row of a batch, because it is
-        too small to be shared, is given rows that it has had before, of which none counts.
+        Every process gets the same number of batches. If a batch is too small for all of them, a
+        process without a part of it gets other rows in its place, and the number is 0.
 
         Args:
             seed: the order of the rows is a function of (seed, epoch).
             epoch: 1, 2, ...
-            skip: leave out so many batches, which were used before a resume.
+            skip: how many batches to pass over: they were used before a resume.
         """
 
     @abstractmethod
@@ -106,6 +106,10 @@ class Source(ABC):
     def whole(self) -> Batch | None:
         """All rows in one batch, if they are in memory."""
         return None
+
+    def _shares(self, order: Tensor, skip: int = 0) -> list[Tensor]:
+        """This process's part of each batch of rows in this order; it may be empty."""
+        return [self.processes.share(index) for index in order.split(self.batch_size)[skip:]]
 
     # -- rows and checks -------------------------------------------------------------------------
     def single_row(self) -> tuple[int, int] | None:
@@ -136,7 +140,7 @@ class Source(ABC):
                 raise PairError(f"argument {label!r} in {self.label}: {error}") from error
 
     def check_processes(self) -> None:  # noqa: B027
-        """Raise if processes would see the same rows; those dealt out here differ."""
+        """Raise if the processes would train on the same rows; here each gets its own."""
 
     # -- for checkpoints -------------------------------------------------------------------------
     @abstractmethod
@@ -144,7 +148,7 @@ class Source(ABC):
         """A cheap fingerprint, to tell other data from these."""
 
     def state_dict(self, batch: int) -> dict[str, Any]:
-        """What is needed to go on after ``batch`` batches of an epoch, besides that number."""
+        """What is needed to go on after ``batch`` batches of an epoch, except that number."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
@@ -156,7 +160,7 @@ class Kept(Source):
 
     Args:
         draw: from the epoch to all rows as the model sees them; 0 for evaluation.
-        stored: the tensors as they are stored, and what else tells the data from others.
+        stored: the tensors as they are stored, and a text of what else makes up the data.
         *args: of :class:`Source`.
     """
 
@@ -166,23 +170,20 @@ class Kept(Source):
         super().__init__(*args)
         self._draw, self._stored, self.num_rows = draw, stored, len(stored[0][0])
 
-    def epoch(self, seed: int, epoch: int, skip: int = 0) -> Counted:
+    def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
         whole = self._draw(epoch)
         order = _shuffled(len(whole[0]), seed, epoch).to(whole[0].device)
-        for index in order.split(self.batch_size)[skip:]:
-            share = self.processes.share(index)
+        for share in self._shares(order, skip):
             yield _rows(whole, share if len(share) else order[:2]), len(share)
 
     def evaluation(self) -> Iterator[Batch]:
-        whole = self._draw(0)
-        for index in torch.arange(len(whole[0]), device=whole[0].device).split(self.batch_size):
-            share = self.processes.share(index)
-            if len(share):
-                yield _rows(whole, share)
+        whole = self.whole()
+        order = torch.arange(len(whole[0]), device=whole[0].device)
+        return (_rows(whole, share) for share in self._shares(order) if len(share))
 
     def first(self) -> Batch:
-        rows = max(self.batch_size, 2)  # one row could not show what differs by row
-        return tuple(tensor[:rows] for tensor in self._draw(0))
+        rows = max(self.batch_size, 2)  # a single row does not show what differs between rows
+        return tuple(tensor[:rows] for tensor in self.whole())
 
     def whole(self) -> Batch:
         return self._draw(0)
@@ -205,16 +206,15 @@ class Streamed(Source):
         super().__init__(*args)
         self._split, self.num_rows = split, len(split)
 
-    def epoch(self, seed: int, epoch: int, skip: int = 0) -> Counted:
+    def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
         order = _shuffled(self.num_rows, seed, epoch)
-        shares = [self.processes.share(index) for index in order.split(self.batch_size)[skip:]]
+        shares = self._shares(order, skip)
         parts = [share if len(share) else order[:2] for share in shares]
         with closing(self._read(parts, epoch)) as batches:
             yield from zip(batches, map(len, shares), strict=True)
 
     def evaluation(self) -> Iterator[Batch]:
-        order = torch.arange(self.num_rows).split(self.batch_size)
-        shares = [self.processes.share(index) for index in order]
+        shares = self._shares(torch.arange(self.num_rows))
         return self._read([share for share in shares if len(share)], 0)
 
     def first(self) -> Batch:
@@ -255,8 +255,8 @@ class Streamed(Source):
 class Loaded(Source):
     """A ``DataLoader``, which cuts and shuffles its batches itself.
 
-    To go on within an epoch it is started again with the random streams of the epoch's start, and
-    loads the batches again that were used; the last of them must be what it was.
+    To go on within an epoch, it is started again with the random streams of the start of the epoch,
+    and the batches that were used are loaded again; the last of them must be the same as then.
 
     Args:
         loader: a ``DataLoader``; it yields a tensor or a tuple of tensors.
@@ -264,24 +264,24 @@ class Loaded(Source):
         *args: of :class:`Source`; a loader has its own size of a batch.
     """
 
-    dropping = "leave a row out (drop_last=True)"
+    how_to_drop = "leave a row out (drop_last=True)"
 
     def __init__(self, loader: Any, saved: bool, *args: Any) -> None:
         super().__init__(*args)
         self._loader = loader
-        # Unless it puts single rows together itself, it does not tell how many there are.
+        # The number of rows is known only if the loader itself puts single rows together.
         takes_rows = loader.batch_size is not None and loader.collate_fn is default_collate
         self._counts_rows = takes_rows and hasattr(loader.sampler, "__len__")
         is_counted = self._counts_rows and hasattr(loader.dataset, "__len__")
         self.num_rows = len(loader.dataset) if is_counted else None
-        # Without workers, transforms draw from the streams that the particles are drawn from.
+        # Without workers, its transforms draw from the same random streams as the particles.
         self._keeps_streams = saved and loader.num_workers == 0
-        self._streams_at_start: dict[str, Any] | None = None  # of the epoch, its own generators too
-        self._streams_before_last: dict[str, Any] | None = None  # before the last batch
+        self._streams_at_start: dict[str, Any] | None = None  # of the epoch, and own generators
+        self._streams_before_last: dict[str, Any] | None = None  # before the last batch was loaded
         self._last_batch: Batch = ()
         self._last_checksum: int | None = None  # of the last batch, in a checkpoint
 
-    def epoch(self, seed: int, epoch: int, skip: int = 0) -> Counted:
+    def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
         for batch in self._load(epoch, skip):
             yield batch, len(batch[0])
 
@@ -301,7 +301,12 @@ class Loaded(Source):
         for sampler in (self._loader.sampler, self._loader.batch_sampler):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
-        batches = self._start_after(skip, epoch) if skip else self._start()
+        if skip:
+            batches = self._start_after(skip, epoch)
+        else:
+            generators = self._generator_states()
+            self._streams_at_start = {"streams": rng_state(), "generators": generators}
+            batches = iter(self._loader)
         while True:
             self._streams_before_last = rng_state() if self._keeps_streams else None
             loaded = next(batches, None)
@@ -313,13 +318,8 @@ class Loaded(Source):
             yield batch
         self._to_check = None  # all have been seen
 
-    def _start(self) -> Iterator[Any]:
-        generators = self._generator_states()
-        self._streams_at_start = {"streams": rng_state(), "generators": generators}
-        return iter(self._loader)
-
     def _start_after(self, skip: int, epoch: int) -> Iterator[Any]:
-        """Start the epoch again, and pass over batches; the random streams stay as they are now.
+        """Start the epoch again and pass over ``skip`` batches; leave the random streams as now.
 
         Raises:
             CheckpointError: the last of these batches is not what it was.
@@ -329,8 +329,8 @@ class Loaded(Source):
         set_rng_state(self._streams_at_start["streams"])
         self._set_generators(self._streams_at_start["generators"])
         batches = iter(self._loader)
-        for _ in range(skip - 1):  # transforms may draw something else in these, since no steps
-            next(batches, None)  # are taken between them; but the order of rows is right
+        for _ in range(skip - 1):  # only their order has to be right: what transforms draw differs,
+            next(batches, None)  # since no particles are drawn between them
         if self._streams_before_last is not None:
             set_rng_state(self._streams_before_last)
         batch = next(batches, None)
@@ -380,7 +380,7 @@ class Loaded(Source):
         return f"DataLoader, {rows} rows in batches of {self._loader.batch_size}"
 
     def state_dict(self, batch: int) -> dict[str, Any]:
-        inside = batch > 0  # an epoch
+        inside = batch > 0  # the epoch has begun
         return {  # the names are those of the file format
             "generators": self._generator_states(),
             "began": self._streams_at_start if inside else None,
@@ -429,18 +429,18 @@ def _are_tensors(values: Sequence[Any]) -> bool:
 def _placed(tensors: Iterable[Tensor], device: Device) -> Batch:
     if device is None:
         return tuple(tensors)
-    cuda = device.type == "cuda"  # copies to the CPU would not be waited for
+    cuda = device.type == "cuda"  # a non-blocking copy to the CPU may not have its values yet
     return tuple(tensor.to(device, non_blocking=cuda) for tensor in tensors)
 
 
 def _stored(split: Any) -> Stored:
-    """A split's tensors, and what else tells it from another."""
+    """A split's tensors, and in words what else makes it up."""
     tensors = [tensor for tensor in (split.values, split.y) if tensor is not None]
     return tensors, f", binarize={split.binarize!r}, seed={split.seed}"
 
 
 def _fingerprint(tensors: Sequence[Tensor], other: str) -> str:
-    """Sizes and types, what else there is, and a checksum of up to 64 rows."""
+    """Sizes, types, the other text, and a checksum of up to 64 rows."""
     shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors]
     checksum = 0
     for tensor in tensors:

@@ -88,7 +88,7 @@ class SVI(pyro.infer.SVI):
         _check_arguments(loss, clip_norm, compile)
         self.model, self.guide, self.elbo, self.clip_norm = model, guide, loss, clip_norm
         self.objective: nn.Module = loss(model, guide)
-        if not isinstance(loss, Estimator):  # Pyro's own module of a pair does not look for them
+        if not isinstance(loss, Estimator):  # Pyro's own objective misses modules of methods
             self.objective.owners = method_owners(model, guide)
         self.optim = optim
         self.optimizer: torch.optim.Optimizer | None = None
@@ -97,7 +97,7 @@ class SVI(pyro.infer.SVI):
         self.synchronize: Callable[[list[Tensor]], None] | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._compiled: Compiled | None = None
-        self._buffers: list[dict[str, Tensor | None]] = []  # by module: moving one replaces them
+        self._buffers: list[dict[str, Tensor | None]] = []  # of modules: a move replaces tensors
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
         self._reported = (0, 0)  # steps and skipped steps when check_finite was last called
 
@@ -142,7 +142,7 @@ class SVI(pyro.infer.SVI):
         random = torch.get_rng_state()
         buffers = [b for owned in self._buffers for b in owned.values() if b is not None]
         kept = [buffer.clone() for buffer in buffers]
-        # only what is optimised: gradients of other parameters are never set to zero
+        # not all of the pair: gradients that nobody sets to zero would add up in the norm
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             parameter.grad = None
@@ -150,7 +150,7 @@ class SVI(pyro.infer.SVI):
             loss = self._loss(args, kwargs)
         except (RuntimeError, ValueError) as error:
             loss = self._loss_of_failed_draw(error, random, args, kwargs)
-        total = loss  # all processes decide alike whether a step is finite
+        total = loss  # over the processes, which must agree on whether the step is finite
         if self.synchronize is not None:
             total = loss.clone()
             self.synchronize([*(_gradient(parameter) for parameter in parameters), total])
@@ -158,7 +158,7 @@ class SVI(pyro.infer.SVI):
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         if loss.is_cuda and all(group.get("fused") for group in optimizer.param_groups):
-            # nothing may wait for the device: there the optimiser itself withholds its update
+            # nothing here waits for the device: the optimiser looks there, and makes no update
             bad = ~torch.isfinite(total + norm)
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self._skipped += bad.long()
@@ -191,7 +191,7 @@ class SVI(pyro.infer.SVI):
         return loss.detach()
 
     def _compiled_loss(self, args: tuple, kwargs: dict) -> Tensor | None:
-        """The same by a graph; None where there is none."""
+        """The same by a compiled graph; None if there is none for these arguments."""
         if self._compiled is None:
             self._compiled = Compiled(self.objective, CompiledGradients, self.compile is True)
         with self.autocast():
@@ -207,20 +207,20 @@ class SVI(pyro.infer.SVI):
                 return norm
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients and all(gradient.is_cpu for gradient in gradients):
-            # get_total_norm takes as long again to sort them by device and to stack their norms
+            # get_total_norm takes twice as long: it sorts them by device and stacks their norms
             norms = [torch.linalg.vector_norm(gradient).item() for gradient in gradients]
             return torch.linalg.vector_norm(torch.tensor(norms, dtype=gradients[0].dtype))
         return nn.utils.get_total_norm(gradients)
 
     # -- a step as one CUDA graph ----------------------------------------------------------------
     def _replay(self, key: Any, args: tuple, kwargs: dict) -> Tensor:
-        """The step as a CUDA graph, which is captured after its first time."""
+        """The step as a CUDA graph; the first time it is run eagerly, and then captured."""
         assert self._compiled is not None
         replays = self._compiled.replays
         if key in replays:
             self._compiled.advance(key[0])
             return replays[key](args)
-        loss = self._step(args, kwargs)  # makes all that a step needs
+        loss = self._step(args, kwargs)  # capturing needs the optimiser's state to be there
         replays[key] = CudaGraph(lambda *args: self._step(args, kwargs), args)
         return loss
 
@@ -233,7 +233,7 @@ class SVI(pyro.infer.SVI):
             return None
         if not all(group.get("fused") and "capturable" in group for group in groups):
             return None
-        if not isinstance(groups[0]["lr"], Tensor):  # what changes is read from the device
+        if not isinstance(groups[0]["lr"], Tensor):  # a graph reads what changes from the device
             self._skipped = torch.as_tensor(self._skipped, device=first.device)
             for group in groups:
                 group["capturable"] = True
@@ -270,7 +270,7 @@ class SVI(pyro.infer.SVI):
     def _loss_of_failed_draw(
         self, error: Exception, random: Tensor, args: tuple, kwargs: dict
     ) -> Tensor:
-        """NaN, where a sampler was given NaN and raised; any other error is raised again."""
+        """NaN, if a sampler raised because it was given NaN; any other error is raised again."""
         parameter = next(self.objective.parameters())
         if isinstance(error, NotCompiled) or parameter.is_cuda:  # on the CPU the site can be named
             raise error
@@ -304,7 +304,7 @@ class SVI(pyro.infer.SVI):
             "(SVI(skip_nonfinite=True))"
         )
 
-    # -- besides ---------------------------------------------------------------------------------
+    # -- evaluation and state --------------------------------------------------------------------
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss on a batch, without a step."""
         with torch.no_grad(), local_parameters():
@@ -315,8 +315,7 @@ class SVI(pyro.infer.SVI):
         """Parameters, buffers, the step count and the optimiser's state; no pickled code."""
         optimizer = self.optimizer.state_dict() if self.optimizer is not None else None
         objective = self.objective.state_dict()
-        counts = {"num_steps": self.num_steps, "num_epochs": self.num_epochs}
-        counts["num_skipped"] = self.num_skipped
+        counts = {k: getattr(self, k) for k in ("num_steps", "num_epochs", "num_skipped")}
         return {"objective": objective, "optimizer": optimizer, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
