@@ -200,8 +200,7 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: it is absent.
         CheckpointError: it is damaged, not a checkpoint, or of a newer ppvae.
     """
-    state: dict[str, Any] = _content(path)["state"]
-    return state
+    return _content(path)["state"]
 
 
 def _number(path: Path) -> float:

@@ -97,8 +97,7 @@ class Processes:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.fabric.device)
         distributed.all_reduce(total)
-        summed: list[float] = total.tolist()
-        return summed
+        return total.tolist()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any
 
 import torch
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 AHEAD = 3  # results that are made before they are asked for
 
 
-def read_ahead(
-    read: Callable[[Item], Result], items: Iterable[Item]
-) -> Generator[Result, None, None]:
+def read_ahead(read: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any, None, None]:
     """Yield ``read(item)`` for each item, computed ahead of time by one thread.
 
     What is raised there is raised here. Closing the generator ends the thread.
@@ -27,7 +23,7 @@ def read_ahead(
     """
     num_threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(1, thread_name_prefix="ppvae reader")
-    ready: deque[Future[Result]] = deque()
+    ready: deque[Future[Any]] = deque()
     try:
         pool.submit(_use_one_thread).result()
         torch.set_num_threads(num_threads)  # unchanged here, but threads started later follow it

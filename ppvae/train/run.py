@@ -217,8 +217,7 @@ class Run:
         with torch.no_grad():
             for name, saved in own["buffers"].items():
                 buffers[name].copy_(saved)
-        device = progress.total.device
-        weight = own["kl_weight"]
+        device, weight = progress.total.device, own["kl_weight"]
         if weight is not None:
             state_of(svi).weight = weight.to(device) if torch.is_tensor(weight) else weight
         if self.scheduler is not None:

@@ -238,8 +238,7 @@ class Streamed(Source):
         def present(rows: Any, part: Tensor) -> Batch:
             values, y = (None if t is None else _placed([t], self.device)[0] for t in rows)
             # an epoch has each row once, so the first row tells its batches apart
-            batch: Batch = self._split.present(values, y, epoch, int(part[0]))
-            return batch
+            return self._split.present(values, y, epoch, int(part[0]))
 
         with closing(read_ahead(read, parts)) as ahead:
             for part, rows in zip(parts, ahead, strict=True):

@@ -44,7 +44,7 @@ class SVI(pyro.infer.SVI):
             batch), over what the optimiser holds; None for no clipping.
         compile: trace loss and gradient into one graph and compile it, at the first step with
             arguments of a shape; needs a C++ compiler on the CPU. ``True`` raises where that is
-            not possible, ``"auto"`` says why once and runs eagerly. See :mod:`ppvae.compiled`.
+            not possible, ``"auto"`` says why once and runs eagerly. See :mod:`ppvae.compile`.
         skip_nonfinite: go on, without an update, after a step whose loss or gradient is not
             finite, and count it; by default it raises.
 
@@ -158,7 +158,7 @@ class SVI(pyro.infer.SVI):
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         if loss.is_cuda and all(group.get("fused") for group in optimizer.param_groups):
-            # nothing here waits for the device: the optimiser looks there, and makes no update
+            # nothing waits for the device: the optimiser reads found_inf there, and does nothing
             bad = ~torch.isfinite(total + norm)
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self._skipped += bad.long()
@@ -203,8 +203,7 @@ class SVI(pyro.infer.SVI):
         if graph is not None and self.synchronize is None:
             own = graph.parameters
             if len(own) == len(parameters) and all(map(operator.is_, own, parameters)):
-                norm: Tensor = graph.norm
-                return norm
+                return graph.norm
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients and all(gradient.is_cpu for gradient in gradients):
             # get_total_norm takes twice as long: it sorts them by device and stacks their norms
@@ -308,8 +307,7 @@ class SVI(pyro.infer.SVI):
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss on a batch, without a step."""
         with torch.no_grad(), local_parameters():
-            loss: float = self.objective(*args, **kwargs).item()
-        return loss
+            return self.objective(*args, **kwargs).item()
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, buffers, the step count and the optimiser's state; no pickled code."""
