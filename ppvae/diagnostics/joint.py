@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ppvae.check.behaviour import same_support, support_of
 from ppvae.diagnostics.rows import check_data, rows_per_piece, take
 from ppvae.enumeration import sum_out, total
+from ppvae.latents import check_latents
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
@@ -40,7 +41,6 @@ from ppvae.pairs import (
     unnoticed,
 )
 from ppvae.terms import Letters, NoInverse, Term, log_density, masked, term, unmasked
-from ppvae.weights import check_latents
 
 
 @dataclass(frozen=True)
