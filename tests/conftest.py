@@ -1,5 +1,6 @@
 """What every test shares: a clean slate, one seed, the markers, and shards of a long run."""
 
+import gc
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from hypothesis import settings
 os.environ["MPLBACKEND"] = "Agg"  # no windows
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
 torch.set_num_threads(1)
+gc.disable()  # until all is imported, which is most of what there is to look through
 # A kernel's first call is slow, and a random draw must not decide whether `make test` passes.
 settings.register_profile("ppvae", deadline=None, derandomize=True)
 settings.load_profile("ppvae")
@@ -45,6 +47,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and tests stay to the end: never look through them again
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

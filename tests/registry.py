@@ -359,6 +359,23 @@ def all_estimators() -> dict[str, Estimator]:
 ALL_ESTIMATORS: dict[str, Estimator] = all_estimators()
 
 
+def one_of_each() -> set[str]:
+    """The estimators that `make test` has where all are too slow: each gradient, each argument."""
+    found: dict[Any, str] = {}
+    for label, estimator in ALL_ESTIMATORS.items():
+        name, *arguments, gradient = (
+            type(estimator).__name__,
+            *label.split("-")[1:-1],
+            estimator.gradient,
+        )
+        found.setdefault((name, "gradient", gradient), label)
+        found.setdefault((name, *arguments), label)
+    return set(found.values())
+
+
+ONE_OF_EACH: set[str] = one_of_each()
+
+
 def cross() -> Iterator[Any]:
     """All pairs with all estimators; beyond a cross of both, marked slow."""
     pairs = {"vae_bernoulli", "vae_vamp_prior"}
