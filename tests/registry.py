@@ -378,10 +378,11 @@ ONE_OF_EACH: set[str] = one_of_each()
 
 def cross() -> Iterator[Any]:
     """All pairs with all estimators; beyond a cross of both, marked slow."""
-    pairs = {"vae_bernoulli", "vae_vamp_prior"}
+    pairs = {"vae_bernoulli": ALL_ESTIMATORS, "vae_vamp_prior": ONE_OF_EACH}
     labels = {"ELBO-pathwise", "IWELBO-dreg", "ReweightedWakeSleep-reweighted"}
     for pair, (label, estimator) in itertools.product(ALL_PAIRS, ALL_ESTIMATORS.items()):
         if estimator.sign < 0 and pair == "tutorial":
             continue  # one module holds both programs: which parameters are the guide's?
-        marks = [] if pair in pairs or label in labels else [pytest.mark.slow]
+        fast = label in labels or label in pairs.get(pair, ())
+        marks = [] if fast else [pytest.mark.slow]
         yield pytest.param(pair, estimator, id=f"{label}-{pair}", marks=marks)
