@@ -37,8 +37,8 @@ demo: $(VENV)/.installed ## train a conditional VAE on real digits; pictures and
 test: $(VENV)/.installed ## the fast tests and every docstring example
 	$(PY) -m pytest -q -m "not slow and not cuda"
 
-test-slow: $(VENV)/.installed ## only the slow tests
-	$(PY) -m pytest -q -m "slow and not cuda"
+test-slow: $(VENV)/.installed ## only the slow tests; SHARD=1/8 for the first eighth of them
+	$(PY) -m pytest -q -m "slow and not cuda" $(if $(SHARD),--shard $(SHARD))
 
 test-all: $(VENV)/.installed ## all tests; those that need a GPU are skipped where there is none
 	$(PY) -m pytest -q

@@ -87,18 +87,19 @@ def same(states):
 # -- one training in two processes -------------------------------------------------------------
 
 
-def two_hundred_steps(fabric):
+def many_steps(fabric, epochs):
     svi = vae(elbo.IWELBO(num_particles=3), batch_norm=True)
     if fabric.global_rank == 1:
         with torch.no_grad():
             next(svi.model.parameters()).add_(1.0)  # rank 0's are taken
-    history = fit(svi, valid=X[:21], epochs=50, fabric=fabric)
+    history = fit(svi, valid=X[:21], epochs=epochs, fabric=fabric)
     return everyone(fabric, (copies(svi), numbers(history), svi.num_steps))
 
 
-def test_ranks_stay_identical():
-    (state, rows, steps), other = launch(two_hundred_steps)
-    assert steps == other[2] == 200
+@pytest.mark.parametrize("epochs", [10, pytest.param(50, marks=SLOWLY)])
+def test_ranks_stay_identical(epochs):
+    (state, rows, steps), other = launch(many_steps, epochs)
+    assert steps == other[2] == 4 * epochs
     assert same([state, other[0]])
     assert rows == other[1]
 

@@ -99,12 +99,12 @@ class TestLinearGaussian:
     def test_fifty_particles(self) -> None:
         """K = 50: dreg, pathwise, score and vimco have one expectation."""
         model = LinearModel(1, 3)
-        x = model.draw(2).repeat(20, 1)
+        x = model.draw(2).repeat(50, 1)
         found = {}
         for gradient in elbo.IWELBO.gradients:
             guide = LinearGuide(model, scale=1.5, path=gradient in ("pathwise", "dreg"))
             objective = elbo.IWELBO(50, gradient)(model, guide)
-            found[gradient] = gradients(lambda o=objective: o(x), trainable(guide), 100, 20)
+            found[gradient] = gradients(lambda o=objective: o(x), trainable(guide), 40, 50)
         for gradient, grads in found.items():
             # an unpaired difference of two means, each with its own standard error
             assert_mean(grads - found["dreg"].flip(0), 0.0, gradient)

@@ -182,7 +182,8 @@ def test_flows_reach_the_evidence_of_a_correlated_posterior(layers):
     model, x = correlated()
     transforms = FLOWS[layers](3, 2, hidden=[8])
     guide = guides.Amortized(posteriors.Flow(nn.Linear(2, 8), transforms, 3, context_dim=2))
-    train(model, guide, x, steps=600, lr=0.02)
+    # splines have more to learn: after 600 steps their gap is 0.015 to 0.025, by the start
+    train(model, guide, x, *((1800, 0.03) if layers == "spline" else (600, 0.02)))
     result = log_evidence(model, guide, x, num_particles=4000, seed=0)
     gap = model.log_evidence(x) - result.elbo
     # at the evidence, up to training; the diagonal's gap is above 0.1

@@ -493,6 +493,7 @@ def test_an_example_evaluates_without_distortion(example):
 
 
 @pytest.mark.filterwarnings("ignore::ppvae.metrics.UnusedClusterWarning")  # 4 epochs are few
+@pytest.mark.slow
 def test_the_example(example, tmp_path, capsys):
     import json
 
