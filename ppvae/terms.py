@@ -197,9 +197,9 @@ def _inside(support: Any, value: Tensor) -> Tensor:
         inner = inner.base_constraint
     if inner is constraints.real:
         return value.new_zeros(())
-    if inner is constraints.one_hot:
+    if inner is constraints.one_hot or isinstance(inner, constraints.multinomial):
         first = torch.arange(value.shape[-1], device=value.device) == 0
-        return first.to(value.dtype)
+        return first.to(value.dtype) * getattr(inner, "upper_bound", 1)
     if support.is_discrete:
         lowest = getattr(inner, "lower_bound", 0 if inner is constraints.boolean else None)
         return value if lowest is None else torch.as_tensor(lowest).to(value)
