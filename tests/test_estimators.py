@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -558,38 +557,6 @@ def test_a_weight_on_an_inseparable_kl_is_refused() -> None:
     with pytest.raises(ValueError, match="the KL cannot be weighed"):
         elbo.ELBO(beta=4.0)(model, guide)(X)
     assert elbo.ELBO(beta=4.0)(ClusterModel(), guide)(X).isfinite()
-
-
-@pytest.mark.parametrize("place", ["program", "distribution", "in Independent"])
-def test_the_closed_form_where_model_and_guide_are_masked_differently(place: str) -> None:
-    """Of log q - log p each is masked by its own mask: KL, cross-entropy, -entropy or 0."""
-    of_p, of_q = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
-    loc, sd = torch.randn(4, 2), torch.tensor([0.6, 1.4])
-
-    def draw(fn: Any, mask: Tensor) -> None:
-        if place == "program":
-            with pyro.poutine.mask(mask=mask):
-                pyro.sample("z", fn.to_event(1))
-        elif place == "distribution":
-            pyro.sample("z", fn.to_event(1).mask(mask))
-        else:
-            pyro.sample("z", fn.mask(mask.unsqueeze(-1)).to_event(1))
-
-    def model(x: Tensor) -> None:
-        with data_plate(x):
-            draw(dist.Normal(x.new_zeros(4, 2), 1.0), of_p)
-            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
-
-    def guide(x: Tensor) -> None:
-        with data_plate(x):
-            draw(dist.Normal(loc, sd), of_q)
-
-    weights = ppvae.log_weights(model, guide, X)
-    _, rates = elbo.ELBO(kl="analytic").terms(weights)
-    cross = 0.5 * (loc.square() + sd.square() + math.log(2 * math.pi)).sum(-1)
-    entropy = (0.5 + 0.5 * math.log(2 * math.pi) + sd.log()).sum()
-    expected = torch.where(of_p, cross, 0.0) - torch.where(of_q, entropy, 0.0)
-    torch.testing.assert_close(rates["z"], expected.unsqueeze(0))
 
 
 # ---------------------------------------------------------------------- the weight on the KL

@@ -494,30 +494,6 @@ def test_what_is_known_of_a_model_is_known_beside_one_guide() -> None:
         assert ppvae.log_weights(model, guide, x).kl_valid() == valid
 
 
-@pytest.mark.parametrize("K", [1, 3])
-def test_a_latent_that_was_given_before_is_summed_out_when_it_is_not(K: int) -> None:
-    """Nothing in the arguments tells the two calls apart."""
-    labels = {"c": torch.tensor([0.0, 1.0, 1.0])}
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            how = {"enumerate": "parallel"}
-            c = pyro.sample("c", dist.Bernoulli(0.3), obs=labels.get("c"), infer=how)
-            pyro.sample("x", dist.Normal(3 * c, 1.0), obs=x)
-
-    def nothing(x: Tensor) -> None:
-        pass
-
-    x = torch.tensor([-1.0, 0.5, 2.0])
-    joint = torch.stack([dist.Bernoulli(0.3).log_prob(c) + dist.Normal(3 * c, 1.0).log_prob(x)
-                         for c in torch.tensor([0.0, 1.0])])  # fmt: skip
-    found = ppvae.log_weights(model, nothing, x, num_particles=K).log_w
-    given = joint.gather(0, labels.pop("c").long().unsqueeze(0))
-    torch.testing.assert_close(found, given.expand(K, 3))
-    found = ppvae.log_weights(model, nothing, x, num_particles=K).log_w
-    torch.testing.assert_close(found, joint.logsumexp(0).expand(K, 3))
-
-
 # ------------------------------------------------------------------------------ simulated data
 
 
