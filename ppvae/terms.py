@@ -214,11 +214,11 @@ def _inside(support: Any, value: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ plates
 
 
-def reduce_site(site: Site, values: Tensor, leftmost: int, joint: bool = False) -> Tensor:
-    """Mask values of a site's batch shape, and sum them over its inner plates.
+def sum_plates(site: Site, values: Tensor, leftmost: int, joint: bool = False) -> Tensor:
+    """Sum values of a site's batch shape over its inner plates.
 
     Args:
-        site: gives the mask and the plates.
+        site: gives the plates.
         values: of the site's batch shape; dims left of ``leftmost`` are kept.
         leftmost: the leftmost plate dim of the pair (negative, or 0 without plates).
         joint: sum the data plate too.
@@ -226,11 +226,6 @@ def reduce_site(site: Site, values: Tensor, leftmost: int, joint: bool = False) 
     Returns:
         ``(..., K or 1, N or 1)``.
     """
-    return sum_plates(site, masked(values, site["mask"]), leftmost, joint)
-
-
-def sum_plates(site: Site, values: Tensor, leftmost: int, joint: bool) -> Tensor:
-    """:func:`reduce_site` without the mask."""
     data_dim, particle_dim = _dims(site, joint)
     if values.dim() < -leftmost:
         values = values.reshape((1,) * (-leftmost - values.dim()) + values.shape)

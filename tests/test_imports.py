@@ -13,16 +13,17 @@ import ppvae
 
 PACKAGE = Path(ppvae.__file__).parent
 DENSITIES = {"distributions", "conditionals"}
-PAIR = {"program", "pairs", "terms", "enumeration", "weights"}
+PAIR = {"program", "pairs", "latents", "terms", "enumeration", "weights"}
 # A part may import itself and these, in functions and for types too. "ppvae", the top-level
 # package, is for nobody: its names come from everywhere.
 MAY_IMPORT: dict[str, set[str]] = {
     # what a pair is
     "program": set(),
     "pairs": {"program"},
+    "latents": {"pairs"},
     "terms": {"pairs"},
     "enumeration": {"terms"},
-    "weights": {"pairs", "terms", "enumeration"},
+    "weights": {"pairs", "latents", "terms", "enumeration"},
     "local": PAIR,
     "chain": {"pairs"},
     # what programs are made of

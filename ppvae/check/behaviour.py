@@ -24,6 +24,7 @@ from ppvae.pairs import (
     Kwargs,
     Leaves,
     Program,
+    reason,
     sample_sites,
     seeded,
 )
@@ -217,8 +218,7 @@ def particle_faults(
     try:
         many = log_weights(model, guide, *args, num_particles=K, joint=weights.joint, **kwargs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = str(error).partition("\nTrace Shapes:")[0]
-        return [f"the pair runs with one particle but not with {K}: {reason}. {_FOLD}"]
+        return [f"the pair runs with one particle but not with {K}: {reason(error)}. {_FOLD}"]
     if weights.enumerated:
         return None
     faults: dict[tuple[str, str], None] = {}

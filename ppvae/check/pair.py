@@ -36,7 +36,7 @@ from ppvae.check.sites import (
     plate_faults,
     weight_faults,
 )
-from ppvae.pairs import Site, sample_sites, unnoticed
+from ppvae.pairs import Site, reason, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.weights import log_weights
 
@@ -71,12 +71,12 @@ class PairReport:
         return iter(self.row_checks)
 
     def __repr__(self) -> str:
-        usable = [name for name, reason in self.gradients.items() if not reason]
+        usable = [name for name, why in self.gradients.items() if not why]
         lines = ["The pair fits together.", *(f"  + {line}" for line in self.holds)]
         lines.append(f"  + gradients of ppvae.elbo: {', '.join(usable)}")
-        for reason in dict.fromkeys(filter(None, self.gradients.values())):
-            refused = [name for name, why in self.gradients.items() if why == reason]
-            lines.append(f"  - not {', '.join(refused)}: {reason}")
+        for why in dict.fromkeys(filter(None, self.gradients.values())):
+            refused = [name for name, other in self.gradients.items() if other == why]
+            lines.append(f"  - not {', '.join(refused)}: {why}")
         return "\n".join([*lines, *(f"  ? {note}" for note in self.notes)])
 
 
@@ -307,9 +307,8 @@ def _run(
     try:
         return poutine.trace(program).get_trace(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        reason = str(error).partition("\nTrace Shapes:")[0]  # which Pyro appends
         if isinstance(error, PairError):
-            raise PairError(reason) from error
+            raise PairError(reason(error)) from error
         seen = ", ".join(
             f"{name}: {arg.dtype} {tuple(arg.shape)}"
             if isinstance(arg, Tensor)
@@ -317,7 +316,8 @@ def _run(
             for name, arg in [*zip(names(program, args), args, strict=True), *kwargs.items()]
         )
         raise PairError(
-            f"the {role} ({type(program).__name__}) fails when called with ({seen}): {reason}"
+            f"the {role} ({type(program).__name__}) fails when called with ({seen}): "
+            f"{reason(error)}"
         ) from error
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ppvae.distributions import WordCounts
+from ppvae.latents import check_auxiliary, check_latents
 from ppvae.pairs import DATA_PLATE, Site
-from ppvae.weights import LogWeights, check_auxiliary, check_latents
+from ppvae.weights import LogWeights
 
 
 def latent_faults(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> list[str]:

@@ -44,11 +44,11 @@ def khat(log_w: Tensor) -> Tensor:
     if tail < MIN_TAIL:
         return torch.full((log_w.shape[1],), math.nan, dtype=torch.float64)
     high, low = log_w.amax(0), log_w.amin(0)
-    # Of an infinite range, rounding says nothing.
+    # With a weight of zero, range and rounding error are infinite, and nothing is constant.
     rounding = 64 * torch.finfo(log_w.dtype).eps * torch.maximum(high.abs(), low.abs()).clamp(min=1)
     constant = ((high - low <= rounding) & low.isfinite()).cpu()
     undefined = ~high.isfinite().cpu()
-    # Only the tail leaves the device; ascending, the first is the threshold.
+    # Only the tail leaves the device. In ascending order, its first value is the threshold.
     largest = log_w.T.topk(tail + 1, dim=1).values.flip(1).double().cpu()
     largest = largest - largest[:, -1:]
     threshold = largest[:, :1].clamp(min=math.log(torch.finfo(torch.float64).tiny))
