@@ -422,6 +422,36 @@ def test_training_and_evaluation_mode(traced):
     assert len(traced) == 2
 
 
+def test_a_step_in_evaluation_mode_is_no_step_of_a_schedule(traced):
+    """A state counts losses in training mode, by a graph as without one."""
+
+    def between(step, svi):
+        svi.objective.train(step != 1)
+
+    beta = elbo.LinearWarmup(4)
+    svi = assert_compiled_is_eager(plain, [(X,)] * 4, elbo.ELBO(beta=beta), between)
+    assert svi.objective.step == 3 and svi.num_steps == 4
+
+
+def test_a_precision_that_is_switched_is_seen(traced):
+    def between(step, svi):
+        switched = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+        svi.autocast = switched if step in (1, 2) else contextlib.nullcontext
+
+    assert_compiled_is_eager(plain, [(X,)] * 4, between=between)
+    assert len(traced) == 2
+
+
+def test_a_softplus_that_is_used_twice_is_kept(traced):
+    def body(self, x):
+        with pyro.plate("data", len(x)):
+            h = nn.functional.softplus(self.net(standard(x)))
+            pyro.factor("size", -h.sum(-1))
+            observe(x, h)
+
+    assert_compiled_is_eager(lambda: torch.manual_seed(0) and with_model(body), [(X,)] * 2)
+
+
 def test_freezing_in_the_middle(traced):
     def between(step, svi):
         svi.model.requires_grad_(not 2 <= step < 4)
@@ -995,7 +1025,7 @@ def test_the_kink_of_a_relu_is_no_fault_of_a_graph(monkeypatch, factor, taken):
     assert all(torch.equal(before[k], v) for k, v in tensors(svi.objective).items())
 
 
-@pytest.mark.parametrize("compile", [True, "auto"])
+@pytest.mark.parametrize("compile", [False, True, "auto"])
 def test_a_network_that_no_program_owns(traced, compile):
     net = nn.Linear(Z, D)
 

@@ -457,6 +457,33 @@ def test_enumeration_equals_trace_enum_at_the_same_draws(where: str, direct: boo
     assert grads[0].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("in_guide", [False, True])
+def test_data_beside_those_of_an_enumerated_latent_count(in_guide: bool) -> None:
+    """v depends on z alone, so it stands outside the sum over c; TraceEnum at the same draws."""
+    half, one = torch.tensor(0.5, requires_grad=True), torch.tensor([0.3, -0.4])
+
+    def model(x: Tensor, v: Tensor) -> None:
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            summed = {"enumerate": "parallel"}
+            c = pyro.sample("c", dist.Bernoulli(half), infer=summed)
+            pyro.sample("x", dist.Normal(z + 3 * c, 1.0), obs=x)
+            pyro.sample("v", dist.Normal(2 * z, 1.0), obs=v)
+
+    def guide(x: Tensor, v: Tensor) -> None:
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(v / 3 + one[0], 0.7))
+            if in_guide:
+                c = dist.Bernoulli(logits=x + one[1])
+                pyro.sample("c", c, infer={"enumerate": "parallel"})
+
+    losses = []
+    for estimator in (TraceEnum_ELBO(max_plate_nesting=1), elbo.ELBO()):
+        torch.manual_seed(1)
+        losses.append(estimator.differentiable_loss(model, guide, X, X.flip(0)))
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+
+
 def exact_parts(model: ClusterModel, guide: ClusterGuide) -> tuple[Tensor, Tensor]:
     """E log p(x | z, c) and KL(q(c) q(z) || p) of each row, z by quadrature; differentiable."""
     points, mass = oracles.hermite(60)

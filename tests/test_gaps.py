@@ -16,6 +16,7 @@ from ppvae import conditionals, diagnostics, guides, models, nets, plots, poster
 from ppvae.check.pair import PairError
 from ppvae.local import Indexed
 from ppvae.program import data_plate
+from ppvae.weights import log_weights
 
 
 class Correlated(LinearModel):
@@ -81,6 +82,45 @@ def test_gaps_equal_their_closed_form(float64):
     assert "Monte Carlo" in repr(found) and "own family" in repr(found)
     table = found.table()
     assert table.loc["total gap", "mean"] == pytest.approx(found.total.mean().item())
+
+
+def test_standard_errors_by_their_formulas(float64):
+    """Over datapoints sd / sqrt N; each difference has the errors of its own two terms."""
+    draw = torch.Generator().manual_seed(0)
+    log_p, bound, best = torch.randn(3, 9, generator=draw)
+    log_p_se, bound_se, best_se = torch.rand(3, 9, generator=draw)
+    found = diagnostics.Gaps(
+        log_p, log_p_se, None, None, bound, bound_se, {"own": best}, {"own": best_se}, "exact"
+    )
+    torch.testing.assert_close(found.approximation_se, torch.hypot(log_p_se, best_se))
+    torch.testing.assert_close(found.amortisation_se, torch.hypot(bound_se, best_se))
+    table = found.table()
+    for name, values, variance in (
+        ("log p(x)", log_p, log_p_se**2),
+        ("total gap", log_p - bound, log_p_se**2 + bound_se**2),
+        ("approximation gap", log_p - best, log_p_se**2 + best_se**2),
+        ("amortisation gap", best - bound, bound_se**2 + best_se**2),
+    ):
+        row = table.loc[name]
+        assert row["mean"] == pytest.approx(values.mean().item())
+        assert row["se"] == pytest.approx(values.std().item() / 3)
+        assert row["mc_se"] == pytest.approx(variance.sum().sqrt().item() / 9)
+
+
+def test_the_bound_of_a_pair_with_dropout_is_that_of_evaluation(float64):
+    torch.manual_seed(0)
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 12, dropout=0.9)), latent_dim=2)
+    guide = guides.Normal(nets.mlp(12, 8, 4, dropout=0.9))
+    x = torch.bernoulli(torch.full((4, 12), 0.5))
+    found = diagnostics.gaps(
+        model, guide, x, log_evidence=torch.zeros(4), num_particles=500, steps=1, seed=0
+    )
+    assert model.training and guide.training
+    model.eval(), guide.eval()
+    with torch.no_grad():
+        log_w = log_weights(model, guide, x, num_particles=20_000).log_w
+    se = torch.hypot(found.elbo_se, log_w.std(0) / math.sqrt(20_000))
+    assert ((found.elbo - log_w.mean(0)).abs() < 4.5 * se).all()
 
 
 @pytest.mark.parametrize("rows", [2, pytest.param(6, marks=pytest.mark.slow)])

@@ -415,6 +415,15 @@ def test_dreg_and_pathwise_give_the_model_the_same_gradient() -> None:
         torch.testing.assert_close(*grads)
 
 
+def test_a_schedule_stays_at_its_end_from_its_last_step_on() -> None:
+    cycles = elbo.CyclicalWarmup(period=4, cycles=2, rising=0.5, start=0.2, end=0.8)
+    expected = [0.2, 0.5, 0.8, 0.8] * 2 + [0.8, 0.8]
+    assert [cycles(step) for step in range(10)] == pytest.approx(expected)
+    assert cycles.steps == 8
+    warmup = elbo.LinearWarmup(steps=2, start=1.0, end=3.0)
+    assert [warmup(step) for step in range(4)] == [1.0, 2.0, 3.0, 3.0]
+
+
 def test_a_schedule_follows_the_steps_everywhere() -> None:
     import pyro
 

@@ -224,6 +224,30 @@ def test_log_q_of_a_draw_equals_log_q_of_its_value(layers, dtype):
     assert all(grad.isfinite().all() for grad in grads)
 
 
+class AsContext(nn.Module):
+    """x as the context of a flow whose location is 0 and whose scale is 1."""
+
+    def forward(self, x):
+        return torch.cat([torch.zeros(*x.shape[:-1], 2 * 3), x], -1)
+
+
+@flows
+def test_the_layers_of_a_flow_see_the_datapoint(layers):
+    flow = posteriors.Flow(AsContext(), FLOWS[layers](3, 4, hidden=[8]), 3, context_dim=4)
+    x, noise = torch.randn(2, 4), torch.randn(1, 3).expand(2, 3)
+    z = functools.reduce(lambda z, layer: layer(z), flow(x).transforms, noise)
+    assert (z[0] - z[1]).abs().max() > 0.01
+
+
+@flows
+def test_a_flow_that_has_drawn_knows_the_density_of_other_values(layers):
+    flow = posteriors.Flow(nn.Linear(4, 11), FLOWS[layers](4, 3, hidden=[8]), 4, context_dim=3)
+    x = torch.randn(5, 4)
+    q = flow(x)
+    other = q.rsample() + 0.3
+    torch.testing.assert_close(q.log_prob(other), flow(x).log_prob(other), rtol=1e-4, atol=1e-4)
+
+
 @flows
 def test_a_draw_and_its_density_invert_nothing(layers, monkeypatch):
     flow = posteriors.Flow(nn.Linear(4, 11), FLOWS[layers](4, 3), 4, context_dim=3)
@@ -263,6 +287,18 @@ def test_importing_zuko_leaves_validation_on():
     assert torch.distributions.Distribution._validate_args
     with pytest.raises(ValueError, match="Expected parameter scale"):
         dist.Normal(0.0, -1.0)
+
+
+def test_the_first_import_of_zuko_leaves_validation_on(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "zuko"]:
+        monkeypatch.delitem(sys.modules, name)
+    base = torch.distributions.Distribution
+    before = base._validate_args, base.arg_constraints
+    try:
+        posteriors.spline(2, 2)
+        assert "zuko" in sys.modules and (base._validate_args, base.arg_constraints) == before
+    finally:
+        base._validate_args, base.arg_constraints = before
 
 
 def test_without_zuko(monkeypatch):
@@ -405,6 +441,17 @@ def test_rows_are_optimised_each_for_itself():
         tables.append(local.table.rows.detach())
     same = (tables[0] == tables[1]).all(1)
     assert same.tolist() == [True, True, True, False, True, True]
+
+
+def test_a_guide_with_parameters_by_row_leaves_their_start_alone():
+    model, x = vae()
+    start = torch.randn(6, 4)
+    kept = start.clone()
+    guide = guides.PerDatapoint(conditionals.Normal(nn.Identity()), start)
+    svi = ppvae.SVI(Indexed(model), guide, functools.partial(torch.optim.Adam, lr=0.1))
+    svi.step(x, torch.arange(6))
+    assert torch.equal(start, kept)
+    assert not torch.equal(guide.posterior(torch.arange(6)).mean, kept[:, :2])
 
 
 def test_local_keeps_the_family_and_leaves_the_guide_alone():
@@ -669,6 +716,19 @@ def test_an_autoguide_weighs_as_the_same_normal_does():
         pyro.set_rng_seed(1)
         values.append(ppvae.log_weights(model, g, x[rows], rows, num_particles=5).log_w)
     torch.testing.assert_close(*values)
+
+
+def test_a_batch_of_an_autoguide_is_a_plain_batch():
+    """Its rows are a subsample to Pyro, whose factor N / B must not reach a term."""
+    model, guide, x, index = auto()
+    weights = ppvae.log_weights(model, guide, x[:4], index[:4])
+    assert weights.scale == 1.0 and not weights.site_scales
+    losses = []
+    for rows in (index, *index.split(4)):
+        torch.manual_seed(1)
+        losses.append(elbo.ELBO(400).loss(model, guide, x[rows], rows))
+    # of 20 rows: the sum over batches is the loss of all, with a standard error below 1
+    assert sum(losses[1:]) == pytest.approx(losses[0], abs=5.0)
 
 
 def test_an_autoguide_trains_in_stock_pyro():

@@ -1,5 +1,6 @@
 """Reference posteriors: HMC, Metropolis, NUTS, annealing and quadrature against exact answers."""
 
+import dataclasses
 import functools
 import math
 import sys
@@ -545,6 +546,58 @@ def test_annealing_from_both_sides_is_exact(float64, start, rows):
     upper = diagnostics.reverse_ais(model, guide, x, draws=draws, **options)
     assert upper.side == "upper" and "if these are exact" in upper.note
     assert_within(upper, exact)
+
+
+def given(draws):
+    """Draws of the posterior of some rows, as a chain without a fault would make them."""
+    N = draws.shape[2]
+    ones, zeros = torch.ones(N), torch.zeros(N, dtype=torch.long)
+    return diagnostics.PosteriorDraws(
+        {"z": draws}, draws, draws.sum(-1), ones, ones * 1e4, ones, zeros, ones, zeros, "exact", 0.0
+    )
+
+
+@pytest.fixture
+def far_apart(float64, monkeypatch):
+    """A pair, rows whose posteriors lie far apart, exact draws of them; and no transitions.
+
+    Each row then needs draws of its own.
+    """
+    monkeypatch.setattr(sys.modules["ppvae.diagnostics.annealing"], "REFRESH", 0)
+    model = LinearModel(2, 4, sigma=0.2)
+    x = 10 * model.draw(4)
+    A, a, S = model.posterior()
+    noise = torch.randn(2, 8, 4, 2) @ torch.linalg.cholesky(S).T
+    return model, LinearGuide(model, scale=1.1), x, given(x @ A.T + a + noise)
+
+
+def test_reverse_annealing_takes_the_draws_of_its_own_rows(far_apart):
+    model, guide, x, draws = far_apart
+    options = {"num_temperatures": 3, "num_chains": 8, "seed": 2, "draws": draws}
+    exact = model.log_evidence(x).detach()
+    for max_rows in (16, 10**6):  # two rows, all at once
+        found = diagnostics.reverse_ais(model, guide, x, max_rows=max_rows, **options)
+        assert ((found.log_evidence - exact).abs() < 1.0).all(), max_rows
+
+
+def test_reverse_annealing_from_chains_that_have_not_converged_is_nan(far_apart):
+    model, guide, x, draws = far_apart
+    rhat = torch.ones(4)
+    rhat[[1, 3]] = 2.0
+    draws = dataclasses.replace(draws, rhat=rhat)
+    assert (~draws.converged).nonzero().flatten().tolist() == [1, 3]
+    found = diagnostics.reverse_ais(
+        model, guide, x, draws=draws, num_temperatures=2, num_chains=4, seed=2
+    )
+    for values in (found.log_evidence, found.log_evidence_se, found.ess):
+        assert values.isnan().nonzero().flatten().tolist() == [1, 3]
+
+
+def test_bdmc_starts_each_row_at_its_own_latents(far_apart):
+    model, guide, x, _ = far_apart
+    both = diagnostics.bdmc(model, guide, x, num_temperatures=3, num_chains=8, max_rows=16, seed=4)
+    exact = model.log_evidence(both.args[0]).detach()
+    assert ((both.upper.log_evidence - exact).abs() < 5.0).all()
 
 
 @pytest.mark.parametrize("rows", [2, pytest.param(6, marks=pytest.mark.slow)])
