@@ -187,10 +187,10 @@ def _filled(value: Tensor, mask: Tensor, fn: Any) -> Tensor:
     """A value with a point of the support where the mask hides it."""
     for _ in range(fn.event_dim):
         mask = mask.unsqueeze(-1)
-    return torch.where(mask, value, _inside(fn.support, value))
+    return torch.where(mask, value, _point_of(fn.support, value))
 
 
-def _inside(support: Any, value: Tensor) -> Tensor:
+def _point_of(support: Any, value: Tensor) -> Tensor:
     """A point of a support, of a value's shape; the value where none is known."""
     inner = support
     while isinstance(inner, constraints.independent):
