@@ -143,7 +143,9 @@ class TestEveryPlot:
         assert box.y1 <= whole.y1
 
     @pytest.mark.parametrize(
-        "kinds", [("numpy", "gradient"), pytest.param(("lists", "list"), marks=pytest.mark.slow)]
+        "kinds",
+        [("numpy", "gradient"), pytest.param(("lists", "list"), marks=pytest.mark.slow)],
+        ids=", ".join,
     )
     def test_same_picture_from_numpy_lists_and_gradients(self, name, kinds):
         args, options = CALLS[name]
