@@ -874,7 +874,12 @@ def test_settings_are_as_before(traced):
 
 
 @pytest.mark.parametrize(
-    "name", ["batch_norm_and_dropout", "recurrent", "automatic_guide", "inverse_autoregressive"]
+    "name",
+    [
+        "batch_norm_and_dropout",
+        "inverse_autoregressive",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("recurrent", "automatic_guide")),
+    ],
 )
 def test_modules_can_be_copied_and_evaluated_afterwards(traced, name):
     make, loss = PROGRAMS[name]

@@ -128,9 +128,9 @@ PRIORS = {
 NOT_CONDITIONALS = {"Conditional"}
 
 
-def _variants(table):
+def _variants(table, marks=()):
     return [
-        pytest.param(*variant, id=f"{name}-{i}")
+        pytest.param(*variant, id=f"{name}-{i}", marks=marks)
         for name, variants in table.items()
         for i, variant in enumerate(variants)
     ]
@@ -225,7 +225,7 @@ def test_modules_convert_to_float64(make, draw, event):
 @pytest.mark.parametrize(
     ("make", "draw", "event"),  # one of each, and a convolutional one
     _variants({name: variants[:1] for name, variants in (LIKELIHOODS | PRIORS).items()})
-    + _variants({"image": LIKELIHOODS["Bernoulli"][2:]}),
+    + _variants({"image": LIKELIHOODS["Bernoulli"][2:]}, marks=pytest.mark.slow),
 )
 def test_log_prob_and_gradient_trace_with_symbolic_shapes(make, draw, event):
     conditional = make()

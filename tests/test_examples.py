@@ -361,7 +361,12 @@ def test_posterior_diagnostics(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("mixture", [], ("scikit-learn's EM", "gradient ascent", "posterior after 2 EM steps")),
+        pytest.param(
+            "mixture",
+            [],
+            ("scikit-learn's EM", "gradient ascent", "posterior after 2 EM steps"),
+            marks=SLOWLY,
+        ),
         ("autoencoder", [], ("beta-VAE", "the encoder", "the same sigma^2 beta")),
         pytest.param(
             "constrained",

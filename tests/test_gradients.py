@@ -30,8 +30,17 @@ def check(estimator: elbo.Estimator, model, guide, x: Tensor, exact: Tensor) -> 
 
 @pytest.mark.usefixtures("float64")
 class TestLinearGaussian:
-    @pytest.mark.parametrize("latent_dim", [1, 2, 10])
-    @pytest.mark.parametrize("K", [1, 3])
+    @pytest.mark.parametrize(
+        ("latent_dim", "K"),
+        [
+            (1, 3),
+            (2, 1),
+            *(
+                pytest.param(*case, marks=pytest.mark.slow)
+                for case in [(1, 1), (2, 3), (10, 1), (10, 3)]
+            ),
+        ],
+    )
     @pytest.mark.parametrize(
         ("gradient", "kl"),
         [("pathwise", "sampled"), ("pathwise", "mixed"), ("stl", "sampled"), ("score", "sampled")],
@@ -147,7 +156,7 @@ class TestTwoLevels:
         exact = oracles.two_level_elbo(model, guide, self.x)
         check(elbo.ELBO(2, gradient), model, guide, self.x, exact)
 
-    @pytest.mark.parametrize("bottom_up", [True, False])
+    @pytest.mark.parametrize("bottom_up", [True, pytest.param(False, marks=pytest.mark.slow)])
     @pytest.mark.parametrize(
         "estimator",
         [

@@ -142,7 +142,12 @@ class TestEveryPlot:
         assert box.x1 <= whole.x1
         assert box.y1 <= whole.y1
 
-    def test_same_picture_from_numpy_lists_and_gradients(self, name):
+    @pytest.mark.parametrize(
+        "kinds",
+        [("numpy", "gradient"), pytest.param(("lists", "list"), marks=pytest.mark.slow)],
+        ids=", ".join,
+    )
+    def test_same_picture_from_numpy_lists_and_gradients(self, name, kinds):
         args, options = CALLS[name]
 
         def render(convert):
@@ -157,8 +162,14 @@ class TestEveryPlot:
             return a.clone().requires_grad_() if a.is_floating_point() else a
 
         expected = render(lambda a: a)
-        for convert in (torch.Tensor.numpy, torch.Tensor.tolist, list, with_gradient):
-            np.testing.assert_array_equal(render(convert), expected)
+        to = {
+            "numpy": torch.Tensor.numpy,
+            "gradient": with_gradient,
+            "lists": torch.Tensor.tolist,
+            "list": list,
+        }
+        for kind in kinds:
+            np.testing.assert_array_equal(render(to[kind]), expected)
 
     def test_leaves_arguments_and_rcparams_alone(self, name, ax):
         args, options = CALLS[name]
