@@ -92,6 +92,13 @@ def test_deep_copies(name):
 
 
 @pytest.mark.usefixtures("float64")
+def test_a_guide_with_a_condition_asks_for_y():
+    guide = guides.Normal(nets.mlp(4 + 3, 8, 2 * 2), condition=nets.OneHot(3))
+    assert guide(torch.zeros(5, 4), torch.arange(5) % 3).shape == (5, 2)
+    with pytest.raises(ValueError, match="given a condition, so call it with x and y"):
+        guide(torch.zeros(5, 4))
+
+
 def test_normals_are_made_of_their_outputs():
     outputs = torch.randn(5, 9)
     q = posteriors.FullNormal(nn.Identity(), dim=3)(outputs)
