@@ -127,6 +127,20 @@ def deterministic(fabric, batch_size):
     return everyone(fabric, (copies(svi), numbers(history)))
 
 
+def test_no_two_of_many_processes_draw_alike():
+    drawn, seeds = [], []
+    for rank in range(4):
+        processes = Processes()
+        processes.rank = rank
+        torch.manual_seed(5)
+        processes.own_draws()
+        drawn.append(torch.rand(()).item())
+        seeds.append(processes.own_seed(5))
+    torch.manual_seed(5)
+    assert len(set(drawn)) == len(set(seeds)) == 4
+    assert (drawn[0], seeds[0]) == (torch.rand(()).item(), 5)
+
+
 @pytest.mark.parametrize(("processes", "batch_size"), [(2, 7), pytest.param(3, 16, marks=SLOWLY)])
 def test_processes_compute_the_gradient_of_the_joint_batch(processes, batch_size):
     one = quiet()
