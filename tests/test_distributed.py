@@ -213,6 +213,20 @@ def test_buffers_are_averaged_at_the_end_of_an_epoch():
     assert any("running_mean" in name and value.abs().max() > 0 for name, value in first.items())
 
 
+def known_buffers(fabric):
+    module = torch.nn.Module()
+    processes = Processes(fabric)
+    module.register_buffer("real", torch.tensor([1.0, 3.0 * processes.rank]))
+    module.register_buffer("whole", torch.tensor([7 + processes.rank]))
+    processes.average_buffers(module)
+    return everyone(fabric, dict(module.named_buffers()))
+
+
+def test_buffers_are_the_mean_and_whole_numbers_the_first():
+    expected = {"real": torch.tensor([1.0, 1.5]), "whole": torch.tensor([7])}
+    assert same([*launch(known_buffers), expected])
+
+
 # -- data loaders ------------------------------------------------------------------------------
 
 

@@ -124,6 +124,8 @@ def test_normals_are_made_of_their_outputs():
     ],
 )
 def test_heads_say_how_many_outputs_they_take(head, width, match):
+    with pytest.raises(ValueError, match="cannot split"):
+        head(nn.Identity())(torch.zeros(5, 0))
     with pytest.raises(ValueError, match=match):
         head(nn.Linear(4, width))(torch.zeros(5, 4))
     model, x = vae()
