@@ -604,8 +604,9 @@ def test_foreign_and_newer_files(tmp_path):
     torch.save(vae().model, path)  # code: weights_only refuses it
     with pytest.raises(CheckpointError, match="no checkpoint at all"):
         read(path)
-    torch.save({"ppvae": ppvae.train.checkpoint.MAGIC, "format": 99, "state": {}}, path)
-    with pytest.raises(CheckpointError, match=r"has format 99, .* update ppvae"):
+    newer = ppvae.train.checkpoint.FORMAT + 1
+    torch.save({"ppvae": ppvae.train.checkpoint.MAGIC, "format": newer, "state": {}}, path)
+    with pytest.raises(CheckpointError, match=rf"has format {newer}, .* update ppvae"):
         read(path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*step-00000002\.pt"):
         read(tmp_path / "step-00000002.pt")

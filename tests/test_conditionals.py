@@ -265,7 +265,10 @@ def test_normal_predicted_scale_is_exp_of_log_sigma():
     expected = stats.norm(loc.numpy(), raw.exp().numpy()).logpdf(z.numpy()).sum(-1)
     torch.testing.assert_close(conditional(x).log_prob(z).detach(), torch.tensor(expected))
     conditional.positive = nn.functional.softplus
-    torch.testing.assert_close(conditional(x).stddev, nn.functional.softplus(raw))
+    scale = nn.functional.softplus(raw)
+    torch.testing.assert_close(conditional(x).stddev, scale)
+    expected = stats.norm(loc.numpy(), scale.numpy()).logpdf(z.numpy()).sum(-1)
+    torch.testing.assert_close(conditional(x).log_prob(z).detach(), torch.tensor(expected))
 
 
 def test_normal_splits_images_on_channels():
@@ -409,6 +412,14 @@ def test_vamp_prior_calls_the_shared_encoder_once():
     prior().expand((K, N)).log_prob(torch.randn(K, N, Z))
     assert calls == [(6, D)]
     assert prior.posterior is posterior
+
+
+def test_vamp_prior_starts_at_rows_at_random():
+    data = torch.rand(40, D).clamp(0.05, 0.95)
+    chosen = [conditionals.VampPrior(_posterior(), 6, D, data=data).pseudo_inputs for _ in range(2)]
+    rows = [sorted((data == u).all(1).nonzero().item() for u in of_one) for of_one in chosen]
+    assert all(len(set(found)) == 6 for found in rows)
+    assert rows[0] != rows[1] and list(range(6)) not in rows
 
 
 def test_vamp_prior_from_binary_data_still_trains():

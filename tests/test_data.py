@@ -129,6 +129,10 @@ def test_splits_are_stratified_and_seeded():
         counts = split.y.bincount(minlength=3) / len(split)
         assert (counts - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 0.03
         assert torch.equal(split.y, torch.from_numpy(labels)[split.x[:, 0].long()])
+    for seed in range(5):  # a stretch begins and ends within a row of each class
+        for rows in split_rows(1000, 100, 200, seed, labels):
+            counts = np.bincount(labels[rows], minlength=3)
+            assert (np.abs(counts - len(rows) * np.array([0.6, 0.3, 0.1])) <= 2).all()
     again = data.from_arrays(np.arange(1000.0)[:, None], labels, valid=100, test=0.2)
     other = data.from_arrays(np.arange(1000.0)[:, None], labels, valid=100, test=0.2, seed=1)
     assert torch.equal(mine.train.x, again.train.x)
@@ -211,6 +215,9 @@ def test_quadrants_are_where_they_should_be():
         x, y = data.quadrants(whole, missing).test.args
         assert y[0].tolist() == expected
         assert x[0].tolist() == [v for v in (1, 2, 3, 4) if v not in expected]
+    wide = data.from_arrays(torch.arange(12.0).reshape(2, 6).expand(9, 1, 2, 6))
+    x, y = data.quadrants(wide, 2).test.args
+    assert (x[0].tolist(), y[0].tolist()) == ([3, 4, 5, 9, 10, 11], [0, 1, 2, 6, 7, 8])
 
 
 def test_bad_quadrants(digits):

@@ -127,6 +127,20 @@ def deterministic(fabric, batch_size):
     return everyone(fabric, (copies(svi), numbers(history)))
 
 
+def test_no_two_of_many_processes_draw_alike():
+    drawn, seeds = [], []
+    for rank in range(4):
+        processes = Processes()
+        processes.rank = rank
+        torch.manual_seed(5)
+        processes.own_draws()
+        drawn.append(torch.rand(()).item())
+        seeds.append(processes.own_seed(5))
+    torch.manual_seed(5)
+    assert len(set(drawn)) == len(set(seeds)) == 4
+    assert (drawn[0], seeds[0]) == (torch.rand(()).item(), 5)
+
+
 @pytest.mark.parametrize(("processes", "batch_size"), [(2, 7), pytest.param(3, 16, marks=SLOWLY)])
 def test_processes_compute_the_gradient_of_the_joint_batch(processes, batch_size):
     one = quiet()
@@ -197,6 +211,20 @@ def test_buffers_are_averaged_at_the_end_of_an_epoch():
     assert {"state.log_multiplier"} <= set(first)
     assert {int(v) for k, v in first.items() if k.endswith("num_batches_tracked")} == {4}
     assert any("running_mean" in name and value.abs().max() > 0 for name, value in first.items())
+
+
+def known_buffers(fabric):
+    module = torch.nn.Module()
+    processes = Processes(fabric)
+    module.register_buffer("real", torch.tensor([1.0, 3.0 * processes.rank]))
+    module.register_buffer("whole", torch.tensor([7 + processes.rank]))
+    processes.average_buffers(module)
+    return everyone(fabric, dict(module.named_buffers()))
+
+
+def test_buffers_are_the_mean_and_whole_numbers_the_first():
+    expected = {"real": torch.tensor([1.0, 1.5]), "whole": torch.tensor([7])}
+    assert same([*launch(known_buffers), expected])
 
 
 # -- data loaders ------------------------------------------------------------------------------

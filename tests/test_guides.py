@@ -92,6 +92,13 @@ def test_deep_copies(name):
 
 
 @pytest.mark.usefixtures("float64")
+def test_a_guide_with_a_condition_asks_for_y():
+    guide = guides.Normal(nets.mlp(4 + 3, 8, 2 * 2), condition=nets.OneHot(3))
+    assert guide(torch.zeros(5, 4), torch.arange(5) % 3).shape == (5, 2)
+    with pytest.raises(ValueError, match="given a condition, so call it with x and y"):
+        guide(torch.zeros(5, 4))
+
+
 def test_normals_are_made_of_their_outputs():
     outputs = torch.randn(5, 9)
     q = posteriors.FullNormal(nn.Identity(), dim=3)(outputs)
@@ -117,6 +124,8 @@ def test_normals_are_made_of_their_outputs():
     ],
 )
 def test_heads_say_how_many_outputs_they_take(head, width, match):
+    with pytest.raises(ValueError, match="cannot split"):
+        head(nn.Identity())(torch.zeros(5, 0))
     with pytest.raises(ValueError, match=match):
         head(nn.Linear(4, width))(torch.zeros(5, 4))
     model, x = vae()
@@ -198,14 +207,9 @@ def test_flows_reach_the_evidence_of_a_correlated_posterior(layers):
 def test_a_flow_has_the_density_of_its_map(layers):
     flow = posteriors.Flow(nn.Linear(4, 9), FLOWS[layers](3, 3, hidden=[8]), 3, context_dim=3)
     x, noise = torch.randn(1, 4), torch.randn(3)
-    q = flow(x)
-
-    def draw(noise):
-        return functools.reduce(lambda z, layer: layer(z), q.transforms, noise[None])[0]
-
-    jacobian = torch.autograd.functional.jacobian(draw, noise)
-    expected = dist.Normal(0.0, 1.0).log_prob(noise).sum() - jacobian.det().abs().log()
-    z = draw(noise)[None].detach()
+    slopes = jacobian(flow, x, noise)
+    expected = dist.Normal(0.0, 1.0).log_prob(noise).sum() - slopes.det().abs().log()
+    z = functools.reduce(lambda z, layer: layer(z), flow(x).transforms, noise[None]).detach()
     torch.testing.assert_close(flow(x).log_prob(z)[0], expected, rtol=1e-8, atol=1e-8)
 
 
@@ -227,16 +231,75 @@ def test_log_q_of_a_draw_equals_log_q_of_its_value(layers, dtype):
 class AsContext(nn.Module):
     """x as the context of a flow whose location is 0 and whose scale is 1."""
 
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
     def forward(self, x):
-        return torch.cat([torch.zeros(*x.shape[:-1], 2 * 3), x], -1)
+        return torch.cat([torch.zeros(*x.shape[:-1], self.size), x], -1)
 
 
 @flows
 def test_the_layers_of_a_flow_see_the_datapoint(layers):
-    flow = posteriors.Flow(AsContext(), FLOWS[layers](3, 4, hidden=[8]), 3, context_dim=4)
+    flow = posteriors.Flow(AsContext(6), FLOWS[layers](3, 4, hidden=[8]), 3, context_dim=4)
     x, noise = torch.randn(2, 4), torch.randn(1, 3).expand(2, 3)
     z = functools.reduce(lambda z, layer: layer(z), flow(x).transforms, noise)
     assert (z[0] - z[1]).abs().max() > 0.01
+
+
+def jacobian(flow, x, noise):
+    """Of a draw in its noise, ``(Z, Z)``."""
+    transforms = flow(x).transforms
+
+    def draw(noise):
+        return functools.reduce(lambda z, layer: layer(z), transforms, noise[None])[0]
+
+    return torch.autograd.functional.jacobian(draw, noise)
+
+
+@flows
+def test_location_and_scale_come_after_the_layers(layers):
+    class Given(nn.Module):
+        loc, raw = torch.zeros(3), torch.zeros(3)
+
+        def forward(self, x):
+            return torch.cat([self.loc.expand(5, 3), self.raw.expand(5, 3), x], -1)
+
+    net = Given()
+    flow = posteriors.Flow(net, FLOWS[layers](3, 4, hidden=[8]), 3, context_dim=4)
+    x, noise = torch.randn(5, 4), torch.randn(5, 3)
+    plain = functools.reduce(lambda z, layer: layer(z), flow(x).transforms, noise)
+    net.loc, net.raw = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.3, -0.4, 0.0])
+    moved = functools.reduce(lambda z, layer: layer(z), flow(x).transforms, noise)
+    torch.testing.assert_close(moved, net.loc + net.raw.exp() * plain)
+
+
+def test_two_layers_bend_every_dimension():
+    """The second has the other order, or the other half."""
+    x, noise = torch.randn(1, 4), torch.randn(4)
+    one, two = (
+        jacobian(posteriors.Flow(AsContext(8), layers, 4, context_dim=4), x, noise)
+        for layers in (posteriors.iaf(4, 4, 1, [16]), posteriors.iaf(4, 4, 2, [16]))
+    )
+    assert (one.triu(1) == 0).all() and (one.tril(-1) != 0).any()
+    assert (two.triu(1) != 0).any() and (two.tril(-1) != 0).any()
+    one, two = (
+        jacobian(posteriors.Flow(AsContext(8), layers, 4, context_dim=4), x, noise)
+        for layers in (posteriors.coupling(4, 4, 1, [16]), posteriors.coupling(4, 4, 2, [16]))
+    )
+    still = torch.eye(4)
+    assert torch.equal(one[:2], still[:2]) and not torch.equal(one[2:], still[2:])
+    assert not any(torch.equal(row, other) for row in two for other in still)
+    three, one = (len(list(posteriors.spline(4, 4, n).parameters())) for n in (3, 1))
+    assert three == 3 * one
+
+
+@pytest.mark.usefixtures("float64")
+def test_an_autoregressive_flow_weighs_values_in_its_own_precision():
+    """Pyro inverts from zeros of the default precision."""
+    flow = posteriors.Flow(nn.Linear(4, 9), posteriors.iaf(3, 3, hidden=[8]), 3, 3).float()
+    x, z = torch.randn(5, 4).float(), torch.randn(5, 3).float()
+    assert flow(x).log_prob(z).dtype == torch.float32
 
 
 @flows
