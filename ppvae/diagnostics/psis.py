@@ -24,9 +24,8 @@ def khat(log_w: Tensor) -> Tensor:
     Returns:
         ``(N,)``, float64, on the CPU. NaN for K <= 20 (a tail of four points cannot be fitted) and
         where a weight is NaN or infinite, or all are zero; 0 where the weights are constant up to
-        rounding (an exact guide: there is no tail; they never differ by more than half a nat, and
-        by a tenth only if log w is 10^5 or more in float32); infinite where fewer than five weights of the
-        tail differ from its threshold.
+        rounding (an exact guide: there is no tail), which is never more than half a nat; infinite
+        where fewer than five weights of the tail differ from its threshold.
 
     Source: Vehtari, Simpson, Gelman, Yao & Gabry, Pareto Smoothed Importance Sampling, 2024; the
     fit of Zhang & Stephens, 2009, with the weakly informative prior on k. Equal to ArviZ's.
