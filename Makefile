@@ -13,7 +13,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PY := $(VENV)/bin/python
 SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py)
 
-.PHONY: help demo test test-arviz1 test-slow test-all lint format docs bench clean clean-all
+.PHONY: help demo test test-arviz1 test-slow test-all faults lint format docs bench clean clean-all
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,8 +37,8 @@ demo: $(VENV)/.installed ## train a conditional VAE on real digits; pictures and
 test: $(VENV)/.installed ## the fast tests and every docstring example
 	$(PY) -m pytest -q -m "not slow and not cuda"
 
-test-slow: $(VENV)/.installed ## only the slow tests
-	$(PY) -m pytest -q -m "slow and not cuda"
+test-slow: $(VENV)/.installed ## only the slow tests; SHARD=1/8 for the first eighth of them
+	$(PY) -m pytest -q -m "slow and not cuda" $(if $(SHARD),--shard $(SHARD))
 
 test-all: $(VENV)/.installed ## all tests; those that need a GPU are skipped where there is none
 	$(PY) -m pytest -q
@@ -58,6 +58,10 @@ $(ARVIZ1)/.installed: constraints.txt
 
 test-arviz1: $(ARVIZ1)/.installed ## the ArviZ bridge with ArviZ 1.x, on Python 3.12 or 3.13
 	$(ARVIZ1)/bin/python -m pytest -q tests/test_arviz.py
+
+# Some of them: make faults FAULTS='pairs.py elbo'; whether the lines still stand: FAULTS=--check
+faults: $(VENV)/.installed ## break the package line by line, and see whether the tests notice; an hour or two
+	$(PY) tests/faults/run.py $(FAULTS)
 
 lint: $(VENV)/.installed ## ruff (rules and format) and mypy
 	$(PY) -m ruff check $(SOURCES)

@@ -31,7 +31,7 @@ import torch
 
 import ppvae
 from ppvae import conditionals, data, diagnostics, guides, models, nets
-from ppvae.diagnostics.evidence import pieces
+from ppvae.diagnostics.rows import pieces
 
 
 def pair() -> tuple[Any, Any]:

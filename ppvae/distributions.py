@@ -113,7 +113,9 @@ class DiagonalNormal(_Vector):
         if self._validate_args:
             self._validate_sample(value)
         loc, scale = self._parameters["loc"], self._parameters["scale"]
-        return self._of_noise((value - loc) / scale)
+        if value.is_floating_point():  # torch takes the wider type of the two
+            return self._of_noise((value - loc) / scale)
+        return self._of_noise((value.double() - loc).to(loc.dtype) / scale)
 
     def log_prob_along_path(self, value: Tensor) -> Tensor:
         r"""Log q of its own last draw, as the parameters move both: a function of the noise.
@@ -162,7 +164,7 @@ class UnitNormal(DiagonalNormal):
         if self._validate_args:
             self._validate_sample(value)
         constant = 0.5 * math.log(2 * math.pi) * math.prod(self.event_shape)
-        squares = value.square().sum(self._event_dims())
+        squares = promoted(value, self._parameters["loc"]).square().sum(self._event_dims())
         return _expanded(-0.5 * squares - constant, self.batch_shape)
 
 
@@ -211,6 +213,7 @@ class BinaryVector(_Vector):
         if self._validate_args:
             self._validate_sample(value)
         logits = self._parameters["logits"]
+        value = promoted(value, logits)  # of bytes, 1 - 2 x would wrap around
         if self._grey:
             costs = nn.functional.softplus(logits) - value * logits
         else:
@@ -271,7 +274,7 @@ class WordCounts(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        log_prob = (value * self.logits.log_softmax(-1)).sum(-1)
+        log_prob = (promoted(value, self.logits) * self.logits.log_softmax(-1)).sum(-1)
         return _expanded(log_prob, self.batch_shape)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -290,6 +293,38 @@ class WordCounts(dist.TorchDistribution):
         if self.total_count is None:
             raise ValueError("WordCounts needs total_count=... to be drawn, or obs= to be observed")
         return self.total_count
+
+
+def promoted(value: Tensor, parameter: Tensor) -> Tensor:
+    """A value with at least the precision of a parameter: what is computed of it has that, too."""
+    if value.dtype == parameter.dtype:
+        return value
+    return value.to(torch.promote_types(value.dtype, parameter.dtype))
+
+
+class ForAnyDtype:
+    """Makes ``log_prob`` take values of any dtype, in front of a distribution with a ``loc``.
+
+    Numbers that are wider than the parameters are refused: torch's factorisations and networks
+    take one dtype, and to shorten them could lose what makes two values differ.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        parameter: Tensor = self.parameter()
+        value = promoted(value, parameter)
+        if value.dtype != parameter.dtype:
+            raise TypeError(
+                f"{type(self).__name__}: the value is {value.dtype} and the parameters "
+                f"{parameter.dtype}; give value.to({parameter.dtype}), or make the pair "
+                f"{value.dtype} by model.to({value.dtype}) and guide.to({value.dtype})"
+            )
+        log_prob: Tensor = super().log_prob(value)  # type: ignore[misc]
+        return log_prob
+
+    def parameter(self) -> Tensor:
+        """One that says which dtype all of them have."""
+        loc: Tensor = self.loc  # type: ignore[attr-defined]
+        return loc
 
 
 def _broadcast(shapes: list[torch.Size]) -> torch.Size:

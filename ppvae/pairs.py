@@ -383,8 +383,7 @@ def simulate(model: Program, args: Args, kwargs: Kwargs) -> tuple[Args, Trace]:
     try:
         dream = trace(poutine.uncondition(model), args, kwargs)
     except (ValueError, NotImplementedError) as error:
-        reason = str(error).partition("\nTrace Shapes:")[0]  # which Pyro appends
-        raise ValueError(f"x cannot be drawn from the model: {reason}") from error
+        raise ValueError(f"x cannot be drawn from the model: {reason(error)}") from error
     dreamt = list(args)
     for name, site in observed.items():
         if not site["is_observed"]:
@@ -397,6 +396,11 @@ def simulate(model: Program, args: Args, kwargs: Kwargs) -> tuple[Args, Trace]:
             )
         dreamt[position] = dream.nodes[name]["value"]
     return tuple(dreamt), dream
+
+
+def reason(error: Exception) -> str:
+    """What an error says, without the table of shapes that Pyro appends."""
+    return str(error).partition("\nTrace Shapes:")[0]
 
 
 def sample_sites(drawn: Trace) -> dict[str, Site]:

@@ -187,10 +187,10 @@ def _filled(value: Tensor, mask: Tensor, fn: Any) -> Tensor:
     """A value with a point of the support where the mask hides it."""
     for _ in range(fn.event_dim):
         mask = mask.unsqueeze(-1)
-    return torch.where(mask, value, _inside(fn.support, value))
+    return torch.where(mask, value, _point_of(fn.support, value))
 
 
-def _inside(support: Any, value: Tensor) -> Tensor:
+def _point_of(support: Any, value: Tensor) -> Tensor:
     """A point of a support, of a value's shape; the value where none is known."""
     inner = support
     while isinstance(inner, constraints.independent):
@@ -214,11 +214,11 @@ def _inside(support: Any, value: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ plates
 
 
-def reduce_site(site: Site, values: Tensor, leftmost: int, joint: bool = False) -> Tensor:
-    """Mask values of a site's batch shape, and sum them over its inner plates.
+def sum_plates(site: Site, values: Tensor, leftmost: int, joint: bool = False) -> Tensor:
+    """Sum values of a site's batch shape over its inner plates.
 
     Args:
-        site: gives the mask and the plates.
+        site: gives the plates.
         values: of the site's batch shape; dims left of ``leftmost`` are kept.
         leftmost: the leftmost plate dim of the pair (negative, or 0 without plates).
         joint: sum the data plate too.
@@ -226,11 +226,6 @@ def reduce_site(site: Site, values: Tensor, leftmost: int, joint: bool = False) 
     Returns:
         ``(..., K or 1, N or 1)``.
     """
-    return sum_plates(site, masked(values, site["mask"]), leftmost, joint)
-
-
-def sum_plates(site: Site, values: Tensor, leftmost: int, joint: bool) -> Tensor:
-    """:func:`reduce_site` without the mask."""
     data_dim, particle_dim = _dims(site, joint)
     if values.dim() < -leftmost:
         values = values.reshape((1,) * (-leftmost - values.dim()) + values.shape)

@@ -12,19 +12,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import biject_to
 
 from ppvae.enumeration import sum_out, total
+from ppvae.latents import check_auxiliary, check_latents
 from ppvae.pairs import (
     DATA_PLATE,
     Leaves,
     Program,
     Site,
     closed_form_kl_valid,
-    is_enumerated,
     own_path,
     replay,
     run,
@@ -36,12 +34,9 @@ from ppvae.terms import (
     Term,
     leftmost_plate,
     log_density,
-    reduce_site,
     term,
     unmasked,
 )
-
-__all__ = ["LogWeights", "log_weights", "reduce_site"]
 
 
 @dataclass(frozen=True)
@@ -254,53 +249,56 @@ def weigh(
     kwargs = dict(kwargs)
     joint: bool = kwargs.pop("joint", False)
     with own_path():
-        traces = run(model, guide, args, kwargs, num_particles, leaves)
-        guide_sites, model_sites = (sample_sites(drawn) for drawn in traces)
+        guide_trace, model_trace = run(model, guide, args, kwargs, num_particles, leaves)
+        guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
         check_latents(model_sites, guide_sites)
-        if guide_sites.keys() - model_sites.keys():
-            check_auxiliary(model_sites, guide_sites)
+        check_auxiliary(model_sites, guide_sites)
         scale, site_scales = _scales({"model": model_sites, "guide": guide_sites}, joint)
-        leftmost = leftmost_plate([*model_sites.values(), *guide_sites.values()])
-        summed = {**guide_sites, **model_sites}
-        summed = {n: s for n, s in summed.items() if "_enumerate_dim" in s["infer"]}
-        letters = Letters()
-
-        def terms(sites: dict[str, Site], along_path: bool = False) -> dict[str, Term]:
-            return {
-                name: term(site, leftmost, joint, letters, log_density(site, along_path))
+        leftmost, letters = (
+            leftmost_plate([*model_sites.values(), *guide_sites.values()]),
+            Letters(),
+        )
+        p, q = (
+            {
+                name: term(site, leftmost, joint, letters, log_density(site, along))
                 for name, site in sites.items()
             }
-
-        p, q = terms(model_sites), terms(guide_sites, along_path)
-        enumerated, factors = {}, {}
-        for name, site in summed.items():
-            enumerated[name] = letters[
-                "latent", site["infer"]["_dim_to_id"][site["infer"]["_enumerate_dim"]]
-            ]
-            for program, sites in (("model", model_sites), ("guide", guide_sites)):
-                if name in sites:
-                    free = {**sites[name], "fn": unmasked(sites[name]["fn"]), "mask": None}
-                    factors[program, name] = term(free, leftmost, joint, letters)
-        log_w = _combine(p, q, enumerated, factors)
-        if log_w.shape[0] != num_particles:  # no latent at all: every particle is the same
-            log_w = log_w.expand(num_particles, -1)
-        guide_trace, model_trace = traces
-        return LogWeights(
-            log_w,
-            p,
-            q,
-            frozenset(n for n, s in model_sites.items() if s["is_observed"]),
-            letters,
-            enumerated,
-            factors,
-            scale,
-            site_scales,
-            leftmost,
-            joint,
-            guide_trace,
-            model_trace,
-            (model, guide, args, kwargs),
+            for sites, along in ((model_sites, False), (guide_sites, along_path))
         )
+        enumerated = {
+            name: letters["latent", site["infer"]["_dim_to_id"][site["infer"]["_enumerate_dim"]]]
+            for name, site in {**guide_sites, **model_sites}.items()
+            if "_enumerate_dim" in site["infer"]
+        }
+        factors = {
+            (program, name): term(_unhidden(sites[name]), leftmost, joint, letters)
+            for program, sites in (("model", model_sites), ("guide", guide_sites))
+            for name in enumerated.keys() & sites.keys()
+        }
+        log_w = _combine(p, q, enumerated, factors)
+    if log_w.shape[0] != num_particles:  # no latent at all: every particle is the same
+        log_w = log_w.expand(num_particles, -1)
+    return LogWeights(
+        log_w=log_w,
+        p=p,
+        q=q,
+        observed=frozenset(name for name, site in model_sites.items() if site["is_observed"]),
+        letters=letters,
+        enumerated=enumerated,
+        factors=factors,
+        scale=scale,
+        site_scales=site_scales,
+        leftmost=leftmost,
+        joint=joint,
+        guide_trace=guide_trace,
+        model_trace=model_trace,
+        pair=(model, guide, args, kwargs),
+    )
+
+
+def _unhidden(site: Site) -> Site:
+    """A site without its masks: how a latent is summed out is not masked."""
+    return {**site, "fn": unmasked(site["fn"]), "mask": None}
 
 
 def whole_weights(
@@ -354,85 +352,6 @@ def _combine(
     for t in q.values():
         log_w = log_w - t.values
     return log_w
-
-
-def check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
-    """Raise ``ValueError`` unless model and guide have the same latent sites."""
-    for site in (*model_sites.values(), *guide_sites.values()):
-        if site["infer"] and not site["is_observed"]:
-            _check_infer(site)
-    latents = {name for name, site in model_sites.items() if not site["is_observed"]}
-    if latents == guide_sites.keys() and len(latents) < len(model_sites):
-        return
-    # A latent that only the model has may be summed out there.
-    latents -= {n for n in latents - guide_sites.keys() if is_enumerated(model_sites[n])}
-    missing = sorted(latents - guide_sites.keys())
-    auxiliary = {n for n in guide_sites.keys() - latents if _is_auxiliary(guide_sites[n])}
-    extra = sorted(guide_sites.keys() - latents - auxiliary)
-    if missing:
-        raise ValueError(
-            f"the guide has no site for the model's latent {missing}; it has "
-            f"{sorted(guide_sites)}. Sample every latent of the model in the guide, under the "
-            'same name, or mark a discrete one in the model with infer={"enumerate": "parallel"}'
-        )
-    if extra:
-        raise ValueError(
-            f"the guide samples {extra}, which the model does not have as latent; the model's "
-            f"latents are {sorted(latents)}. Remove the site from the guide, or give the model a "
-            "density of it, r(a | z), under the same name"
-        )
-    if not any(site["is_observed"] for site in model_sites.values()):
-        raise ValueError(
-            "the model has no observed site, so there is nothing to fit; pass the data as "
-            "obs=x to pyro.sample, and call the pair with x"
-        )
-
-
-def _check_infer(site: Site) -> None:
-    """Refuse what Pyro would do with a latent that is not done here."""
-    how = site["infer"].get("enumerate")
-    if how not in (None, False, "parallel"):
-        raise ValueError(
-            f"site {site['name']!r}: infer={{'enumerate': {how!r}}} is not done here, and it would "
-            'be drawn instead; use "parallel", or leave it out to draw the latent'
-        )
-
-
-def _is_auxiliary(site: Site) -> bool:
-    return bool(site["infer"].get("is_auxiliary"))
-
-
-def check_auxiliary(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
-    """Refuse a guide's own site with a density, unless it is the noise of all its latents.
-
-    That is how Pyro's autoguides write a density: one draw, and latents that are functions of it,
-    whose Jacobians are the log-densities of their ``Delta``.
-    """
-    names = guide_sites.keys() - model_sites.keys()
-    noise = {n: guide_sites[n] for n in names if not _is_point(guide_sites[n]["fn"])}
-    size = sum(site["value"].numel() for site in noise.values())
-    if size == 0:  # a factor has no value
-        return
-    latents = names ^ guide_sites.keys()
-    functions = all(_is_point(guide_sites[name]["fn"]) for name in latents)
-    if functions and size == sum(_unconstrained_size(model_sites[name]) for name in latents):
-        return
-    raise ValueError(
-        f"the guide draws {sorted(noise)} beside the model's latents, and q(z | x) would take an "
-        "integral over it, so no log-weight can be formed. Give the model a site of that name, "
-        "with any density r(a | z): the bound is then one of the pair with both latents"
-    )
-
-
-def _is_point(fn: Any) -> bool:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
-
-
-def _unconstrained_size(site: Site) -> int:
-    transform = biject_to(site["fn"].support)
-    return torch.Size(transform.inverse_shape(site["value"].shape)).numel()
 
 
 def _scales(

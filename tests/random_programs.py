@@ -17,6 +17,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ class Spec:
         continuous: None, "before" or "after"; guide's z depends on the last guide latent then, if
             ``follows``.
         plate: None, "all" (everything but the data plate's own lies in an inner plate) or "data"
-            (only the x_t do).
+            (only the x_t do), or "subsampled" (the x_t of half of it).
         mask: None, "site", "distribution", or "observed" (some rows of the first latent are given).
         masked: what a mask hides: "latents", "data" or "both".
         nans: hidden data are NaN.
@@ -110,7 +111,10 @@ class Case:
 
     def _model(self, x: Tensor, v: Tensor, y: Tensor | None = None) -> None:
         spec, n = self.spec, self.numbers
-        around, of_data = self._plate(spec.latents_in_plate), self._plate(spec.plate == "data")
+        around, of_data = (
+            self._plate(spec.latents_in_plate),
+            self._plate(spec.plate in ("data", "subsampled")),
+        )
         with pyro.plate("data", N, dim=-1), around:
             z = None
             if spec.continuous == "before":
@@ -120,8 +124,9 @@ class Case:
                 logits = n.start if c is None else n.step[c]
                 c = self._discrete(t, dist.Categorical(logits=logits), y)
                 loc = n.emit[c] if z is None else n.emit[c] + n.weight * z
-                with of_data:
-                    self._sample(f"x{t}", dist.Normal(loc, 1.0), "data", obs=x[t])
+                with of_data as part:
+                    obs = x[t] if spec.plate != "subsampled" else x[t][part]
+                    self._sample(f"x{t}", dist.Normal(loc, 1.0), "data", obs=obs)
             if spec.continuous == "after":
                 z = self._sample("z", dist.Normal(n.centre[c], 1.0), "latents")
                 self._sample("v", dist.Normal(z, 1.0), "data", obs=v)
@@ -152,7 +157,8 @@ class Case:
         return (self.x, self.v, self.y) if labels else (self.x, self.v)
 
     def _plate(self, wanted: bool) -> Any:
-        return pyro.plate("inner", P, dim=-2) if wanted else nullcontext()
+        size = 1 if self.spec.plate == "subsampled" else None
+        return pyro.plate("inner", P, subsample_size=size, dim=-2) if wanted else nullcontext()
 
     def _infer(self) -> dict[str, Any]:
         return {"enumerate": "parallel"} | ({"expand": True} if self.spec.expand else {})
@@ -198,8 +204,13 @@ class Case:
         return value
 
     # -- by hand ---------------------------------------------------------------------------------
-    def by_hand(self, drawn: Any, labels: bool) -> tuple[Tensor, Tensor]:
-        """Log-weights and ELBO terms ``(K, N)`` at the draws of a guide's trace."""
+    def by_hand(self, weights: Any, labels: bool) -> tuple[Tensor, Tensor]:
+        """Log-weights and ELBO terms ``(K, N)`` at the draws of some log-weights.
+
+        Of a subsampled plate the log-weights have what is there, and the ELBO twice that.
+        """
+        drawn = weights.guide_trace
+        self.part = weights.model_trace.nodes["inner"]["value"] if self.spec.plate else None
         pairs = [
             [self._row(drawn, k, n, labels) for n in range(N)] for k in range(self.spec.particles)
         ]
@@ -272,7 +283,7 @@ class Case:
 
         zero = num.start.new_zeros(())
 
-        def log_p(classes: dict, summed: set[tuple[int, int]]) -> Tensor:
+        def log_p(classes: dict, summed: set[tuple[int, int]], scale: float = 1.0) -> Tensor:
             """All terms of the model; the latents in ``summed`` have unmasked factors."""
             total = zero
             for p in places:
@@ -297,7 +308,7 @@ class Case:
                     loc = loc + num.weight * z if spec.continuous == "before" else loc
                     if not no_data:
                         for x in self._data(t, p, n):
-                            total = total + dist.Normal(loc, 1.0).log_prob(x)
+                            total = total + scale * dist.Normal(loc, 1.0).log_prob(x)
             return total
 
         def log_q(classes: dict, which: Callable[[int], bool], masked: bool) -> Tensor:
@@ -334,10 +345,12 @@ class Case:
             ]
         ).logsumexp(0)
         # the ELBO: a mean over the guide's, a sum inside the logarithm over the model's
-        bound = zero
+        bound, factor = zero, P if spec.plate == "subsampled" else 1
         for g in _assignments(of_guide):
             q = log_q(g, lambda t: spec.how[t] == "guide", False).exp()
-            inner = torch.stack([log_p(g | m, set(of_model)) for m in _assignments(of_model)])
+            inner = torch.stack(
+                [log_p(g | m, set(of_model), factor) for m in _assignments(of_model)]
+            )
             each = inner.logsumexp(0) - log_q(g, lambda t: True, True) - log_q_z(g)
             bound = bound + q * each
         return weight, bound
@@ -351,7 +364,7 @@ class Case:
         elif self.spec.latents_in_plate:
             yield self.x[t, p, n]
         else:
-            yield from self.x[t, :, n]
+            yield from self.x[t, self.part, n]
 
 
 def _assignments(latents: list[tuple[int, int]]) -> Iterator[dict[tuple[int, int], int]]:
@@ -369,20 +382,25 @@ def check(spec: Spec) -> None:
 
 
 def _compare(case: Case, labels: bool, parameters: list[nn.Parameter]) -> None:
-    weights = ppvae.log_weights(
-        case.model, case.guide, *case.args(labels), num_particles=case.spec.particles
-    )
-    found = weights.log_w, ppvae.elbo.ELBO().effective(weights, ppvae.elbo.State())
-    for ours, hand in zip(found, case.by_hand(weights.guide_trace, labels), strict=True):
+    spec, args = case.spec, case.args(labels)
+    weights = ppvae.log_weights(case.model, case.guide, *args, num_particles=spec.particles)
+    estimator = ppvae.elbo.ELBO(spec.particles)
+    labelled = labels and spec.mask != "observed"
+    found = [weights.log_w]
+    if spec.plate == "subsampled":
+        with pytest.raises(ValueError, match="plate 'inner' takes 1 of 2 by itself"):
+            estimator.evaluate(case.model, case.guide, *args)
+    if spec.plate == "subsampled" and "model" in spec.how and not labelled:
+        with pytest.raises(ValueError, match="a scale inside that sum has no meaning"):
+            estimator.effective(weights, ppvae.elbo.State())
+    else:
+        found.append(estimator.effective(weights, ppvae.elbo.State()))
+    for ours, hand in zip(found, case.by_hand(weights, labels), strict=False):
         torch.testing.assert_close(ours, hand, rtol=1e-9, atol=1e-9)
         slopes = [
             torch.autograd.grad(
-                value.sum(),
-                parameters,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
+                v.sum(), parameters, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            for value in (ours, hand)
+            for v in (ours, hand)
         ]
         torch.testing.assert_close(*slopes, rtol=1e-7, atol=1e-8)

@@ -409,6 +409,7 @@ def test_held_out_evidence_as_elpd():
     bad = dataclasses.replace(bad, log_evidence=good.log_evidence - torch.tensor([1.0, 2, 3, 4, 5]))
     elpd = good.to_elpd()
     assert "5 observations" in repr(elpd)
+    assert elpd["se"] == pytest.approx(5 * good.mean_se)  # of the sum over datapoints
     table = arviz.compare({"bad": bad.to_elpd(), "good": elpd})
     assert list(table.index) == ["good", "bad"]
     column = "elpd_loo" if "elpd_loo" in table else "elpd"

@@ -94,6 +94,7 @@ def test_stock_pyro_and_the_handwritten_loss_agree_draw_for_draw(workload):
     assert_same((loss, [p.grad for p in networks.parameters()]), handwritten(workload, x, 3))
 
 
+@pytest.mark.slow
 def test_numpyro_has_the_same_networks(workload):
     jax = pytest.importorskip("jax", reason="a peer of the extra bench")
     from columns import numpyro_batch
@@ -129,6 +130,7 @@ def test_numpyro_has_the_same_mean_loss(workload):
     assert error < 0.1 * workload.batch  # a tenth of a nat per datapoint
 
 
+@pytest.mark.slow
 def test_pythae_has_the_same_mean_loss_or_the_same_gradient(workload, monkeypatch):
     pytest.importorskip("pythae", reason="a peer of the extra bench")
     from columns import NotOffered, handwritten_loss, pythae_model
@@ -299,6 +301,7 @@ def test_the_limit_of_evidence_has_the_products_of_the_handwritten_evaluator():
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.3)  # se below 0.05
 
 
+@pytest.mark.slow
 def test_gradients_beside_the_exact_one(monkeypatch, capsys):
     import sys
 
@@ -323,7 +326,7 @@ def test_a_biased_gradient_is_seen(monkeypatch, capsys):
 
     right = snr.exact_gradient
     monkeypatch.setattr(snr, "exact_gradient", lambda *pair: 1.5 * right(*pair))
-    assert not snr.print_against_exact(200, seed=0)
+    assert not snr.print_against_exact(40, seed=0)
 
 
 def test_fit_is_timed_against_bare_steps_without_them():

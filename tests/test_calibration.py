@@ -187,6 +187,37 @@ def test_conditions_are_kept():
     assert diagnostics.sbc(Model(), Guide(), x, y, seed=0).p_value > 0.01
 
 
+def test_every_condition_is_simulated():
+    """The guide is wrong for the second of two conditions only."""
+
+    def model(x, y):
+        with data_plate(x, y):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, y):
+        with data_plate(x, y):
+            pyro.sample("z", dist.Normal(x / 2 + y, 0.5**0.5))
+
+    x, y = torch.zeros(2), torch.tensor([0.0, 3.0])
+    options = {"num_simulations": 200, "num_draws": 19, "seed": 0}
+    assert diagnostics.sbc(model, guide, x, y, **options).p_value < 1e-4
+    assert diagnostics.sbc(model, guide, x, 0 * y, **options).p_value > 0.01
+
+
+def test_many_uniform_quantities_are_no_evidence():
+    """P(p <= 0.05) <= 0.05 under uniform ranks, of however many units; and each counts."""
+    p = [
+        diagnostics.Calibration({"z": torch.randint(20, (200, 40))}, 19, {}).p_value
+        for _ in range(60)
+    ]
+    assert sum(value <= 0.05 for value in p) <= 10  # P(11 or more) < 2e-4; of the least, 87 %
+    ranks = torch.arange(20).repeat(20).unsqueeze(1).repeat(1, 40)
+    ranks[:60, 7] = 0
+    found = diagnostics.Calibration({"z": ranks}, 19, {})
+    assert found.p_value == pytest.approx(40 * found.p_values["z"][7].item())
+
+
 def discrete(probs):
     """c in {0, 1}, x = c flipped with probability 0.2; and a guide that says 1 with ``probs``."""
 

@@ -261,6 +261,26 @@ def test_a_second_run_of_the_same_svi_has_its_own_epochs(tmp_path):
     assert_equal(resumed.state_dict(), svi.state_dict())
 
 
+def test_every_random_stream_goes_on(tmp_path):
+    """Callbacks that draw, from whatever stream, draw on."""
+    drawn = []
+
+    class Draws(ppvae.Callback):
+        def on_epoch_end(self, svi, history):
+            streams = random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+            drawn.append(streams)
+
+    def run(epochs, seed, **options):
+        random.seed(seed), np.random.seed(seed)  # noqa: NPY002
+        drawn.clear()
+        fit(vae(), epochs=epochs, callbacks=[Draws()], **options)
+        return list(drawn)
+
+    whole = run(4, seed=7)
+    first = run(2, seed=7, checkpoint=tmp_path)
+    assert first + run(4, seed=8, checkpoint=tmp_path, resume=True) == whole
+
+
 def test_a_callback_finds_its_state_again(tmp_path):
     class Counts(ppvae.Callback):
         count = 0
@@ -527,6 +547,13 @@ def test_every_so_many_epochs_and_after_the_last(every, steps, tmp_path):
     assert found == [4 * e for e in range(1, 6) if e % every == 0 or e == 5][-steps:]
 
 
+def test_every_so_many_steps_of_the_whole_run(tmp_path):
+    """An epoch has 4 steps, so a count within it would write after steps 3, 7 and 11."""
+    files = Checkpoints(tmp_path, every=9, every_steps=3, keep=9)
+    fit(vae(), epochs=3, checkpoint=files)
+    assert [int(path.stem[5:]) for path in files.paths()] == [3, 6, 9, 12]
+
+
 def test_any_damage_is_noticed(tmp_path):
     path = Checkpoints(tmp_path).write({"a": torch.arange(500.0), "b": 1}, 7)
     good = path.read_bytes()
@@ -577,8 +604,9 @@ def test_foreign_and_newer_files(tmp_path):
     torch.save(vae().model, path)  # code: weights_only refuses it
     with pytest.raises(CheckpointError, match="no checkpoint at all"):
         read(path)
-    torch.save({"ppvae": ppvae.train.checkpoint.MAGIC, "format": 99, "state": {}}, path)
-    with pytest.raises(CheckpointError, match=r"has format 99, .* update ppvae"):
+    newer = ppvae.train.checkpoint.FORMAT + 1
+    torch.save({"ppvae": ppvae.train.checkpoint.MAGIC, "format": newer, "state": {}}, path)
+    with pytest.raises(CheckpointError, match=rf"has format {newer}, .* update ppvae"):
         read(path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*step-00000002\.pt"):
         read(tmp_path / "step-00000002.pt")
@@ -737,6 +765,17 @@ def test_a_run_is_not_continued_by_another(pair, options, match, tmp_path):
         fit(svi, checkpoint=tmp_path, resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(before, svi.objective.parameters(), strict=True))
     assert svi.num_steps == 0
+
+
+def test_a_run_is_not_continued_with_another_clip_norm(tmp_path):
+    for clip_norm in (1.0, 2.0):
+        svi = vae()
+        svi.clip_norm = clip_norm
+        if clip_norm == 1.0:
+            fit(svi, checkpoint=tmp_path)
+        else:
+            with pytest.raises(CheckpointError, match=r"clip_norm: 1\.0 then, 2\.0 now"):
+                fit(svi, checkpoint=tmp_path, resume=True)
 
 
 def test_a_loader_that_does_not_repeat_itself_is_refused(tmp_path):

@@ -57,6 +57,27 @@ def test_pieces_of_the_evidence(traced, max_rows, graphs):
     assert len(traced) == graphs
 
 
+@pytest.mark.parametrize("what", ["network", "parameter"])
+def test_what_is_replaced_is_seen(traced, what):
+    """Graphs are kept from call to call, for the modules and parameters that they were made of."""
+    model, guide, args = build("vae_bernoulli")
+    other = build("vae_bernoulli")[1].eval()
+    model.eval(), guide.eval()  # so that no mode tells the networks apart
+    evidence((model, guide, args), True)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.3)
+    if what == "network":
+        guide.conditional.net = other.conditional.net
+    else:
+        name, value = next(iter(other.conditional.net.named_parameters()))
+        owner, _, name = name.rpartition(".")
+        setattr(guide.conditional.net.get_submodule(owner), name, value)
+    found, expected = (evidence((model, guide, args), compile) for compile in (True, False))
+    torch.testing.assert_close(found.elbo, expected.elbo, rtol=1e-4, atol=1e-4)
+    assert len(traced) == 2
+
+
 @inductor
 @pytest.mark.slow
 def test_compiled_evidence():

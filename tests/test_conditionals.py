@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -128,9 +129,9 @@ PRIORS = {
 NOT_CONDITIONALS = {"Conditional"}
 
 
-def _variants(table):
+def _variants(table, marks=()):
     return [
-        pytest.param(*variant, id=f"{name}-{i}")
+        pytest.param(*variant, id=f"{name}-{i}", marks=marks)
         for name, variants in table.items()
         for i, variant in enumerate(variants)
     ]
@@ -225,7 +226,7 @@ def test_modules_convert_to_float64(make, draw, event):
 @pytest.mark.parametrize(
     ("make", "draw", "event"),  # one of each, and a convolutional one
     _variants({name: variants[:1] for name, variants in (LIKELIHOODS | PRIORS).items()})
-    + _variants({"image": LIKELIHOODS["Bernoulli"][2:]}),
+    + _variants({"image": LIKELIHOODS["Bernoulli"][2:]}, marks=pytest.mark.slow),
 )
 def test_log_prob_and_gradient_trace_with_symbolic_shapes(make, draw, event):
     conditional = make()
@@ -265,7 +266,10 @@ def test_normal_predicted_scale_is_exp_of_log_sigma():
     expected = stats.norm(loc.numpy(), raw.exp().numpy()).logpdf(z.numpy()).sum(-1)
     torch.testing.assert_close(conditional(x).log_prob(z).detach(), torch.tensor(expected))
     conditional.positive = nn.functional.softplus
-    torch.testing.assert_close(conditional(x).stddev, nn.functional.softplus(raw))
+    scale = nn.functional.softplus(raw)
+    torch.testing.assert_close(conditional(x).stddev, scale)
+    expected = stats.norm(loc.numpy(), scale.numpy()).logpdf(z.numpy()).sum(-1)
+    torch.testing.assert_close(conditional(x).log_prob(z).detach(), torch.tensor(expected))
 
 
 def test_normal_splits_images_on_channels():
@@ -411,6 +415,14 @@ def test_vamp_prior_calls_the_shared_encoder_once():
     assert prior.posterior is posterior
 
 
+def test_vamp_prior_starts_at_rows_at_random():
+    data = torch.rand(40, D).clamp(0.05, 0.95)
+    chosen = [conditionals.VampPrior(_posterior(), 6, D, data=data).pseudo_inputs for _ in range(2)]
+    rows = [sorted((data == u).all(1).nonzero().item() for u in of_one) for of_one in chosen]
+    assert all(len(set(found)) == 6 for found in rows)
+    assert rows[0] != rows[1] and list(range(6)) not in rows
+
+
 def test_vamp_prior_from_binary_data_still_trains():
     """At exactly 0 and 1 hardtanh has gradient 0, so rows of binary data must be moved inside."""
     data = _binary(20, D)
@@ -454,7 +466,11 @@ def test_supports_are_validated_only_when_pyro_validates(make, bad):
     [
         (lambda: conditionals.Normal(nets.mlp(Z, 5))(torch.zeros(N, Z)), "2 \\* D"),
         (lambda: conditionals.Normal(nets.mlp(Z, 5), scale=-1.0), "positive"),
+        (lambda: conditionals.Normal(nets.mlp(Z, 5), scale=torch.tensor([1.0, -1.0])), "positive"),
         (lambda: conditionals.Scale(0.0), "positive"),
+        (lambda: conditionals.Scale(0), "positive"),
+        (lambda: conditionals.Scale(math.nan), "positive"),
+        (lambda: conditionals.Scale(-1, shape=3), "positive"),
         (lambda: conditionals.Categorical(nets.mlp(Z, 5), 3)(torch.zeros(N, Z)), "D \\* 3"),
         (lambda: distributions.DiagonalNormal(torch.zeros(3), 1.0, event_dim=0), "event_dim"),
         (lambda: distributions.BinaryVector(torch.zeros(3), event_dim=0), "event_dim"),
@@ -471,6 +487,51 @@ def test_supports_are_validated_only_when_pyro_validates(make, bad):
 def test_errors_say_what_to_do(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: conditionals.Scale(12), r"Scale\(12\): .*12\.0, .*Scale\(shape=12\)"),
+        (lambda: conditionals.Scale(init=np.int64(12)), "not a size"),
+        (lambda: conditionals.Scale((12,)), "Scale: init is the initial sigma, got tuple"),
+        (lambda: conditionals.Scale(torch.ones(12)), "shape="),
+        (lambda: conditionals.Normal(nets.mlp(Z, 12), 12), r"Normal\(12\): .*12\.0"),
+        (lambda: conditionals.Normal(nets.mlp(Z, 12), "learned"), "Normal: .* got str"),
+    ],
+)
+def test_a_size_is_no_standard_deviation(call, match):
+    with pytest.raises(TypeError, match=match):
+        call()
+
+
+def test_scales_show_their_value_and_shape():
+    """``Scale(12.0)`` is a sigma of 12, and what is printed says so."""
+    assert repr(conditionals.Scale(12.0)) == "Scale(sigma=12, shape=())"
+    scale = conditionals.Scale(0.5, shape=3)
+    assert repr(scale) == "Scale(sigma=0.5, shape=(3,))"
+    with torch.no_grad():
+        scale.log_scale[0] = math.log(0.25)
+    assert repr(scale) == "Scale(sigma=0.25..0.5, shape=(3,))"
+    assert conditionals.Scale(1, (3,))().tolist() == [1.0, 1.0, 1.0]
+    head = conditionals.Normal(nn.Linear(Z, 3), scale)
+    assert "sigma=0.25..0.5" in repr(head)
+    assert "scale=0.3" in repr(conditionals.Normal(nn.Linear(Z, 3), 0.3))
+    fixed = conditionals.Normal(nn.Linear(Z, 3), torch.tensor([0.5, 1.0, 2.0]))
+    assert "scale=0.5..2, shape=(3,)" in repr(fixed)
+
+
+def test_a_tensor_of_scales_moves_and_is_saved_with_its_head():
+    sigma, z, x = torch.rand(D) + 0.5, torch.randn(N, Z), torch.randn(N, D)
+    head = conditionals.Normal(nets.mlp(Z, D), sigma)
+    exact = dist.Normal(head.outputs(z), sigma).to_event(1).log_prob(x)
+    torch.testing.assert_close(head(z).log_prob(x), exact)
+    other = conditionals.Normal(nets.mlp(Z, D), torch.ones(D))
+    other.load_state_dict(head.state_dict())
+    torch.testing.assert_close(other(z).log_prob(x), exact)
+    assert head.to("meta").scale.is_meta
+    assert other.float()(z.float()).log_prob(x.float()).dtype == torch.float32
+    assert not [name for name, _ in other.named_parameters() if "scale" in name]
 
 
 def test_a_conditional_needs_forward():

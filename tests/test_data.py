@@ -12,6 +12,7 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,6 +130,10 @@ def test_splits_are_stratified_and_seeded():
         counts = split.y.bincount(minlength=3) / len(split)
         assert (counts - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 0.03
         assert torch.equal(split.y, torch.from_numpy(labels)[split.x[:, 0].long()])
+    for seed in range(5):  # a stretch begins and ends within a row of each class
+        for rows in split_rows(1000, 100, 200, seed, labels):
+            counts = np.bincount(labels[rows], minlength=3)
+            assert (np.abs(counts - len(rows) * np.array([0.6, 0.3, 0.1])) <= 2).all()
     again = data.from_arrays(np.arange(1000.0)[:, None], labels, valid=100, test=0.2)
     other = data.from_arrays(np.arange(1000.0)[:, None], labels, valid=100, test=0.2, seed=1)
     assert torch.equal(mine.train.x, again.train.x)
@@ -211,6 +216,9 @@ def test_quadrants_are_where_they_should_be():
         x, y = data.quadrants(whole, missing).test.args
         assert y[0].tolist() == expected
         assert x[0].tolist() == [v for v in (1, 2, 3, 4) if v not in expected]
+    wide = data.from_arrays(torch.arange(12.0).reshape(2, 6).expand(9, 1, 2, 6))
+    x, y = data.quadrants(wide, 2).test.args
+    assert (x[0].tolist(), y[0].tolist()) == ([3, 4, 5, 9, 10, 11], [0, 1, 2, 6, 7, 8])
 
 
 def test_bad_quadrants(digits):
@@ -360,6 +368,109 @@ def test_bad_arrays(args, options, error, match):
 
 
 # users' files
+
+
+def noise(size=400, seed=0):
+    return np.random.default_rng(seed).normal(size=size)
+
+
+# name -> a column, and whether float32 loses what matters of it
+COLUMNS = {
+    "seconds": (1.7e9 + np.arange(400) % 60, True),
+    "seconds in int64": (1_700_000_000 + np.arange(400) % 60, True),
+    "seconds, some missing": (np.where(np.arange(400) % 50, 1.7e9 + 60 * noise(), 0.0), True),
+    "an offset of 1e8": (1e8 + noise(), True),
+    "an offset of 1e5": (1e5 + noise(), True),
+    "counts beyond 2^24": (2**24 + np.arange(400), True),
+    "one count beyond 2^24": (np.append(np.arange(399), 2**24 + 1), True),
+    "counts in uint64": (np.array([*range(399), 2**63 + 1], np.uint64), True),
+    "the largest int64": (np.append(np.arange(399), 2**63 - 1), True),
+    "numbers below the smallest float32": (1e-60 * noise(), True),
+    "an offset of 1e3": (1e3 + noise(), False),
+    "counts up to 2^24": (2**24 - np.arange(400), False),
+    "even numbers beyond 2^24": (2**24 + 2 * np.arange(400), False),
+    "grey levels": (np.arange(400) % 256 / 255, False),
+    "whole grey levels": (np.arange(400) % 256, False),
+    "small numbers": (1e-30 * noise(), False),
+    "large numbers": (1e30 * noise(), False),
+    "heavy tails": (np.exp(5 * noise()), False),
+    "a constant": (np.full(400, 0.1), False),
+    "two values": (np.where(np.arange(400) % 2, 0.1, 0.2), False),
+    "bytes": ((np.arange(400) % 2).astype(np.uint8), False),
+    "halves": (noise().astype(np.float16), False),
+    "flags": (np.arange(400) % 2 > 0, False),
+}
+
+
+@pytest.mark.parametrize("how", ["arrays", "mapped", "npz", "csv", "tensor", "y"])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_that_float32_cannot_hold_are_named(name, how, tmp_path):
+    """A warning is an error here, so the others pass in silence."""
+    column, lossy = COLUMNS[name]
+    x = np.stack([column % 2 if column.dtype.kind == "u" else column * 0, column], 1)
+    if (how == "tensor" and x.dtype == np.uint64) or (how == "csv" and float(column.max()) > 2**53):
+        pytest.skip("torch hardly has it, and text is read as float64")
+
+    def load():
+        if how == "mapped":
+            np.save(tmp_path / "x.npy", x)
+            return data.from_arrays(np.load(tmp_path / "x.npy", mmap_mode="r"))
+        if how == "npz":
+            np.savez(tmp_path / "x.npz", x=x)
+            return data.load(tmp_path / "x.npz")
+        if how == "csv":
+            rows = [f"{a!r},{b!r}" for a, b in (x * 1).tolist()]
+            (tmp_path / "x.csv").write_text("\n".join(["zero,time", *rows]))
+            return data.load(tmp_path / "x.csv")
+        if how == "y":
+            return data.from_arrays(np.zeros((400, 1)), x)
+        return data.from_arrays(torch.from_numpy(x) if how == "tensor" else x)
+
+    if not lossy:
+        assert len(load().train) == 320
+        return
+    before, after = len(np.unique(column)), len(np.unique(column.astype(np.float32)))
+    place = {"csv": "column 'time' of x", "y": r"y\[:, 1\]"}.get(how, r"x\[:, 1\]")
+    match = f"float32 loses digits: {place}, .*off by .*{before} distinct values become {after}"
+    with pytest.warns(data.PrecisionWarning, match=match):
+        loaded = load()
+    stored = loaded.train.y if how == "y" else loaded.train.x
+    assert set(stored[:, 1].tolist()) <= set(column.astype(np.float32).tolist())  # not moved
+
+
+def test_what_float32_cannot_hold_can_be_kept(float64):
+    seconds = 1.7e9 + np.arange(400) % 60
+    kept = data.from_arrays(np.stack([seconds, noise()], 1))
+    assert len(kept.train.x[:, 0].unique()) == 60
+    counts = scipy.sparse.csr_array(np.full((20, 2), 2**24 + 1))
+    assert data.from_counts(counts).train.x.unique().tolist() == [2**24 + 1]
+    with pytest.warns(data.PrecisionWarning, match="float64 loses digits"):
+        data.from_arrays(np.full((20, 2), 2**53 + 1))
+
+
+def test_whole_numbers_that_rounding_has_made_are_not_counts():
+    with pytest.warns(data.PrecisionWarning):
+        assert data.from_arrays(1e8 + noise((400, 2))).support == "real"
+    with pytest.warns(data.PrecisionWarning):
+        assert data.from_arrays(1e-60 * abs(noise((400, 2)))).support == "unit_interval"
+    with pytest.warns(data.PrecisionWarning):
+        assert data.from_arrays(np.full((20, 2), 2**24 + 1)).support == "counts"
+
+
+def test_a_place_in_an_image_is_named_and_others_are_counted():
+    images = np.zeros((20, 1, 2, 3))
+    images[:, 0, 1] = 1e9 + noise((20, 3))
+    images[:, 0, 0, 1:] = 1e9 + noise((20, 2))
+    match = r"x\[:, 0, 0, 1\], .*x\[:, 0, 0, 2\], .*x\[:, 0, 1, 0\], .*2 more columns"
+    with pytest.warns(data.PrecisionWarning, match=match):
+        data.from_arrays(images)
+
+
+def test_large_counts_are_named():
+    counts = np.array([[2**24 + 1, 1]] * 20)
+    for x in (counts, scipy.sparse.csr_array(counts), torch.from_numpy(counts)):
+        with pytest.warns(data.PrecisionWarning, match="20 counts .* 16777217, kept as 16777216"):
+            data.from_counts(x)
 
 
 def test_npz(tmp_path):

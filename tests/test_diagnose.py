@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
 import ppvae
 from oracles import LinearGuide, LinearModel, assert_mean
@@ -401,6 +402,41 @@ def test_inner_plates(float64):
     found = report.aggregate
     assert_within(found.mutual_information, exact, found.mutual_information_se, 4)
     assert report.aggregate.ks["z"].shape == (3,)
+
+
+def test_a_scale_is_no_part_of_a_number(float64):
+    """KL and reconstruction are of whole terms, whatever weight training gives them."""
+    model, guide, x = linear(rows=30, **WRONG)
+
+    def scaled(x):
+        with poutine.scale(scale=0.1):
+            return model(x)
+
+    def softly(x):
+        with poutine.scale(scale=3.0):
+            return guide(x)
+
+    plain, weighed = (diagnose(*pair, x, num_particles=40, num_aggregate=0, seed=0)
+                      for pair in ((model, guide), (scaled, softly)))  # fmt: skip
+    for name in ("kl", "kl_per_dimension"):
+        torch.testing.assert_close(getattr(weighed, name)["z"], getattr(plain, name)["z"])
+    torch.testing.assert_close(weighed.reconstruction, plain.reconstruction)
+
+
+def test_activity_is_of_the_guide_whatever_is_masked(float64):
+    model, guide, x = linear(rows=50)
+    seen = torch.arange(50) % 2 == 0
+
+    def masked(program):
+        def run(x):
+            with poutine.mask(mask=seen):
+                program(x)
+
+        return run
+
+    plain, half = (diagnose(*pair, x, num_particles=30, num_aggregate=0, seed=0)
+                   for pair in ((model, guide), (masked(model), masked(guide))))  # fmt: skip
+    torch.testing.assert_close(half.activity["z"], plain.activity["z"])
 
 
 # -- collapse, verdict, table ------------------------------------------------------------------

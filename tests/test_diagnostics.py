@@ -139,6 +139,43 @@ def test_khat_of_constant_weights(dtype, value):
     assert (diagnostics.khat(exact + 0.1 * torch.randn_like(exact)) != 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [0.0, -1e3, 1e4, -1e5, 1e6, -1e7])
+@pytest.mark.parametrize("spread", [1.0, 10.0])
+def test_khat_of_weights_that_vary_far_from_zero(level, spread, dtype):
+    """A constant factor of the weights is none of its business, so long as they are not rounded."""
+    log_w = (level + spread * -torch.rand(1000, 40, dtype=torch.float64).log()).to(dtype)
+    found = diagnostics.khat(log_w)
+    torch.testing.assert_close(found, diagnostics.khat(log_w.double() - level), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, arviz_khat(log_w.double()), rtol=0, atol=1e-6)
+    assert (found != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("level", "spread"), [(1e3, 0.01), (1e4, 0.05), (1e5, 0.1), (1e6, 0.4), (1e7, 0.6), (1e8, 9.0)]
+)
+def test_khat_of_float32_is_zero_only_for_what_is_rounding(level, spread):
+    """Twice the spread in nats is the range; a unit in the last place is 8 nats at 1e8."""
+    log_w = level + spread * (2 * torch.rand(1000, 20) - 1)
+    varies = log_w.amax(0) > log_w.amin(0)
+    assert torch.equal(diagnostics.khat(log_w) != 0, varies)
+
+
+@pytest.mark.parametrize("D", [10, 1000, 100_000])
+def test_khat_of_an_exact_guide_in_float32(D):
+    """log w is a sum of D rounded terms, -142,000 for the last."""
+    x, W = torch.randn(D, dtype=torch.float64), torch.randn(D, dtype=torch.float64)
+    precision = 1 + W.square().sum()
+    exact = dist.Normal(W @ x / precision, precision.rsqrt())
+    z = exact.sample((200,)).float()
+    w, data = W.float(), x.float()
+    log_p = torch.stack([dist.Normal(v * w, 1.0).log_prob(data).sum() for v in z])
+    log_q = dist.Normal(exact.loc.float(), exact.scale.float()).log_prob(z)
+    log_w = (log_p + dist.Normal(0.0, 1.0).log_prob(z) - log_q).unsqueeze(1)
+    assert log_w.amax() > log_w.amin()
+    assert diagnostics.khat(log_w).tolist() == [0.0]
+
+
 @pytest.mark.parametrize("K", [1, 2, 5, 20])
 def test_khat_of_too_few_draws(K):
     assert diagnostics.khat(torch.randn(K, 3)).isnan().all()

@@ -87,18 +87,19 @@ def same(states):
 # -- one training in two processes -------------------------------------------------------------
 
 
-def two_hundred_steps(fabric):
+def many_steps(fabric, epochs):
     svi = vae(elbo.IWELBO(num_particles=3), batch_norm=True)
     if fabric.global_rank == 1:
         with torch.no_grad():
             next(svi.model.parameters()).add_(1.0)  # rank 0's are taken
-    history = fit(svi, valid=X[:21], epochs=50, fabric=fabric)
+    history = fit(svi, valid=X[:21], epochs=epochs, fabric=fabric)
     return everyone(fabric, (copies(svi), numbers(history), svi.num_steps))
 
 
-def test_ranks_stay_identical():
-    (state, rows, steps), other = launch(two_hundred_steps)
-    assert steps == other[2] == 200
+@pytest.mark.parametrize("epochs", [10, pytest.param(50, marks=SLOWLY)])
+def test_ranks_stay_identical(epochs):
+    (state, rows, steps), other = launch(many_steps, epochs)
+    assert steps == other[2] == 4 * epochs
     assert same([state, other[0]])
     assert rows == other[1]
 
@@ -124,6 +125,20 @@ def deterministic(fabric, batch_size):
     svi = quiet()
     history = fit(svi, valid=X[:21], batch_size=batch_size, fabric=fabric)
     return everyone(fabric, (copies(svi), numbers(history)))
+
+
+def test_no_two_of_many_processes_draw_alike():
+    drawn, seeds = [], []
+    for rank in range(4):
+        processes = Processes()
+        processes.rank = rank
+        torch.manual_seed(5)
+        processes.own_draws()
+        drawn.append(torch.rand(()).item())
+        seeds.append(processes.own_seed(5))
+    torch.manual_seed(5)
+    assert len(set(drawn)) == len(set(seeds)) == 4
+    assert (drawn[0], seeds[0]) == (torch.rand(()).item(), 5)
 
 
 @pytest.mark.parametrize(("processes", "batch_size"), [(2, 7), pytest.param(3, 16, marks=SLOWLY)])
@@ -196,6 +211,20 @@ def test_buffers_are_averaged_at_the_end_of_an_epoch():
     assert {"state.log_multiplier"} <= set(first)
     assert {int(v) for k, v in first.items() if k.endswith("num_batches_tracked")} == {4}
     assert any("running_mean" in name and value.abs().max() > 0 for name, value in first.items())
+
+
+def known_buffers(fabric):
+    module = torch.nn.Module()
+    processes = Processes(fabric)
+    module.register_buffer("real", torch.tensor([1.0, 3.0 * processes.rank]))
+    module.register_buffer("whole", torch.tensor([7 + processes.rank]))
+    processes.average_buffers(module)
+    return everyone(fabric, dict(module.named_buffers()))
+
+
+def test_buffers_are_the_mean_and_whole_numbers_the_first():
+    expected = {"real": torch.tensor([1.0, 1.5]), "whole": torch.tensor([7])}
+    assert same([*launch(known_buffers), expected])
 
 
 # -- data loaders ------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ KEYS = {
     "settings",
     "versions",
 }
+SLOWLY = pytest.mark.slow
 COMMON = {"results.json", "posterior.nc", "training.png", "khat.png"}
 
 
@@ -69,7 +70,9 @@ def check(out, files):
 NAMES = {"elbo": "ELBO", "iw": "IWELBO-8", "renyi": "RenyiELBO-8"}
 
 
-@pytest.mark.parametrize("bound", ["elbo", "iw", "renyi"])
+@pytest.mark.parametrize(
+    "bound", ["elbo", *(pytest.param(b, marks=SLOWLY) for b in ("iw", "renyi"))]
+)
 def test_cvae_of_labels(tmp_path, bound, capsys):
     assert run("cvae", tmp_path, "--elbo", bound) == 0
     results = check(tmp_path, {"images.png", "class_grid.png"})
@@ -77,7 +80,14 @@ def test_cvae_of_labels(tmp_path, bound, capsys):
     assert f"{results['test_log_evidence_nats']:.2f} ±" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("missing", "bound"), [("1", "iw"), ("2", "renyi"), ("3", "elbo")])
+@pytest.mark.parametrize(
+    ("missing", "bound"),
+    [
+        ("1", "iw"),
+        pytest.param("2", "renyi", marks=SLOWLY),
+        pytest.param("3", "elbo", marks=SLOWLY),
+    ],
+)
 def test_cvae_of_quadrants(tmp_path, missing, bound, capsys):
     assert run("cvae", tmp_path, "--task", "quadrant", "--missing", missing, "--elbo", bound) == 0
     results = check(tmp_path, {"images.png", "completion.png"})
@@ -89,13 +99,14 @@ def test_cvae_of_quadrants(tmp_path, missing, bound, capsys):
         assert name in table
 
 
-@pytest.mark.parametrize("bound", ["iw", "renyi"])
+@pytest.mark.parametrize("bound", [pytest.param("iw", marks=SLOWLY), "renyi"])
 def test_vae(tmp_path, bound):
     assert run("vae", tmp_path, "--elbo", bound) == 0
     results = check(tmp_path, {"images.png", "interpolation.png", "latent_scatter.png"})
     assert results["bound"] == NAMES[bound]
 
 
+@pytest.mark.slow
 def test_vae_with_two_latents_draws_the_manifold(tmp_path):
     assert run("vae", tmp_path, "--latent-dim", "2") == 0
     check(tmp_path, {"images.png", "interpolation.png", "latent_scatter.png", "manifold.png"})
@@ -107,6 +118,7 @@ def test_vae_reports_the_exact_evidence_where_it_is_known(tmp_path):
     assert np.isfinite(results["exact_log_evidence_nats"])
 
 
+@pytest.mark.slow
 def test_the_arviz_file_holds_the_named_groups(tmp_path):
     import arviz
 
@@ -118,6 +130,7 @@ def test_the_arviz_file_holds_the_named_groups(tmp_path):
     idata.close()
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(tmp_path):
     numbers = []
     for seed in ("3", "3", "4"):
@@ -128,6 +141,18 @@ def test_same_seed_same_numbers(tmp_path):
     assert numbers[0] == numbers[1] != numbers[2]
 
 
+def test_as_a_script_it_refuses_before_any_work(tmp_path):
+    (tmp_path / "results.json").write_text("mine")
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, str(EXAMPLES / "vae.py"), "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "results.json" in done.stderr
+    assert done.stdout == ""
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cvae", "vae"])
 def test_as_a_script(tmp_path, name):
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
@@ -178,7 +203,7 @@ def test_own_images(tmp_path, kind, task):
     check(out, {"images.png", "class_grid.png" if task == "label" else "completion.png"})
 
 
-@pytest.mark.parametrize("kind", ["real", "binary"])
+@pytest.mark.parametrize("kind", ["real", pytest.param("binary", marks=SLOWLY)])
 def test_own_vectors_skip_the_pictures(tmp_path, kind, capsys):
     x, y = arrays(kind)
     np.savez(tmp_path / "my.npz", x=x, y=y)
@@ -249,7 +274,7 @@ def test_cuda_asked_for_but_absent(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["cvae", "vae"])
+@pytest.mark.parametrize("name", ["cvae", pytest.param("vae", marks=SLOWLY)])
 def test_nothing_is_overwritten_without_overwrite(tmp_path, name, capsys):
     mine = tmp_path / "images.png"
     mine.write_text("mine")
@@ -275,7 +300,7 @@ def test_help_states_every_default(name, capsys):
     assert text.count("(default: ") >= 15 and "(default: None)" not in text
 
 
-@pytest.mark.parametrize("name", ["linear_gaussian", "digits"])
+@pytest.mark.parametrize("name", ["linear_gaussian", pytest.param("digits", marks=SLOWLY)])
 def test_compare_elbos(name, tmp_path, capsys):
     import importlib
 
@@ -293,7 +318,7 @@ def test_compare_elbos(name, tmp_path, capsys):
         example.main(["--smoke", "--data", name, "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("latent_dim", ["2", "3"])
+@pytest.mark.parametrize("latent_dim", [pytest.param("2", marks=SLOWLY), "3"])
 def test_custom_guide(tmp_path, latent_dim, capsys):
     import importlib
 
@@ -311,6 +336,7 @@ def test_custom_guide(tmp_path, latent_dim, capsys):
         example.main(["--smoke", "--out", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_posterior_diagnostics(tmp_path, capsys):
     import importlib
 
@@ -335,10 +361,25 @@ def test_posterior_diagnostics(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("mixture", [], ("scikit-learn's EM", "gradient ascent", "posterior after 2 EM steps")),
+        pytest.param(
+            "mixture",
+            [],
+            ("scikit-learn's EM", "gradient ascent", "posterior after 2 EM steps"),
+            marks=SLOWLY,
+        ),
         ("autoencoder", [], ("beta-VAE", "the encoder", "the same sigma^2 beta")),
-        ("constrained", [], ("cyclical warm-up", "free bits", "capacity", "distortion 16")),
-        ("hierarchical", [], ("bottom-up, fine-tuned", "ladder, fine-tuned", "active z3")),
+        pytest.param(
+            "constrained",
+            [],
+            ("cyclical warm-up", "free bits", "capacity", "distortion 16"),
+            marks=SLOWLY,
+        ),
+        pytest.param(
+            "hierarchical",
+            [],
+            ("bottom-up, fine-tuned", "ladder, fine-tuned", "active z3"),
+            marks=SLOWLY,
+        ),
         pytest.param(
             "hierarchical",
             ["--net", "conv", "--latents", "2", "3"],

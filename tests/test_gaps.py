@@ -16,6 +16,7 @@ from ppvae import conditionals, diagnostics, guides, models, nets, plots, poster
 from ppvae.check.pair import PairError
 from ppvae.local import Indexed
 from ppvae.program import data_plate
+from ppvae.weights import log_weights
 
 
 class Correlated(LinearModel):
@@ -83,12 +84,52 @@ def test_gaps_equal_their_closed_form(float64):
     assert table.loc["total gap", "mean"] == pytest.approx(found.total.mean().item())
 
 
-def test_known_evidence_and_a_richer_family(float64):
+def test_standard_errors_by_their_formulas(float64):
+    """Over datapoints sd / sqrt N; each difference has the errors of its own two terms."""
+    draw = torch.Generator().manual_seed(0)
+    log_p, bound, best = torch.randn(3, 9, generator=draw)
+    log_p_se, bound_se, best_se = torch.rand(3, 9, generator=draw)
+    found = diagnostics.Gaps(
+        log_p, log_p_se, None, None, bound, bound_se, {"own": best}, {"own": best_se}, "exact"
+    )
+    torch.testing.assert_close(found.approximation_se, torch.hypot(log_p_se, best_se))
+    torch.testing.assert_close(found.amortisation_se, torch.hypot(bound_se, best_se))
+    table = found.table()
+    for name, values, variance in (
+        ("log p(x)", log_p, log_p_se**2),
+        ("total gap", log_p - bound, log_p_se**2 + bound_se**2),
+        ("approximation gap", log_p - best, log_p_se**2 + best_se**2),
+        ("amortisation gap", best - bound, bound_se**2 + best_se**2),
+    ):
+        row = table.loc[name]
+        assert row["mean"] == pytest.approx(values.mean().item())
+        assert row["se"] == pytest.approx(values.std().item() / 3)
+        assert row["mc_se"] == pytest.approx(variance.sum().sqrt().item() / 9)
+
+
+def test_the_bound_of_a_pair_with_dropout_is_that_of_evaluation(float64):
+    torch.manual_seed(0)
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 12, dropout=0.9)), latent_dim=2)
+    guide = guides.Normal(nets.mlp(12, 8, 4, dropout=0.9))
+    x = torch.bernoulli(torch.full((4, 12), 0.5))
+    found = diagnostics.gaps(
+        model, guide, x, log_evidence=torch.zeros(4), num_particles=500, steps=1, seed=0
+    )
+    assert model.training and guide.training
+    model.eval(), guide.eval()
+    with torch.no_grad():
+        log_w = log_weights(model, guide, x, num_particles=20_000).log_w
+    se = torch.hypot(found.elbo_se, log_w.std(0) / math.sqrt(20_000))
+    assert ((found.elbo - log_w.mean(0)).abs() < 4.5 * se).all()
+
+
+@pytest.mark.parametrize("rows", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_known_evidence_and_a_richer_family(float64, rows):
     """With full covariance and a known log p(x), nothing is left: q* is the posterior."""
-    model, guide, x, approximation, _ = problem(rows=6)
+    model, guide, x, approximation, _ = problem(rows=rows)
     exact = model.log_evidence(x).detach()
     with torch.no_grad():
-        outputs = torch.cat([guide.outputs(x), torch.zeros(6, 1)], -1)
+        outputs = torch.cat([guide.outputs(x), torch.zeros(rows, 1)], -1)
     full = guides.PerDatapoint(posteriors.FullNormal(nn.Identity(), 2), outputs)
     found = diagnostics.gaps(
         model,
@@ -106,14 +147,19 @@ def test_known_evidence_and_a_richer_family(float64):
     assert "approximation gap, full covariance" in found.table().index
 
 
-def test_upper_side_from_hmc(float64):
+@pytest.mark.parametrize("method", ["exact", pytest.param("HMC", marks=pytest.mark.slow)])
+def test_upper_side_from_posterior_draws(float64, method):
     model, guide, x, _, _ = problem(rows=5)
     exact = model.log_evidence(x).detach()
-    draws = diagnostics.hmc(model, guide, x, seed=0)
+    if method == "HMC":
+        draws = diagnostics.hmc(model, guide, x, seed=0)
+    else:
+        A, a, S = model.posterior()
+        draws = fake_reference(x @ A.T + a + torch.randn(4, 100, 5, 2) @ torch.linalg.cholesky(S).T)
     found = diagnostics.gaps(
         model, guide, x, reference=draws, steps=100, num_temperatures=30, seed=0
     )
-    assert draws.converged.all() and "reverse AIS from HMC draws, if exact" in found.note
+    assert draws.converged.all() and f"reverse AIS from {method} draws, if exact" in found.note
     assert ((found.upper - exact).abs() < 4.5 * found.upper_se + 1e-3).all()
     assert "upper - lower" in found.table().index
 
@@ -202,13 +248,14 @@ def normal_problem(mean, covariance, rows=3):
     return model, guide, torch.zeros(rows)
 
 
-def test_comparison_equals_closed_forms(float64):
+@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_comparison_equals_closed_forms(float64, rows):
     """Normals: W2 of marginals is sqrt(dmean^2 + dsd^2); sliced is its mean over directions."""
     mean, covariance = torch.tensor([0.5, 0.0]), torch.tensor([[0.25, 0.0], [0.0, 1.0]])
-    model, guide, x = normal_problem(mean, covariance)
+    model, guide, x = normal_problem(mean, covariance, rows)
     rho = 0.8
     exact = torch.tensor([[1.0, rho], [rho, 1.0]])
-    z = torch.randn(4, 2500, 3, 2) @ torch.linalg.cholesky(exact).T
+    z = torch.randn(4, 2500, rows, 2) @ torch.linalg.cholesky(exact).T
     found = diagnostics.compare_posteriors(
         model, guide, x, reference=fake_reference(z), num_directions=400, seed=0
     )
@@ -219,20 +266,20 @@ def test_comparison_equals_closed_forms(float64):
         (found.sd_ratio, torch.tensor([0.5, 1.0])),
         (found.wasserstein2, torch.tensor([math.sqrt(0.5**2 + 0.5**2), 0.0])),
     ):
-        torch.testing.assert_close(seen, truth.expand(3, 2), **close)
+        torch.testing.assert_close(seen, truth.expand(rows, 2), **close)
     # W1 of N(.5, .5^2) to N(0, 1): the mean of |d + s e| is that of a folded normal
     folded = 0.5 * (math.sqrt(2 / math.pi) * math.exp(-0.5) + math.erf(1 / math.sqrt(2)))
     assert ((found.wasserstein1[:, 0] - folded).abs() < 0.06).all()
-    torch.testing.assert_close(found.correlation_error, torch.full((3,), rho), **close)
+    torch.testing.assert_close(found.correlation_error, torch.full((rows,), rho), **close)
     angles = torch.linspace(0, math.pi, 2000)
     d = torch.stack([angles.cos(), angles.sin()])
     spread = (d * (covariance @ d)).sum(0).sqrt() - (d * (exact @ d)).sum(0).sqrt()
     sliced = ((mean @ d).square() + spread.square()).mean().sqrt()
-    torch.testing.assert_close(found.sliced, sliced.expand(3), **close)
+    torch.testing.assert_close(found.sliced, sliced.expand(rows), **close)
     assert (found.floor < 0.1).all()
     text = repr(found)
     assert "differs on 100%" in text and "too narrow" in text and "misses correlations" in text
-    assert len(found.table()) == 6 and len(found.summary()) == 3
+    assert len(found.table()) == 2 * rows and len(found.summary()) == rows
 
 
 def test_an_exact_guide_is_not_told_from_the_reference(float64):
@@ -258,6 +305,7 @@ def test_rows_that_did_not_converge_are_nan(float64):
     assert "no datapoint of the reference converged" in repr(found)
 
 
+@pytest.mark.slow
 def test_comparison_with_hmc_on_a_linear_pair(float64):
     """The whole way: HMC, then q x0.6 is seen as 0.6."""
     model = LinearModel(2, 5)

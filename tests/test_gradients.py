@@ -30,8 +30,17 @@ def check(estimator: elbo.Estimator, model, guide, x: Tensor, exact: Tensor) -> 
 
 @pytest.mark.usefixtures("float64")
 class TestLinearGaussian:
-    @pytest.mark.parametrize("latent_dim", [1, 2, 10])
-    @pytest.mark.parametrize("K", [1, 3])
+    @pytest.mark.parametrize(
+        ("latent_dim", "K"),
+        [
+            (1, 3),
+            (2, 1),
+            *(
+                pytest.param(*case, marks=pytest.mark.slow)
+                for case in [(1, 1), (2, 3), (10, 1), (10, 3)]
+            ),
+        ],
+    )
     @pytest.mark.parametrize(
         ("gradient", "kl"),
         [("pathwise", "sampled"), ("pathwise", "mixed"), ("stl", "sampled"), ("score", "sampled")],
@@ -99,12 +108,12 @@ class TestLinearGaussian:
     def test_fifty_particles(self) -> None:
         """K = 50: dreg, pathwise, score and vimco have one expectation."""
         model = LinearModel(1, 3)
-        x = model.draw(2).repeat(20, 1)
+        x = model.draw(2).repeat(50, 1)
         found = {}
         for gradient in elbo.IWELBO.gradients:
             guide = LinearGuide(model, scale=1.5, path=gradient in ("pathwise", "dreg"))
             objective = elbo.IWELBO(50, gradient)(model, guide)
-            found[gradient] = gradients(lambda o=objective: o(x), trainable(guide), 100, 20)
+            found[gradient] = gradients(lambda o=objective: o(x), trainable(guide), 40, 50)
         for gradient, grads in found.items():
             # an unpaired difference of two means, each with its own standard error
             assert_mean(grads - found["dreg"].flip(0), 0.0, gradient)
@@ -147,7 +156,7 @@ class TestTwoLevels:
         exact = oracles.two_level_elbo(model, guide, self.x)
         check(elbo.ELBO(2, gradient), model, guide, self.x, exact)
 
-    @pytest.mark.parametrize("bottom_up", [True, False])
+    @pytest.mark.parametrize("bottom_up", [True, pytest.param(False, marks=pytest.mark.slow)])
     @pytest.mark.parametrize(
         "estimator",
         [
@@ -413,6 +422,15 @@ def test_dreg_and_pathwise_give_the_model_the_same_gradient() -> None:
             torch.manual_seed(0)
             grads.append(torch.autograd.grad(estimator(model, guide)(x), trainable(model)))
         torch.testing.assert_close(*grads)
+
+
+def test_a_schedule_stays_at_its_end_from_its_last_step_on() -> None:
+    cycles = elbo.CyclicalWarmup(period=4, cycles=2, rising=0.5, start=0.2, end=0.8)
+    expected = [0.2, 0.5, 0.8, 0.8] * 2 + [0.8, 0.8]
+    assert [cycles(step) for step in range(10)] == pytest.approx(expected)
+    assert cycles.steps == 8
+    warmup = elbo.LinearWarmup(steps=2, start=1.0, end=3.0)
+    assert [warmup(step) for step in range(4)] == [1.0, 2.0, 3.0, 3.0]
 
 
 def test_a_schedule_follows_the_steps_everywhere() -> None:

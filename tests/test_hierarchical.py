@@ -447,8 +447,17 @@ def test_fine_tuning_goes_on_with_the_same_pair(pair):
     assert all(math.isfinite(value) for value in history.column("valid_bound"))
 
 
-@pytest.mark.parametrize("pair", ["hierarchical", "ladder", "ladder_conv"])
-@pytest.mark.parametrize("estimator", [elbo.ELBO(beta=elbo.LinearWarmup(4)), elbo.IWELBO(5)])
+@pytest.mark.parametrize(
+    ("pair", "estimator"),
+    [
+        ("hierarchical", elbo.ELBO(beta=elbo.LinearWarmup(4))),
+        ("ladder", elbo.IWELBO(5)),
+        ("ladder_conv", elbo.ELBO(beta=elbo.LinearWarmup(4))),
+        pytest.param("hierarchical", elbo.IWELBO(5), marks=pytest.mark.slow),
+        pytest.param("ladder", elbo.ELBO(beta=elbo.LinearWarmup(4)), marks=pytest.mark.slow),
+        pytest.param("ladder_conv", elbo.IWELBO(5), marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_equals_eager(pair, estimator, monkeypatch):
     import torch._inductor.compile_fx as inductor
 

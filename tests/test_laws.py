@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -14,8 +15,9 @@ from torch import Tensor
 import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel, assert_below, assert_mean, trainable
-from ppvae import elbo
+from ppvae import elbo, guides, models
 from ppvae.elbo import State
+from ppvae.local import Indexed
 from ppvae.program import data_plate, local_parameters
 from registry import ALL_ESTIMATORS, ALL_PAIRS, build, cross, owners
 
@@ -118,8 +120,28 @@ class SubsampledGuide(LinearGuide):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("way", ["full", "size", "subsample_size", "by hand"])
-@pytest.mark.parametrize("label", ["ELBO", "IWELBO", "IWELBO dreg"])
+@pytest.mark.parametrize(
+    ("label", "way"),
+    [
+        ("ELBO", "full"),
+        ("ELBO", "by hand"),
+        ("IWELBO", "full"),
+        ("IWELBO", "size"),
+        ("IWELBO", "subsample_size"),
+        ("IWELBO dreg", "size"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("ELBO", "size"),
+                ("ELBO", "subsample_size"),
+                ("IWELBO", "by hand"),
+                ("IWELBO dreg", "full"),
+                ("IWELBO dreg", "subsample_size"),
+                ("IWELBO dreg", "by hand"),
+            ]
+        ),
+    ],
+)
 def test_full_data_and_minibatches_have_the_same_expectation(label: str, way: str) -> None:
     own = way == "subsample_size"
     model = (Subsampled if own else LinearModel)(1, 3)
@@ -312,3 +334,35 @@ def test_a_plate_of_a_data_set_scales_the_loss_only() -> None:
         losses.append(elbo.IWELBO(4)(model, guide)(x, size=size).item())
     assert losses[1] == pytest.approx(10 * losses[0], rel=1e-6)
     assert data_plate(x, size=60).size == 60
+
+
+TAKE_A_SIZE = [pair for pair in ALL_PAIRS if pair not in ("pyro_modules", "tutorial")]
+
+
+@pytest.mark.parametrize("pair", [*TAKE_A_SIZE, "responsibilities"])
+def test_every_pair_knows_that_its_rows_are_some_of_more(pair: str) -> None:
+    """Model and guide: plates that differ would be refused."""
+    if pair == "responsibilities":
+        model: Any = models.GaussianMixture(2, dim=3)
+        guide: Any = guides.Responsibilities(model)
+        args: Any = (torch.randn(6, 3),)
+    else:
+        model, guide, args = build(pair)
+    rows = len(args[0])
+    pyro.set_rng_seed(0)
+    plain = ppvae.log_weights(model, guide, *args)
+    pyro.set_rng_seed(0)
+    weights = ppvae.log_weights(model, guide, *args, size=10 * rows)
+    assert weights.scale == 10.0 and not weights.site_scales
+    torch.testing.assert_close(weights.log_w, plain.log_w)
+
+
+@pytest.mark.parametrize("pair", TAKE_A_SIZE)
+def test_models_draw_the_rows_that_they_are_not_given(pair: str) -> None:
+    model, _, args = build(pair)
+    if isinstance(model, Indexed):
+        return
+    model.eval()
+    given = {"y": args[1]} if len(args) > 1 else {"size": 6}
+    drawn = model(**given)
+    assert drawn.shape == args[0].shape and not torch.equal(drawn, args[0])

@@ -422,7 +422,7 @@ def test_fit_refuses_too_few_points_before_its_first_step(x, message):
     assert svi.num_steps == 0
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 60])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2, 60])
 def test_a_batch_may_have_fewer_points_than_components(batch_size):
     x = three_clusters(60)
     late = torch.cat([x[:1].repeat(1500, 1), x])  # whose first rows are all alike
@@ -439,13 +439,21 @@ def test_batches_that_are_made_elsewhere_are_no_rows():
     assert svi.num_steps == 3
 
 
-@pytest.mark.parametrize("full", [True, False])
-@pytest.mark.parametrize("wrap", [lambda x: x, functools.partial(loaded, batch_size=60)])
-def test_fit_names_a_component_that_collapses(full, wrap, tmp_path):
+@pytest.mark.parametrize(
+    ("full", "batch_size"),  # of a loader
+    [
+        (True, None),
+        (False, 60),
+        pytest.param(False, None, marks=pytest.mark.slow),
+        pytest.param(True, 60, marks=pytest.mark.slow),
+    ],
+)
+def test_fit_names_a_component_that_collapses(full, batch_size, tmp_path):
     """Half the rows are one point: a density without limit sits on it."""
     x = three_clusters(30)
     x = torch.cat([x, x[:1].repeat(30, 1)])
-    svi, fit = by_gradients(wrap(x), 3, full, lr=0.02, epochs=1000, batch_size=60)
+    rows = loaded(x, batch_size=batch_size) if batch_size else x
+    svi, fit = by_gradients(rows, 3, full, lr=0.02, epochs=1000, batch_size=60)
     svi.model.start(x)
     files = ppvae.Checkpoints(tmp_path, every=50)
     with pytest.raises(CollapsedComponent, match=r"component 0 has collapsed.* of 60 points"):
@@ -476,8 +484,15 @@ def test_it_is_a_pair(full):
     assert len(pyro.get_param_store()) == 0
 
 
-@pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("C", [1, 3])
+@pytest.mark.parametrize(
+    ("guided", "C"),
+    [
+        (False, 1),
+        (True, 3),
+        pytest.param(True, 1, marks=pytest.mark.slow),
+        pytest.param(False, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_equals_eager(guided, C, monkeypatch):
     import torch._inductor.compile_fx as inductor
 

@@ -103,6 +103,30 @@ def test_the_error_names_step_site_and_parameters_and_nothing_moves(traced, how,
         assert svi.num_steps == 3
 
 
+def test_the_site_is_named_by_the_draws_that_failed():
+    """They are rare: other draws of the same pair show nothing."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(Z), 1.0).to_event(1))
+            loc = z.where(z < 3.0, math.nan).sum(-1, keepdim=True)
+            pyro.sample("x", dist.Normal(loc.expand(*loc.shape[:-1], D), 1.0).to_event(1), obs=x)
+
+    def train(svi):
+        for _ in range(10_000):
+            svi.step(X)
+
+    for seed in range(2):
+        torch.manual_seed(seed)
+        svi = ppvae.SVI(model, guides.Normal(nn.Linear(D, 2 * Z)), torch.optim.SGD)
+        svi.prepare(X)
+        with torch.no_grad():
+            svi.guide.conditional.net.weight.zero_(), svi.guide.conditional.net.bias.zero_()
+        svi.optimizer.param_groups[0]["lr"] = 0.0
+        with pytest.raises(NonFiniteError, match=r"the loss is nan; site 'x' of the model"):
+            train(svi)
+
+
 @pytest.mark.parametrize("label", ALL_ESTIMATORS)
 @pytest.mark.parametrize("name", ["vae_bernoulli", "vae_normal_predicted_scale"])
 def test_every_estimator(name, label):

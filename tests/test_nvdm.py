@@ -78,6 +78,11 @@ def test_words_and_topics():
         model.word_vectors.copy_(R)
     assert model.nearest_words(["gun"], WORDS, num=1) == {"gun": ["law"]}
     assert model.nearest_words(["law"], WORDS, num=1) == {"law": ["gun"]}  # cosine, not length
+    with torch.no_grad():
+        model.word_vectors[3] = torch.tensor([9.0, 9.0])  # the largest product with "law"
+    assert model.nearest_words(["law"], WORDS, num=1) == {"law": ["gun"]}
+    with torch.no_grad():
+        model.word_vectors.copy_(R)
     up, down = model.topics(WORDS, num=1)[0]
     assert (up, down) == (["gun"], ["god"])
     assert model.topics(WORDS, num=1)[1][1] == ["space"]

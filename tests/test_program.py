@@ -1,6 +1,7 @@
 """Programs in stock Pyro engines and in our own path: who trains, and who touches the store."""
 
 import copy
+import itertools
 import warnings
 from contextlib import nullcontext
 
@@ -43,8 +44,14 @@ def unmoved(before: dict[str, Tensor], *programs) -> list[str]:
     return [name for name in before if torch.equal(before[name], after[name])]
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("engine", STOCK)
+@pytest.mark.parametrize(
+    ("engine", "pair"),
+    [
+        pytest.param(engine, pair, marks=[] if fast else [pytest.mark.slow])
+        for engine, pair in itertools.product(STOCK, PAIRS)
+        for fast in [engine == "Trace K=3" or pair in ("vae_bernoulli", "hierarchical")]
+    ],
+)
 def test_stock_engines_train_every_parameter(pair: str, engine: str) -> None:
     model, guide, args = build(pair)
     before = values(model, guide)

@@ -2,6 +2,7 @@
 
 import argparse
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -381,6 +382,38 @@ def test_initialise_finds_correlated_clusters():
         torch.testing.assert_close(variances, own.var(0, correction=0), rtol=1e-3, atol=0)
 
 
+class Fitted:
+    """A mixture of scikit-learn that has found a component on one code, however wide."""
+
+    def __init__(self, count, **options):
+        self.options = options
+        self.weights_ = np.array([0.66, 0.32, 0.02])  # of 60 codes: 1.2
+        self.means_, self.covariances_ = np.zeros((count, Z)), np.ones((count, Z))
+
+    def fit(self, codes):
+        self.codes = codes
+
+
+def test_what_is_asked_of_scikit_learns_mixture(monkeypatch):
+    made = []
+
+    def spy(count, **options):
+        made.append(Fitted(count, **options))
+        return made[-1]
+
+    monkeypatch.setattr("sklearn.mixture.GaussianMixture", spy)
+    model, codes = pair()[0], blobs()[0]
+    with pytest.raises(ValueError, match=r"components \[2\] of 3 collapsed"):
+        model.initialise(codes, seed=4, num_starts=7)
+    options = made[0].options
+    assert (options["n_init"], options["random_state"], options["covariance_type"]) == (
+        7,
+        4,
+        "diag",
+    )
+    assert np.array_equal(made[0].codes, codes.numpy())
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [({"num_starts": 0}, "num_starts must be at least 1"), ({"covariance": "tied"}, '"full", got')],
@@ -493,6 +526,7 @@ def test_an_example_evaluates_without_distortion(example):
 
 
 @pytest.mark.filterwarnings("ignore::ppvae.metrics.UnusedClusterWarning")  # 4 epochs are few
+@pytest.mark.slow
 def test_the_example(example, tmp_path, capsys):
     import json
 

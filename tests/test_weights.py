@@ -13,8 +13,8 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel
 from ppvae import elbo
-from ppvae.pairs import Leaves, structure
-from ppvae.weights import weigh
+from ppvae.pairs import Leaves, simulate, structure
+from ppvae.weights import dream_log_q, weigh
 from registry import ALL_PAIRS, build
 
 
@@ -446,6 +446,80 @@ def test_kl_valid_follows_dependence_not_order(model_order: str, guide, valid: s
 
     weights = ppvae.log_weights(model, guide, torch.randn(3))
     assert weights.kl_valid() == valid
+
+
+def test_kl_valid_follows_dependence_over_a_link() -> None:
+    """z1 depends on z3 in the model, and the guide draws z3 from z1 by way of z2."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z3 = pyro.sample("z3", dist.Normal(0.0, 1.0))
+            z2 = pyro.sample("z2", dist.Normal(0.0, 1.0))
+            z1 = pyro.sample("z1", dist.Normal(0.9 * z3, 1.0))
+            pyro.sample("x", dist.Normal(z1 + 0.5 * z2, 1.0), obs=x)
+
+    def upwards(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(0.5 * x, 1.0))
+            z2 = pyro.sample("z2", dist.Normal(0.8 * z1, 1.0))
+            pyro.sample("z3", dist.Normal(0.8 * z2, 1.0))
+
+    x = torch.linspace(-2.0, 2.0, 5).repeat(2000)
+    assert ppvae.log_weights(model, upwards, x).kl_valid() == {"z2", "z3"}
+    sampled, mixed = (
+        estimator.effective(ppvae.log_weights(model, upwards, x), estimator.new_state())[0]
+        for estimator in (elbo.ELBO(), elbo.ELBO(kl="mixed"))
+    )
+    oracles.assert_mean(mixed - sampled, 0.0)
+
+
+def test_what_is_known_of_a_model_is_known_beside_one_guide() -> None:
+    program = two_latents("a", "b")
+
+    def model(x: Tensor) -> None:
+        program(x, observe=True)
+
+    def apart(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("b", dist.Normal(x, 1.0))
+            pyro.sample("a", dist.Normal(x, 1.0))
+
+    def upwards(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Normal(x, 1.0))
+            pyro.sample("a", dist.Normal(b, 1.0))
+
+    x = torch.randn(3)
+    for guide, valid in ((apart, {"a", "b"}), (upwards, {"a"}), (apart, {"a", "b"})):
+        assert ppvae.log_weights(model, guide, x).kl_valid() == valid
+
+
+# ------------------------------------------------------------------------------ simulated data
+
+
+def test_simulated_data_stand_in_the_place_of_every_observed_argument() -> None:
+    def model(x: Tensor, y: Tensor, w: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(y, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("w", dist.Normal(-z, 1.0), obs=w)
+
+    def guide(x: Tensor, y: Tensor, w: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + y - w) / 3, 0.6))
+
+    given = tuple(torch.full((4,), 100.0 * i) for i in (1, 2, 3))
+    dreamt, dream = simulate(model, given, {})
+    assert dreamt[1] is given[1]
+    for value, name in ((dreamt[0], "x"), (dreamt[2], "w")):
+        assert value is dream.nodes[name]["value"]
+        assert not torch.equal(value, given[0]) and not torch.equal(value, given[2])
+    torch.manual_seed(3)
+    log_q = dream_log_q(model, guide, *given)
+    torch.manual_seed(3)
+    (x, y, w), dream = simulate(model, given, {})
+    exact = dist.Normal((x + y - w) / 3, 0.6).log_prob(dream.nodes["z"]["value"])
+    torch.testing.assert_close(log_q, exact.unsqueeze(0))
 
 
 # ------------------------------------------------------------------------------ refusals

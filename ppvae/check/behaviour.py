@@ -28,6 +28,7 @@ from ppvae.pairs import (
     is_rounded,
     kind,
     moved,
+    reason,
     sample_sites,
     seeded,
 )
@@ -316,8 +317,7 @@ def particle_faults(again: _Replays) -> list[str] | None:
     try:
         many = log_weights(model, guide, *args, num_particles=K, joint=joint, **kwargs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = str(error).partition("\nTrace Shapes:")[0]
-        return [f"the pair runs with one particle but not with {K}: {reason}. {_FOLD}"]
+        return [f"the pair runs with one particle but not with {K}: {reason(error)}. {_FOLD}"]
     if many.enumerated:
         return None
     faults: dict[tuple[str, str], None] = {}

@@ -23,7 +23,7 @@ from ppvae.check.sites import (
     plate_faults,
     weight_faults,
 )
-from ppvae.pairs import Site, own_path, position_fault, sample_sites, unnoticed
+from ppvae.pairs import Site, own_path, position_fault, reason, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.weights import LogWeights, log_weights
 from ppvae.wrapped import argument_names, title
@@ -258,7 +258,7 @@ def _weigh(
     try:
         weights = log_weights(model, guide, *args, joint=joint, **kwargs)
     except ValueError as error:
-        raise PairError(str(error).partition("\nTrace Shapes:")[0]) from error
+        raise PairError(reason(error)) from error
     if faults := weight_faults(weights):
         raise PairError("\n".join(faults))
     return weights, checks
@@ -277,9 +277,8 @@ def _run(
     try:
         drawn = sample_sites(poutine.trace(program).get_trace(*args, **kwargs))
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        reason = str(error).partition("\nTrace Shapes:")[0]  # which Pyro appends
         if isinstance(error, PairError):
-            raise PairError(reason) from error
+            raise PairError(reason(error)) from error
         seen = ", ".join(
             f"{name}: {arg.dtype} {tuple(arg.shape)}"
             if isinstance(arg, Tensor)
@@ -287,8 +286,7 @@ def _run(
             for name, arg in [*zip(names(program, args), args, strict=True), *kwargs.items()]
         )
         raise PairError(
-            f"the {role} ({title(program)}) fails when called with ({seen}): "
-            f"{reason}{_other_precision(program, args)}"
+            f"the {role} ({title(program)}) fails when called with ({seen}): {reason(error)}"
         ) from error
     for name, site in drawn.items():
         if not hasattr(site["fn"], "log_prob"):
@@ -297,16 +295,6 @@ def _run(
                 "distribution; put a network into a conditional, as conditionals.Normal(net)"
             )
     return drawn
-
-
-def _other_precision(program: Callable[..., Any], args: Sequence[Any]) -> str:
-    """A cure for data of another precision than a program's parameters; "" if it is the same."""
-    owner = module_of(program)
-    dtype = next(owner.parameters(), torch.empty(0)).dtype if owner is not None else None
-    for name, arg in zip(names(program, args), args, strict=True):
-        if isinstance(arg, Tensor) and arg.is_floating_point() and dtype not in (None, arg.dtype):
-            return f"; the parameters are {dtype}, so give {name}.to({dtype})"
-    return ""
 
 
 @contextmanager

@@ -47,12 +47,12 @@ class PairReport:
         return iter(self.row_checks)
 
     def __repr__(self) -> str:
-        usable = [name for name, reason in self.gradients.items() if not reason]
+        usable = [name for name, why in self.gradients.items() if not why]
         lines = ["The pair fits together.", *(f"  + {line}" for line in self.holds)]
         lines.append(f"  + gradients of ppvae.elbo: {', '.join(usable)}")
-        for reason in dict.fromkeys(filter(None, self.gradients.values())):
-            refused = [name for name, why in self.gradients.items() if why == reason]
-            lines.append(f"  - not {', '.join(refused)}: {reason}")
+        for why in dict.fromkeys(filter(None, self.gradients.values())):
+            refused = [name for name, other in self.gradients.items() if other == why]
+            lines.append(f"  - not {', '.join(refused)}: {why}")
         return "\n".join([*lines, *(f"  ? {note}" for note in self.notes)])
 
 

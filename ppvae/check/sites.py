@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from ppvae.distributions import WordCounts
+from ppvae.latents import check_auxiliary, check_latents
 from ppvae.pairs import DATA_PLATE, Site, is_discrete, kind, unrounded, weighs_alike
-from ppvae.weights import LogWeights, check_auxiliary, check_latents
+from ppvae.weights import LogWeights
 
 
 def latent_faults(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> list[str]:

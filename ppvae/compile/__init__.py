@@ -1,8 +1,8 @@
 """A pair's loss and gradient, or its log-weights, as one compiled graph.
 
-``compiled`` keeps graphs and says what they depend on, ``graph`` traces and compiles one,
-``passes`` makes it quicker, ``cuda_graph`` captures a whole step. A room that knows pairs and
-log-weights; it imports no estimator and nothing of training.
+``compiled`` keeps graphs and says what each depends on, ``graph`` traces and compiles one,
+``passes`` makes it faster, ``cuda_graph`` captures a whole step. This room knows pairs and
+log-weights; it imports no estimator, and nothing of training.
 """
 
 from ppvae.compile.compiled import Compiled, CompiledGradients, CompiledWeights

@@ -1,10 +1,9 @@
-"""Tracing a whole computation with a pair, gradient included, into one compiled graph.
+"""Graphs of a whole computation with a pair, gradient included: when one is built and used.
 
-A Pyro program is static Python around tensors: once traced, neither Pyro nor Python is left in
-the step. What a graph must not contain are values that change. Parameters, buffers, arguments and
-every other tensor that the programs reach are its inputs; weights that follow a schedule are
-tensors too (:meth:`ppvae.elbo.State.at_step`); everything else that is baked in is in
-the key under which a graph is kept.
+A graph must not contain values that change. Parameters, buffers, arguments and all other tensors
+that the programs use are its inputs, and a weight that follows a schedule is a tensor, too
+(:meth:`ppvae.elbo.State.at_step`). Whatever else is fixed in a graph, such as shapes, numbers and
+modes, is part of the key under which it is kept.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ _PLAIN = (int, float, str, type(None))
 
 
 class Compiled:
-    """A computation with a module by compiled graphs, one for each thing baked in.
+    """A computation with a module by compiled graphs, one for each set of fixed values.
 
-    A graph is built at the first call with arguments of its shapes, in the modes the modules are
-    in, and compared with an eager run at the same draws before it is used.
+    A graph is built at the first call with arguments of such shapes, and modules in such modes. It
+    is compared with an eager run at the same draws before it is used.
 
     Args:
         module: holds all parameters and buffers.
@@ -55,7 +54,7 @@ class Compiled:
     Attributes:
         build_seconds: time spent building graphs.
         reason: why steps run eagerly, where they do; None otherwise.
-        latest: what the last call ran; None: nothing, so it was left to run eagerly.
+        latest: the graph that the last call ran; None: it ran none, the caller runs eagerly.
         replays: whole steps captured as CUDA graphs, see :class:`CudaGraph`.
     """
 
@@ -69,9 +68,9 @@ class Compiled:
         self.replays: dict[Any, CudaGraph] = {}
         self._graphs: dict[Any, Any] = {}
         self._parameters = list(module.parameters())
-        state = getattr(module, "state", None)  # changes, and is asked with at_step
+        state = getattr(module, "state", None)  # it changes, so a graph asks it by at_step
         self._modules = modules = [part for part in module.modules() if part is not state]
-        # Numbers and tensors that modules keep: a graph knows them as they were.
+        # Numbers and tensors in attributes: a graph has them as they were when it was built.
         kept = [(p, n, v) for p in modules for n, v in vars(p).items() if n not in INTERNAL]
         self._numbers = [(p, n) for p, n, v in kept if isinstance(v, _PLAIN)]
         self._lists = [(p, n) for p, n, v in kept if isinstance(v, (list, tuple, dict))]
@@ -85,7 +84,7 @@ class Compiled:
         )
 
     def __call__(self, args: tuple, kwargs: dict) -> Tensor | None:
-        """What the graph gives; None: run eagerly.
+        """What the graph computes; None: run eagerly.
 
         Raises:
             NotCompiled: no graph can be built, and one is required.
@@ -100,9 +99,9 @@ class Compiled:
         if graph is _UNKNOWN:
             if len(self._graphs) >= self.max_graphs:
                 self._refuse(
-                    f"{self.max_graphs} graphs have been tried, and this step differs from all in "
-                    "the shape of an argument or in a number or mode of a module; give batches "
-                    "one size, and make a number that changes a tensor, filled in place"
+                    f"{self.max_graphs} graphs were tried, and this step differs from all in the "
+                    "shape of an argument or in a number or mode of a module; give batches one "
+                    "size, and make a number that changes a tensor, filled in place"
                 )
                 return None
             graph = self._graphs[key] = self._build(args, kwargs)
@@ -110,7 +109,7 @@ class Compiled:
         return graph(args) if graph is not None else None
 
     def advance(self, key: Any) -> None:
-        """What a step does besides what its graph does, for one that is replayed."""
+        """What a step does outside its graph; for a step that is replayed."""
         self._graphs[key].advance()
 
     def built(self, key: Any) -> bool:
@@ -187,7 +186,7 @@ class CompiledGradients:
         self.inputs: list[Tensor] = [*self.parameters, *objective.buffers()]
         self.positions = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
         used: list[bool] = []
-        weighs: list[bool] = []
+        has_weight: list[bool] = []
 
         def loss_and_gradients(*inputs: Tensor) -> list[Tensor]:
             given = list(args)
@@ -201,27 +200,27 @@ class CompiledGradients:
                 gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
             used[:] = [gradient is not None for gradient in gradients]
             weight = getattr(self.state, "weight", None)
-            weighs[:] = [weight is not None]
+            has_weight[:] = [weight is not None]
             taken = {tensor.untyped_storage()._cdata for tensor in inputs}
             norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
             outputs = [loss.detach(), norm]
             for parameter, gradient in zip(wanted, gradients, strict=True):
                 if gradient is not None:
-                    outputs.append(_own(gradient, parameter, taken))
+                    outputs.append(_in_own_memory(gradient, parameter, taken))
             return outputs if weight is None else [*outputs, weight.detach().clone()]
 
         tensors = [args[i] for i in self.positions]
         like = self.parameters[0]
         traced = self.state.traced(like) if self.state is not None else nullcontext([])
         with traced as self.slots:
-            first = self._eager(args, kwargs)  # makes the slots, too
+            first = self._eager(args, kwargs)  # which also makes the slots
             with unmoved(objective):
-                before = list(attributes(objective))
+                owned = list(attributes(objective))
                 self.graph = Graph(loss_and_gradients, [*self.inputs, *tensors])
-                require_kept(before, self.graph)
+                require_kept(owned, self.graph)
             progress()
-            again = self._eager(args, kwargs)  # tracing is noticed by what caches, as an LSTM does
-        self.used, self.weighs = used, weighs[0]
+            again = self._eager(args, kwargs)  # modules with a cache, as an LSTM, notice a trace
+        self.used, self.has_weight = used, has_weight[0]
         if _difference(first, again) is not None:
             raise NotCompiled("the program changes from call to call, at the same draws")
         self._compare(again, args, kwargs)
@@ -231,7 +230,7 @@ class CompiledGradients:
         if not (self.parameters[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             self.advance()  # a captured graph would keep this step's numbers
         loss, self.norm, *outputs = self.graph(*self.inputs, *(args[i] for i in self.positions))
-        if self.weighs:
+        if self.has_weight:
             self.state.weight = outputs.pop()
         gradients = iter(outputs)
         for parameter, used in zip(self.parameters, self.used, strict=True):
@@ -274,15 +273,15 @@ class CompiledGradients:
 
     @torch.no_grad()
     def _is_a_kink(self, found: list[Tensor | None], args: tuple, kwargs: dict) -> bool:
-        """Whether the graph gives what the eager step gives at parameters a last bit away.
+        """Whether the graph computes what the eager step does at parameters a last bit away.
 
-        The last bit decides which slope of a ReLU is seen by a unit that is at its kink.
+        Where a unit is at the kink of its ReLU, the last bit decides which slope it has.
         """
-        coin, kept = torch.Generator().manual_seed(0), copies(self.parameters)
+        generator, kept = torch.Generator().manual_seed(0), copies(self.parameters)
         try:
             for _ in range(16):
                 for parameter, value in zip(self.parameters, kept, strict=True):
-                    sign = 2 * torch.randint(2, value.shape, generator=coin) - 1
+                    sign = 2 * torch.randint(2, value.shape, generator=generator) - 1
                     parameter.copy_(value * (1 + sign.to(value) * torch.finfo(value.dtype).eps))
                 if _difference(self._eager(args, kwargs), found) is None:
                     return True
@@ -327,7 +326,7 @@ class CompiledWeights:
 
         tensors = [args[i] for i in self.positions]
         with unmoved(module), seeded(0, *self.inputs, *tensors):
-            eager = weigh(*self.inputs, *tensors)  # also finds what is found once for a pair
+            eager = weigh(*self.inputs, *tensors)  # also finds what is remembered of a pair
         with unmoved(module):
             self.graph = Graph(weigh, [*self.inputs, *tensors], differentiates=False)
         progress()
@@ -344,8 +343,8 @@ class CompiledWeights:
         return log_w
 
 
-def _own(gradient: Tensor, parameter: Tensor, taken: set[int]) -> Tensor:
-    """A gradient in memory of its own, laid out as its parameter: optimisers write as they read."""
+def _in_own_memory(gradient: Tensor, parameter: Tensor, taken: set[int]) -> Tensor:
+    """A gradient that shares no memory, laid out as its parameter: an optimiser may write on it."""
     storage = gradient.untyped_storage()._cdata
     if gradient.stride() != parameter.stride() or storage in taken:
         return torch.empty_like(parameter).copy_(gradient)
@@ -359,7 +358,7 @@ def _difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None
     assert loss is not None
     half = torch.is_autocast_enabled(loss.device.type)
     tolerance = 0.1 if half else 1e-3 if loss.dtype == torch.float32 else 1e-9
-    # A gradient that cancels (a bias before batch norm) is rounding of terms of the others' size.
+    # A gradient that cancels (of a bias before batch norm) is the rounding of larger terms.
     norms = [float(tensor.nan_to_num().norm()) for tensor in expected[1:] if tensor is not None]
     floor = 0.03 * math.hypot(*norms)
     for position, (one, other) in enumerate(zip(expected, found, strict=True)):

@@ -13,7 +13,7 @@ class CudaGraph:
 
     Args:
         step: what is captured, from arguments to the loss; it must have been run before.
-        args: arguments of the step's shapes; they are copied.
+        args: arguments of the shapes that it will be replayed with; they are copied.
     """
 
     def __init__(self, step: Callable[..., Tensor], args: tuple) -> None:
@@ -24,7 +24,7 @@ class CudaGraph:
             self.loss = step(*self.args)
 
     def __call__(self, args: tuple) -> Tensor:
-        """CudaGraph it; returns the loss."""
+        """Replay it; returns the loss."""
         for kept, arg in zip(self.args, args, strict=True):
             if isinstance(kept, Tensor):
                 kept.copy_(arg, non_blocking=True)

@@ -1,8 +1,7 @@
-"""One compiled graph of a computation with a module, and what keeps one honest.
+"""One compiled graph of a function, and what keeps it right.
 
-A Pyro program is static Python around tensors: once traced, neither Pyro nor Python is left. What
-a graph must not contain are values that change, so every tensor that the traced function reaches
-is an input of its graph.
+A Pyro program is static Python around tensors: once traced, neither Pyro nor Python is left. A
+graph must not contain values that change, so every tensor that the function uses is an input.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ INTERNAL = set(vars(nn.Module()))  # attributes that every module has
 class Graph:
     """One compiled graph of a function of tensors, for inputs of these shapes.
 
-    Tensors that the function reaches otherwise are read anew at each call. Draws follow
+    Other tensors that the function uses are read anew at each call. Draws follow
     ``torch.manual_seed`` and are those of the function run eagerly, if all of them are used.
 
     Args:
         function: from tensors to a list of tensors.
         inputs: tensors of the shapes it will be called with.
-        differentiates: whether it does.
+        differentiates: whether the function does.
 
     Attributes:
-        reached: tensors that the function reaches otherwise.
+        reached: tensors that the function uses besides its inputs.
 
     Raises:
         NotCompiled: the function looks at a tensor's value, or there is no C++ compiler.
@@ -60,7 +59,7 @@ class Graph:
         inputs = [tensor.detach() for tensor in inputs]
         _keep_memory_between_calls()
         try:
-            # a fake tensor has a shape and no value: nothing of this run can be baked in
+            # a fake tensor has a shape and no value, so no value can become part of the graph
             trace = make_fx(
                 function,
                 decomposition_table=DECOMPOSITIONS,
@@ -70,22 +69,23 @@ class Graph:
             traced = trace(*inputs)
             self.reached = _lift_constants(traced)
             rewrite(traced, differentiates)
-            how = {
+            options = {
                 "fallback_random": True,
                 "cpp_wrapper": _on_cpu(traced),  # calls are made from C++, not from Python
                 "reorder_for_peak_memory": False,  # it would change the order of draws
                 "layout_optimization": False,  # convolutions take images as the eager step does
             }
-            with torch.no_grad(), config.patch(how), seeded(0, *inputs), _without_remarks():
+            with torch.no_grad(), config.patch(options), seeded(0, *inputs), _without_remarks():
                 compiler = cast(Callable[..., Any], compile_fx)
                 self._call = compiler(traced, [*inputs, *self.reached])
-                # compiles what is left; what a copy would lay out otherwise is no buffer
+                # The first call compiles the rest. It may write on buffers, so it is given copies;
+                # a tensor whose copy has another layout, which no buffer has, it gets itself.
                 tensors = [*inputs, *self.reached]
                 pairs = zip(copies(tensors), tensors, strict=True)
                 self._call(*(c if c.stride() == t.stride() else t for c, t in pairs))
         except NotCompiled:
             raise
-        except Exception as error:  # whatever the tracer and the compiler raise: there is no list
+        except Exception as error:  # nobody lists what the tracer and the compiler raise
             raise NotCompiled(_reason(error)) from error
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
@@ -95,8 +95,8 @@ class Graph:
         except RuntimeError as error:
             if type(error) is not RuntimeError:
                 raise
-            # from C++, with its stack in the text, whatever the class was there
-            text = _said(error)
+            # C++ raises this whatever the error was, and adds its stack to the text
+            text = _text(error)
             singular = text.startswith("linalg.")
             kind: Any = torch.linalg.LinAlgError if singular else RuntimeError  # type: ignore[attr-defined]
             raise kind(text) from None
@@ -105,7 +105,7 @@ class Graph:
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """Leave out what the compiler says of itself: deprecated calls, operators called indirectly."""
+    """Silence what the compiler says of its own code: deprecated calls, indirect operators."""
     log = logging.getLogger("torch._inductor.ir")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -117,7 +117,7 @@ def _without_remarks() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _said(error: BaseException) -> str:
+def _text(error: BaseException) -> str:
     """The text of an error without the stack of C++ functions that torch may add."""
     return str(error).partition("Exception raised from")[0].strip()
 
@@ -129,11 +129,12 @@ def _on_cpu(traced: GraphModule) -> bool:
 
 
 def _keep_memory_between_calls() -> None:
-    """Have glibc keep up to 64 MB of freed memory, where it would give back all beyond some MB.
+    """Have glibc keep up to 64 MB of freed memory instead of returning it to the system.
 
-    It gives back twice the largest block, of at most 32 MB, that it has seen freed. A graph frees
-    all its intermediates at each call, and at the next would be handed new pages to be zeroed: with
-    50 particles that took a tenth of a step. Nothing is touched here, so it costs nothing.
+    It keeps twice the largest block, of at most 32 MB, that it has seen freed, so one such block is
+    freed here; nothing is written to it, so it costs nothing. A graph frees its intermediates at
+    each call. Without this the next call gets new pages, which the system has to zero: with 50
+    particles that took a tenth of a step.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
@@ -166,11 +167,11 @@ def _reason(error: BaseException) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    names, texts = [type(e).__name__ for e in chain], [_said(e) for e in chain]
-    said = next((text.splitlines()[0] for text in texts if text), "")
+    names, texts = [type(e).__name__ for e in chain], [_text(e) for e in chain]
+    first_line = next((text.splitlines()[0] for text in texts if text), "")
     everything = " ".join([*names, *texts])
     if "cxx" in everything.lower() or "c++ compiler" in everything.lower():
-        return f"no working C++ compiler was found ({said[:200]}); install g++ or clang"
+        return f"no working C++ compiler was found ({first_line[:200]}); install g++ or clang"
     hint = ""
     if "DataDependent" in everything or "item()" in everything or "_local_scalar" in everything:
         hint = (
@@ -179,14 +180,14 @@ def _reason(error: BaseException) -> str:
         )
     elif "SymInt" in everything:
         hint = "; a loop over pyro.plate(...) asks for values: loop over range(n), or vectorise it"
-    return f"{names[0]}: {said[:300]}{hint}"
+    return f"{names[0]}: {first_line[:300]}{hint}"
 
 
 @contextmanager
 def unmoved(module: nn.Module) -> Iterator[None]:
-    """Put back, on leaving, all that a module keeps besides its parameters' values."""
+    """On leaving, put back all that a module holds except the values of its parameters."""
     parts = [(part, vars(part).copy(), part._buffers.copy()) for part in module.modules()]
-    logs = [  # what a program appends to, or counts in
+    containers = [  # a program may append to them, or count in them
         (value, copy.copy(value))
         for part in module.modules()
         for name, value in vars(part).items()
@@ -197,21 +198,21 @@ def unmoved(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for part, known, buffers in parts:
+        for part, own, buffers in parts:
             vars(part).clear()
-            vars(part).update(known)
+            vars(part).update(own)
             part._buffers.clear()
             part._buffers.update(buffers)
-        for value, before in logs:
+        for value, content in containers:
             value.clear()
-            value.extend(before) if isinstance(value, list) else value.update(before)
+            value.extend(content) if isinstance(value, list) else value.update(content)
         with torch.no_grad():
             for tensor, value in zip(tensors, kept, strict=True):
                 tensor.copy_(value)
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Where a module keeps tensors that are no parameters: buffers and plain attributes."""
+    """Where a module has tensors that are not parameters: owner, name and tensor of each."""
     for part in module.modules():
         for owned in (part._buffers, vars(part)):
             for name, value in list(owned.items()):
@@ -248,13 +249,17 @@ def standing_in(
             owned[name] = value
 
 
-def require_kept(before: Sequence[tuple[dict[str, Any], str, Tensor]], graph: Graph) -> None:
-    """Raise :class:`NotCompiled` if an attribute that a graph reads was assigned anew meanwhile.
+def require_kept(places: Sequence[tuple[dict[str, Any], str, Tensor]], graph: Graph) -> None:
+    """Raise :class:`NotCompiled` if an attribute that a graph reads now holds another tensor.
 
-    One that is only written, as the caches of Pyro's flows are, does no harm.
+    One that is only written, such as the caches of Pyro's flows, does no harm.
+
+    Args:
+        places: what :func:`attributes` yielded before the graph was traced.
+        graph: that was traced since.
     """
     read = {id(tensor) for tensor in graph.reached}
-    for owned, name, value in before:
+    for owned, name, value in places:
         if owned.get(name) is not value and id(value) in read:
             raise _assigned(name)
 

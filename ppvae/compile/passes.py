@@ -1,7 +1,7 @@
-"""What a graph does otherwise than its program: the same numbers, but for the last bits, sooner.
+"""What a graph does differently from its program, to be faster; numbers differ in the last bits.
 
-Each pass changes a traced graph in place, before it is compiled. Design, 31, says what each is
-worth, and what was tried without gain.
+Each pass changes a traced graph in place, before it is compiled. Design, decision 31, says what
+each is worth, and what was tried without gain.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.fx import GraphModule, Node
 
 
 def _softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
-    """As torch has it, it is an exponential kept in memory, then a quotient."""
+    """By a sigmoid; torch has a quotient of exponentials, which are kept in memory."""
     slope = gradient * (x * beta).sigmoid()
-    # beyond it the sigmoid is 1, but for the last bits
+    # beyond this the sigmoid is 1 up to rounding
     enough = 37 if x.dtype == torch.float64 else 20
     return slope if threshold >= enough else torch.where(x * beta > threshold, gradient, slope)
 
@@ -31,7 +31,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 
 
 def rewrite(traced: GraphModule, differentiates: bool) -> None:
-    """All passes, over a graph that has gradients in it or has none."""
+    """Run all passes over a graph, which computes gradients or does not."""
     _draw_in_order_of_memory(traced)
     _sum_softplus_as_products(traced)
     if onednn_is_faster(differentiates):
@@ -40,9 +40,9 @@ def rewrite(traced: GraphModule, differentiates: bool) -> None:
 
 
 def _draw_in_order_of_memory(traced: GraphModule) -> None:
-    """Draw a dropout's mask as torch does, in the order of memory, if its tensor is transposed.
+    """Draw the mask of a dropout in the order of memory, as torch does where it is transposed.
 
-    A graph lays it out anew, and would draw in the order of its dimensions.
+    A graph gives the mask another layout, and would draw in the order of its dimensions.
     """
     aten = torch.ops.aten
     for node in traced.graph.find_nodes(op="call_function", target=aten.bernoulli_.float):
@@ -72,7 +72,7 @@ def _sum_softplus_as_products(traced: GraphModule) -> None:
         if softplus.target is not aten.softplus.default or len(softplus.args) > 1:
             continue
         value = softplus.meta["val"]
-        if node.kwargs or not dims or not value.numel():  # another dtype; all dims by an empty list
+        if node.kwargs or not dims or not value.numel():  # kwargs: a dtype; no dims: all of them
             continue
         in_float32 = value.device.type == "cpu" and value.dtype == torch.float32
         if not in_float32 or len(softplus.users) > 1 or not {-1, value.dim() - 1} & set(dims):
@@ -85,7 +85,7 @@ def _sum_softplus_as_products(traced: GraphModule) -> None:
 
 
 def _number_of_products(size: int) -> int:
-    """How many products to make of so many factors: few, but enough to fill a vector register."""
+    """Into how many products to put the factors: few, but enough to fill a vector register."""
     possible = [n for n in range(1, size + 1) if size % n == 0 and size // n <= MAX_FACTORS]
     return min(possible, key=lambda n: (n % 16 > 0, n % 8 > 0, n))
 
@@ -103,8 +103,8 @@ def _sum_softplus(a: Tensor, products: int, dims: list[int], keepdim: bool = Fal
     return linear + factors.prod(-2).log().sum(dims, keepdim)
 
 
-# One matrix product by oneDNN, x w' + bias. Passes over a graph that know torch's own op take its
-# weights for constants, so in a graph it has another name until they are done.
+# One matrix product by oneDNN, x w' + bias. Inductor's passes take the weights of torch's own
+# operator for constants, so in a graph it has another name until they are done.
 _library = torch.library.Library("ppvae", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor w, Tensor? bias, str activation) -> Tensor")
 _library.impl(
@@ -117,7 +117,7 @@ _library.impl("linear", lambda x, w, bias, then: x.new_empty(x.shape[0], w.shape
 
 @functools.cache
 def _lower_to_onednn() -> None:
-    """Tell inductor what ``ppvae::linear`` is: a call of oneDNN, made from C++."""
+    """Tell inductor that ``ppvae::linear`` is a call of oneDNN, made from C++."""
     from torch._inductor import ir, mkldnn_ir
     from torch._inductor.lowering import register_lowering
 
@@ -142,12 +142,12 @@ MIN_PRODUCT = 2**20
 
 @functools.cache
 def onednn_is_faster(differentiates: bool) -> bool:
-    """Whether oneDNN multiplies float32 matrices clearly faster here than what ``torch.mm`` calls.
+    """Whether oneDNN multiplies float32 matrices faster here than ``torch.mm``.
 
-    Without gradients it is: bias and activation cost it no pass over the product. With them there
-    are transposed operands, and it depends on ``torch.mm``, which is MKL and keeps its best kernels
-    for Intel's processors. Who made the processor says it, and no measurement: a run that is
-    resumed has to compute as it did before.
+    Without gradients it does: bias and activation take it no pass over the product. With gradients
+    there are transposed operands, and it depends on ``torch.mm``, which is MKL and has its best
+    kernels for Intel's processors. The maker of the processor decides, and not a measurement,
+    since a resumed run has to compute what it would have computed.
     """
     if not torch.backends.mkldnn.is_available():
         return False
@@ -155,8 +155,8 @@ def onednn_is_faster(differentiates: bool) -> bool:
         return True
     if not torch.backends.mkl.is_available():
         return False
-    known = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (known.read_text() if known.exists() else platform.processor())
+    cpuinfo = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
 
 
 def _multiply_with_onednn(traced: GraphModule) -> None:
@@ -181,8 +181,8 @@ def _is_worth_it(product: Node) -> bool:
 def _replace_product(traced: GraphModule, node: Node) -> None:
     """Put oneDNN's product in the place of torch's, x w or bias + x w.
 
-    A transposed first operand oneDNN copies, so the compiler writes it out; or, where that is
-    less, the other operand and the result of (x w)' = w' x'.
+    oneDNN copies a transposed first operand, so the compiler is told to write it out; or, where
+    that copies less, to write out the other operand and the result of (x w)' = w' x'.
     """
     aten, (*bias, x, w) = torch.ops.aten, cast("list[Node]", node.args)
     activation = _activation(node)
@@ -216,7 +216,7 @@ def _replace_product(traced: GraphModule, node: Node) -> None:
 
 
 def _value(node: Node) -> Tensor:
-    """What the tracer saw: a shape, strides and a type."""
+    """What the tracer knows of a value: shape, strides and type."""
     value: Tensor = node.meta["val"]
     return value
 
@@ -230,9 +230,9 @@ _ACTIVATIONS: dict[Any, str] = {
 
 
 def _activation(product: Node) -> Any:
-    """The activation of a layer that is not differentiated, if nothing else sees its product.
+    """The activation of a layer that is not differentiated, if nothing else uses its product.
 
-    A gradient needs the activation's value again, and copies, which the compiler writes with it.
+    A gradient would need the activation's value again.
     """
     users = list(product.users)
     if len(users) == 1 and users[0].target is torch.ops.aten.view.default:

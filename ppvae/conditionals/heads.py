@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -38,8 +40,29 @@ class Conditional(nn.Module):
         self.net = net
 
     def outputs(self, *inputs: Tensor) -> Tensor:
-        """Call the network; bfloat16 and float16 outputs become float32."""
-        return full_precision(self.net(*inputs))
+        """Call the network; bfloat16 and float16 outputs become float32.
+
+        Raises:
+            TypeError: the network cannot take the dtype of an input.
+        """
+        try:
+            return full_precision(self.net(*inputs))
+        except RuntimeError as error:
+            if "type" in str(error):  # torch has many words for it
+                self._require_dtype(inputs, error)
+            raise
+
+    def _require_dtype(self, inputs: tuple[Tensor, ...], error: RuntimeError) -> None:
+        """Raise ``TypeError`` if an input has another dtype than the network's parameters."""
+        weights = {p.dtype for p in self.net.parameters() if p.is_floating_point()}
+        for x in inputs:
+            if len(weights) == 1 and x.dtype not in weights:
+                (dtype,) = weights
+                double = ", or make the pair float64: model.double(), guide.double()"
+                raise TypeError(
+                    f"the network of {type(self).__name__} has {dtype} parameters, and was given "
+                    f"{x.dtype}: give x.to({dtype}){double if x.dtype == torch.float64 else ''}"
+                ) from error
 
     def forward(self, *inputs: Tensor) -> dist.TorchDistribution:
         """The distribution given the inputs."""
@@ -50,27 +73,54 @@ class Scale(nn.Module):
     r"""A learned positive scale, :math:`\sigma = e^{s}`, for :class:`Normal`.
 
     Args:
-        init: initial value, > 0.
-        shape: ``()`` for one scale, ``(64,)`` for one per dimension, ``(3, 1, 1)`` for one per
+        init: initial value of sigma, > 0. It is not a size, so whole numbers other than 1 are
+            refused: for a sigma of 12 write 12.0.
+        shape: ``()`` for one scale, ``64`` for one per dimension, ``(3, 1, 1)`` for one per
             channel: anything that broadcasts to the value.
 
     Raises:
-        ValueError: if ``init`` is not positive.
+        TypeError: ``init`` is no number, or a whole one.
+        ValueError: it is not positive.
 
     Example:
         >>> Scale(0.5)()
         tensor(0.5000, grad_fn=<ExpBackward0>)
+        >>> Scale(0.5, shape=64)
+        Scale(sigma=0.5, shape=(64,))
+        >>> Scale(64)
+        Traceback (most recent call last):
+        TypeError: Scale(64): init is the initial sigma, not a size; for a sigma of 64 write ...
     """
 
-    def __init__(self, init: float = 1.0, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, init: float = 1.0, shape: int | tuple[int, ...] = ()) -> None:
         super().__init__()
-        if init <= 0:
-            raise ValueError(f"Scale(init) must be positive, got {init}")
-        self.log_scale = nn.Parameter(torch.full(shape, math.log(init)))
+        _check_sigma(init, "Scale", "init is the initial sigma")
+        size = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.log_scale = nn.Parameter(torch.full(size, math.log(init)))
 
     def forward(self) -> Tensor:
         """The scale."""
         return full_precision(self.log_scale).exp()
+
+    def extra_repr(self) -> str:
+        return f"sigma={_range(self().detach())}, shape={tuple(self.log_scale.shape)}"
+
+
+def _check_sigma(sigma: Any, owner: str, meaning: str) -> None:
+    """Raise unless a number can be meant as a standard deviation."""
+    if not isinstance(sigma, Real):
+        cure = "give a number, and shape=... for one per dimension"
+        raise TypeError(f"{owner}: {meaning}, got {type(sigma).__name__}; {cure}")
+    if not 0 < float(sigma) < math.inf:
+        raise ValueError(f"{owner}: {meaning}, which must be positive and finite, got {sigma}")
+    if isinstance(sigma, Integral) and sigma != 1:
+        cure = f"for a sigma of {sigma} write {sigma}.0, for one per dimension Scale(shape={sigma})"
+        raise TypeError(f"{owner}({sigma}): {meaning}, not a size; {cure}")
+
+
+def _range(sigma: Tensor) -> str:
+    low, high = sigma.min().item(), sigma.max().item()
+    return f"{low:.4g}" if low == high else f"{low:.4g}..{high:.4g}"
 
 
 class Normal(Conditional):
@@ -85,13 +135,16 @@ class Normal(Conditional):
         net: outputs ``(..., D)``, or with ``scale=None`` ``(..., 2 * D)``: the means first, then
             the raw scales. For images (``event_dim=3``) they are split on the channel dimension:
             ``(..., 2 * C, H, W)``.
-        scale: None: predicted; a float > 0: fixed; a :class:`Scale`: learned.
+        scale: None: predicted; a float > 0, or a tensor of them that broadcasts to the value:
+            fixed (a tensor is a buffer: it moves and is saved with the module); a
+            :class:`Scale`: learned. Whole numbers other than 1 are refused, see there.
         event_dim: number of event dimensions, 1 for vectors, 3 for images.
         positive: maps raw scales to (0, inf). ``torch.exp`` makes them log-sigmas (not
             log-variances), as in IWAE (arXiv:1509.00519); the ladder VAE (arXiv:1602.02282) uses
             ``torch.nn.functional.softplus``.
 
     Raises:
+        TypeError: for a fixed scale that is a whole number, or nothing of the above.
         ValueError: for a fixed scale that is not positive; when called, if the outputs do not
             split in two.
 
@@ -104,14 +157,20 @@ class Normal(Conditional):
     def __init__(
         self,
         net: nn.Module,
-        scale: float | Scale | None = None,
+        scale: float | Tensor | Scale | None = None,
         event_dim: int = 1,
         positive: Callable[[Tensor], Tensor] = torch.exp,
     ) -> None:
         super().__init__(net)
-        if isinstance(scale, (int, float)) and scale <= 0:
-            raise ValueError(f"Normal(scale) must be positive, got {scale}")
-        self.scale = scale
+        if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
+            if not ((scale > 0) & (scale < math.inf)).all():
+                seen = _range(scale.detach())
+                raise ValueError(f"Normal: scale must be positive and finite, and is {seen}")
+            self.register_buffer("scale", scale)
+        else:
+            if scale is not None and not isinstance(scale, (nn.Module, nn.Parameter)):
+                _check_sigma(scale, "Normal", "scale is the fixed sigma")
+            self.scale = scale
         self.event_dim = event_dim
         self.positive = positive
 
@@ -119,6 +178,8 @@ class Normal(Conditional):
         outputs = self.outputs(*inputs)
         if self.scale is not None:
             scale = self.scale() if isinstance(self.scale, nn.Module) else self.scale
+            if isinstance(scale, Tensor) and scale.dtype != outputs.dtype:
+                scale = scale.to(outputs.dtype)
             return DiagonalNormal(outputs, scale, self.event_dim)
         channels = outputs.shape[-self.event_dim]
         if channels % 2:
@@ -127,6 +188,11 @@ class Normal(Conditional):
         loc, raw = outputs.chunk(2, dim=-self.event_dim)
         log_scale = raw if self.positive is torch.exp else None
         return DiagonalNormal(loc, self.positive(raw), self.event_dim, log_scale=log_scale)
+
+    def extra_repr(self) -> str:
+        if isinstance(self.scale, Tensor):
+            return f"scale={_range(self.scale.detach())}, shape={tuple(self.scale.shape)}"
+        return f"scale={self.scale}" if isinstance(self.scale, Real) else ""
 
 
 class Bernoulli(Conditional):

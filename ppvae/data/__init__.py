@@ -11,6 +11,7 @@ from ppvae.data.catalogue import NAMES, load
 from ppvae.data.dataset import Dataset
 from ppvae.data.fetch import cache_folder
 from ppvae.data.files import from_csv, from_images, from_npz
+from ppvae.data.precision import PrecisionWarning
 from ppvae.data.quadrant import quadrants
 from ppvae.data.sparse import EmptyDocumentWarning, from_counts
 from ppvae.data.split import Split
@@ -27,6 +28,7 @@ __all__ = [
     "EmptyDocumentWarning",
     "GaussianMixture",
     "LinearGaussian",
+    "PrecisionWarning",
     "Split",
     "cache_folder",
     "from_arrays",

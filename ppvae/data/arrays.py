@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.dataset import Dataset, Support
+from ppvae.data.precision import float_type, lossy_columns, pieces, warn_of_lost_digits
 from ppvae.data.split import (
     Binarize,
     Split,
@@ -53,8 +54,14 @@ def from_arrays(
     stays in the file and ``ppvae.fit`` reads it batch by batch. It is checked here once, in pieces.
     The validation and test parts are read into memory: give numbers of rows.
 
+    Numbers are stored in the default float dtype. A column that it cannot hold is named in a
+    warning: whole numbers that do not stay what they are (counts beyond 2^24 in float32), errors
+    above a thousandth of the column's standard deviation (timestamps, a large offset), or one in
+    ten distinct values lost. Subtract the offset, or make float64 the default dtype first.
+
     Args:
-        x: ``(N, D)`` rows, ``(N, H, W)`` or ``(N, C, H, W)`` images; finite numbers, N >= 3.
+        x: ``(N, D)`` rows, ``(N, H, W)`` or ``(N, C, H, W)`` images; finite numbers, N >= 3. Of a
+            data frame, messages take the names of the columns.
         y: ``(N,)`` labels, whole numbers 0..C-1; or ``(N, D)`` real conditions; or None.
         valid: rows for validation: a share in (0, 1) or a number of rows.
         test: rows for testing, likewise.
@@ -73,6 +80,9 @@ def from_arrays(
         ValueError: empty, NaN or infinite ``x``, wrong rank, channels last, 8-bit images without
             ``support``, values outside ``support``, bad labels, or a split with no rows.
 
+    Warns:
+        PrecisionWarning: what columns of ``x``, or of conditions ``y``, lose.
+
     Example:
         >>> generator = torch.Generator().manual_seed(0)
         >>> mine = from_arrays(torch.randn(100, 3, generator=generator), torch.arange(100) % 2)
@@ -83,11 +93,17 @@ def from_arrays(
     array = _numbers(x, "x")
     _check_rows(array, support)
     natural_shape = _natural_shape(array.shape[1:], shape)
-    mapped = isinstance(x, np.memmap)
+    mapped, lossy = isinstance(x, np.memmap), lossy_columns(array)
+    given = support
+    if len(lossy) and support is None:  # rounding may have made whole numbers of them
+        supports = {infer_support(torch.from_numpy(p.astype(np.float64))) for _, p in pieces(array)}
+        given = _widest(supports)
     if mapped:
-        values, found = _map_tensor(array), _support_by_pieces(array, support, binarize)
+        values, found = _map_tensor(array), _support_by_pieces(array, given, binarize)
     else:
-        values, found = _checked_values(array, "x", support, binarize)
+        values, found = _checked_values(array, "x", given, binarize)
+    found = found if given is None else given
+    warn_of_lost_digits(array, lossy, "x", getattr(x, "columns", None))
     labels, num_classes = (None, None) if y is None else _labels_or_conditions(y, len(values))
     by_class = None if num_classes is None else np.asarray(labels)
     index = [torch.from_numpy(i) for i in split_rows(len(values), valid, test, seed, by_class)]
@@ -105,7 +121,7 @@ def from_arrays(
     return Dataset(
         name,
         *binarised(parts, binarize, seed),
-        support="binary" if binarize else support or found,
+        support="binary" if binarize else found,
         shape=natural_shape,
         num_classes=num_classes,
         source=f"arrays of the user; {stated}; split {how}, seed {seed}",
@@ -147,12 +163,15 @@ def _support_by_pieces(
     array: np.ndarray, support: Support | None, binarize: Binarize | None
 ) -> Support:
     """The support of a mapped array, found piece by piece."""
-    step = max(1, PIECE // max(1, array[0].size))
     found: set[Support] = set()
-    for first in range(0, len(array), step):
-        piece = array[first : first + step]
+    for first, piece in pieces(array, PIECE):
         name = f"x (rows {first} to {first + len(piece) - 1})"
         found.add(_checked_values(piece, name, support, binarize)[1])
+    return _widest(found)
+
+
+def _widest(found: set[Support]) -> Support:
+    """The support of all pieces together."""
     if "unit_interval" in found and found & {"counts", "integer"}:
         return "real"
     return max(found, key=WIDENING.index)
@@ -246,9 +265,8 @@ def _numbers(array: Any, name: str) -> np.ndarray:
 def _finite(array: np.ndarray, name: str) -> Tensor:
     """A copy as a tensor of the default dtype, if all is finite."""
     dtype = torch.get_default_dtype()
-    width = np.float64 if dtype == torch.float64 else np.float32
     with np.errstate(over="ignore"):
-        values = torch.from_numpy(array.astype(width)).to(dtype)
+        values = torch.from_numpy(array.astype(float_type())).to(dtype)
     bad = ~values.isfinite()
     if bool(bad.any()):
         row = int(bad.reshape(len(bad), -1).any(1).int().argmax())
@@ -265,6 +283,7 @@ def _labels_or_conditions(y: Any, num: int) -> tuple[Tensor, int | None]:
         raise ValueError(f"{seen}: give ({num},) labels or ({num}, D) conditions")
     values = _finite(array, "y")
     if array.ndim == 2:
+        warn_of_lost_digits(array, lossy_columns(array), "y", getattr(y, "columns", None))
         return values, None
     labels = class_labels(array, "y", ", or give (N, 1) conditions")
     return labels, int(labels.max()) + 1

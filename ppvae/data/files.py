@@ -96,7 +96,7 @@ def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -
         column = _column(label, names, path)
         words = table.pop(column).str.strip().to_numpy()
         del names[column]
-    x = _as_numbers(table.to_numpy(), names, path)
+    x = pandas.DataFrame(_as_numbers(table.to_numpy(), names, path), columns=names)
     options = {"name": path.stem, **options}
     if words is None or all(map(_is_number, words)):
         return from_arrays(x, None if words is None else words.astype(np.float64), **options)

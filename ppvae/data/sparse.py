@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.data.arrays import class_labels, split_rows
 from ppvae.data.dataset import Dataset, Support
+from ppvae.data.precision import PrecisionWarning, changed, float_type
 from ppvae.data.split import Split
 
 
@@ -22,7 +23,8 @@ class EmptyDocumentWarning(UserWarning):
 class SparseRows:
     """A scipy matrix that answers as a tensor of rows where a ``Split`` and ``ppvae.fit`` ask.
 
-    It is what ``Split(values=..., rows=...)`` keeps; what is asked for comes dense, as float32.
+    It is what ``Split(values=..., rows=...)`` keeps; what is asked for comes dense, in the default
+    float dtype that there was when it was made.
 
     Args:
         matrix: ``(N, D)``, scipy sparse, or dense.
@@ -35,14 +37,14 @@ class SparseRows:
                 [0., 2.]]))
     """
 
-    dtype = torch.float32
     device = torch.device("cpu")
 
     def __init__(self, matrix: Any) -> None:
         import scipy.sparse
 
-        self.matrix = scipy.sparse.csr_array(matrix, dtype=np.float32)
+        self.matrix = scipy.sparse.csr_array(matrix, dtype=float_type())
         self.matrix.sum_duplicates()
+        self.dtype = torch.from_numpy(self.matrix.data[:0]).dtype
         self.shape = tuple(self.matrix.shape)
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
@@ -94,6 +96,7 @@ def from_counts(
 
     Warns:
         EmptyDocumentWarning: how many documents were dropped.
+        PrecisionWarning: counts that the default float dtype does not hold.
 
     Example:
         >>> import scipy.sparse
@@ -179,6 +182,15 @@ def checked_counts(counts: Any, name: str) -> SparseRows:
         seen = f"{bad.sum()} values that are NaN, negative or not whole"
         example = f"such as {values[bad].flat[0]:g}"
         raise ValueError(f"{name} has {seen}, {example}: give counts, not tf-idf or shares")
+    if (lost := changed(values)).any():
+        first = values[lost].flat[0]
+        warnings.warn(
+            f"{name} has {lost.sum()} counts that {torch.get_default_dtype()} does not hold, such "
+            f"as {int(first)}, kept as {int(first.astype(float_type()))}; for whole numbers above "
+            "2**24 call torch.set_default_dtype(torch.float64) before all else",
+            PrecisionWarning,
+            stacklevel=3,
+        )
     return SparseRows(counts)
 
 

@@ -2,9 +2,9 @@
 
 from ppvae.diagnostics.ais import Sandwich, ais, bdmc, reverse_ais
 from ppvae.diagnostics.annealing import AnnealedEvidence, sigmoid_schedule
-from ppvae.diagnostics.arviz_bridge import chains_to_arviz, to_arviz
+from ppvae.diagnostics.arviz_bridge import to_arviz
 from ppvae.diagnostics.calibration import Calibration, sbc
-from ppvae.diagnostics.chains import PosteriorDraws
+from ppvae.diagnostics.chains import PosteriorDraws, chains_to_arviz
 from ppvae.diagnostics.compare_posteriors import PosteriorComparison, compare_posteriors
 from ppvae.diagnostics.evidence import Evidence, log_evidence
 from ppvae.diagnostics.gaps import Gaps, gaps

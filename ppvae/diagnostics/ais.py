@@ -10,16 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ppvae.diagnostics.annealing import (
-    AnnealedEvidence,
-    Path,
-    annealed_evidence,
-    blocks,
-    check,
-    schedule,
-)
+from ppvae.diagnostics.annealing import AnnealedEvidence, Annealing, annealed_evidence
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.joint import Joint
+from ppvae.diagnostics.rows import check_data, standard_error
 from ppvae.pairs import evaluation_mode, own_path, seeded, simulate
 
 
@@ -42,13 +36,12 @@ class Sandwich:
         return self.upper.log_evidence - self.lower.log_evidence
 
     def __repr__(self) -> str:
-        gap, N = self.gap, len(self.gap)
-        se = gap.std().item() / math.sqrt(N) if N > 1 else math.nan
+        gap = self.gap
         return (
-            f"Bidirectional Monte Carlo on {N} simulated datapoints [nats per datapoint]\n"
+            f"Bidirectional Monte Carlo on {len(gap)} simulated datapoints [nats per datapoint]\n"
             f"lower bound  {self.lower.mean:.3f}\nupper bound  {self.upper.mean:.3f}\n"
-            f"gap          {gap.mean().item():.3f} ± {se:.3f} over datapoints, largest "
-            f"{gap.max().item():.3f}"
+            f"gap          {gap.mean().item():.3f} ± {standard_error(gap):.3f} over datapoints, "
+            f"largest {gap.max().item():.3f}"
         )
 
 
@@ -115,16 +108,13 @@ def ais(
         >>> bool(((result.log_evidence - exact).abs() < 0.2).all())
         True
     """
-    betas = schedule(temperatures, num_temperatures)
-    check(num_chains, num_leapfrog, start)
+    annealing = Annealing(start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows)
     joint = Joint(model, guide, *args)
-    note = f"{len(betas) - 1} temperatures from the {start}"
     with seeded(seed, *args):
-        parts = []
-        for block in blocks(joint, num_chains, max_rows):
-            path = Path(block, start, betas, num_leapfrog, num_chains)
-            parts.append(path.run(path.draw(num_chains), reverse=False))
-    return annealed_evidence(parts, "lower", note)
+        parts = [
+            path.run(path.draw(num_chains), reverse=False) for _, path in annealing.paths(joint)
+        ]
+    return annealed_evidence(parts, "lower", f"{annealing} from the {start}")
 
 
 def reverse_ais(
@@ -183,8 +173,7 @@ def reverse_ais(
         >>> bool(((upper.log_evidence - exact).abs() < 0.1).all())
         True
     """
-    betas = schedule(temperatures, num_temperatures)
-    check(num_chains, num_leapfrog, start)
+    annealing = Annealing(start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows)
     joint = Joint(model, guide, *args)
     chains, kept, N, D = draws.unconstrained.shape
     if (joint.num_datapoints, joint.dim) != (N, D):
@@ -193,21 +182,14 @@ def reverse_ais(
             f"{joint.num_datapoints} and the model {joint.dim}; run hmc on these very data"
         )
     if chains * kept < num_chains:
-        raise ValueError(
-            f"draws has {chains * kept} draws per datapoint, fewer than num_chains={num_chains}"
-        )
+        raise ValueError(f"draws has {chains * kept} draws, fewer than num_chains={num_chains}")
     # All chains in turn, spread over each.
     spread = torch.linspace(0, kept - 1, math.ceil(num_chains / chains)).long()
-    first = draws.unconstrained[:, spread].transpose(0, 1).flatten(0, 1)[:num_chains]
-    first = first.to(joint.device, joint.dtype)
-    note = f"{len(betas) - 1} temperatures from {draws.method} draws, if these are exact"
+    u = draws.unconstrained[:, spread].transpose(0, 1).flatten(0, 1)[:num_chains]
+    u = u.to(joint.device, joint.dtype)
     with seeded(seed, *args):
-        parts, begin = [], 0
-        for block in blocks(joint, num_chains, max_rows):
-            path = Path(block, start, betas, num_leapfrog, num_chains)
-            end = begin + block.num_datapoints
-            parts.append(path.run(first[:, begin:end], reverse=True))
-            begin = end
+        parts = [path.run(u[:, part], reverse=True) for part, path in annealing.paths(joint)]
+    note = f"{annealing} from {draws.method} draws, if these are exact"
     result = annealed_evidence(parts, "upper", note)
     for values in (result.log_evidence, result.log_evidence_se, result.ess):
         values[~draws.converged] = math.nan
@@ -267,22 +249,19 @@ def bdmc(
         >>> abs(both.gap.mean().item()) < 0.05
         True
     """
-    betas = schedule(temperatures, num_temperatures)
-    check(num_chains, num_leapfrog, start)
+    annealing = Annealing(start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows)
+    check_data(model, args)
+    lower, upper = [], []
     with seeded(seed, *args):
         with own_path(), evaluation_mode(model):
             simulated, dream = simulate(model, args, {})
         joint = Joint(model, guide, *simulated)
         exact = joint.coordinates(dream)
-        lower, upper, begin = [], [], 0
-        for block in blocks(joint, num_chains, max_rows):
-            path = Path(block, start, betas, num_leapfrog, num_chains)
-            end = begin + block.num_datapoints
+        for part, path in annealing.paths(joint):
             lower.append(path.run(path.draw(num_chains), reverse=False))
-            u = exact[begin:end].expand(num_chains, -1, -1)
+            u = exact[part].expand(num_chains, -1, -1)
             upper.append(path.run(path.refreshed(u), reverse=True))
-            begin = end
-    note = f"{len(betas) - 1} temperatures between the {start} and the posterior"
+    note = f"{annealing} between the {start} and the posterior"
     return Sandwich(
         annealed_evidence(lower, "lower", note), annealed_evidence(upper, "upper", note), simulated
     )

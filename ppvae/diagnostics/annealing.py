@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,11 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppvae.diagnostics.chains import Point
+from ppvae.diagnostics.evidence import Estimates, log_mean_weight
 from ppvae.diagnostics.hmc import leapfrog
 from ppvae.diagnostics.joint import Joint, traced
+from ppvae.diagnostics.rows import check_at_least, check_start
 
 TARGET_ACCEPT = 0.8
-REFRESH = 10  # transitions at the posterior that part chains which start from one exact draw
+REFRESH = 10  # transitions at the posterior that separate chains started at one exact draw
 
 
 def sigmoid_schedule(num_temperatures: int, delta: float = 4.0) -> Tensor:
@@ -37,7 +38,7 @@ def sigmoid_schedule(num_temperatures: int, delta: float = 4.0) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AnnealedEvidence:
+class AnnealedEvidence(Estimates):
     """A stochastic bound on log p(x) for each of N datapoints, from C annealed chains.
 
     Attributes:
@@ -52,23 +53,10 @@ class AnnealedEvidence:
         note: how it was made, and under what it holds.
     """
 
-    log_evidence: Tensor
-    log_evidence_se: Tensor
-    ess: Tensor
     log_w: Tensor = field(repr=False)
     accept: Tensor
     side: Literal["lower", "upper"]
     note: str
-
-    @property
-    def mean(self) -> float:
-        """Mean over datapoints, nats per datapoint."""
-        return self.log_evidence.mean().item()
-
-    @property
-    def mean_mc_se(self) -> float:
-        """Monte-Carlo standard error of :attr:`mean` for these very datapoints."""
-        return self.log_evidence_se.square().sum().sqrt().item() / len(self.log_evidence)
 
     def __repr__(self) -> str:
         C, N = self.log_w.shape
@@ -81,12 +69,51 @@ class AnnealedEvidence:
         )
 
 
-def blocks(joint: Joint, num_chains: int, max_rows: int) -> list[Joint]:
-    """The pair on as many datapoints at once as ``max_rows`` allows."""
-    size = max(1, max_rows // num_chains)
-    if joint.num_datapoints <= size:
-        return [joint]
-    return [joint.rows(rows) for rows in torch.arange(joint.num_datapoints).split(size)]
+class Annealing:
+    """How chains are annealed: from where, and through which temperatures.
+
+    Arguments are those of :func:`ppvae.diagnostics.ais`; what cannot work raises ``ValueError``.
+
+    Attributes:
+        betas: the inverse temperatures, from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        start: str,
+        num_chains: int,
+        num_temperatures: int,
+        num_leapfrog: int,
+        temperatures: Tensor | None,
+        max_rows: int,
+    ) -> None:
+        check_at_least(2, num_chains=num_chains)
+        check_at_least(1, num_leapfrog=num_leapfrog)
+        check_start(start)
+        self.betas = _schedule(temperatures, num_temperatures)
+        self.start, self.num_chains, self.num_leapfrog = start, num_chains, num_leapfrog
+        self.max_rows = max_rows
+
+    def paths(self, joint: Joint) -> Iterator[tuple[slice, Path]]:
+        """Slices of datapoints with the path of each, as large as ``max_rows`` allows."""
+        for part, block in joint.blocks(self.num_chains, self.max_rows):
+            yield part, Path(block, self.start, self.betas, self.num_leapfrog, self.num_chains)
+
+    def __str__(self) -> str:
+        return f"{len(self.betas) - 1} temperatures"
+
+
+def _schedule(temperatures: Tensor | None, num_temperatures: int) -> Tensor:
+    """The temperatures asked for, or the sigmoid schedule; raises unless they rise from 0 to 1."""
+    if temperatures is None:
+        check_at_least(1, num_temperatures=num_temperatures)
+        return sigmoid_schedule(num_temperatures)
+    betas = torch.as_tensor(temperatures, dtype=torch.float64)
+    if betas.dim() != 1 or len(betas) < 2 or betas[0] != 0 or betas[-1] != 1:
+        raise ValueError("temperatures must be one-dimensional and go from 0 to 1")
+    if not (betas.diff() > 0).all():
+        raise ValueError("temperatures must rise: each larger than the one before")
+    return betas
 
 
 class Path:
@@ -119,9 +146,9 @@ class Path:
         order = list(reversed(levels)) if reverse else list(levels)
         log_w = torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
         accept = u.new_zeros(u.shape[1])
-        for before, level in itertools.pairwise(order):
-            value, gradient, ratio = self._at(u, level)
-            log_w += (self.betas[level] - self.betas[before]) * ratio.double()
+        for previous, level in itertools.pairwise(order):
+            value, gradient, ratio = self._mixture_at(u, level)
+            log_w += (self.betas[level] - self.betas[previous]) * ratio.double()
             if level != order[-1]:
                 u, accepted = self._move(Point(u, value, gradient), level)
                 accept += accepted
@@ -131,7 +158,7 @@ class Path:
         """Chains moved by transitions that leave the posterior invariant."""
         last = len(self.betas) - 1
         for _ in range(REFRESH):
-            u, _ = self._move(Point(u, *self._at(u, last)[:2]), last)
+            u, _ = self._move(Point(u, *self._mixture_at(u, last)[:2]), last)
         return u
 
     def _mixture(self, u: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +170,7 @@ class Path:
             (gradient,) = torch.autograd.grad(value.sum(), u)
         return value.detach(), gradient, (joint - base).detach()
 
-    def _at(self, u: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _mixture_at(self, u: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
         shape = tuple(u.shape)
         beta = u.new_full((1,), self.betas[level])
         if shape not in self.graphs:
@@ -153,7 +180,7 @@ class Path:
 
     def _move(self, point: Point, level: int) -> tuple[Tensor, Tensor]:
         point, accepted, _ = leapfrog(
-            lambda u: self._at(u, level)[:2],
+            lambda u: self._mixture_at(u, level)[:2],
             point,
             self.steps[level],
             self.scales[level],
@@ -189,7 +216,7 @@ class Path:
         steps = []
         for level in levels:
             self.steps = [step] * len(self.betas)
-            u, accepted = self._move(Point(u, *self._at(u, level)[:2]), level)
+            u, accepted = self._move(Point(u, *self._mixture_at(u, level)[:2]), level)
             step = step * (0.7 * (accepted - TARGET_ACCEPT)).exp()
             steps.append(step)
         return u, steps
@@ -198,41 +225,10 @@ class Path:
 def annealed_evidence(
     parts: list[tuple[Tensor, Tensor]], side: Literal["lower", "upper"], note: str
 ) -> AnnealedEvidence:
-    """What runs of blocks of datapoints, their log-weights and acceptances, say of log p(x)."""
+    """The evidence from log-weights and acceptances of blocks of datapoints."""
     log_w = torch.cat([w for w, _ in parts], 1).cpu()
-    C = len(log_w)
-    log_mean = log_w.logsumexp(0) - math.log(C)
-    relative = (log_w - log_mean).exp()
+    accept = torch.cat([accepted for _, accepted in parts]).double().cpu()
+    log_mean, se, ess = log_mean_weight(log_w)
     return AnnealedEvidence(
-        log_mean if side == "lower" else -log_mean,
-        (relative.var(0) / C).sqrt(),
-        C / relative.square().mean(0),
-        log_w,
-        torch.cat([a for _, a in parts]).double().cpu(),
-        side,
-        note,
+        log_mean if side == "lower" else -log_mean, se, ess, log_w, accept, side, note
     )
-
-
-def schedule(temperatures: Tensor | None, num_temperatures: int) -> Tensor:
-    """The temperatures asked for, or the sigmoid schedule; raises unless they rise from 0 to 1."""
-    if temperatures is None:
-        if num_temperatures < 1:
-            raise ValueError(f"num_temperatures must be at least 1, got {num_temperatures}")
-        return sigmoid_schedule(num_temperatures)
-    betas = torch.as_tensor(temperatures, dtype=torch.float64)
-    if betas.dim() != 1 or len(betas) < 2 or betas[0] != 0 or betas[-1] != 1:
-        raise ValueError("temperatures must be one-dimensional and go from 0 to 1")
-    if not (betas.diff() > 0).all():
-        raise ValueError("temperatures must rise: each larger than the one before")
-    return betas
-
-
-def check(num_chains: int, num_leapfrog: int, start: str) -> None:
-    """Raise ``ValueError`` for settings that no annealing can run with."""
-    if num_chains < 2:
-        raise ValueError(f"num_chains must be at least 2 for a standard error, got {num_chains}")
-    if num_leapfrog < 1:
-        raise ValueError(f"num_leapfrog must be at least 1, got {num_leapfrog}")
-    if start not in ("guide", "prior"):
-        raise ValueError(f'start must be "guide" or "prior", got {start!r}')

@@ -1,10 +1,9 @@
-"""ArviZ export: a pair's draws, a report's numbers and Markov chains, with named dimensions."""
+"""Export to ArviZ: a pair's draws and numbers as data sets with named dimensions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,28 +11,40 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppvae.check.pair import check_tensors, names
-from ppvae.diagnostics.evidence import Evidence, count_rows, reason, summarise, take
+from ppvae.check.pair import names
+from ppvae.diagnostics.evidence import Evidence, summarise
+from ppvae.diagnostics.rows import check_at_least, check_data, take
 from ppvae.enumeration import draw
 from ppvae.pairs import (
+    DATA_PLATE,
     PARTICLE_PLATE,
+    Args,
+    Program,
     Site,
     evaluation_mode,
     own_path,
     particle_plate,
+    reason,
     replay,
     sample_sites,
     seeded,
     structure,
+    trace,
 )
 from ppvae.terms import laid_out, unmasked
 from ppvae.weights import LogWeights, drawn_log_q, log_weights
 
-if TYPE_CHECKING:
-    from ppvae.diagnostics.chains import PosteriorDraws
-    from ppvae.diagnostics.report import Report
-
 _LARGEST = 125_000_000  # values in one export of a report: half a gigabyte in float32
+_LABELS = {DATA_PLATE: "datapoint", PARTICLE_PLATE: "draw"}  # of plates; others keep their name
+Variables = dict[str, tuple[list[str], Any]]  # by name: dimensions, and an array
+
+
+def require_arviz() -> None:
+    """Raise ``ImportError`` with the cure if ArviZ is missing: before any work."""
+    try:
+        import arviz  # noqa: F401
+    except ImportError as error:
+        raise ImportError("this needs ArviZ: pip install arviz") from error
 
 
 def to_arviz(
@@ -47,7 +58,7 @@ def to_arviz(
     predictive: bool = True,
     seed: int | None = None,
 ) -> Any:
-    """Draws of the guide, the prior and the predictive, as ArviZ has them.
+    """Draws of the guide, the prior and the predictive distribution in ArviZ's format.
 
     Groups: ``posterior`` (the guide's draws of the latents; one that is summed out is drawn from
     its exact conditional given the others), ``sample_stats`` (``log_weight``, the importance
@@ -91,101 +102,95 @@ def to_arviz(
         {'chain': 1, 'draw': 10, 'datapoint': 5, 'latent': 2}
     """
     require_arviz()
-    return _export(
-        model, guide, args, num_draws, coords, dims, joint, predictive, seed, evidence=None
-    )
+    check_at_least(1, num_draws=num_draws)
+    check_data(model, args)
+    weights, traces = _draw(model, guide, args, num_draws, joint, predictive, seed)
+    numbers = summarise(weights.log_w) if num_draws > 1 else {}
+    return _export(weights, traces, numbers, _constants(model, args, weights), coords, dims)
 
 
-def _export(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: Sequence[Any],
+def export_rows(
+    pair: tuple[Program, Program, Args],
+    evidence: Evidence,
+    datapoints: Any = None,
+    num_draws: int = 100,
+    coords: dict[str, Any] | None = None,
+    dims: dict[str, list[str]] | None = None,
+    predictive: bool = True,
+    seed: int | None = None,
+) -> Any:
+    """:func:`to_arviz` for some datapoints of a report, with the report's own ``evidence``.
+
+    See :meth:`ppvae.diagnostics.Report.to_arviz`.
+    """
+    require_arviz()
+    check_at_least(1, num_draws=num_draws)
+    model, guide, args = pair
+    index = _chosen(datapoints, len(evidence.khat))
+    width = sum(arg[0].numel() for arg in args if isinstance(arg, Tensor))
+    if (size := 2 * num_draws * len(index) * width) > _LARGEST:
+        raise ValueError(
+            f"{num_draws} draws of {len(index)} datapoints are about {size:.1e} values; choose "
+            "some, report.to_arviz(report.worst(10)), or fewer draws"
+        )
+    some = take(args, index)
+    weights, traces = _draw(model, guide, some, num_draws, False, predictive, seed)
+    wanted = ("log_evidence", "log_evidence_se", "khat", "ess")
+    numbers = {name: getattr(evidence, name)[index] for name in wanted}
+    coords = {"datapoint": index.numpy(), **(coords or {})}
+    return _export(weights, traces, numbers, _constants(model, some, weights), coords, dims)
+
+
+def _chosen(datapoints: Any, count: int) -> Tensor:
+    """Indices of datapoints, ``(n,)``, from indices, a slice, a mask or None for all."""
+    if isinstance(datapoints, Tensor):
+        datapoints = datapoints.cpu().numpy()
+    wanted: Any = slice(None) if datapoints is None else datapoints
+    try:
+        index: Any = np.atleast_1d(np.arange(count)[wanted if np.size(wanted) else []])
+    except IndexError:
+        index = None
+    if index is None or index.ndim > 1:
+        raise ValueError(
+            f"datapoints must be indices of the report's {count} datapoints, or a mask of them, "
+            f"got {datapoints!r}"
+        )
+    if not len(index):
+        raise ValueError("datapoints is empty: give indices, e.g. report.worst(10)")
+    return torch.from_numpy(index)
+
+
+# -- draws -------------------------------------------------------------------------------------
+
+
+def _draw(
+    model: Program,
+    guide: Program,
+    args: Args,
     num_draws: int,
-    coords: dict[str, Any] | None,
-    dims: dict[str, list[str]] | None,
     joint: bool,
     predictive: bool,
     seed: int | None,
-    evidence: Evidence | None,
-) -> Any:
-    """As :func:`to_arviz`, with the evidence given or estimated from these draws."""
-    args = tuple(args)
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
-    check_tensors(model, args)
-    count_rows(args)
+) -> tuple[LogWeights, dict[str, Trace]]:
+    """Log-weights, and traces by name: posterior, prior and, if wanted, predictive."""
     free = poutine.uncondition(model)
     traces: dict[str, Trace] = {}
-    with torch.no_grad(), evaluation_mode(model, guide), own_path():
-        with seeded(seed, *args):
-            weights = log_weights(model, guide, *args, num_particles=num_draws, joint=joint)
-            drawn = _with_summed_out(weights)
-            with particle_plate(structure(model, guide, args, {}), num_draws):
-                if predictive:
-                    try:
-                        traces["predictive"] = replay(free, drawn, args, {})
-                        traces["prior"] = poutine.trace(free).get_trace(*args)
-                    except (ValueError, NotImplementedError) as error:
-                        raise ValueError(
-                            f"x cannot be drawn from the model: {reason(error)}. "
-                            "predictive=False exports the latents without posterior_predictive "
-                            "and prior_predictive"
-                        ) from error
-                else:
-                    traces["prior"] = poutine.trace(model).get_trace(*args)
-
-    observed = weights.observed
-    latents = [n for n in drawn.nodes if n in weights.log_p and n not in observed]
-    # A dimension may not have a variable's name, so the only latent's own name decides.
-    alone = len(latents) == 1 and latents[0] != "latent"
-    stems = {name: "latent" if alone else f"{name}_dim" for name in latents}
-    stems |= {name: f"{name}_dim" for name in observed}
-
-    def group(trace: Trace, keep: Any, draws: bool = True) -> dict[str, tuple[list[str], Any]]:
-        sites = sample_sites(trace)
-        return {
-            n: _variable(sites[n], (dims or {}).get(n), stems[n], num_draws if draws else None)
-            for n in sites
-            if n in keep
-        }
-
-    statistics = {"log_weight": (["chain", "draw", "datapoint"], weights.log_w[None])}
-    likelihood = {}
-    if evidence is None and num_draws > 1:
-        evidence = summarise(weights.log_w)
-    if evidence is not None:
-        name = min(observed) if len(observed) == 1 else "joint"
-        likelihood[name] = (["datapoint"], evidence.log_evidence)
-        likelihood[f"{name}_se"] = (["datapoint"], evidence.log_evidence_se)
-        statistics |= {"khat": (["datapoint"], evidence.khat), "ess": (["datapoint"], evidence.ess)}
-    groups = {
-        "posterior": group(drawn, latents),
-        "sample_stats": {n: _plain(v, joint) for n, v in statistics.items()},
-        "log_likelihood": {n: _plain(v, joint) for n, v in likelihood.items()},
-        "posterior_predictive": group(traces["predictive"], observed) if predictive else {},
-        "prior": group(traces["prior"], latents),
-        "prior_predictive": group(traces["prior"], observed) if predictive else {},
-        "observed_data": group(weights.model_trace, observed, draws=False),
-    }
-    seen = [weights.model_trace.nodes[n]["value"] for n in observed]
-    given = {
-        name: (["datapoint", *(f"{name}_dim_{d}" for d in range(a.dim() - 1))], a.cpu().numpy())
-        for name, a in zip(names(model, args), args, strict=True)
-        if isinstance(a, Tensor) and not any(a is value for value in seen)
-    }
-    if given:
-        groups["constant_data"] = given
-    return _bundle(
-        {name: variables for name, variables in groups.items() if variables}, coords or {}
-    )
-
-
-def _plain(variable: tuple[list[str], Tensor], joint: bool) -> tuple[list[str], Any]:
-    """As an array; without datapoints where there is one value per batch."""
-    labels, values = variable
-    if joint:
-        return labels[:-1], values[..., 0].detach().cpu().numpy()
-    return labels, values.detach().cpu().numpy()
+    with torch.no_grad(), evaluation_mode(model, guide), own_path(), seeded(seed, *args):
+        weights = log_weights(model, guide, *args, num_particles=num_draws, joint=joint)
+        traces["posterior"] = _with_summed_out(weights)
+        with particle_plate(structure(model, guide, args, {}), num_draws):
+            if not predictive:
+                traces["prior"] = trace(model, args, {})
+                return weights, traces
+            try:
+                traces["predictive"] = replay(free, traces["posterior"], args, {})
+                traces["prior"] = trace(free, args, {})
+            except (ValueError, NotImplementedError) as error:
+                raise ValueError(
+                    f"x cannot be drawn from the model: {reason(error)}. predictive=False exports "
+                    "the latents without posterior_predictive and prior_predictive"
+                ) from error
+    return weights, traces
 
 
 def _with_summed_out(weights: LogWeights) -> Trace:
@@ -210,69 +215,138 @@ def _with_summed_out(weights: LogWeights) -> Trace:
     return drawn
 
 
-def of_report(
-    report: Report,
-    datapoints: Any = None,
-    num_draws: int = 100,
-    coords: dict[str, Any] | None = None,
-    dims: dict[str, list[str]] | None = None,
-    predictive: bool = True,
-    seed: int | None = None,
+# -- data sets ---------------------------------------------------------------------------------
+
+
+def _export(
+    weights: LogWeights,
+    traces: dict[str, Trace],
+    numbers: Mapping[str, Tensor],
+    constants: Variables,
+    coords: dict[str, Any] | None,
+    dims: dict[str, list[str]] | None,
 ) -> Any:
-    """See :meth:`ppvae.diagnostics.Report.to_arviz`."""
-    require_arviz()
-    model, guide, args = report.pair
-    rows = len(report.khat)
-    if isinstance(datapoints, Tensor):
-        datapoints = datapoints.cpu().numpy()
-    wanted: Any = slice(None) if datapoints is None else datapoints
-    try:
-        index = torch.as_tensor(np.arange(rows)[wanted] if np.size(wanted) else [])
-    except IndexError:
-        index = torch.empty(0, 0)
-    if index.dim() > 1:
-        raise ValueError(
-            f"datapoints must be indices of the report's {rows} datapoints, or a mask of them, got "
-            f"{datapoints!r}"
-        )
-    index = index.reshape(-1)
-    if not len(index):
-        raise ValueError("datapoints is empty: give indices, e.g. report.worst(10)")
-    width = sum(arg[0].numel() for arg in args if isinstance(arg, Tensor))
-    if (size := 2 * num_draws * len(index) * width) > _LARGEST:
-        raise ValueError(
-            f"{num_draws} predictive draws of {len(index)} datapoints are about {size:.1e} values; "
-            "choose some, report.to_arviz(report.worst(10)), or fewer draws, or predictive=False"
-            if predictive
-            else f"{num_draws} draws of {len(index)} datapoints are too many; choose some"
-        )
-    columns = {
-        field.name: getattr(report, field.name)[index]
-        for field in fields(Evidence)
-        if field.name != "num_particles"
+    """All groups; ``numbers`` are columns of :class:`~ppvae.diagnostics.Evidence`, or nothing."""
+    observed = weights.observed
+    latents = [n for n in traces["posterior"].nodes if n in weights.log_p and n not in observed]
+    posterior, prior = (
+        _variables(traces[name], latents, dims, draws=True, only="latent")
+        for name in ("posterior", "prior")
+    )
+    groups = {"posterior": posterior, "prior": prior}
+    groups["observed_data"] = _variables(weights.model_trace, observed, dims)
+    if "predictive" in traces:
+        for group, drawn in (("posterior", traces["predictive"]), ("prior", traces["prior"])):
+            groups[f"{group}_predictive"] = _variables(drawn, observed, dims, draws=True)
+
+    def by_datapoint(values: Tensor, *labels: str) -> tuple[list[str], Any]:
+        array = values.detach().cpu().numpy()
+        # With joint=True there is one value for the whole batch.
+        return ([*labels], array[..., 0]) if weights.joint else ([*labels, "datapoint"], array)
+
+    statistics = {"log_weight": by_datapoint(weights.log_w[None], "chain", "draw")}
+    if numbers:
+        statistics |= {name: by_datapoint(numbers[name]) for name in ("khat", "ess")}
+        name = min(observed) if len(observed) == 1 else "joint"
+        groups["log_likelihood"] = {
+            name: by_datapoint(numbers["log_evidence"]),
+            f"{name}_se": by_datapoint(numbers["log_evidence_se"]),
+        }
+    groups |= {"sample_stats": statistics, "constant_data": constants}
+    return bundle(groups, coords)
+
+
+def _constants(model: Program, args: Args, weights: LogWeights) -> Variables:
+    """The arguments that the programs are conditioned on: those that are not observed."""
+    seen = [weights.model_trace.nodes[name]["value"] for name in weights.observed]
+    return {
+        name: (["datapoint", *(f"{name}_dim_{d}" for d in range(a.dim() - 1))], a.cpu().numpy())
+        for name, a in zip(names(model, args), args, strict=True)
+        if isinstance(a, Tensor) and not any(a is value for value in seen)
     }
-    evidence = Evidence(**columns, num_particles=report.num_particles)
-    coords = {"datapoint": index.numpy(), **(coords or {})}
-    some = take(args, index)
-    return _export(model, guide, some, num_draws, coords, dims, False, predictive, seed, evidence)
 
 
-def elpd_of_report(report: Report) -> Any:
-    """See :meth:`ppvae.diagnostics.Report.to_elpd`."""
+def _variables(
+    drawn: Trace,
+    wanted: Collection[str],
+    dims: dict[str, list[str]] | None,
+    draws: bool = False,
+    only: str = "",
+) -> Variables:
+    """The wanted sites as arrays, of draws with dims of chain and draw; see :func:`event_names`."""
+    sites = {name: site for name, site in sample_sites(drawn).items() if name in wanted}
+    events = {name: site["fn"].event_dim for name, site in sites.items()}
+    labels = event_names(events, dims, only)
+    return {name: _variable(site, labels[name], draws) for name, site in sites.items()}
+
+
+def _variable(site: Site, event: list[str], draws: bool) -> tuple[list[str], Any]:
+    """A site's value with named dimensions: its plates, then those of the event."""
+    value = site["value"].detach().cpu()
+    batch = value.dim() - site["fn"].event_dim
+    plates = {f.dim: _LABELS.get(f.name, f.name) for f in site["cond_indep_stack"]}
+    labels = {d: plates.get(d - batch, "") for d in range(batch)}  # "": broadcast, of size one
+    kept = [d for d, label in labels.items() if label and (draws or label != "draw")]
+    array = value.reshape([value.shape[d] for d in (*kept, *range(batch, value.dim()))]).numpy()
+    named = [*(labels[d] for d in kept), *event]
+    if not draws:
+        return named, array
+    if "draw" not in named:
+        array, named = array[None], ["draw", *named]
+    return ["chain", *named], array[None]
+
+
+def event_names(
+    event_dims: Mapping[str, int], dims: dict[str, list[str]] | None = None, only: str = ""
+) -> dict[str, list[str]]:
+    """What the event dims of each variable are called: as ``dims`` says, or ``z_dim``.
+
+    Args:
+        event_dims: by variable, how many there are.
+        dims: what a user calls them.
+        only: what those of an only variable are called instead, unless it has that name itself.
+    """
+    alone = only and len(event_dims) == 1 and only not in event_dims
+    stems = {name: only if alone else f"{name}_dim" for name in event_dims}
+    default = {
+        name: [stems[name]] if count == 1 else [f"{stems[name]}_{d}" for d in range(count)]
+        for name, count in event_dims.items()
+    }
+    return default | {name: asked for name, asked in (dims or {}).items() if name in default}
+
+
+def bundle(groups: Mapping[str, Variables], coords: dict[str, Any] | None = None) -> Any:
+    """``InferenceData`` on ArviZ 0.x, ``DataTree`` on 1.x, of the groups that are not empty."""
+    import arviz
+    import xarray
+
+    datasets: dict[str, Any] = {}
+    for name, variables in groups.items():
+        sizes = {d: n for ds, a in variables.values() for d, n in zip(ds, a.shape, strict=True)}
+        index = {d: (coords or {}).get(d, np.arange(n)) for d, n in sizes.items()}
+        if variables:
+            datasets[name] = xarray.Dataset(variables, coords=index)
+    if arviz.__version__.startswith("0."):
+        return arviz.InferenceData(**datasets)
+    return xarray.DataTree.from_dict(datasets)
+
+
+def elpd(evidence: Evidence) -> Any:
+    """Log p(x) as ArviZ's ``ELPDData``, see :meth:`ppvae.diagnostics.Report.to_elpd`."""
     require_arviz()
     import arviz
     import xarray
 
-    count = len(report.khat)
+    count = len(evidence.khat)
     points, k = (
         xarray.DataArray(v.numpy(), dims=["datapoint"], coords={"datapoint": np.arange(count)})
-        for v in (report.log_evidence, report.khat)
+        for v in (evidence.log_evidence, evidence.khat)
     )
     common = {
-        "se": report.mean_se * count,
-        "n_samples": report.num_particles,
+        "se": evidence.mean_se * count,
+        "n_samples": evidence.num_particles,
         "n_data_points": count,
-        "warning": bool(report.unreliable > 0),
+        "warning": bool(evidence.unreliable > 0),
         "pareto_k": k,
         "scale": "log",
         "good_k": 0.7,
@@ -286,85 +360,3 @@ def elpd_of_report(report: Report) -> Any:
     from arviz_stats.utils import ELPDDataLOO  # type: ignore[import-not-found, unused-ignore]
 
     return ELPDDataLOO(elpd=total, p=np.nan, elpd_i=points, **common)
-
-
-def chains_to_arviz(
-    draws: PosteriorDraws,
-    coords: dict[str, Any] | None = None,
-    dims: dict[str, list[str]] | None = None,
-) -> Any:
-    """Markov chains as ArviZ has them: ``posterior`` with chains, ``sample_stats`` with ``lp``.
-
-    ArviZ's own R-hat and effective sample sizes are then those of each datapoint.
-
-    Args:
-        draws: what :func:`ppvae.diagnostics.hmc` and its like return.
-        coords, dims: as :func:`to_arviz` has them.
-
-    Returns:
-        ``arviz.InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (1.x).
-
-    Raises:
-        ImportError: ArviZ is not installed.
-    """
-    require_arviz()
-    alone = len(draws.draws) == 1 and next(iter(draws.draws)) != "latent"
-    posterior = {}
-    for name, values in draws.draws.items():
-        stem, count = "latent" if alone else f"{name}_dim", values.dim() - 3
-        event = (dims or {}).get(name)
-        if event is None:
-            event = [stem] if count == 1 else [f"{stem}_{d}" for d in range(count)]
-        posterior[name] = (["chain", "draw", "datapoint", *event], values.numpy())
-    lp = (["chain", "draw", "datapoint"], draws.log_joint.numpy())
-    return _bundle({"posterior": posterior, "sample_stats": {"lp": lp}}, coords or {})
-
-
-def require_arviz() -> None:
-    """Raise ``ImportError`` with the cure before any work, if ArviZ is missing."""
-    try:
-        import arviz  # noqa: F401
-    except ImportError as error:
-        raise ImportError("this needs ArviZ: pip install arviz") from error
-
-
-def _variable(
-    site: Site, event_names: list[str] | None, stem: str, num_draws: int | None
-) -> tuple[list[str], Any]:
-    """A site's value with its dimensions named: plates by their name, events by ``stem``."""
-    value, event_dim = site["value"], site["fn"].event_dim
-    plates = {f.dim: f.name for f in site["cond_indep_stack"] if f.dim is not None}
-    plates = {d: {"data": "datapoint", PARTICLE_PLATE: "draw"}.get(n, n) for d, n in plates.items()}
-    batch_dim = value.dim() - event_dim
-    kept, labels = [], []
-    for position in range(batch_dim):
-        dim = position - batch_dim
-        label = plates.get(dim)
-        if label is None or (label == "draw" and num_draws is None):
-            continue  # a broadcast dim of size one
-        kept.append(position)
-        labels.append(label)
-    if event_names is None:
-        event_names = [stem] if event_dim == 1 else [f"{stem}_{d}" for d in range(event_dim)]
-    shape = [value.shape[p] for p in kept] + list(value.shape[batch_dim:])
-    array = value.detach().cpu().reshape(shape).numpy()
-    if num_draws is None:
-        return [*labels, *event_names], array
-    if "draw" not in labels:
-        array, labels = array[None], ["draw", *labels]
-    return ["chain", *labels, *event_names], array[None]
-
-
-def _bundle(groups: dict[str, dict[str, Any]], coords: dict[str, Any]) -> Any:
-    """``InferenceData`` on ArviZ 0.x, ``DataTree`` on 1.x, from plain xarray data sets."""
-    import arviz
-    import xarray
-
-    datasets: dict[str, Any] = {}
-    for name, variables in groups.items():
-        sizes = {d: n for ds, a in variables.values() for d, n in zip(ds, a.shape, strict=True)}
-        index = {d: coords.get(d, np.arange(n)) for d, n in sizes.items()}
-        datasets[name] = xarray.Dataset(variables, coords=index)
-    if arviz.__version__.startswith("0."):
-        return arviz.InferenceData(**datasets)
-    return xarray.DataTree.from_dict(datasets)

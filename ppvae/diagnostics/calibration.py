@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppvae.diagnostics.evidence import check_data, count_rows, not_finite, take
-from ppvae.diagnostics.summaries import sum_of
-from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
-from ppvae.pairs import (
-    DATA_PLATE,
-    PARTICLE_PLATE,
-    Program,
-    Site,
-    evaluation_mode,
-    own_path,
-    replay,
-    sample_sites,
-    seeded,
-    simulate,
+from ppvae.diagnostics.rows import (
+    check_at_least,
+    check_pair_and_data,
+    count_rows,
+    evaluating,
+    require_numbers,
+    rows_first,
+    rows_per_piece,
+    take,
 )
-from ppvae.weights import log_weights, reduce_site
+from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
+from ppvae.enumeration import total
+from ppvae.pairs import Program, replay, sample_sites, simulate
+from ppvae.plots import diagnostics as plots
+from ppvae.terms import leftmost_plate, term
+from ppvae.weights import log_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +65,7 @@ class Calibration:
 
     @property
     def p_value(self) -> float:
-        """Of all quantities together: the least, times their number (Bonferroni), at most 1."""
+        """Of all quantities together: the smallest, times their number (Bonferroni), at most 1."""
         every = torch.cat(list(self.p_values.values()))
         return min(1.0, every.min().item() * len(every))
 
@@ -95,7 +93,7 @@ class Calibration:
         return found
 
     def band(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the whole ECDF of uniform ranks stays with this probability.
+        """The band in which the whole ECDF of uniform ranks stays with this probability.
 
         Returns:
             ``(points, lower, upper)``, ``(L,)`` each, as fractions.
@@ -157,12 +155,10 @@ class Calibration:
         """The ECDFs of the ranks with their band, and the coverage of credible sets."""
         from matplotlib import pyplot as plt
 
-        from ppvae.plots import diagnostics as pictures
-
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-        pictures.sbc_ecdf(self.ranks, self.num_draws, self.band(), ax=left)
+        plots.sbc_ecdf(self.ranks, self.num_draws, self.band(), ax=left)
         levels = torch.arange(1, 50) / 50
-        pictures.coverage(levels, self.coverage(levels), self.num_simulations, ax=right)
+        plots.coverage(levels, self.coverage(levels), self.num_simulations, ax=right)
         return figure
 
 
@@ -235,86 +231,69 @@ def sbc(
         >>> bool(diagnostics.sbc(model, narrow, torch.zeros(1), seed=0).p_value < 1e-4)
         True
     """
-    if num_simulations < 100:
-        raise ValueError(f"num_simulations must be at least 100, got {num_simulations}")
-    if num_draws < 19:
-        raise ValueError(f"num_draws must be at least 19, got {num_draws}")
-    if max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-    check_data(model, guide, args)
+    check_at_least(100, num_simulations=num_simulations)
+    check_at_least(19, num_draws=num_draws)
+    check_at_least(1, max_rows=max_rows)
+    rows = check_pair_and_data(model, guide, args)
     tests, absent = dict(test_quantities or {}), dict[str, str]()
     columns: dict[str, list[Tensor]] = {}
-    rows = torch.arange(num_simulations) % count_rows(args)
-    with torch.no_grad(), evaluation_mode(model, guide), own_path():
-        with pyro.validation_enabled(False), seeded(seed, *args):
-            for index in rows.split(max(1, max_rows // num_draws)):
-                dreamt, dream = simulate(model, tuple(take(args, index)), {})
-                for name, ranks in _ranks(
-                    model, guide, dream, dreamt, num_draws, tests, absent
-                ).items():
-                    columns.setdefault(name, []).append(ranks)
+    which = torch.arange(num_simulations) % rows
+    with evaluating(model, guide, args, seed):
+        for index in which.split(rows_per_piece(num_draws, max_rows)):
+            simulated, truth = simulate(model, take(args, index), {})
+            ranks = _ranks(model, guide, truth, simulated, num_draws, tests, absent)
+            for name, of_piece in ranks.items():
+                columns.setdefault(name, []).append(of_piece)
     return Calibration({n: torch.cat(parts) for n, parts in columns.items()}, num_draws, absent)
 
 
 def _ranks(
     model: Program,
     guide: Program,
-    dream: Trace,
+    truth: Trace,
     args: tuple[Any, ...],
     num_draws: int,
     tests: dict[str, TestQuantity],
     absent: dict[str, str],
 ) -> dict[str, Tensor]:
-    """By quantity ``(n, D)``, on the CPU."""
+    """By quantity ``(n, D)``, on the CPU; ``truth`` is the trace that the data came from."""
     weights = log_weights(model, guide, *args, num_particles=num_draws)
-    if not (weights.log_w < math.inf).all():
-        raise ValueError(f"on data drawn from the model, {not_finite(weights, 0)}")
-    truth, drawn = sample_sites(dream), sample_sites(weights.guide_trace)
-    n, found = count_rows(args), {}
+    require_numbers(weights, where="on data drawn from the model, ")
+    true_sites, n, found = sample_sites(truth), count_rows(args), {}
     z_true, z_drawn = {}, {}
-    for name, site in drawn.items():
-        if name in weights.enumerated or name not in truth:
+    for name, site in sample_sites(weights.guide_trace).items():
+        if name in weights.enumerated or name not in true_sites:
             absent[name] = "it is summed out or auxiliary, so the guide does not draw it"
             continue
-        z_true[name] = rows_first(truth[name])  # (n, ...)
+        z_true[name] = rows_first(true_sites[name])  # (n, ...)
         z_drawn[name] = rows_first(site)  # (L, n, ...)
         found[name] = _rank(z_drawn[name].reshape(num_draws, n, -1), z_true[name].reshape(n, -1))
     if weights.enumerated:
         absent["densities"] = "a latent is summed out"
     else:
-        at_truth = [_log_density(replay(program, dream, args, {}), n) for program in (model, guide)]
-        at_draws = [sum_of(list(terms.values())) for terms in (weights.log_p, weights.log_q)]
-        for name, a, b in zip(_DENSITIES, at_draws, at_truth, strict=True):
-            found[name] = _rank(a.expand(num_draws, n)[..., None], b[:, None])
+        for name, program, terms in (
+            (_LOG_JOINT, model, weights.log_p), (_LOG_Q, guide, weights.log_q)
+        ):  # fmt: skip
+            at_draws = functools.reduce(torch.add, terms.values()).expand(num_draws, n)
+            at_truth = _log_density(replay(program, truth, args, {}), n)
+            found[name] = _rank(at_draws[..., None], at_truth[:, None])
     for name, quantity in tests.items():
-        a, b = quantity(z_drawn, *args), quantity(z_true, *args)
-        if a.shape != (num_draws, n) or b.shape != (n,):
+        at_draws, at_truth = quantity(z_drawn, *args), quantity(z_true, *args)
+        if at_draws.shape != (num_draws, n) or at_truth.shape != (n,):
             raise ValueError(
                 f"test quantity {name!r} must give (..., S) for z of (..., S, *event), got "
-                f"{tuple(a.shape)} for {num_draws} draws and {tuple(b.shape)} for the truth of "
-                f"{n} simulations; sum over the event dims only, as z['z'].sum(-1)"
+                f"{tuple(at_draws.shape)} for {num_draws} draws of {n} simulations; sum over the "
+                "event dims only, as z['z'].sum(-1)"
             )
-        found[name] = _rank(a[..., None], b[:, None])
+        found[name] = _rank(at_draws[..., None], at_truth[:, None])
     return found
 
 
 def _log_density(drawn: Trace, rows: int) -> Tensor:
     """The log-density of a trace, ``(n,)``."""
     sites = list(sample_sites(drawn).values())
-    dims = [f.dim for site in sites for f in site["cond_indep_stack"] if f.dim is not None]
-    terms = [
-        reduce_site(site, site["fn"].log_prob(site["value"]), min(dims, default=0))
-        for site in sites
-    ]
-    return sum_of(terms).expand(1, rows)[0]
-
-
-def rows_first(site: Site) -> Tensor:
-    """A draw as ``(particles if any, datapoints, rest)``."""
-    value, event_dim = site["value"], site["fn"].event_dim
-    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    moved = [dims[name] - event_dim for name in (PARTICLE_PLATE, DATA_PLATE) if name in dims]
-    return value.movedim(moved, list(range(len(moved))))
+    terms = [term(site, leftmost_plate(sites)) for site in sites]
+    return total(terms).expand(1, rows)[0]
 
 
 def _rank(draws: Tensor, truth: Tensor) -> Tensor:

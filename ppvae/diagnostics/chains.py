@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae.diagnostics.arviz_bridge import require_arviz
+from ppvae.diagnostics.arviz_bridge import bundle, event_names, require_arviz
 from ppvae.diagnostics.joint import Joint
+from ppvae.diagnostics.rows import check_at_least, check_start
 from ppvae.pairs import seeded
 
 RHAT, ESS_PER_CHAIN, DIVERGENT = 1.01, 100, 1e-3  # the gates; Vehtari et al. 2021 for the first two
@@ -131,7 +132,7 @@ Transition = Callable[[Point, Tensor, Tensor], tuple[Point, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How long chains run, and how their steps are adapted."""
+    """How long chains run and how steps are adapted; what cannot work raises ``ValueError``."""
 
     num_chains: int
     num_warmup: int
@@ -141,33 +142,31 @@ class Settings:
     step_size: float | None
     start: Literal["guide", "prior"]
 
-    def check(self) -> None:
-        """Raise ``ValueError`` for settings that cannot work."""
-        if self.num_chains < 2:
-            raise ValueError(
-                f"num_chains must be at least 2, got {self.num_chains}: R-hat compares chains"
-            )
-        if self.num_draws < 8:
-            raise ValueError(
-                f"num_draws must be at least 8 for R-hat and ESS, got {self.num_draws}"
-            )
-        if self.num_warmup < (20 if self.step_size is None else 0):
-            raise ValueError(
-                f"num_warmup must be at least 20 for the step sizes to adapt, got {self.num_warmup}"
-            )
+    def __post_init__(self) -> None:
+        check_at_least(2, num_chains=self.num_chains)  # which R-hat compares
+        check_at_least(8, num_draws=self.num_draws)  # for R-hat and ESS
+        check_at_least(20 if self.step_size is None else 0, num_warmup=self.num_warmup)
+        check_at_least(1, thin=self.thin)
+        check_start(self.start)
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size must be positive, got {self.step_size}")
         if not 0 < self.target_accept < 1:
             raise ValueError(f"target_accept must lie in (0, 1), got {self.target_accept}")
-        if self.start not in ("guide", "prior"):
-            raise ValueError(f'start must be "guide" or "prior", got {self.start!r}')
+
+    def longer(self, rerun: int) -> Settings:
+        """The settings of a rerun: a longer warm-up, draws further apart, smaller steps."""
+        return replace(
+            self,
+            num_warmup=self.num_warmup * 2**rerun,
+            thin=self.thin * 2**rerun,
+            target_accept=1 - (1 - self.target_accept) / 2**rerun,
+        )
 
 
 def sample(
     joint: Joint,
     transition: Callable[[Joint, Tensor], Transition],
     settings: Settings,
-    *,
     method: str,
     max_rows: int,
     max_reruns: int,
@@ -185,38 +184,22 @@ def sample(
             warm-up, twice the draws (every second kept), and half the distance to acceptance 1.
         seed: None: draw from the global stream.
     """
-    settings.check()
     require_arviz()  # for R-hat and ESS
     started = time.perf_counter()
+
+    def run(some: Joint, rerun: int) -> PosteriorDraws:
+        blocks = some.blocks(settings.num_chains, max_rows)
+        how = settings.longer(rerun) if rerun else settings
+        return joined([_run(block, transition, how, method, rerun) for _, block in blocks])
+
     with seeded(seed, *joint.args):
-        result = _blocks(joint, transition, settings, method, max_rows, 0)
+        result = run(joint, 0)
         for rerun in range(1, max_reruns + 1):
             failed = (~result.converged).nonzero().flatten()
             if not len(failed) or settings.step_size is not None:
                 break
-            longer = Settings(
-                settings.num_chains,
-                settings.num_warmup * 2**rerun,
-                settings.num_draws,
-                settings.thin * 2**rerun,
-                1 - (1 - settings.target_accept) / 2**rerun,
-                None,
-                settings.start,
-            )
-            again = _blocks(joint.rows(failed), transition, longer, method, max_rows, rerun)
-            result = _replaced(result, failed, again)
+            result = _replaced(result, failed, run(joint.rows(failed), rerun))
     return replace(result, seconds=time.perf_counter() - started)
-
-
-def _blocks(
-    joint: Joint, transition: Any, settings: Settings, method: str, max_rows: int, rerun: int
-) -> PosteriorDraws:
-    size = max(1, max_rows // settings.num_chains)
-    parts = []
-    for rows in torch.arange(joint.num_datapoints).split(size):
-        block = joint.rows(rows) if len(rows) < joint.num_datapoints else joint
-        parts.append(_run(block, transition, settings, method, rerun))
-    return parts[0] if len(parts) == 1 else _joined(parts)
 
 
 def _run(
@@ -249,38 +232,37 @@ def _run(
     log_joint = torch.stack(values, 1).cpu()
     flat = unconstrained.flatten(0, 1)
     parts = [joint.constrain(some) for some in flat.split(max(1, 20_000 // flat.shape[1]))]
+    shape = unconstrained.shape[:2]
     draws = {
-        name: torch.cat([part[name] for part in parts]).unflatten(0, unconstrained.shape[:2]).cpu()
-        for name in joint.layouts
+        site: torch.cat([part[site] for part in parts]).unflatten(0, shape).cpu()
+        for site in joint.layouts
     }
     unconstrained = unconstrained.cpu()
-    rhat, ess = convergence(torch.cat([unconstrained, log_joint.unsqueeze(-1)], -1))
     return PosteriorDraws(
         draws,
         unconstrained,
         log_joint,
-        rhat,
-        ess,
-        (accept / (settings.num_draws * settings.thin)).cpu(),
-        divergences.long().cpu(),
-        step.cpu(),
-        torch.full((joint.num_datapoints,), rerun),
-        method,
-        0.0,
+        *convergence(torch.cat([unconstrained, log_joint.unsqueeze(-1)], -1)),
+        accept=(accept / (settings.num_draws * settings.thin)).cpu(),
+        divergences=divergences.long().cpu(),
+        step_size=step.cpu(),
+        reruns=torch.full((joint.num_datapoints,), rerun),
+        method=method,
+        seconds=0.0,
     )
 
 
 def _warm_up(
     joint: Joint, transition: Transition, settings: Settings, u: Tensor, scale: Tensor
 ) -> tuple[Point, Tensor, Tensor]:
-    """Adapt step sizes and scales per datapoint: a fifth of the time steps only, then windows."""
+    """Adapt step sizes and scales per datapoint: step sizes alone for a fifth of the time."""
     value, gradient = joint.value_and_grad(u)
     point = Point(u, value, gradient)
     W, N = settings.num_warmup, joint.num_datapoints
     first = settings.step_size or 0.5 * joint.dim**-0.25
     step = u.new_full((N,), first)
     averaging = DualAveraging(step, settings.target_accept)
-    # Scales are updated at the end of each window from the draws in it.
+    # Then, in two windows, scales too: at the end of each, from the draws in it.
     ends = [W // 5, 2 * W // 5, 4 * W // 5]
     window: list[Tensor] = []
     for i in range(W):
@@ -323,54 +305,82 @@ class DualAveraging:
 def convergence(draws: Tensor) -> tuple[Tensor, Tensor]:
     """Worst R-hat and worst ESS over the last dim of ``(chain, draw, N, D)``, each ``(N,)``.
 
-    By ArviZ: rank-normalised split R-hat, and the smaller of bulk and tail ESS.
+    By ArviZ: rank-normalised split R-hat, and the smaller of bulk and tail ESS. NaN where a chain
+    did not move in one of the coordinates, or is not finite.
     """
     import arviz
 
     values = draws.double().numpy()
-    N, D = values.shape[2:]
-    rhat, ess = np.full((N, D), np.nan), np.full((N, D), np.nan)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # chains that do not move: NaN says so
-        for n in range(N):
-            for d in range(D):
-                chain = values[:, :, n, d]
-                if not np.isfinite(chain).all() or (np.ptp(chain, axis=1) == 0).any():
-                    continue
-                rhat[n, d] = arviz.rhat(chain, method="rank")
-                ess[n, d] = min(arviz.ess(chain, method="bulk"), arviz.ess(chain, method="tail"))
-    # NaN in any coordinate: NaN
-    return torch.tensor(rhat.max(-1)), torch.tensor(ess.min(-1))
+        stuck = (~(np.ptp(values, axis=1) > 0)).any(0) | ~np.isfinite(values).all((0, 1))
+        data = arviz.convert_to_dataset({"u": values})
+        rhat = arviz.rhat(data, method="rank")["u"].values
+        ess = [arviz.ess(data, method=method)["u"].values for method in ("bulk", "tail")]
+    worst_rhat = np.where(stuck, np.nan, rhat).max(-1)
+    worst_ess = np.where(stuck, np.nan, np.minimum(*ess)).min(-1)
+    return torch.from_numpy(worst_rhat), torch.from_numpy(worst_ess)
 
 
-_PER_DATAPOINT = ("rhat", "ess", "accept", "divergences", "step_size", "reruns")
+# -- results of several runs as one ------------------------------------------------------------
+
+_DATAPOINT_DIM = {"unconstrained": 2, "log_joint": 2} | dict.fromkeys(
+    ("rhat", "ess", "accept", "divergences", "step_size", "reruns"), 0
+)
 
 
-def _joined(parts: list[PosteriorDraws]) -> PosteriorDraws:
-    first = parts[0]
-    columns: dict[str, Any] = {
-        name: torch.cat([getattr(p, name) for p in parts]) for name in _PER_DATAPOINT
-    }
-    return replace(
-        first,
-        draws={name: torch.cat([p.draws[name] for p in parts], 2) for name in first.draws},
-        unconstrained=torch.cat([p.unconstrained for p in parts], 2),
-        log_joint=torch.cat([p.log_joint for p in parts], 2),
-        **columns,
-    )
+def joined(parts: list[PosteriorDraws]) -> PosteriorDraws:
+    """Results of different datapoints as one."""
+    return parts[0] if len(parts) == 1 else _combined(parts, torch.cat)
 
 
 def _replaced(result: PosteriorDraws, rows: Tensor, again: PosteriorDraws) -> PosteriorDraws:
-    def put(old: Tensor, new: Tensor, dim: int) -> Tensor:
+    """Results, with those of the datapoints ``rows`` replaced by what a rerun gave."""
+
+    def put(old_and_new: list[Tensor], dim: int) -> Tensor:
+        old, new = old_and_new
         return old.index_copy(dim, rows, new.to(old.dtype))
 
+    return _combined([result, again], put)
+
+
+def _combined(
+    results: list[PosteriorDraws], combine: Callable[[list[Tensor], int], Tensor]
+) -> PosteriorDraws:
+    """Results combined tensor by tensor; ``combine`` gets tensors and the dim of the datapoints."""
     columns: dict[str, Any] = {
-        name: put(getattr(result, name), getattr(again, name), 0) for name in _PER_DATAPOINT
+        name: combine([getattr(result, name) for result in results], dim)
+        for name, dim in _DATAPOINT_DIM.items()
     }
-    return replace(
-        result,
-        draws={name: put(old, again.draws[name], 2) for name, old in result.draws.items()},
-        unconstrained=put(result.unconstrained, again.unconstrained, 2),
-        log_joint=put(result.log_joint, again.log_joint, 2),
-        **columns,
-    )
+    columns["draws"] = {
+        site: combine([result.draws[site] for result in results], 2) for site in results[0].draws
+    }
+    return replace(results[0], **columns)
+
+
+def chains_to_arviz(
+    draws: PosteriorDraws,
+    coords: dict[str, Any] | None = None,
+    dims: dict[str, list[str]] | None = None,
+) -> Any:
+    """Markov chains in ArviZ's format: ``posterior`` with chains, ``sample_stats`` with ``lp``.
+
+    ArviZ's own R-hat and effective sample sizes are then those of each datapoint.
+
+    Args:
+        draws: what :func:`ppvae.diagnostics.hmc` and its like return.
+        coords, dims: as :func:`to_arviz` has them.
+
+    Returns:
+        ``arviz.InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (1.x).
+
+    Raises:
+        ImportError: ArviZ is not installed.
+    """
+    require_arviz()
+    event_dims = {site: values.dim() - 3 for site, values in draws.draws.items()}
+    names = event_names(event_dims, dims, only="latent")
+    plain = ["chain", "draw", "datapoint"]
+    posterior = {s: ([*plain, *names[s]], values.numpy()) for s, values in draws.draws.items()}
+    lp = (plain, draws.log_joint.numpy())
+    return bundle({"posterior": posterior, "sample_stats": {"lp": lp}}, coords)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppvae.check.pair import check_batch
 from ppvae.diagnostics.evidence import log_evidence as importance_log_evidence
+from ppvae.diagnostics.rows import (
+    check_at_least,
+    check_log_evidence,
+    check_pair_and_data,
+    standard_error,
+    trainable,
+)
 from ppvae.elbo import Estimator, Objective
 from ppvae.pairs import evaluation_mode, seeded
-from ppvae.program import local_parameters, module_of
+from ppvae.program import local_parameters
 
 
 def compare(
@@ -80,17 +87,12 @@ def compare(
     """
     import pandas
 
-    if repeats < 2:
-        raise ValueError(f"repeats must be at least 2, got {repeats}")
+    check_at_least(2, repeats=repeats)
     args = (data,) if isinstance(data, Tensor) else tuple(data)
-    check_batch(model, guide, *args)
-    named = _checked(estimators)
-    given = getattr(log_evidence, "shape", ())
-    if log_evidence is not None and tuple(given) != (len(args[0]),):
-        raise ValueError(
-            f"log_evidence must be a tensor of one value per datapoint, ({len(args[0])},), got "
-            f"shape {tuple(given)}"
-        )
+    rows = check_pair_and_data(model, guide, args)
+    if log_evidence is not None:
+        check_log_evidence(log_evidence, rows)
+    named = _by_name(estimators)
     with seeded(seed, *args):
         reference = "exact"
         if log_evidence is None:
@@ -103,43 +105,45 @@ def compare(
             local_parameters(),
             pyro.validation_enabled(False),
         ):
-            rows = {
-                name: _row(objective, args, repeats, truth)
+            found_by_name = {
+                name: _bound(objective, args, repeats, truth)
+                | _gradient_noise(objective, args, repeats)
                 for name, objective in objectives.items()
             }
             for name, milliseconds in _times(objectives, args, timing_rounds).items():
-                rows[name]["ms"] = milliseconds
+                found_by_name[name]["ms"] = milliseconds
             for name, objective in objectives.items():
-                rows[name]["peak_mb"] = _peak_megabytes(objective, args)
-    table = pandas.DataFrame.from_dict(rows, orient="index")
+                with PeakMemory() as memory:
+                    _gradient(objective, args, trainable(objective))
+                found_by_name[name]["peak_mb"] = memory.peak / 2**20
+    table = pandas.DataFrame.from_dict(found_by_name, orient="index")
     table.attrs = {
         "log_evidence": truth,
         "reference": reference,
         "repeats": repeats,
-        "datapoints": len(args[0]),
+        "datapoints": rows,
         "device": str(args[0].device),
         "threads": torch.get_num_threads(),
     }
     return table
 
 
-def _checked(estimators: Any) -> dict[str, Estimator]:
+def _by_name(estimators: Any) -> dict[str, Estimator]:
+    """The estimators by name: as given, or made from family and number of draws."""
     if isinstance(estimators, pyro.infer.ELBO):
         estimators = [estimators]
     mapped = isinstance(estimators, Mapping)
-    given = list(estimators.values() if mapped else estimators)
-    wrong = next((e for e in given if not isinstance(e, Estimator)), None)
-    if wrong is not None or not given:
+    values = list(estimators.values() if mapped else estimators)
+    wrong = next((repr(e) for e in values if not isinstance(e, Estimator)), None)
+    if wrong or not values:
         raise TypeError(
             "estimators must be values from ppvae.elbo, such as [elbo.ELBO(), elbo.IWELBO(8)], got "
-            f"{'none' if wrong is None else repr(wrong)}"
+            f"{wrong or 'none'}"
         )
-    return dict(estimators) if mapped else _named(given)
-
-
-def _named(estimators: Sequence[Estimator]) -> dict[str, Estimator]:
+    if mapped:
+        return dict(estimators)
     named: dict[str, Estimator] = {}
-    for estimator in estimators:
+    for estimator in values:
         bound, _, gradient = _family(estimator).partition(" ")
         name = f"{bound}-{estimator.num_draws} {gradient}".rstrip()
         if repr(estimator) in map(repr, named.values()):
@@ -154,104 +158,83 @@ def _family(estimator: Estimator) -> str:
     return name if estimator.gradient == default else f"{name} {estimator.gradient}"
 
 
-def _row(objective: Objective, args: tuple[Tensor, ...], repeats: int, truth: float) -> dict:
-    estimator, rows = objective.elbo, len(args[0])
+def _bound(
+    objective: Objective, args: tuple[Tensor, ...], repeats: int, truth: float
+) -> dict[str, Any]:
+    """What an estimator is, its bound and the gap to log p(x)."""
+    estimator = objective.elbo
     bounds = torch.stack(
         [
             estimator.evaluate(objective.model, objective.guide, *args).double().mean()
             for _ in range(repeats)
         ]
     )
-    bound, bound_se = bounds.mean().item(), bounds.std().item() / math.sqrt(repeats)
-    row: dict[str, Any] = {
+    bound, se = bounds.mean().item(), standard_error(bounds)
+    return {
         "estimator": repr(estimator),
         "family": _family(estimator),
         "particles": estimator.num_draws,
         "bound": bound,
-        "bound_se": bound_se,
+        "bound_se": se,
         "gap": truth - bound,
-        "gap_se": bound_se,
+        "gap_se": se,
     }
-    parts = {"model": _parameters(objective.model), "guide": _parameters(objective.guide)}
-    noise = _gradient_noise(objective, args, parts, repeats, rows)
-    row |= {f"snr_{part}": snr for part, (snr, _, _) in noise.items()}
-    row |= {f"snr_floor_{part}": floor for part, (_, floor, _) in noise.items()}
-    row |= {f"var_{part}": variance for part, (_, _, variance) in noise.items()}
-    return row
 
 
-def _parameters(program: Any) -> list[nn.Parameter]:
-    owner = module_of(program)
-    return [p for p in owner.parameters() if p.requires_grad] if owner is not None else []
+def _gradient(
+    objective: Objective, args: tuple[Tensor, ...], parameters: Sequence[nn.Parameter]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of the mean loss per datapoint; without parameters only the loss is computed."""
+    loss = objective(*args) / len(args[0])
+    return torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
 
 
 def _gradient_noise(
-    objective: Objective,
-    args: tuple[Tensor, ...],
-    parts: dict[str, list[nn.Parameter]],
-    repeats: int,
-    rows: int,
-) -> dict[str, tuple[float, float, float]]:
-    """SNR, its floor and the total variance of each part's gradient, by Welford's moments."""
-    union = list({id(p): p for part in parts.values() for p in part}.values())
-    mean = [torch.zeros_like(p, dtype=torch.float64) for p in union]
-    spread = [torch.zeros_like(m) for m in mean]
-    for count in range(1, repeats + 1 if union else 1):
-        gradients = torch.autograd.grad(objective(*args) / rows, union, allow_unused=True)
-        for g, m, s in zip(gradients, mean, spread, strict=True):
-            if g is not None:
-                delta = g.double() - m
-                m += delta / count
-                s += delta * (g.double() - m)
-    moments = {id(p): (m, s / (repeats - 1)) for p, m, s in zip(union, mean, spread, strict=True)}
-    found = {}
+    objective: Objective, args: tuple[Tensor, ...], repeats: int
+) -> dict[str, float]:
+    """Signal-to-noise ratio, its floor, and total variance of the gradients of model and guide."""
+    parts = {"model": trainable(objective.model), "guide": trainable(objective.guide)}
+    every = list(dict.fromkeys([*parts["model"], *parts["guide"]]))
+    mean = {p: torch.zeros_like(p, dtype=torch.float64) for p in every}
+    squares = {p: torch.zeros_like(p, dtype=torch.float64) for p in every}
+    for count in range(1, repeats + 1 if every else 1):
+        for p, gradient in zip(every, _gradient(objective, args, every), strict=True):
+            if gradient is not None:  # Welford's moments
+                delta = gradient.double() - mean[p]
+                mean[p] += delta / count
+                squares[p] += delta * (gradient.double() - mean[p])
+    snr, floor, variance = {}, {}, {}
     for part, parameters in parts.items():
-        variance = sum(moments[id(p)][1].sum().item() for p in parameters)
-        signal = sum(moments[id(p)][0].square().sum().item() for p in parameters)
-        signal = max(signal - variance / repeats, 0.0)
+        variances = [squares[p] / (repeats - 1) for p in parameters]
+        total = variance[part] = sum(v.sum().item() for v in variances)
+        signal = sum(mean[p].square().sum().item() for p in parameters) - total / repeats
         # Without a signal, the squared norm of the mean has this standard deviation.
-        chance = sum(moments[id(p)][1].square().sum().item() for p in parameters)
-        chance = math.sqrt(2 * chance) / repeats
-        snr, floor = (
-            math.sqrt(square / variance) if variance else math.nan
-            for square in (signal, 2 * chance)
-        )
-        found[part] = (snr, floor, variance)
-    return found
+        chance = math.sqrt(2 * sum(v.square().sum().item() for v in variances)) / repeats
+        snr[part] = math.sqrt(max(signal, 0.0) / total) if total else math.nan
+        floor[part] = math.sqrt(2 * chance / total) if total else math.nan
+    columns = {"snr": snr, "snr_floor": floor, "var": variance}
+    return {f"{name}_{part}": v for name, by_part in columns.items() for part, v in by_part.items()}
 
 
 def _times(
     objectives: dict[str, Objective], args: tuple[Tensor, ...], rounds: int
 ) -> dict[str, float]:
     """Median milliseconds of one loss and gradient, the estimators in turn."""
-    seen: dict[str, list[float]] = {name: [] for name in objectives}
+    seconds: dict[str, list[float]] = {name: [] for name in objectives}
     for i in range(rounds):
-        order = list(objectives) if i % 2 == 0 else list(objectives)[::-1]
-        for name in order:
+        for name in list(objectives)[:: 1 if i % 2 == 0 else -1]:
+            parameters = trainable(objectives[name])
             _synchronize(args[0])
             started = time.perf_counter()
-            _loss_and_gradient(objectives[name], args)
+            _gradient(objectives[name], args, parameters)
             _synchronize(args[0])
-            seen[name].append(1e3 * (time.perf_counter() - started))
-    return {name: sorted(times)[len(times) // 2] for name, times in seen.items() if times}
-
-
-def _loss_and_gradient(objective: Objective, args: tuple[Tensor, ...]) -> None:
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    loss = objective(*args)
-    if parameters:
-        torch.autograd.grad(loss, parameters, allow_unused=True)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: 1e3 * statistics.median(times) for name, times in seconds.items() if times}
 
 
 def _synchronize(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-
-
-def _peak_megabytes(objective: Objective, args: tuple[Tensor, ...]) -> float:
-    with PeakMemory() as memory:
-        _loss_and_gradient(objective, args)
-    return memory.peak / 2**20
 
 
 class PeakMemory(TorchDispatchMode):

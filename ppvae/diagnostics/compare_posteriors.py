@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.joint import Joint
+from ppvae.diagnostics.rows import check_at_least
 from ppvae.pairs import seeded
 
 
@@ -78,38 +79,38 @@ class PosteriorComparison:
         )
 
     def __repr__(self) -> str:
-        known = ~self.sliced.isnan()
+        passed = ~self.sliced.isnan()
         N, d = self.mean_error.shape
         lines = [f"q(z | x) beside p(z | x): {N} datapoints, {d} latents [sd of the posterior]"]
-        if not known.any():
+        if not passed.any():
             return lines[0] + "\nverdict            no datapoint of the reference converged"
-        ratio, shift = self.sd_ratio[known], self.mean_error[known].abs()
-        far = self.sliced[known] > 2 * self.floor[known]
+        ratio, shift = self.sd_ratio[passed], self.mean_error[passed].abs()
+        far = self.sliced[passed] > 2 * self.floor[passed]
         lines += [
             f"mean error         median {shift.median().item():.2f}, largest "
             f"{shift.max().item():.2f}",
             f"sd ratio           median {ratio.median().item():.2f}, from {ratio.min().item():.2f} "
             f"to {ratio.max().item():.2f}",
-            f"correlation error  median {self.correlation_error[known].median().item():.2f}, "
-            f"largest {self.correlation_error[known].max().item():.2f}",
-            f"sliced W2          median {self.sliced[known].median().item():.2f}, noise alone "
-            f"{self.floor[known].median().item():.2f}",
+            f"correlation error  median {self.correlation_error[passed].median().item():.2f}, "
+            f"largest {self.correlation_error[passed].max().item():.2f}",
+            f"sliced W2          median {self.sliced[passed].median().item():.2f}, noise alone "
+            f"{self.floor[passed].median().item():.2f}",
         ]
-        if not known.all():
+        if not passed.all():
             lines.append(
-                f"reference          {int((~known).sum())} datapoints did not converge: NaN"
+                f"reference          {int((~passed).sum())} datapoints did not converge: NaN"
             )
-        lines.append(f"verdict            {self._verdict(far, shift, ratio, known)}")
+        lines.append(f"verdict            {self._verdict(far, shift, ratio, passed)}")
         return "\n".join(lines)
 
-    def _verdict(self, far: Tensor, shift: Tensor, ratio: Tensor, known: Tensor) -> str:
+    def _verdict(self, far: Tensor, shift: Tensor, ratio: Tensor, passed: Tensor) -> str:
         if not far.any():
             return "not told from the reference at this number of draws"
         faults = {
             "its means are off": (shift.amax(-1) > 0.5).double().mean().item(),
             "it is too narrow": (ratio.amin(-1) < 0.7).double().mean().item(),
             "it is too wide": (ratio.amax(-1) > 1.4).double().mean().item(),
-            "it misses correlations": (self.correlation_error[known] > 0.3).double().mean().item(),
+            "it misses correlations": (self.correlation_error[passed] > 0.3).double().mean().item(),
         }
         shown = [f"{name} on {share:.0%}" for name, share in faults.items() if share > 0.05]
         what = "; ".join(shown) or "no single fault is large"
@@ -167,51 +168,55 @@ def compare_posteriors(
     """
     joint = Joint(model, guide, *args)
     chains, kept, N = reference.unconstrained.shape[:3]
-    if joint.num_datapoints != N or set(reference.draws) != set(joint.layouts):
+    if joint.num_datapoints != N or reference.draws.keys() != joint.layouts.keys():
         raise ValueError(
-            f"the reference has {N} datapoints and latents {sorted(reference.draws)}, but the data "
-            f"have {joint.num_datapoints} and the model {sorted(joint.layouts)}; run hmc on these "
-            "very data"
+            f"the reference has {N} datapoints and latents {sorted(reference.draws)}, the data "
+            f"{joint.num_datapoints} and the model {sorted(joint.layouts)}; run hmc on these data"
         )
-    if num_directions < 1:
-        raise ValueError(f"num_directions must be at least 1, got {num_directions}")
-    total, names, columns = chains * kept, [], []
+    check_at_least(1, num_directions=num_directions)
     with seeded(seed, *args), torch.no_grad():
-        u = torch.cat([joint.draw_q(min(500, total - s)) for s in range(0, total, 500)])
-        drawn = joint.constrain(u)
-        for site in joint.layouts:
-            p = reference.flat(site).double().flatten(2) if reference.draws[site].dim() > 3 else (
-                reference.flat(site).double().unsqueeze(-1))  # fmt: skip
-            q = drawn[site].double().cpu().reshape(p.shape)
-            columns.append((q, p))
-            size = p.shape[-1]
-            names += [site] if size == 1 else [f"{site}[{i}]" for i in range(size)]
-        q, p = (torch.cat(column, -1) for column in zip(*columns, strict=True))
+        names, q, p = _draws_side_by_side(joint, reference)
         directions = torch.randn(q.shape[-1], num_directions, dtype=torch.float64)
     directions = directions / directions.norm(dim=0)
 
-    passed = reference.converged.unsqueeze(-1)
-    p = torch.where(passed, p, math.nan)
-    sd = p.std(0)
-    centre = p.mean(0)
+    p = torch.where(reference.converged.unsqueeze(-1), p, math.nan)
+    centre, sd = p.mean(0), p.std(0)
     q_scaled, p_scaled = (q - centre) / sd, (p - centre) / sd
     apart = q_scaled.sort(0).values - p_scaled.sort(0).values
-    halves = p_scaled.unflatten(0, (chains, kept))
-    first, second = (half.flatten(0, 1) for half in (halves[: chains // 2], halves[chains // 2 :]))
-    count = min(len(first), len(second))
+    by_chain = p_scaled.unflatten(0, (chains, kept))
+    half = chains // 2
+    first, second = by_chain[:half].flatten(0, 1), by_chain[half : 2 * half].flatten(0, 1)
     missed = _correlations(q_scaled) - _correlations(p_scaled)
     return PosteriorComparison(
-        tuple(names),
-        q_scaled.mean(0),
-        q_scaled.std(0),
-        apart.abs().mean(0),
-        apart.square().mean(0).sqrt(),
-        _sliced(q_scaled, p_scaled, directions),
-        missed.abs().flatten(1).amax(-1),
-        _sliced(first[:count], second[:count], directions),
-        q,
-        p,
+        names=tuple(names),
+        mean_error=q_scaled.mean(0),
+        sd_ratio=q_scaled.std(0),
+        wasserstein1=apart.abs().mean(0),
+        wasserstein2=apart.square().mean(0).sqrt(),
+        sliced=_sliced(q_scaled, p_scaled, directions),
+        correlation_error=missed.abs().flatten(1).amax(-1),
+        floor=_sliced(first, second, directions),
+        guide_draws=q,
+        reference_draws=p,
     )
+
+
+def _draws_side_by_side(
+    joint: Joint, reference: PosteriorDraws
+) -> tuple[list[str], Tensor, Tensor]:
+    """Names of the d numbers, and draws of guide and reference, ``(S, N, d)`` each."""
+    chains, kept, N = reference.unconstrained.shape[:3]
+    total = chains * kept
+    drawn = joint.constrain(
+        torch.cat([joint.draw_q(min(500, total - s)) for s in range(0, total, 500)])
+    )
+    names, q, p = [], [], []
+    for site in joint.layouts:
+        q.append(drawn[site].double().cpu().reshape(total, N, -1))
+        p.append(reference.flat(site).double().reshape(total, N, -1))
+        size = p[-1].shape[-1]
+        names += [site] if size == 1 else [f"{site}[{i}]" for i in range(size)]
+    return names, torch.cat(q, -1), torch.cat(p, -1)
 
 
 def _sliced(first: Tensor, second: Tensor, directions: Tensor) -> Tensor:

@@ -4,28 +4,55 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppvae.check.behaviour import point_masses
-from ppvae.check.pair import PairError, check_batch, check_tensors, names
 from ppvae.compile.compiled import Compiled, CompiledWeights
 from ppvae.diagnostics.psis import khat
-from ppvae.pairs import Program, evaluation_mode, seeded
-from ppvae.program import module_of
+from ppvae.diagnostics.rows import (
+    check_at_least,
+    check_pair_and_data,
+    count_rows,
+    evaluating,
+    modules_of,
+    pieces,
+    require_numbers,
+    rows_per_piece,
+    standard_error,
+    take,
+)
+from ppvae.pairs import Program
 from ppvae.weights import LogWeights, log_weights
 
 _BLOCK = 256  # datapoints whose weights are summarised at once
-_CHECKED_ROWS = 100  # with which the pair is run before all of them
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Estimates:
+    """Estimates of log p(x) per datapoint, from weights, and their mean."""
+
+    log_evidence: Tensor
+    log_evidence_se: Tensor
+    ess: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Mean log p(x), nats per datapoint."""
+        return self.log_evidence.mean().item()
+
+    @property
+    def mean_mc_se(self) -> float:
+        """Monte-Carlo standard error of :attr:`mean` for these very datapoints."""
+        return self.log_evidence_se.square().sum().sqrt().item() / len(self.log_evidence)
+
+
+@dataclass(frozen=True)
+class Evidence(Estimates):
     """Importance-sampling estimates per datapoint, each ``(N,)``, float64, on the CPU.
 
     Attributes:
@@ -44,9 +71,6 @@ class Evidence:
         num_particles: K.
     """
 
-    log_evidence: Tensor
-    log_evidence_se: Tensor
-    ess: Tensor
     khat: Tensor
     elbo: Tensor
     gap_se: Tensor
@@ -58,49 +82,32 @@ class Evidence:
         return self.log_evidence - self.elbo
 
     @property
-    def mean(self) -> float:
-        """Mean log p(x), nats per datapoint."""
-        return self.log_evidence.mean().item()
-
-    @property
     def mean_se(self) -> float:
         """Standard error of :attr:`mean` over datapoints (NaN for one)."""
-        N = len(self.log_evidence)
-        return self.log_evidence.std().item() / math.sqrt(N) if N > 1 else math.nan
-
-    @property
-    def mean_mc_se(self) -> float:
-        """Monte-Carlo standard error of :attr:`mean` for these very datapoints."""
-        return self.log_evidence_se.square().sum().sqrt().item() / len(self.log_evidence)
+        return standard_error(self.log_evidence)
 
     @property
     def unreliable(self) -> float:
         """The share of datapoints whose k-hat exceeds 0.7, of those that have one."""
-        known = self.khat[~self.khat.isnan()]
-        return (known > 0.7).double().mean().item() if len(known) else math.nan
+        defined = self.khat[~self.khat.isnan()]
+        return (defined > 0.7).double().mean().item() if len(defined) else math.nan
 
     def __repr__(self) -> str:
-        return "\n".join(
-            [
-                f"Evidence of {len(self.log_evidence)} datapoints, K = {self.num_particles} "
-                "particles [nats per datapoint]",
-                *self._lines(),
-            ]
-        )
-
-    def _lines(self) -> list[str]:
         tail = (
-            f"median {self.khat.median().item():.2f}, above 0.7 on {self.unreliable:.0%} of points"
+            "none: it takes more than 20 particles"
+            if self.khat.isnan().all()
+            else f"median {self.khat.median().item():.2f}, above 0.7 on {self.unreliable:.0%} of "
+            "points"
         )
-        if self.khat.isnan().all():
-            tail = "none: it takes more than 20 particles"
-        return [
+        return (
+            f"Evidence of {len(self.log_evidence)} datapoints, K = {self.num_particles} particles "
+            "[nats per datapoint]\n"
             f"log p(x)  {self.mean:.2f} ± {self.mean_se:.2f} over datapoints, "
-            f"± {self.mean_mc_se:.3f} Monte Carlo",
-            f"ELBO      {self.elbo.mean().item():.2f}  (gap {self.gap.mean().item():.2f})",
-            f"ESS       median {self.ess.median().item():.0f} of {self.num_particles}",
-            f"k-hat     {tail}",
-        ]
+            f"± {self.mean_mc_se:.3f} Monte Carlo\n"
+            f"ELBO      {self.elbo.mean().item():.2f}  (gap {self.gap.mean().item():.2f})\n"
+            f"ESS       median {self.ess.median().item():.0f} of {self.num_particles}\n"
+            f"k-hat     {tail}"
+        )
 
 
 def log_evidence(
@@ -158,17 +165,14 @@ def log_evidence(
         >>> bool(((result.log_evidence - exact).abs() < 4 * result.log_evidence_se).all())
         True
     """
-    if num_particles < 2:
-        raise ValueError(
-            f"num_particles must be at least 2 for a standard error, got {num_particles}"
-        )
-    check_data(model, guide, args)
+    check_at_least(2, num_particles=num_particles)
+    check_pair_and_data(model, guide, args)
     return weigh(model, guide, args, num_particles, max_rows, seed, compile=compile)
 
 
 def weigh(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     args: Sequence[Any],
     num_particles: int,
     max_rows: int,
@@ -176,7 +180,7 @@ def weigh(
     visit: Callable[[slice, LogWeights], None] | None = None,
     compile: bool | str = False,
 ) -> Evidence:
-    """The one pass over all weights.
+    """Weigh all particles of all datapoints in one pass; data and pair have been checked.
 
     Args:
         model, guide, args, num_particles, max_rows, seed, compile: as :func:`log_evidence` has
@@ -184,137 +188,80 @@ def weigh(
         visit: is shown every piece, with the datapoints it is about, as soon as it is drawn; then
             nothing is compiled.
     """
-    if max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    check_at_least(1, max_rows=max_rows)
     if compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
     rows = count_rows(args)
-    columns: list[dict[str, Tensor]] = []
-    waiting: list[Tensor] = []
-    drawn = 0
-    compiled = _compiled(model, guide, compile is True) if compile else None
-    with torch.no_grad(), evaluation_mode(model, guide), pyro.validation_enabled(False):
-        with seeded(seed, *args):
-            for part, sizes in pieces(rows, num_particles, max_rows):
-                batch = take(args, part)
-                of_part = []
-                # the first piece is looked at; a rest at the end is not worth a graph
-                like_first = 0 < part.start <= rows - rows_per_piece(num_particles, max_rows)
-                for size in sizes:
-                    if compiled is not None and visit is None and like_first:
-                        random = torch.get_rng_state()
-                        log_w = compiled(tuple(batch), {"num_particles": size})
-                        if log_w is not None and (log_w < math.inf).all():
-                            of_part.append(log_w)
-                            continue
-                        torch.set_rng_state(random)  # the same draws, to name the site
-                    weights = log_weights(model, guide, *batch, num_particles=size)
-                    if not (weights.log_w < math.inf).all():
-                        raise ValueError(not_finite(weights, part.start))
-                    if part.start == 0 and (points := point_masses(weights)):
-                        raise ValueError(
-                            f"latent {points[0]!r} is a point mass in the guide, so it has no "
-                            "importance weights: no log p(x), no k-hat. Use a guide with a "
-                            "density, e.g. guides.Normal, or guides.Prior(model)"
-                        )
-                    if visit is not None:
-                        visit(part, weights)
-                    of_part.append(weights.log_w)
-                waiting.append(torch.cat(of_part))
-                drawn += waiting[-1].shape[1]
-                if drawn >= _BLOCK or part.stop >= rows:
-                    columns.append(_summary(torch.cat(waiting, 1), part.stop - drawn))
-                    waiting, drawn = [], 0
-    joined = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
-    return Evidence(**joined, num_particles=num_particles)
+    last = rows - rows_per_piece(num_particles, max_rows)  # where the last full piece begins
+    compiled = _compiled(model, guide, compile is True) if compile and visit is None else None
+
+    def weights_of(part: slice, particles: int) -> Tensor:
+        batch = take(args, part)
+        # The first piece runs eagerly, to be checked; a shorter last one is not worth a graph.
+        if compiled is not None and 0 < part.start <= last:
+            random = torch.get_rng_state()
+            log_w = compiled(batch, {"num_particles": particles})
+            if log_w is not None and (log_w < math.inf).all():
+                return log_w
+            torch.set_rng_state(random)  # draw the same again, to name the site
+        weights = log_weights(model, guide, *batch, num_particles=particles)
+        require_numbers(weights, part.start)
+        if part.start == 0:
+            _refuse_point_masses(weights)
+        if visit is not None:
+            visit(part, weights)
+        return weights.log_w
+
+    block: list[Tensor] = []
+    summaries = []
+    with evaluating(model, guide, args, seed):
+        for part, sizes in pieces(rows, num_particles, max_rows):
+            block.append(torch.cat([weights_of(part, particles) for particles in sizes]))
+            start = part.stop - sum(log_w.shape[1] for log_w in block)
+            if part.stop - start >= _BLOCK or part.stop == rows:
+                summaries.append(summarise(torch.cat(block, 1), start))
+                block = []
+    columns = {name: torch.cat([found[name] for found in summaries]) for name in summaries[0]}
+    return Evidence(**columns, num_particles=num_particles)
 
 
 def _compiled(model: Program, guide: Program, required: bool) -> Compiled:
     """The graphs of a pair; those of the last few pairs are kept, for the next call."""
-    owners = {id(m): m for m in map(module_of, (model, guide)) if m is not None}
-    parts = [part for owner in owners.values() for part in owner.modules()]
-    parameters = [parameter for owner in owners.values() for parameter in owner.parameters()]
-    # a network that has been replaced since is another pair
-    return _kept(model, guide, required, tuple(map(id, [*parts, *parameters])))
+    owners = modules_of(model, guide)
+    # A network that has been replaced since is another pair.
+    identity = tuple(
+        id(part) for owner in owners for part in (*owner.modules(), *owner.parameters())
+    )
+    return _kept(model, guide, required, identity)
 
 
 @functools.lru_cache(maxsize=4)
 def _kept(model: Program, guide: Program, required: bool, identity: tuple[int, ...]) -> Compiled:
-    owners = {id(m): m for m in map(module_of, (model, guide)) if m is not None}
     build = functools.partial(CompiledWeights, model, guide)
-    return Compiled(nn.ModuleList(owners.values()), build, required)
+    return Compiled(modules_of(model, guide), build, required)
 
 
-def check_data(model: Callable[..., Any], guide: Callable[..., Any], args: Sequence[Any]) -> None:
-    """Raise ``PairError`` unless the pair fits and every row is what it takes.
-
-    The pass over the weights has Pyro's validation off, so this comes first.
-    """
-    check_tensors(model, args)
-    count_rows(args)
-    for position, check in check_batch(model, guide, *take(args, slice(_CHECKED_ROWS))):
-        try:
-            check(args[position])
-        except ValueError as error:
-            raise PairError(f"argument {names(model, args)[position]!r}: {error}") from error
-
-
-def reason(error: Exception) -> str:
-    """What an error says, without the table of shapes that Pyro appends."""
-    return str(error).partition("\nTrace Shapes:")[0]
-
-
-def count_rows(args: Sequence[Any]) -> int:
-    """N, the length of the first tensor."""
-    rows = next((len(arg) for arg in args if isinstance(arg, Tensor)), 0)
-    if rows == 0:
+def _refuse_point_masses(weights: LogWeights) -> None:
+    if points := point_masses(weights):
         raise ValueError(
-            "no data: call with (model, guide, x), x a tensor of one row per datapoint"
+            f"latent {points[0]!r} is a point mass in the guide, so it has no importance weights, "
+            "log p(x) or k-hat; use a guide with a density, e.g. guides.Normal or "
+            "guides.Prior(model)"
         )
-    return rows
 
 
-def take(args: Sequence[Any], rows: Any) -> list[Any]:
-    """The same rows of every tensor; what is no tensor stays."""
-    return [arg[rows] if isinstance(arg, Tensor) else arg for arg in args]
-
-
-def rows_per_piece(num_particles: int, max_rows: int) -> int:
-    """Datapoints that are weighed at once."""
-    return max(1, max_rows // num_particles)
-
-
-def pieces(rows: int, num_particles: int, max_rows: int) -> Iterator[tuple[slice, list[int]]]:
-    """Datapoints, and numbers of particles that add up to K, of at most ``max_rows`` rows each."""
-    particles = min(num_particles, max_rows)
-    full, rest = divmod(num_particles, particles)
-    sizes = [particles] * full + ([rest] if rest else [])
-    datapoints = rows_per_piece(num_particles, max_rows)
-    for start in range(0, rows, datapoints):
-        yield slice(start, min(start + datapoints, rows)), sizes
-
-
-def summarise(log_w: Tensor) -> Evidence:
-    """What log-weights ``(K, N)`` tell, K >= 2."""
-    return Evidence(**_summary(log_w, 0), num_particles=len(log_w))
-
-
-def _summary(log_w: Tensor, start: int) -> dict[str, Tensor]:
-    """By name, what the weights of the datapoints from ``start`` on tell."""
+def summarise(log_w: Tensor, start: int = 0) -> dict[str, Tensor]:
+    """The columns of :class:`Evidence` from log-weights ``(K, N)`` of datapoints ``start``, ..."""
     k = khat(log_w)
     log_w = log_w.double().cpu()
-    K = log_w.shape[0]
-    log_mean = torch.logsumexp(log_w, 0) - math.log(K)
+    log_mean, se, ess = log_mean_weight(log_w)
     if (empty := log_mean == -math.inf).any():
         raise ValueError(
-            f"all {K} weights of datapoint {start + int(empty.nonzero()[0])} are zero: p(x, z) = 0 "
-            "at every draw of the guide, so its evidence cannot be estimated. Check that the "
-            "datapoint lies in the likelihood's support and the guide's draws in the prior's"
+            f"all {len(log_w)} weights of datapoint {start + int(empty.nonzero()[0])} are zero, so "
+            "its evidence cannot be estimated: it must lie in the likelihood's support, and draws "
+            "of the guide in the prior's"
         )
-    relative = (log_w - log_mean).exp()  # w / mean(w)
-    ess = K / relative.square().mean(0)
-    se = (relative.var(0) / K).sqrt()
-    gap_se = ((relative - log_w).var(0) / K).sqrt()
+    gap_se = (((log_w - log_mean).exp() - log_w).var(0) / len(log_w)).sqrt()
     return {
         "log_evidence": log_mean,
         "log_evidence_se": se,
@@ -325,21 +272,12 @@ def _summary(log_w: Tensor, start: int) -> dict[str, Tensor]:
     }
 
 
-def not_finite(weights: LogWeights, start: int) -> str:
-    """Which datapoint, which site."""
-    bad = ~(weights.log_w < math.inf)
-    row = int(bad.any(0).nonzero()[0])
-    value = "NaN" if weights.log_w[:, row].isnan().any() else "infinite"
-    # Too small a log q is as bad as too large a log p.
-    sites = [
-        f"{name!r} of the {program}"
-        for program, terms, sign in (("model", weights.log_p, 1), ("guide", weights.log_q, -1))
-        for name, term in terms.items()
-        if not (sign * term.expand(*term.shape[:-1], bad.shape[1])[..., row] < math.inf).all()
-    ]
-    return (
-        f"the log-weight of datapoint {start + row} is {value} for {int(bad[:, row].sum())} of "
-        f"{len(bad)} particles, because of the log-probability of site {' and '.join(sites)}. "
-        f"Look at row {start + row} of the data and at what the networks make of it: a scale that "
-        "under- or overflows, parameters that are NaN after a training that diverged"
-    )
+def log_mean_weight(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log of the mean weight, its standard error and the effective sample size, ``(N,)`` each.
+
+    The standard error is by the delta method; ``log_w`` is ``(K, N)``.
+    """
+    K = len(log_w)
+    log_mean = log_w.logsumexp(0) - math.log(K)
+    relative = (log_w - log_mean).exp()
+    return log_mean, (relative.var(0) / K).sqrt(), K / relative.square().mean(0)

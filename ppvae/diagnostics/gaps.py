@@ -10,10 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ppvae.check.pair import check_tensors
 from ppvae.diagnostics.ais import ais, reverse_ais
-from ppvae.diagnostics.annealing import AnnealedEvidence
 from ppvae.diagnostics.chains import PosteriorDraws
+from ppvae.diagnostics.rows import (
+    check_at_least,
+    check_data,
+    check_log_evidence,
+    count_rows,
+    rows_per_piece,
+    standard_error,
+    take,
+)
 from ppvae.local import Indexed, fit_local
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.weights import log_weights
@@ -88,19 +95,18 @@ class Gaps:
         import pandas
 
         def row(values: Tensor, *errors: Tensor) -> dict[str, float]:
-            N = len(values)
             monte_carlo = sum((e.square() for e in errors), torch.zeros_like(values))
             return {
                 "mean": values.mean().item(),
-                "se": values.std().item() / math.sqrt(N) if N > 1 else math.nan,
-                "mc_se": monte_carlo.mean().sqrt().item() / math.sqrt(max(N, 1)),
+                "se": standard_error(values),
+                "mc_se": monte_carlo.mean().sqrt().item() / math.sqrt(max(len(values), 1)),
             }
 
         rows = {"log p(x)": row(self.log_evidence, self.log_evidence_se)}
         if self.upper is not None and self.upper_se is not None:
-            known = ~self.upper.isnan()
-            spread = (self.upper - self.log_evidence)[known]
-            rows["upper - lower"] = row(spread, self.log_evidence_se[known], self.upper_se[known])
+            has = ~self.upper.isnan()
+            width = (self.upper - self.log_evidence)[has]
+            rows["upper - lower"] = row(width, self.log_evidence_se[has], self.upper_se[has])
         rows["L[q]"] = row(self.elbo, self.elbo_se)
         for name, values in self.local.items():
             rows[f"L[q*], {name}"] = row(values, self.local_se[name])
@@ -121,13 +127,10 @@ class Gaps:
             "Monte Carlo"
             for name, r in table.iterrows()
         ]
-        family, network = (table.loc[f"{n} gap"] for n in ("approximation", "amortisation"))
         difference = self.approximation - self.amortisation
-        N = len(difference)
-        se = difference.std().item() / math.sqrt(N) if N > 1 else math.inf
-        if abs(difference.mean().item()) < 2 * se:
+        if not abs(difference.mean().item()) >= 2 * standard_error(difference):
             verdict = "neither dominates beyond its standard error"
-        elif family["mean"] > network["mean"]:
+        elif difference.mean() > 0:
             verdict = "the family dominates: try a richer q (full covariance, flow, mixture)"
         else:
             verdict = "amortisation dominates: try a larger or longer trained encoder, or refine q"
@@ -195,69 +198,69 @@ def gaps(
         >>> bool((result.amortisation > result.approximation).all())
         True
     """
-    check_tensors(model, args)
-    if num_particles < 2:
-        raise ValueError(
-            f"num_particles must be at least 2 for a standard error, got {num_particles}"
-        )
-    rows = next((len(arg) for arg in args if isinstance(arg, Tensor)), 0)
-    if log_evidence is not None and log_evidence.shape != (rows,):
-        raise ValueError(
-            f"log_evidence must have one value per datapoint, ({rows},), got shape "
-            f"{tuple(log_evidence.shape)}"
-        )
+    check_at_least(2, num_particles=num_particles)
+    rows = check_data(model, args)
+    _check_given(rows, log_evidence, reference, local)
+    families = {OWN: own_family(guide, *args)} if local is None else local
+    indexed = Indexed(model)
+    index = torch.arange(rows, device=next(a.device for a in args if isinstance(a, Tensor)))
+    annealing: dict[str, Any] = {
+        "start": start,
+        "num_chains": num_chains,
+        "num_temperatures": num_temperatures,
+        "max_rows": max_rows,
+    }
+    upper = upper_se = None
+    with seeded(seed, *args):
+        elbo, elbo_se = _elbo(model, guide, args, num_particles, max_rows)
+        best, best_se = {}, {}
+        for name, family in families.items():
+            fit_local(indexed, family, *args, index, steps=steps, lr=lr, seed=None)
+            best[name], best_se[name] = _elbo(
+                indexed, family, (*args, index), num_particles, max_rows
+            )
+        first = next(iter(families.values()))
+        if log_evidence is not None:
+            value, note = log_evidence.detach().double().cpu(), "as given"
+            se = torch.zeros_like(value)
+        else:
+            lower = ais(indexed, first, *args, index, **annealing)
+            value, se = lower.log_evidence, lower.log_evidence_se
+            origin = "q*" if start == "guide" else "the prior"
+            note = f"a stochastic lower bound: AIS, {num_temperatures} temperatures from {origin}"
+        if reference is not None:
+            above = reverse_ais(indexed, first, *args, index, draws=reference, **annealing)
+            upper, upper_se = above.log_evidence, above.log_evidence_se
+            note += f"; the upper side: reverse AIS from {reference.method} draws, if exact"
+    return Gaps(value, se, upper, upper_se, elbo, elbo_se, best, best_se, note)
+
+
+def _check_given(
+    rows: int,
+    log_evidence: Tensor | None,
+    reference: PosteriorDraws | None,
+    local: Mapping[str, nn.Module] | None,
+) -> None:
+    if log_evidence is not None:
+        check_log_evidence(log_evidence, rows)
     if reference is not None and reference.num_datapoints != rows:
         raise ValueError(
             f"reference is of {reference.num_datapoints} datapoints, but the data have {rows}; run "
             "hmc on these very data"
         )
-    if local is None:
-        local = {OWN: own_family(guide, *args)}
-    if not local:
+    if local is not None and not local:
         raise ValueError('local must name at least one family, e.g. {"own family": guide.local(x)}')
-    indexed = Indexed(model)
-    index = torch.arange(rows, device=next(a.device for a in args if isinstance(a, Tensor)))
-    with seeded(seed, *args):
-        elbo, elbo_se = _elbo(model, guide, args, num_particles, max_rows)
-        best, best_se = {}, {}
-        for name, family in local.items():
-            fit_local(indexed, family, *args, index, steps=steps, lr=lr, seed=None)
-            best[name], best_se[name] = _elbo(
-                indexed, family, (*args, index), num_particles, max_rows
-            )
-        first = next(iter(local.values()))
-        annealing: dict[str, Any] = {
-            "start": start,
-            "num_chains": num_chains,
-            "num_temperatures": num_temperatures,
-            "max_rows": max_rows,
-        }
-        origin = "q*" if start == "guide" else "the prior"
-        if log_evidence is None:
-            lower = ais(indexed, first, *args, index, **annealing)
-            value, se = lower.log_evidence, lower.log_evidence_se
-            note = f"a stochastic lower bound: AIS, {num_temperatures} temperatures from {origin}"
-        else:
-            value = log_evidence.detach().double().cpu()
-            se, note = torch.zeros_like(value), "as given"
-        upper: AnnealedEvidence | None = None
-        if reference is not None:
-            upper = reverse_ais(indexed, first, *args, index, draws=reference, **annealing)
-            note += f"; the upper side: reverse AIS from {reference.method} draws, if exact"
-    above, above_se = (None, None) if upper is None else (upper.log_evidence, upper.log_evidence_se)
-    return Gaps(value, se, above, above_se, elbo, elbo_se, best, best_se, note)
 
 
 def own_family(guide: Any, *args: Any) -> nn.Module:
     """The guide's family with parameters per datapoint; raises ``ValueError`` with the cure."""
-    make = getattr(guide, "local", None)
-    if make is None:
+    if not hasattr(guide, "local"):
         raise ValueError(
-            f"{type(guide).__name__} has no method local(x), which would give its family with "
-            "parameters per datapoint; use guides.Normal or guides.Amortized, or pass "
+            f"{type(guide).__name__} has no method local(x) that gives its family with parameters "
+            "per datapoint; use guides.Normal or guides.Amortized, or pass "
             "local={name: guides.PerDatapoint(...)}"
         )
-    family: nn.Module = make(*args)
+    family: nn.Module = guide.local(*args)
     return family
 
 
@@ -269,13 +272,11 @@ def _elbo(
     max_rows: int,
 ) -> tuple[Tensor, Tensor]:
     """The ELBO of each datapoint and its Monte-Carlo standard error, ``(N,)`` each."""
-    rows = next(len(arg) for arg in args if isinstance(arg, Tensor))
-    size = max(1, max_rows // num_particles)
     means, errors = [], []
     with torch.no_grad(), evaluation_mode(model, guide):
-        for begin in range(0, rows, size):
-            part = [a[begin : begin + size] if isinstance(a, Tensor) else a for a in args]
-            log_w = log_weights(model, guide, *part, num_particles=num_particles).log_w.double()
+        for part in torch.arange(count_rows(args)).split(rows_per_piece(num_particles, max_rows)):
+            batch = take(args, part)
+            log_w = log_weights(model, guide, *batch, num_particles=num_particles).log_w.double()
             means.append(log_w.mean(0).cpu())
             errors.append((log_w.std(0) / math.sqrt(num_particles)).cpu())
     return torch.cat(means), torch.cat(errors)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppvae.diagnostics.chains import Point, PosteriorDraws, Settings, Transition, sample
 from ppvae.diagnostics.joint import Joint, traced
+from ppvae.diagnostics.rows import check_at_least
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 JITTER = (0.3, 1.2)  # wide: a narrow one lets the variances mix slowly (periodic trajectories)
@@ -91,8 +92,7 @@ def hmc(
         >>> bool(((draws.mean("z") - torch.tensor([0., 1.])).abs() < 0.1).all())
         True
     """
-    if num_leapfrog < 1:
-        raise ValueError(f"num_leapfrog must be at least 1, got {num_leapfrog}")
+    check_at_least(1, num_leapfrog=num_leapfrog)
     settings = Settings(num_chains, num_warmup, num_draws, 1, target_accept, step_size, start)
 
     def transition(joint: Joint, u: Tensor) -> Transition:
@@ -103,16 +103,8 @@ def hmc(
 
         return move
 
-    settings.check()
-    return sample(
-        Joint(model, guide, *args),
-        transition,
-        settings,
-        method="HMC",
-        max_rows=max_rows,
-        max_reruns=max_reruns,
-        seed=seed,
-    )
+    joint = Joint(model, guide, *args)
+    return sample(joint, transition, settings, "HMC", max_rows, max_reruns, seed)
 
 
 def leapfrog(

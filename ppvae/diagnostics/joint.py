@@ -23,8 +23,9 @@ from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.check.behaviour import same_support, support_of
-from ppvae.check.pair import check_tensors
+from ppvae.diagnostics.rows import check_data, rows_per_piece, take
 from ppvae.enumeration import sum_out, total
+from ppvae.latents import check_latents
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
@@ -40,7 +41,6 @@ from ppvae.pairs import (
     unnoticed,
 )
 from ppvae.terms import Letters, NoInverse, Term, log_density, masked, term, unmasked
-from ppvae.weights import check_latents
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Joint:
     """
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> None:
-        check_tensors(model, args)
+        check_data(model, args)
         self.model, self.guide, self.args = model, guide, args
         with own_path(), unnoticed(model, guide):
             self._structure = structure(model, guide, args, {})
@@ -146,10 +146,19 @@ class Joint:
             same_support(sites[name]["fn"], guide_sites[name]["fn"]) for name in self.layouts
         )
 
-    def rows(self, index: Tensor) -> Joint:
-        """The same pair on some datapoints, ``index`` of whole numbers ``(n,)``."""
-        args = [a[index.to(a.device)] if isinstance(a, Tensor) else a for a in self.args]
-        return Joint(self.model, self.guide, *args)
+    def rows(self, index: Tensor | slice) -> Joint:
+        """The same pair on some datapoints."""
+        return Joint(self.model, self.guide, *take(self.args, index))
+
+    def blocks(self, num_chains: int, max_rows: int) -> Iterator[tuple[slice, Joint]]:
+        """Slices of datapoints with the pair on each, as large as ``max_rows`` allows."""
+        size = rows_per_piece(num_chains, max_rows)
+        if size >= self.num_datapoints:
+            yield slice(None), self
+            return
+        for begin in range(0, self.num_datapoints, size):
+            part = slice(begin, begin + size)
+            yield part, self.rows(part)
 
     # -- densities -------------------------------------------------------------------------------
     def __call__(self, u: Tensor) -> Tensor:
@@ -169,23 +178,22 @@ class Joint:
             ValueError: the guide cannot be evaluated at given latents: a flow without inverse,
                 auxiliary latents, or another support than the model's.
         """
-        if self.auxiliary or not self._same_support:
-            why = (
-                f"it has auxiliary latents {self.auxiliary}, which would have to be integrated out"
-                if self.auxiliary
-                else "its support is not the model's"
-            )
-            raise ValueError(f'the guide has no density at given latents: {why}; use start="prior"')
+        if self.auxiliary:
+            raise _no_density(f"its auxiliary latents {self.auxiliary} would be integrated out")
+        if not self._same_support:
+            raise _no_density("its support is not the model's")
         try:
             return self._sum(self._terms(self.guide, u).values(), u)
         except NoInverse as error:
-            raise ValueError(
-                f'the guide has no density at given latents: {error}; use start="prior"'
-            ) from error
+            raise _no_density(str(error)) from error
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x, u) ``(C, N)`` and its gradient ``(C, N, D)``."""
-        return gradient_of(self, u)
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            value = self(u)
+            (gradient,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), gradient
 
     def terms(self, u: Tensor) -> dict[str, Term]:
         """The model's terms by site, each broadcastable to ``(..., C, N)``."""
@@ -206,7 +214,7 @@ class Joint:
             return self._pack(trace(poutine.uncondition(self.model), self.args, {}))
 
     def coordinates(self, drawn: Trace) -> Tensor:
-        """u of the latents in a trace of the model without plate of chains, ``(N, D)``."""
+        """u of the latents in a trace of the model that has no plate of chains, ``(N, D)``."""
         return self._pack(drawn)[0]
 
     @torch.no_grad()
@@ -235,10 +243,9 @@ class Joint:
                 rows = bad.nonzero().flatten().tolist()
                 other = "guide" if start == "prior" else "prior"
                 raise ValueError(
-                    f"log p of site {name!r} is NaN or infinite at draws of the {start} for "
-                    f"{len(rows)} of {self.num_datapoints} datapoints, the first is datapoint "
-                    f"{rows[0]}; look at the data and at the model's output there, or begin at "
-                    f"draws of the {other}"
+                    f"site {name!r} is NaN or infinite at draws of the {start} for {len(rows)} of "
+                    f"{self.num_datapoints} datapoints, the first is datapoint {rows[0]}; look at "
+                    f"the model's output there, or begin at draws of the {other}"
                 )
 
     # -- inside ----------------------------------------------------------------------------------
@@ -247,7 +254,7 @@ class Joint:
         return -1 - self._structure.nesting
 
     def _chains(self, chains: int) -> Any:
-        """The plate of chains, left of all others: also for one chain, so shapes do not vary."""
+        """The plate of chains, left of all others; for one chain too, so shapes do not vary."""
         return pyro.plate(PARTICLE_PLATE, chains, dim=-1 - self._structure.nesting)
 
     @contextmanager
@@ -320,17 +327,12 @@ def traced(function: Callable[..., Any], *example: Tensor) -> Callable[..., Any]
     return call
 
 
-def gradient_of(density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    """A density's values ``(C, N)`` at u ``(C, N, D)``, and their gradient."""
-    with torch.enable_grad():
-        u = u.detach().requires_grad_()
-        value = density(u)
-        (gradient,) = torch.autograd.grad(value.sum(), u)
-    return value.detach(), gradient
+def _no_density(why: str) -> ValueError:
+    return ValueError(f'the guide has no density at given latents: {why}; use start="prior"')
 
 
 class _Given(Messenger):
-    """Sets each latent to the value that an unconstrained one stands for."""
+    """Sets each latent to its value at given unconstrained coordinates."""
 
     def __init__(self, unconstrained: dict[str, Tensor]) -> None:
         super().__init__()
@@ -368,9 +370,8 @@ def _layout(site: Site, leftmost: int) -> Layout:
     name, fn = site["name"], site["fn"]
     if fn.support.is_discrete:
         raise ValueError(
-            f"latent {name!r} is discrete ({type(fn).__name__}), so it has no gradient and no "
-            'unconstrained coordinates; sum it out: mark it infer={"enumerate": "parallel"} in the '
-            "model"
+            f"latent {name!r} is discrete ({type(fn).__name__}), so it has no gradient; sum it "
+            'out: mark it infer={"enumerate": "parallel"} in the model'
         )
     frames = [frame for frame in site["cond_indep_stack"] if frame.name == DATA_PLATE]
     if not frames:

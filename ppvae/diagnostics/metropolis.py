@@ -63,8 +63,6 @@ def metropolis(
         >>> bool(((draws.mean("z") - torch.tensor([0., 1.])).abs() < 0.15).all())
         True
     """
-    if thin < 1:
-        raise ValueError(f"thin must be at least 1, got {thin}")
     settings = Settings(num_chains, num_warmup, num_draws, thin, 0.3, step_size, start)
 
     def transition(joint: Joint, u: Tensor) -> Transition:
@@ -84,13 +82,5 @@ def metropolis(
 
         return move
 
-    settings.check()
-    return sample(
-        Joint(model, guide, *args),
-        transition,
-        settings,
-        method="Metropolis",
-        max_rows=max_rows,
-        max_reruns=max_reruns,
-        seed=seed,
-    )
+    joint = Joint(model, guide, *args)
+    return sample(joint, transition, settings, "Metropolis", max_rows, max_reruns, seed)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer import MCMC
 from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
-from ppvae.check.pair import check_tensors
 from ppvae.diagnostics.arviz_bridge import require_arviz
-from ppvae.diagnostics.chains import PosteriorDraws, convergence
-from ppvae.pairs import evaluation_mode, own_path, sample_sites, seeded, trace
+from ppvae.diagnostics.chains import PosteriorDraws, convergence, joined
+from ppvae.diagnostics.rows import check_at_least, check_data, take
+from ppvae.pairs import DATA_PLATE, evaluation_mode, own_path, sample_sites, seeded, trace
 
 
 def nuts(
@@ -60,57 +62,40 @@ def nuts(
         >>> draws.draws["z"].shape
         torch.Size([2, 50, 1])
     """
-    if num_chains < 2 or num_draws < 8:
-        raise ValueError(
-            f"R-hat and ESS need at least 2 chains of 8 draws, got {num_chains} of {num_draws}"
-        )
-    check_tensors(model, args)
+    check_at_least(2, num_chains=num_chains)  # which R-hat compares
+    check_at_least(8, num_draws=num_draws)  # for R-hat and ESS
+    rows = check_data(model, args)
     require_arviz()
     _refuse_discrete(model, args)
-    rows = next((len(arg) for arg in args if isinstance(arg, Tensor)), 0)
     started = time.perf_counter()
-    columns = []
     with seeded(seed, *args), own_path(), evaluation_mode(model):
-        for n in range(rows):
-            part = [arg[n : n + 1] if isinstance(arg, Tensor) else arg for arg in args]
-            columns.append(_one(model, part, num_chains, num_warmup, num_draws))
-    draws = {name: torch.stack([c[0][name] for c in columns], 2) for name in columns[0][0]}
-    log_joint = torch.stack([c[1] for c in columns], 2)
-    flat = torch.cat([value.flatten(3) if value.dim() > 3 else value.unsqueeze(-1)
-                      for value in draws.values()], -1)  # fmt: skip
-    rhat, ess = convergence(torch.cat([flat, log_joint.unsqueeze(-1)], -1))
-    return PosteriorDraws(
-        draws,
-        flat,
-        log_joint,
-        rhat,
-        ess,
-        torch.tensor([c[2] for c in columns]),
-        torch.tensor([c[3] for c in columns]),
-        torch.tensor([c[4] for c in columns]),
-        torch.zeros(rows, dtype=torch.long),
-        "NUTS (Pyro)",
-        time.perf_counter() - started,
-    )
+        parts = [
+            _one_datapoint(model, take(args, slice(n, n + 1)), num_chains, num_warmup, num_draws)
+            for n in range(rows)
+        ]
+    return replace(joined(parts), seconds=time.perf_counter() - started)
 
 
 def _refuse_discrete(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Pyro's NUTS sums discrete latents out; its draws then have no log p(x, z) here."""
+    """Raise ``ValueError``: NUTS sums discrete latents out, and draws then have no log p(x, z)."""
     with own_path(), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         sites = sample_sites(trace(model, args, {}))
     for name, site in sites.items():
         if not site["is_observed"] and site["fn"].support.is_discrete:
             raise ValueError(
-                f"latent {name!r} is discrete ({type(site['fn']).__name__}), and this is for "
-                'continuous latents; mark it infer={"enumerate": "parallel"} in the model and '
-                "use diagnostics.hmc, which sums it out"
+                f"latent {name!r} is discrete ({type(site['fn']).__name__}); mark it "
+                'infer={"enumerate": "parallel"} in the model and use diagnostics.hmc, which sums '
+                "it out"
             )
 
 
-def _one(
-    model: Callable[..., Any], args: list[Any], num_chains: int, num_warmup: int, num_draws: int
-) -> tuple[dict[str, Tensor], Tensor, float, int, float]:
-    """Chains of one datapoint: draws by site, log p(x, z), acceptance, divergences, step size."""
+def _one_datapoint(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    num_chains: int,
+    num_warmup: int,
+    num_draws: int,
+) -> PosteriorDraws:
     chains: list[dict[str, Tensor]] = []
     values, accept, divergences = [], [], 0
     for _ in range(num_chains):
@@ -123,31 +108,35 @@ def _one(
         divergences += len(diagnosis["divergences"]["chain 0"])
         values.append(_log_joint(model, args, drawn))
         chains.append(drawn)
-    sites = sample_sites(trace(model, tuple(args), {}))
+    sites = sample_sites(trace(model, args, {}))
     draws = {}
     for name in chains[0]:
         stacked = torch.stack([chain[name] for chain in chains])  # (C, S, *plates, *event)
-        event = sites[name]["fn"].event_dim
-        plates = stacked.shape[2 : stacked.dim() - event]
-        data = next(f.dim for f in sites[name]["cond_indep_stack"] if f.name == "data")
-        draws[name] = stacked.squeeze(2 + len(plates) + data)
-    step = float(kernel.step_size)
-    return draws, torch.stack(values), sum(accept) / len(accept), divergences, step
+        data = next(f.dim for f in sites[name]["cond_indep_stack"] if f.name == DATA_PLATE)
+        draws[name] = stacked.movedim(data - sites[name]["fn"].event_dim, 2)
+    flat = torch.cat([value.reshape(*value.shape[:3], -1) for value in draws.values()], -1)
+    log_joint = torch.stack(values).unsqueeze(-1)
+    return PosteriorDraws(
+        draws,
+        flat,
+        log_joint,
+        *convergence(torch.cat([flat, log_joint.unsqueeze(-1)], -1)),
+        accept=torch.tensor([sum(accept) / len(accept)]),
+        divergences=torch.tensor([divergences]),
+        step_size=torch.tensor([float(kernel.step_size)]),
+        reruns=torch.zeros(1, dtype=torch.long),
+        method="NUTS (Pyro)",
+        seconds=0.0,
+    )
 
 
-def _log_joint(model: Callable[..., Any], args: list[Any], drawn: dict[str, Tensor]) -> Tensor:
+def _log_joint(
+    model: Callable[..., Any], args: tuple[Any, ...], drawn: dict[str, Tensor]
+) -> Tensor:
     """log p(x, z) of each draw, one after the other, ``(S,)``."""
-    from pyro import poutine
-
-    count = len(next(iter(drawn.values())))
+    values = []
     with torch.no_grad():
-        return torch.stack(
-            [
-                torch.as_tensor(
-                    poutine.trace(poutine.condition(model, {n: v[s] for n, v in drawn.items()}))
-                    .get_trace(*args)
-                    .log_prob_sum()
-                )
-                for s in range(count)
-            ]
-        )
+        for s in range(len(next(iter(drawn.values())))):
+            at_draw = poutine.condition(model, {name: value[s] for name, value in drawn.items()})
+            values.append(torch.as_tensor(trace(at_draw, args, {}).log_prob_sum()))
+    return torch.stack(values)

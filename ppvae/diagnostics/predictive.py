@@ -6,24 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppvae.diagnostics.calibration import rows_first
-from ppvae.diagnostics.evidence import check_data, count_rows, pieces, reason, take
-from ppvae.pairs import (
-    Program,
-    evaluation_mode,
-    own_path,
-    particle_plate,
-    replay,
-    sample_sites,
-    seeded,
-    structure,
-    trace,
+from ppvae.diagnostics.rows import (
+    check_at_least,
+    check_pair_and_data,
+    evaluating,
+    pieces,
+    rows_first,
+    take,
 )
+from ppvae.pairs import Program, particle_plate, reason, replay, sample_sites, structure, trace
+from ppvae.plots import diagnostics as plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,14 +75,12 @@ class PredictiveCheck:
         """The distribution of every statistic, and its value for the data."""
         from matplotlib import pyplot as plt
 
-        from ppvae.plots import diagnostics as pictures
-
         count = len(self.observed)
         figure, axes = plt.subplots(
             1, count, figsize=(4.5 * count, 3.4), layout="constrained", squeeze=False
         )
         for ax, (name, value) in zip(axes[0], self.observed.items(), strict=True):
-            pictures.predictive_check(value, self.replicated[name], name, ax=ax)
+            plots.predictive_check(value, self.replicated[name], name, ax=ax)
         return figure
 
 
@@ -137,35 +131,30 @@ def predictive_check(
         >>> check.p_value["pixels on"]  # nets as initialised never draw only ones
         0.0
     """
-    if num_draws < 20:
-        raise ValueError(f"num_draws must be at least 20, got {num_draws}")
-    if max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    check_at_least(20, num_draws=num_draws)
+    check_at_least(1, max_rows=max_rows)
     if not statistics:
         raise ValueError('statistics is empty: give functions, e.g. {"mean": lambda x: x.mean(-1)}')
-    check_data(model, guide, args)
-    rows = count_rows(args)
+    rows = check_pair_and_data(model, guide, args)
     free = poutine.uncondition(model)
-    observed: dict[str, Tensor] = {}
-    replicated = {name: torch.empty(num_draws, rows) for name in statistics}
-    with torch.no_grad(), evaluation_mode(model, guide), own_path():
-        with pyro.validation_enabled(False), seeded(seed, *args):
-            found = sample_sites(trace(model, tuple(args), {}))
-            name = _choose(site, [n for n, s in found.items() if s["is_observed"]])
-            values = rows_first(found[name])
-            observed = {s: _of(s, f, values) for s, f in statistics.items()}
-            shape = structure(model, guide, tuple(args), {})
-            for part, sizes in pieces(rows, num_draws, max_rows):
-                batch, start = tuple(take(args, part)), 0
-                for size in sizes:
-                    drawn = _draw(free, guide, batch, shape, size, name)  # (size, n, *event)
-                    for s, f in statistics.items():
-                        flat = _of(s, f, drawn.flatten(0, 1))
-                        replicated[s][start : start + size, part] = flat.reshape(size, -1).float()
-                    start += size
+    replicated = {label: torch.empty(num_draws, rows) for label in statistics}
+    with evaluating(model, guide, args, seed):
+        sites = sample_sites(trace(model, args, {}))
+        name = _choose(site, [n for n, found in sites.items() if found["is_observed"]])
+        data = rows_first(sites[name])
+        observed = {label: _of(label, f, data) for label, f in statistics.items()}
+        shape = structure(model, guide, args, {})
+        for part, sizes in pieces(rows, num_draws, max_rows):
+            batch, start = take(args, part), 0
+            for size in sizes:
+                drawn = _draw(free, guide, batch, shape, size, name)  # (size, n, *event)
+                for label, f in statistics.items():
+                    flat = _of(label, f, drawn.flatten(0, 1)).reshape(size, -1)
+                    replicated[label][start : start + size, part] = flat.float()
+                start += size
     return PredictiveCheck(
-        {s: v.double() for s, v in observed.items()},
-        {s: v.double() for s, v in replicated.items()},
+        {label: values.double() for label, values in observed.items()},
+        {label: values.double() for label, values in replicated.items()},
         name,
     )
 

@@ -24,8 +24,8 @@ def khat(log_w: Tensor) -> Tensor:
     Returns:
         ``(N,)``, float64, on the CPU. NaN for K <= 20 (a tail of four points cannot be fitted) and
         where a weight is NaN or infinite, or all are zero; 0 where the weights are constant up to
-        rounding (an exact guide: there is no tail); infinite where fewer than five weights of the
-        tail differ from its threshold.
+        rounding (an exact guide: there is no tail), which is never more than half a nat; infinite
+        where fewer than five weights of the tail differ from its threshold.
 
     Source: Vehtari, Simpson, Gelman, Yao & Gabry, Pareto Smoothed Importance Sampling, 2024; the
     fit of Zhang & Stephens, 2009, with the weakly informative prior on k. Equal to ArviZ's.
@@ -45,10 +45,13 @@ def khat(log_w: Tensor) -> Tensor:
         return torch.full((log_w.shape[1],), math.nan, dtype=torch.float64)
     high, low = log_w.amax(0), log_w.amin(0)
     # Of an infinite range, rounding says nothing.
-    rounding = 64 * torch.finfo(log_w.dtype).eps * torch.maximum(high.abs(), low.abs()).clamp(min=1)
+    unit = torch.finfo(log_w.dtype).eps * torch.maximum(high.abs(), low.abs()).clamp(min=1)
+    # Sums of many terms are off by a few units. Far from 0 a unit is a part of a nat, and what
+    # varies by more than half a nat is not called constant, however little of log w it is.
+    rounding = torch.minimum(64 * unit, (8 * unit).clamp(0.1, 0.5))
     constant = ((high - low <= rounding) & low.isfinite()).cpu()
     undefined = ~high.isfinite().cpu()
-    # Only the tail leaves the device; ascending, the first is the threshold.
+    # Only the tail leaves the device. In ascending order, its first value is the threshold.
     largest = log_w.T.topk(tail + 1, dim=1).values.flip(1).double().cpu()
     largest = largest - largest[:, -1:]
     threshold = largest[:, :1].clamp(min=math.log(torch.finfo(torch.float64).tiny))

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.diagnostics.annealing import blocks
 from ppvae.diagnostics.joint import Joint
 from ppvae.pairs import seeded
 
@@ -112,18 +111,18 @@ def quadrature(
     joint = Joint(model, guide, *args)
     if joint.dim > 2:
         raise ValueError(
-            f"quadrature is for one or two latents, and this model has {joint.dim} per datapoint "
-            f"({', '.join(joint.layouts)}); use diagnostics.ais or diagnostics.hmc"
+            f"quadrature is for one or two latents, and this model has {joint.dim} per datapoint; "
+            "use diagnostics.ais or diagnostics.hmc"
         )
     with seeded(seed, *args), torch.no_grad():
-        parts = [_integrate(b, num_points, max_rows) for b in blocks(joint, 1, 64)]
+        parts = [_integrate(block, num_points, max_rows) for _, block in joint.blocks(1, 64)]
     result = Quadrature(*(torch.cat(column) for column in zip(*parts, strict=True)))
     bad = (~(result.error <= tolerance)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"the grid does not resolve the posterior of {len(bad)} datapoints, the first is "
-            f"datapoint {bad[0]} (its log p(x) moved by {result.error[bad[0]].item():.2g} nats on "
-            f"refining); raise num_points={num_points}, or use diagnostics.ais"
+            f"the grid does not resolve the posterior of {len(bad)} datapoints: log p(x) of "
+            f"datapoint {bad[0]} moved by {result.error[bad[0]].item():.2g} nats on refining; "
+            f"raise num_points={num_points}, or use diagnostics.ais"
         )
     return result
 
@@ -163,12 +162,9 @@ def _axes(middle: Tensor, half: Tensor, count: int) -> Tensor:
 
 def _points(axes: Tensor) -> Tensor:
     """All points of the grids, ``(G^D, N, D)``, the last axis fastest."""
-    N, D, G = axes.shape
-    if D == 1:
-        return axes.permute(2, 0, 1)
-    first = axes[:, 0].unsqueeze(-1).expand(N, G, G)
-    second = axes[:, 1].unsqueeze(-2).expand(N, G, G)
-    return torch.stack([first, second], -1).flatten(1, 2).transpose(0, 1)
+    _, D, G = axes.shape
+    index = torch.cartesian_prod(*[torch.arange(G, device=axes.device)] * D).reshape(-1, D)
+    return torch.stack([axes[:, d, index[:, d]] for d in range(D)], -1).transpose(0, 1)
 
 
 def _evaluate(joint: Joint, axes: Tensor, max_rows: int) -> Tensor:
@@ -180,7 +176,7 @@ def _evaluate(joint: Joint, axes: Tensor, max_rows: int) -> Tensor:
 
 
 def _box(axes: Tensor, values: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Middle and half width of what is within ``EDGE`` nats of the highest value, ``(N, D)``."""
+    """Middle and half width of the box that lies within ``EDGE`` nats of the peak, ``(N, D)``."""
     N, D, G = axes.shape
     inside = values > values.flatten(1).amax(-1).reshape(N, *[1] * D) - EDGE
     step = axes[..., 1] - axes[..., 0]
@@ -191,7 +187,7 @@ def _box(axes: Tensor, values: Tensor) -> tuple[Tensor, Tensor, bool]:
         index = torch.arange(G, device=axes.device)
         first = torch.where(along, index, G).amin(-1)
         last = torch.where(along, index, -1).amax(-1)
-        # Beyond the edge: twice as far. Inside: one point of margin.
+        # Where the density reaches the edge, go twice as far; elsewhere keep one point of margin.
         out_low, out_high = first == 0, last == G - 1
         span = axes[:, d, -1] - axes[:, d, 0]
         left = axes[:, d].gather(-1, first.unsqueeze(-1)).squeeze(-1) - step[:, d]

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ppvae.diagnostics.evidence import Evidence, check_data, count_rows, weigh
+from ppvae.diagnostics import html
+from ppvae.diagnostics.arviz_bridge import elpd, export_rows
+from ppvae.diagnostics.evidence import Evidence, weigh
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
+from ppvae.diagnostics.rows import check_pair_and_data, spread
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
+from ppvae.pairs import Program
 
 if TYPE_CHECKING:
     import pandas
@@ -228,7 +232,7 @@ class Report(Evidence):
         return "\n".join(lines)
 
     def columns(self) -> list[tuple[str, Tensor]]:
-        """What there is per datapoint, by the names that the tables have."""
+        """Every quantity per datapoint, by the names in the tables."""
         columns = [("log p(x)", self.log_evidence), ("ELBO", self.elbo), ("gap", self.gap)]
         columns += [(f"KL of {name!r}", kl) for name, kl in self.kl.items()]
         if self.reconstruction is not None:
@@ -236,7 +240,7 @@ class Report(Evidence):
         return [*columns, ("ESS [draws]", self.ess), ("Pareto k-hat", self.khat)]
 
     def facts(self) -> list[tuple[str, str]]:
-        """What there is of all datapoints together: a name, and the value in words."""
+        """Every quantity of all datapoints together: its name, and its value in words."""
         said = [("k-hat > 0.7", f"{_share(self.unreliable)} of points")]
         for name, units in self.active.items():
             value = f"{int(units.sum())} of {len(units)} active (variance of the mean > "
@@ -274,9 +278,7 @@ class Report(Evidence):
             ValueError: no datapoint is chosen, one does not exist, or all of them would take more
                 than a gigabyte.
         """
-        from ppvae.diagnostics.arviz_bridge import of_report
-
-        return of_report(self, datapoints, num_draws, **options)
+        return export_rows(self.pair, self, datapoints, num_draws, **options)
 
     def to_elpd(self) -> Any:
         """Log p(x) as ArviZ's ``ELPDData``, for ``az.compare`` and ``az.plot_khat``.
@@ -288,9 +290,7 @@ class Report(Evidence):
         Raises:
             ImportError: ArviZ is not installed.
         """
-        from ppvae.diagnostics.arviz_bridge import elpd_of_report
-
-        return elpd_of_report(self)
+        return elpd(self)
 
     def plot(self, image_shape: Sequence[int] | None = None) -> Figure:
         """The pictures of this report in one figure.
@@ -298,9 +298,7 @@ class Report(Evidence):
         Args:
             image_shape: of one datapoint, such as ``(28, 28)``, to draw the worst ones.
         """
-        from ppvae.diagnostics.html import figure
-
-        return figure(self, image_shape)
+        return html.figure(self._pictures(image_shape))
 
     def to_html(
         self, path: str | Path, image_shape: Sequence[int] | None = None, title: str | None = None
@@ -315,9 +313,65 @@ class Report(Evidence):
         Returns:
             The path.
         """
-        from ppvae.diagnostics.html import write
+        return html.write(
+            Path(path),
+            title=title or "Can this posterior be trusted?",
+            report=self,
+            pictures=self._pictures(image_shape),
+            summary=self._summary(),
+            units={site: self._units(site) for site in self.activity},
+            datapoints=self._worst_rows(100),
+        )
 
-        return write(self, Path(path), image_shape, title)
+    def _pictures(self, image_shape: Sequence[int] | None) -> list[html.Picture]:
+        x = next(arg for arg in self.pair[2] if isinstance(arg, Tensor))
+        worst = html.worst_picture(x, self.khat, self.worst(10), image_shape)
+        pictures = [html.khat_picture(self.khat, self.unreliable), *([worst] if worst else [])]
+        pictures += [
+            html.units_picture(site, kl, self.active.get(site))
+            for site, kl in self.kl_per_dimension.items()
+        ]
+        if math.isfinite(sum(self.rate_distortion)):
+            pictures.append(html.plane_picture(*self.rate_distortion))
+        return pictures
+
+    def _summary(self) -> pandas.DataFrame:
+        import pandas
+
+        heads = ["quantity", "mean", "± s.e.", "5 %", "median", "95 %"]
+        return pandas.DataFrame(
+            [[name, *spread(column)] for name, column in self.columns()], columns=heads
+        )
+
+    def _units(self, site: str) -> pandas.DataFrame:
+        import pandas
+
+        columns: dict[str, Any] = {"unit": range(len(self.activity[site]))}
+        if site in self.kl_per_dimension:
+            columns["mean KL"] = self.kl_per_dimension[site].mean(0)
+        columns["activity"] = self.activity[site]
+        columns["active"] = ["yes" if a else "no" for a in self.active[site]]
+        if site in self.collapsed:
+            columns["collapsed"] = ["yes" if c else "no" for c in self.collapsed[site]]
+        columns["mean of q(z)"] = self.marginal_mean[site]
+        columns["sd of q(z)"] = self.marginal_sd[site]
+        if self.aggregate is not None and site in self.aggregate.ks:
+            columns["distance to the prior (KS)"] = self.aggregate.ks[site]
+        return pandas.DataFrame(columns)
+
+    def _worst_rows(self, count: int) -> pandas.DataFrame:
+        """The rows of :meth:`table` with the largest k-hat, worst first."""
+        heads = {
+            "log_evidence": "log p(x)",
+            "log_evidence_se": "± s.e.",
+            "elbo": "ELBO",
+            "gap_se": "± s.e. of gap",
+            "ess": "ESS",
+            "khat": "k-hat",
+            **{f"kl_{site}": f"KL of {site}" for site in self.kl},
+        }
+        worst = self.table().iloc[self.worst(count).numpy()]
+        return worst.rename(columns=heads).reset_index()
 
 
 def diagnose(
@@ -386,47 +440,37 @@ def diagnose(
     """
     if tail_length(num_particles) < MIN_TAIL:
         raise ValueError(
-            f"num_particles={num_particles} is too few for k-hat, a fit to the largest "
-            f"min(K / 5, 3 sqrt(K)) of K weights of which there must be {MIN_TAIL}: pass 21 or "
-            "more, 1000 for numbers to report; diagnostics.log_evidence takes fewer"
+            f"num_particles={num_particles} is too few for k-hat: pass 21 or more, 1000 for "
+            "numbers to report; diagnostics.log_evidence takes fewer"
         )
     if not threshold > 0:
         raise ValueError(f"threshold must be positive, got {threshold}")
     if num_aggregate < 0:
         raise ValueError(f"num_aggregate must be 0 or more, got {num_aggregate}")
-    check_data(model, guide, args)
-    terms = SiteTerms(count_rows(args), num_particles)
+    rows = check_pair_and_data(model, guide, args)
+    terms = SiteTerms(rows, num_particles)
     evidence = weigh(model, guide, args, num_particles, max_rows, seed, terms)
-    absent, found = terms.absent, None
-    if count_rows(args) == 1:
+    absent = terms.absent
+    found = None
+    if rows == 1:
         absent["activity and mutual information"] = "they take two datapoints"
     elif num_aggregate:
-        try:
-            found = aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed)
-            if found is None:
-                absent["activity and mutual information"] = "the guide draws no latents"
-        except (NotImplementedError, KeyError) as error:  # a flow without inverse
-            absent["mutual information"] = (
-                "the guide has no density at points it has not drawn, as a flow without inverse "
-                f"({type(error).__name__}: {error})"
-            )
-    if found is not None and found.prior_differs:
-        absent["KL(q(z) || p(z))"] = "the prior differs by datapoint, so there is no one p(z)"
-    reconstruction = terms.column("reconstruction").get("")
+        found = _aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed, absent)
     mean, square, variance = (terms.column(q) for q in ("mean", "square", "variance"))
-    marginal_mean = {name: value.mean(0) for name, value in mean.items()}
+    marginal_mean = {site: value.mean(0) for site, value in mean.items()}
+    second = {site: square[site].mean(0) + variance[site].mean(0) for site in mean}
     return Report(
         **vars(evidence),
         kl=terms.column("kl"),
         kl_per_dimension=terms.column("kl_per_dimension"),
-        reconstruction=reconstruction,
+        reconstruction=terms.column("reconstruction").get(""),
         posterior_mean=mean,
         activity=terms.activity(),
         threshold=threshold,
         marginal_mean=marginal_mean,
         marginal_sd={
-            n: (square[n].mean(0) + variance[n].mean(0) - m.square()).clamp(min=0).sqrt()
-            for n, m in marginal_mean.items()
+            site: (second[site] - value.square()).clamp(min=0).sqrt()
+            for site, value in marginal_mean.items()
         },
         aggregate=found,
         absent=absent,
@@ -434,8 +478,33 @@ def diagnose(
     )
 
 
+def _aggregate(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    max_pairs: int,
+    num_draws: int,
+    seed: int | None,
+    absent: dict[str, str],
+) -> Aggregate | None:
+    """:func:`~ppvae.diagnostics.summaries.aggregate`; where there is none, ``absent`` says why."""
+    try:
+        found = aggregate(model, guide, args, max_pairs, num_draws, seed)
+    except (NotImplementedError, KeyError) as error:  # a flow without inverse
+        absent["mutual information"] = (
+            "the guide has no density at points it has not drawn, as a flow without inverse "
+            f"({type(error).__name__}: {error})"
+        )
+        return None
+    if found is None:
+        absent["activity and mutual information"] = "the guide draws no latents"
+    elif found.prior_differs:
+        absent["KL(q(z) || p(z))"] = "the prior differs by datapoint, so there is no one p(z)"
+    return found
+
+
 def _share(value: float | Tensor) -> str:
-    """A percentage that is 0 or 100 only if it is."""
+    """A percentage that reads 0 or 100 only where it is exactly that."""
     value = float(value)
     if math.isnan(value):
         return "none"
@@ -444,19 +513,7 @@ def _share(value: float | Tensor) -> str:
     return f"{100 * value:.0f} %"
 
 
-def spread(column: Tensor) -> list[float]:
-    """Mean, its standard error, and the 5, 50 and 95 % quantiles of what is not NaN."""
-    known = column[~column.isnan()]
-    if not len(known):
-        return [math.nan] * 5
-    se = known.std().item() / math.sqrt(len(known)) if len(known) > 1 else math.nan
-    # Infinite values cannot be interpolated.
-    how = "linear" if known.isfinite().all() else "nearest"
-    levels = torch.tensor([0.05, 0.5, 0.95], dtype=known.dtype)
-    return [known.mean().item(), se, *known.quantile(levels, interpolation=how).tolist()]
-
-
 def _row(name: str, column: Tensor) -> str:
-    # + 0.0: no minus zero
+    # + 0.0 turns minus zero into zero.
     shown = ["-" if math.isnan(v) else f"{round(v, 2) + 0.0:.2f}" for v in spread(column)]
     return f"{name:24s}" + "".join(f"{value:>10s}" for value in shown)

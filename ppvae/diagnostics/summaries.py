@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,21 +14,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
 
-from ppvae.diagnostics.evidence import count_rows, take
+from ppvae.diagnostics.rows import count_rows, evaluating, rows_first, standard_error, take
 from ppvae.elbo.standard import ELBO, closed_form_kl, dimension_rates
-from ppvae.pairs import (
-    DATA_PLATE,
-    PARTICLE_PLATE,
-    Program,
-    Site,
-    evaluation_mode,
-    own_path,
-    sample_sites,
-    seeded,
-    structure,
-    trace,
-)
-from ppvae.weights import LogWeights, reduce_site
+from ppvae.enumeration import total
+from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, sample_sites, structure, trace
+from ppvae.terms import sum_plates, term
+from ppvae.weights import LogWeights
 
 _CLOSED = ELBO(kl="mixed")  # closed forms where they are valid, draws elsewhere
 Absent = dict[str, str]  # quantity -> why there is none
@@ -75,11 +67,12 @@ class SiteTerms:
 
 def _terms(weights: LogWeights, absent: Absent) -> dict[tuple[str, str], Tensor]:
     """By quantity and site, ``(..., K or 1, N or 1)``."""
-    weights = replace(weights, site_scales={})  # a scale is an objective's affair
+    weights = replace(weights, site_scales={})  # a scale belongs to an objective
     if weights.enumerated:
         return _enumerated_terms(weights, absent)
     closed = closed_form_kl(_CLOSED, weights)
-    found = {("reconstruction", ""): sum_of([weights.log_p[n] for n in weights.observed])}
+    observed = [weights.log_p[name] for name in weights.observed]
+    found = {("reconstruction", ""): functools.reduce(torch.add, observed)}
     for name, log_q in weights.log_q.items():
         log_p = weights.log_p.get(name, torch.zeros_like(log_q))
         found["kl", name] = closed.get(name, log_q - log_p)
@@ -92,14 +85,6 @@ def _terms(weights: LogWeights, absent: Absent) -> dict[tuple[str, str], Tensor]
             )
         found |= _moments(name, q, weights.leftmost, absent)
     return found
-
-
-def sum_of(terms: Sequence[Tensor]) -> Tensor:
-    """Their sum, a tensor also of one."""
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
 
 
 def _units_are_independent(q: Site, p: Site | None) -> bool:
@@ -138,8 +123,8 @@ def _by_unit(site: Site, values: Tensor, leftmost: int) -> Tensor:
     batch = site["fn"].batch_shape
     values = values.expand(batch + site["fn"].event_shape).reshape(*batch, -1).movedim(-1, 0)
     values = values.reshape(len(values), *(1,) * (-leftmost - len(batch)), *batch)
-    values = reduce_site({**site, "mask": None}, values, leftmost)
-    # What depends on x only was expanded to all particles: one is enough.
+    values = sum_plates(site, values, leftmost)
+    # What depends on x alone is the same for all particles: one is enough.
     return values[:, :1] if values.stride(1) == 0 else values
 
 
@@ -226,77 +211,76 @@ def aggregate(
     Source: Hoffman & Johnson, ELBO surgery, 2016; the bounds: Poole et al., On variational bounds
     of mutual information, 2019, sections 2.1 and 2.3.
     """
-    rows = count_rows(args)
+    args, rows = tuple(args), count_rows(args)
     chosen = torch.linspace(0, rows - 1, min(rows, num_draws), dtype=torch.float64).round().long()
     repeats = -(-num_draws // len(chosen))
     chosen = chosen.repeat_interleave(repeats)
-    wide = min(rows, max(1, math.isqrt(max_pairs)))
-    high = max(1, max_pairs // wide)
-    nesting = structure(model, guide, tuple(args), {}).nesting
-    with torch.no_grad(), evaluation_mode(model, guide), own_path():
-        with pyro.validation_enabled(False), seeded(seed, *args):
-            some = take(args, chosen)
-            z = _draws(guide, some)
-            if not z:
-                return None
-            prior = _draws(model, some)
-            first = _at(model, some, {n: v[:1] for n, v in prior.items()}, nesting)
-            own, total, others = [], [], []
-            for block in torch.arange(len(chosen)).split(high):
-                here = {name: values[block.to(values.device)] for name, values in z.items()}
-                log_q = torch.cat(
-                    [
-                        _at(guide, take(args, slice(start, start + wide)), here, nesting)
-                        for start in range(0, rows, wide)
-                    ],
-                    1,
-                )
-                log_q = log_q.double().cpu()  # (m, N)
-                index = (torch.arange(len(block)), chosen[block])
-                own.append(log_q[index])
-                total.append(log_q.logsumexp(1) - math.log(rows))
-                log_q[index] = -math.inf
-                others.append(log_q.logsumexp(1) - math.log(max(rows - 1, 1)))
-    spread = first.max() - first.min()
-    ratio = (torch.cat(own) - torch.cat(total)).reshape(-1, repeats).mean(1)  # by datapoint
-    upper = (torch.cat(own) - torch.cat(others)).mean().item()
+    nesting = structure(model, guide, args, {}).nesting
+    with evaluating(model, guide, args, seed):
+        some = take(args, chosen)
+        z = _draws(guide, some)
+        if not z:
+            return None
+        prior = _draws(model, some)
+        at_one = _log_density(model, some, {n: v[:1] for n, v in prior.items()}, nesting)
+        own, among_all, among_others = _densities(guide, args, z, chosen, max_pairs, nesting)
+    by_datapoint = (own - among_all).reshape(-1, repeats).mean(1)
     return Aggregate(
-        mutual_information=ratio.mean().item(),
-        mutual_information_se=ratio.std().item() / math.sqrt(len(ratio)) if rows > 1 else math.nan,
-        mutual_information_upper=upper if rows > 1 else math.nan,
+        mutual_information=by_datapoint.mean().item(),
+        mutual_information_se=standard_error(by_datapoint),
+        mutual_information_upper=(own - among_others).mean().item() if rows > 1 else math.nan,
         ceiling=math.log(rows),
-        prior_differs=bool(spread > 1e-4 * (1 + first.abs().max())),
+        prior_differs=bool(at_one.max() - at_one.min() > 1e-4 * (1 + at_one.abs().max())),
         ks={n: _distance(z[n], prior[n]) for n in z if n in prior},
         num_draws=len(chosen),
     )
 
 
-def _draws(program: Program, args: Sequence[Any]) -> dict[str, Tensor]:
+def _densities(
+    guide: Program,
+    args: tuple[Any, ...],
+    z: dict[str, Tensor],
+    chosen: Tensor,
+    max_pairs: int,
+    nesting: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log q(z_m | x_m), and the log of its mean over all x and over all other x; ``(M,)`` each."""
+    rows = count_rows(args)
+    wide = min(rows, max(1, math.isqrt(max_pairs)))
+    parts = [take(args, slice(start, start + wide)) for start in range(0, rows, wide)]
+    found = []
+    for block in torch.arange(len(chosen)).split(max(1, max_pairs // wide)):
+        here = {name: values[block.to(values.device)] for name, values in z.items()}
+        log_q = torch.cat([_log_density(guide, part, here, nesting) for part in parts], 1)
+        log_q = log_q.double().cpu()  # (m, N)
+        itself = (torch.arange(len(block)), chosen[block])
+        own, among_all = log_q[itself], log_q.logsumexp(1) - math.log(rows)
+        log_q[itself] = -math.inf
+        found.append((own, among_all, log_q.logsumexp(1) - math.log(max(rows - 1, 1))))
+    own, among_all, among_others = (torch.cat(column) for column in zip(*found, strict=True))
+    return own, among_all, among_others
+
+
+def _draws(program: Program, args: tuple[Any, ...]) -> dict[str, Tensor]:
     """A draw of every latent for every datapoint, ``(N, *other batch dims, *event)``."""
-    drawn = {}
-    for name, site in sample_sites(trace(program, tuple(args), {})).items():
-        if not site["is_observed"]:
-            dims = [f.dim for f in site["cond_indep_stack"] if f.name == DATA_PLATE]
-            drawn[name] = site["value"].movedim(dims[0] - site["fn"].event_dim, 0)
-    return drawn
+    sites = sample_sites(trace(program, args, {}))
+    return {name: rows_first(site) for name, site in sites.items() if not site["is_observed"]}
 
 
-def _at(program: Program, args: Sequence[Any], z: dict[str, Tensor], nesting: int) -> Tensor:
+def _log_density(
+    program: Program, args: tuple[Any, ...], z: dict[str, Tensor], nesting: int
+) -> Tensor:
     """Log-density of the latents at draws m given the datapoints n, ``(m, n)``."""
-    count, rows = len(next(iter(z.values()))), count_rows(args)
+    count = len(next(iter(z.values())))
     plate = pyro.plate(PARTICLE_PLATE, count, dim=-1 - nesting)
     with plate, AtDraws(z, nesting):
-        sites = sample_sites(trace(program, tuple(args), {}))
-    terms = [
-        reduce_site(site, site["fn"].log_prob(site["value"]), -1 - nesting)
-        for name, site in sites.items()
-        if name in z
-    ]
-    return sum_of(terms).expand(count, rows)
+        sites = sample_sites(trace(program, args, {}))
+    terms = [term(site, -1 - nesting) for name, site in sites.items() if name in z]
+    return total(terms).expand(count, count_rows(args))
 
 
 class AtDraws(Messenger):
-    """Puts draws m in the place of particles, every one at every datapoint.
+    """Puts given draws in the place of particles, each of them at every datapoint.
 
     Args:
         z: by site, ``(m, *batch dims other than the data plate's, *event)``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +12,12 @@ from torch import Tensor
 
 from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.gradients import through_draws, with_gradient
-from ppvae.elbo.importance import log_mean_exp, normalised
+from ppvae.elbo.importance import (
+    centred_powers,
+    log_power_mean,
+    normalised,
+    require_number,
+)
 from ppvae.elbo.state import State
 from ppvae.pairs import Leaves
 from ppvae.weights import drawn_log_q, weigh
@@ -56,16 +62,17 @@ class ChiUpperBound(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.order > 1:
+        require_number(self, "order")
+        if not 1 < self.order < math.inf:
             raise ValueError(
-                f"ChiUpperBound needs order > 1 (at 1 it is log p(x) itself, whatever the guide), "
-                f"got {self.order}"
+                f"ChiUpperBound needs a finite order > 1 (at 1 it is log p(x) itself, whatever the "
+                f"guide), got {self.order}"
             )
         if self.num_particles < 2:
             raise ValueError("ChiUpperBound compares particles, so it needs num_particles >= 2")
 
     def bound(self, log_w: Tensor) -> Tensor:
-        return log_mean_exp(self.order * log_w) / self.order
+        return log_power_mean(log_w, self.order)
 
     def surrogate(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State
@@ -76,7 +83,7 @@ class ChiUpperBound(Estimator):
         value = self.bound(log_w.detach()).sum()
         if not torch.is_grad_enabled():
             return weights.scale * value
-        share = normalised(self.order * log_w.detach())
+        share = normalised(centred_powers(log_w.detach(), self.order)[1])
         if self.gradient == "dreg":
             self.require_reparameterised(weights)
             gradient = (1 - self.order) * through_draws(share - share.square(), log_w, leaves.pairs)

@@ -18,10 +18,14 @@ weights):
 ``"score"``
     Beside the gradient of B at fixed draws, sites without a reparameterised sampler get the
     score-function term :math:`\sum_k (B - B_{-k}) \nabla_\phi \log q(z_k)`, with the bound of
-    the other K - 1 particles as baseline (none for K = 1); the others stay pathwise. Unbiased.
+    the other K - 1 particles as baseline (none for K = 1, or if the others all have weight 0); the
+    others stay pathwise. Unbiased.
 ``"vimco"``
     As ``"score"``; in the baseline particle k is replaced by the geometric mean of the others'
     weights. Needs K >= 2. Unbiased. Mnih & Rezende 2016.
+
+A weight may be 0, its logarithm minus infinity: it then adds nothing to a gradient. Where a bound
+itself is minus infinity there is none, and :class:`ppvae.SVI` withholds the step.
 
 The model's parameters always receive the gradient of B itself. Latents that are summed out
 (``infer={"enumerate": "parallel"}``) need no estimator; ``"stl"`` refuses them in the guide.
@@ -29,7 +33,9 @@ The model's parameters always receive the gradient of B itself. Latents that are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +47,26 @@ Bound = Callable[[Tensor], Tensor]  # log-weights (K, N) to (N,)
 
 
 def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
-    """The first argument's value with the second's gradient."""
-    return value.detach() + (surrogate - surrogate.detach())
+    """The first argument's value with the second's gradient, whatever the second's value is.
+
+    It may be NaN: a weight of zero has the coefficient 0 and the logarithm minus infinity.
+    """
+    combined: Tensor = _WithGradient.apply(value.detach(), surrogate)
+    return combined
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(value: Tensor, surrogate: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
 
 
 def coefficient(bound: Bound, log_w: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +125,10 @@ def score(bound: Bound, log_w: Tensor, log_q: Tensor | None, vimco: bool) -> Ten
     if log_q is None:
         return log_w.new_zeros(())
     log_w = log_w.detach()
-    return ((bound(log_w) - _baseline(bound, log_w, vimco)) * log_q).sum()
+    baseline = _baseline(bound, log_w, vimco)
+    # Minus infinity tells nothing; 0 is a function of the others, too, so it adds no bias.
+    baseline = baseline.masked_fill(baseline == -math.inf, 0.0)
+    return ((bound(log_w) - baseline) * log_q).sum()
 
 
 def _baseline(bound: Bound, log_w: Tensor, vimco: bool) -> Tensor:
@@ -109,13 +136,17 @@ def _baseline(bound: Bound, log_w: Tensor, vimco: bool) -> Tensor:
     K = log_w.shape[0]
     if K == 1:
         return torch.zeros_like(log_w)
-    others = ~torch.eye(K, dtype=torch.bool, device=log_w.device)
-    rows = log_w.expand(K, K, -1)  # row k: all particles, as seen by particle k
+    particle = torch.arange(K, device=log_w.device)
     if vimco:
-        means = (log_w.sum(0) - log_w) / (K - 1)
-        left = torch.where(others.unsqueeze(-1), rows, means.unsqueeze(1))
+        zero = log_w == -math.inf
+        logs = log_w.masked_fill(zero, 0.0)
+        means = (logs.sum(0) - logs) / (K - 1)
+        means = means.masked_fill((zero.sum(0) - zero.long()) > 0, -math.inf)
+        own = (particle == particle.unsqueeze(1)).unsqueeze(-1)
+        left = torch.where(own, means.unsqueeze(1), log_w)
     else:
-        left = rows[others].reshape(K, K - 1, -1)
+        others = particle[:-1] + (particle[:-1] >= particle.unsqueeze(1)).long()
+        left = log_w[others]  # (K, K - 1, N)
     return torch.stack([bound(row) for row in left.unbind()])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -134,10 +134,16 @@ class CIWELBO(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
+        require_number(self, "beta")
+        if not 0 <= self.beta <= 1:
             raise ValueError(f"CIWELBO mixes two bounds with beta in [0, 1], got {self.beta}")
 
     def bound(self, log_w: Tensor) -> Tensor:
+        # A bound of weight 0 is left out: it may be minus infinity.
+        if self.beta == 0:
+            return log_mean_exp(log_w)
+        if self.beta == 1:
+            return log_w.mean(0)
         return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
 
     def dreg_coefficient(self, log_w: Tensor) -> Tensor:
@@ -212,6 +218,7 @@ class RenyiELBO(Estimator):
         alpha: the order, any number but 1.
 
     Raises:
+        TypeError: alpha is no number: a schedule of it is not defined.
         ValueError: alpha is 1; K < 1; a ``poutine.scale`` on a site.
 
     Source: Li & Turner, Rényi Divergence Variational Inference, 2016.
@@ -230,6 +237,7 @@ class RenyiELBO(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_number(self, "alpha")
         if self.alpha == 1 or math.isnan(self.alpha) or self.alpha == math.inf:
             raise ValueError(
                 f"RenyiELBO needs a finite alpha other than 1 (or -inf for VR-max), got "
@@ -244,8 +252,7 @@ class RenyiELBO(Estimator):
     def bound(self, log_w: Tensor) -> Tensor:
         if self.alpha == -math.inf:
             return log_w.amax(0)
-        order = 1 - self.alpha
-        return log_mean_exp(order * log_w) / order
+        return log_power_mean(log_w, 1 - self.alpha)
 
     def evaluate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The bound of each datapoint, ``(N,)``; for alpha < 0, which is none, that of IWELBO."""
@@ -254,13 +261,44 @@ class RenyiELBO(Estimator):
         return super().evaluate(model, guide, *args, **kwargs)
 
     def dreg_coefficient(self, log_w: Tensor) -> Tensor:
-        weights = normalised((1 - self.alpha) * log_w)
+        weights = normalised(centred_powers(log_w, 1 - self.alpha)[1])
         return self.alpha * weights + (1 - self.alpha) * weights.square()
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     """log of the mean of exp, over the particles."""
     return torch.logsumexp(_counting(log_w, dim), dim) - math.log(log_w.shape[dim])
+
+
+def log_power_mean(log_w: Tensor, order: float) -> Tensor:
+    r"""log of the power mean of the weights, over the particles.
+
+    .. math:: \frac 1r \log \frac 1K \sum_k w_k^r
+              = m + \frac 1r \log\Big(1 + \frac 1K \sum_k \big(e^{r (\log w_k - m)} - 1\big)\Big)
+
+    The left side divides the rounding of a logarithm by r, so for a small r the right side is
+    taken, by ``expm1`` and ``log1p``. Its sum cancels where it is close to -1; there the left side
+    is as good.
+
+    Args:
+        log_w: ``(K, ...)``.
+        order: r, not 0, where it would be the mean of ``log_w``.
+    """
+    if order == 1:
+        return log_mean_exp(log_w)
+    m, logs = centred_powers(log_w, order)
+    mean = torch.logsumexp(logs, 0) - math.log(len(logs))
+    if abs(order) < 0.5:
+        shares = torch.expm1(logs).mean(0)
+        mean = torch.where(shares > -0.9, torch.log1p(shares), mean)
+    return m + mean / order
+
+
+def centred_powers(log_w: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    """The largest power's log w, constant, and the log-powers of the weights over that one's."""
+    fixed, most = log_w.detach(), torch.finfo(log_w.dtype).max
+    m = (fixed.amax(0) if order > 0 else fixed.amin(0)).clamp(-most, most)
+    return m, _counting(order * (log_w - m), 0)
 
 
 def normalised(log_w: Tensor, dim: int = 0) -> Tensor:
@@ -277,6 +315,18 @@ def _counting(log_w: Tensor, dim: int) -> Tensor:
     """
     negligible = log_w.detach() < log_w.detach().amax(dim, keepdim=True) - 43
     return log_w.masked_fill(negligible, -math.inf)
+
+
+def require_number(estimator: Estimator, name: str) -> None:
+    """Raise ``TypeError`` unless an argument of an estimator is a number, or a tuple of them."""
+    value = getattr(estimator, name)
+    if not all(
+        isinstance(part, Real) for part in (value if isinstance(value, tuple) else (value,))
+    ):
+        raise TypeError(
+            f"{type(estimator).__name__}: {name} must be a number, got {value!r}; only "
+            "elbo.ELBO(beta=...) takes what changes with the step. Make an estimator for each value"
+        )
 
 
 def grouped(log_w: Tensor, num_groups: int) -> Tensor:

@@ -266,23 +266,23 @@ def _masked_divergence(q: Any, p: Any, q_mask: Any, p_mask: Any) -> Tensor:
     """
     masks = (q_mask, *_masks(q)), (p_mask, *_masks(p))
     if len(masks[0]) == len(masks[1]) and all(map(operator.is_, *masks)):
-        return masked(_inside(q, p, _divergence), q_mask)
-    cross = _inside(p, q, lambda p, q: _divergence(q, p) + _entropy(q, p))
-    return masked(cross, p_mask) - masked(_inside(q, p, _entropy), q_mask)
+        return masked(_through_masks(q, p, _divergence), q_mask)
+    cross = _through_masks(p, q, lambda p, q: _divergence(q, p) + _entropy(q, p))
+    return masked(cross, p_mask) - masked(_through_masks(q, p, _entropy), q_mask)
 
 
-def _inside(fn: Any, other: Any, compute: Callable[[Any, Any], Tensor]) -> Tensor:
+def _through_masks(fn: Any, other: Any, compute: Callable[[Any, Any], Tensor]) -> Tensor:
     """What is computed of two distributions, masked and summed as the first one says."""
     if isinstance(fn, MaskedDistribution):
         while isinstance(other, MaskedDistribution):
             other = other.base_dist
-        return masked(_inside(fn.base_dist, other, compute), fn._mask)
+        return masked(_through_masks(fn.base_dist, other, compute), fn._mask)
     if isinstance(other, MaskedDistribution):
-        return _inside(fn, other.base_dist, compute)
+        return _through_masks(fn, other.base_dist, compute)
     if isinstance(fn, Independent) and isinstance(other, Independent):
         n = fn.reinterpreted_batch_ndims
         if n == other.reinterpreted_batch_ndims and n > 0 and _masks(fn) + _masks(other):
-            return _inside(fn.base_dist, other.base_dist, compute).flatten(-n).sum(-1)
+            return _through_masks(fn.base_dist, other.base_dist, compute).flatten(-n).sum(-1)
     return compute(fn, other)
 
 

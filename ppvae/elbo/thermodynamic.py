@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.gradients import with_gradient
-from ppvae.elbo.importance import normalised
+from ppvae.elbo.importance import normalised, require_number
 from ppvae.elbo.state import State
 from ppvae.pairs import Leaves
 from ppvae.weights import drawn_log_q, weigh
@@ -55,6 +55,7 @@ class ThermodynamicELBO(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_number(self, "partition")
         points = (0.0, *self.partition, 1.0)
         if any(not a < b for a, b in itertools.pairwise(points)):
             raise ValueError(
@@ -67,12 +68,12 @@ class ThermodynamicELBO(Estimator):
             )
 
     def bound(self, log_w: Tensor) -> Tensor:
-        return torch.stack(
-            [
-                width * (normalised(point * log_w) * log_w).sum(0)
-                for point, width in self._intervals()
-            ]
-        ).sum(0)
+        """It is minus infinity if any weight is 0: the first average, at beta = 0, is the ELBO."""
+        (_, width), *rest = self._intervals()
+        first = width * log_w.mean(0)
+        log_w = log_w.clamp(min=torch.finfo(log_w.dtype).min)  # 0 times infinity is NaN
+        averages = [w * (normalised(point * log_w) * log_w).sum(0) for point, w in rest]
+        return torch.stack([first, *averages]).sum(0)
 
     def surrogate(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State

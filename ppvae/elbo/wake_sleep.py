@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.gradients import coefficient, through_draws, with_gradient
-from ppvae.elbo.importance import log_mean_exp
+from ppvae.elbo.importance import log_mean_exp, require_number
 from ppvae.elbo.state import State
 from ppvae.pairs import Leaves
 from ppvae.weights import LogWeights, drawn_log_q, dream_log_q, weigh
@@ -57,6 +58,7 @@ class ReweightedWakeSleep(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_number(self, "insomnia")
         if not 0 <= self.insomnia <= 1:
             raise ValueError(f"insomnia is a share in [0, 1], got {self.insomnia}")
         if self.num_particles < 2 and self.insomnia > 0:
@@ -83,7 +85,9 @@ class ReweightedWakeSleep(Estimator):
             gradient = gradient + self.insomnia * self._wake(weights, log_w, normalised, leaves)
         if self.insomnia < 1:
             asleep = dream_log_q(model, guide, *args, **kwargs).sum()
-            gradient = gradient + (1 - self.insomnia) * asleep
+            # of a dream that the guide cannot explain there is no gradient, and no step
+            possible = torch.where(asleep.detach().isfinite(), 1.0, math.nan)
+            gradient = gradient + (1 - self.insomnia) * possible * asleep
         return weights.scale * with_gradient(value, gradient)
 
     def _wake(

@@ -157,6 +157,8 @@ def _assignments(clusters: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     for name, array in (("clusters", found), ("labels", given)):
         if array.dtype.kind not in "iubf":
             raise ValueError(f"{name} holds {array.dtype}: give whole numbers from 0")
+        if array.dtype.kind in "bf":
+            array = array.astype(np.float64)  # 2**63 does not fit into smaller ones
         bad = ~np.isfinite(array) | (array != np.round(array)) | (array < 0) | (array >= 2**63)
         if bad.any():
             raise ValueError(f"{name} must be whole numbers from 0, not {array[bad][:5]}")

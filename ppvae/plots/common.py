@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,15 @@ SEPARATOR = "#4F7CAC"  # seen on black and on white
 PALETTE = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
            "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # fmt: skip
 MARKERS = "osD^vPX<>*"
+LINES = ("-", "--", ":", "-.")
+
+# What k-hat means: above, up to, colour, name.
+KHAT_BANDS = (
+    (-np.inf, 0.5, BLUE, "good"),
+    (0.5, 0.7, ORANGE, "usable"),
+    (0.7, np.inf, RED, "unreliable"),
+)
+KHAT_LIMITS = ((0.5, ":"), (0.7, "--"))  # with the style of their line
 
 
 def array(values: Values) -> np.ndarray:
@@ -29,6 +38,42 @@ def array(values: Values) -> np.ndarray:
     if isinstance(values, list | tuple):
         return np.array([array(value) for value in values], dtype=np.float64)
     return np.asarray(values, dtype=np.float64)
+
+
+def shaped(
+    name: str,
+    values: Values,
+    *shape: int | str,
+    finite: Literal["all", "some", "any"] = "any",
+    cure: str = "",
+) -> np.ndarray:
+    """Return :func:`array` of an argument, with its shape checked.
+
+    Args:
+        name: of the argument.
+        values: its values.
+        *shape: sizes that are required; a letter stands for any size but 0.
+        finite: how many values must be finite: ``"all"``, ``"some"`` or ``"any"`` number.
+        cure: what to do otherwise, for the message.
+
+    Raises:
+        ValueError: with name, required shape, shape seen and cure.
+    """
+    found = array(values)
+    fits = len(shape) == found.ndim and all(
+        size == seen if isinstance(size, int) else seen > 0
+        for size, seen in zip(shape, found.shape, strict=True)
+    )
+    numbers = np.isfinite(found)
+    enough, also = {
+        "all": (numbers.all(), " and finite"),
+        "some": (numbers.any(), ", not all NaN"),
+        "any": (True, ""),
+    }[finite]
+    if not (fits and enough):
+        required = str(shape).replace("'", "") + also
+        raise ValueError(f"{name} must be {required}; got shape {found.shape}. {cure}".rstrip())
+    return found
 
 
 def number(value: float, form: str) -> str:

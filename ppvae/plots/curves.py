@@ -11,14 +11,15 @@ import numpy as np
 from ppvae.plots.common import (
     BLUE,
     GREY,
+    KHAT_BANDS,
+    KHAT_LIMITS,
     MARKERS,
     ORANGE,
     PALETTE,
-    RED,
     Values,
-    array,
     axes,
     number,
+    shaped,
 )
 
 if TYPE_CHECKING:
@@ -60,14 +61,11 @@ def training_curve(
     """
     from matplotlib.ticker import MaxNLocator
 
-    curves = {"training": array(train)} | ({} if valid is None else {"validation": array(valid)})
+    cure = "Pass a value per epoch, NaN at those that were not evaluated."
+    curves = {"training": shaped("train", train, "E", finite="some", cure=cure)}
     epochs = np.arange(1, curves["training"].size + 1)
-    for argument, curve in zip(("train", "valid"), curves.values(), strict=False):
-        if curve.shape != epochs.shape or not np.isfinite(curve).any():
-            raise ValueError(
-                f"{argument} must be ({epochs.size},), a value per epoch, not all NaN; "
-                f"got shape {curve.shape}. Pass NaN at epochs that were not evaluated."
-            )
+    if valid is not None:
+        curves["validation"] = shaped("valid", valid, epochs.size, finite="some", cure=cure)
     ax = axes(ax)
     for (label, curve), colour in zip(curves.items(), (GREY, BLUE), strict=False):
         seen = np.isfinite(curve)
@@ -121,21 +119,21 @@ def latent_scatter(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['cat', 'dog']
     """
-    points = array(z)
-    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all() or not len(points):
-        raise ValueError(
-            f"z must be (N, 2) and finite; got shape {points.shape}. Pass two columns, such as "
-            "z[:, :2], or a projection, such as sklearn.decomposition.PCA(2).fit_transform(z)."
-        )
-    classes = np.zeros(len(points)) if labels is None else array(labels)
-    if classes.shape != (len(points),) or (classes < 0).any() or (classes % 1 != 0).any():
-        raise ValueError(
-            f"labels must be ({len(points)},) integers >= 0, one per row of z; got shape "
-            f"{classes.shape}. Pass one_hot.argmax(-1) for one-hot labels."
-        )
-    if class_names is not None and classes.max() >= len(class_names):
+    points = shaped(
+        "z", z, "N", 2, finite="all",
+        cure="Pass two columns, such as z[:, :2], or a projection, such as "
+        "sklearn.decomposition.PCA(2).fit_transform(z).",
+    )  # fmt: skip
+    classes = np.zeros(len(points))
+    if labels is not None:
+        cure = "Pass one label per row of z, one_hot.argmax(-1) for one-hot labels."
+        classes = shaped("labels", labels, len(points), cure=cure)
+    if (classes < 0).any() or (classes % 1 != 0).any():
+        raise ValueError(f"labels must be integers >= 0; got {classes.min()} to {classes.max()}")
+    count = int(classes.max()) + 1
+    if class_names is not None and count > len(class_names):
         raise ValueError(f"class_names has {len(class_names)} names but labels go up to "
-                         f"{int(classes.max())}; give {int(classes.max()) + 1}.")  # fmt: skip
+                         f"{count - 1}; give {count}.")  # fmt: skip
     ax = axes(ax, (6.0, 4.5))
     for k in np.unique(classes).astype(int):
         ax.scatter(
@@ -182,27 +180,23 @@ def khat(khat_values: Values, ax: Axes | None = None) -> Axes:
         >>> plots.khat([0.1, 0.6, 0.9, 0.3], ax=Figure().subplots()).get_title()
         '25.0% of 4 datapoints have $\\hat{k}$ > 0.7'
     """
-    values = array(khat_values)
-    if values.ndim != 1 or not np.isfinite(values).any():
-        raise ValueError(f"khat_values must be (N,) with at least one finite value; got shape "
-                         f"{values.shape}. Pass one k-hat per datapoint.")  # fmt: skip
-    drawn, known = np.sort(values[np.isfinite(values)]), values[~np.isnan(values)]
+    cure = "Pass one k-hat per datapoint."
+    values = shaped("khat_values", khat_values, "N", finite="some", cure=cure)
+    drawn, defined = np.sort(values[np.isfinite(values)]), values[~np.isnan(values)]
     ax = axes(ax)
     rank = np.arange(1, len(drawn) + 1)
-    for low, high, colour, label in (
-        (-np.inf, 0.5, BLUE, "good"), (0.5, 0.7, ORANGE, "usable"), (0.7, np.inf, RED, "unreliable")
-    ):  # fmt: skip
+    for low, high, colour, label in KHAT_BANDS:
         inside = (drawn > low) & (drawn <= high)
-        caption = f"{label} ({((known > low) & (known <= high)).sum()})"
+        caption = f"{label} ({((defined > low) & (defined <= high)).sum()})"
         ax.scatter(rank[inside], drawn[inside], s=12, color=colour, label=caption)
-    for threshold, style in ((0.5, ":"), (0.7, "--")):
-        ax.axhline(threshold, color="black", ls=style, lw=1, zorder=0)
-        ax.annotate(f"{threshold}", (1, threshold), xycoords=ax.get_yaxis_transform(),
+    for limit, style in KHAT_LIMITS:
+        ax.axhline(limit, color="black", ls=style, lw=1, zorder=0)
+        ax.annotate(f"{limit}", (1, limit), xycoords=ax.get_yaxis_transform(),
                     xytext=(4, 0), textcoords="offset points", va="center")  # fmt: skip
     absent = len(values) - len(drawn)
     note = f" ({absent} infinite or NaN, not drawn)" if absent else ""
     ax.set(xlabel="datapoint, sorted" + note, ylabel=r"Pareto $\hat{k}$")
-    share = (known > 0.7).mean()
-    ax.set_title(rf"{share:.1%} of {len(known)} datapoints have $\hat{{k}}$ > 0.7")
+    share = (defined > 0.7).mean()
+    ax.set_title(rf"{share:.1%} of {len(defined)} datapoints have $\hat{{k}}$ > 0.7")
     ax.legend(loc="best")
     return ax

@@ -10,14 +10,17 @@ import numpy as np
 from ppvae.plots.common import (
     BLUE,
     GREY,
+    KHAT_BANDS,
+    KHAT_LIMITS,
+    LINES,
     MARKERS,
-    ORANGE,
     PALETTE,
     RED,
     Values,
     array,
     axes,
     number,
+    shaped,
 )
 from ppvae.plots.images import image_grid
 
@@ -44,29 +47,22 @@ def khat_histogram(khat_values: Values, ax: Axes | None = None) -> Axes:
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['good: 2', 'usable: 1', 'unreliable: 1']
     """
-    values = array(khat_values)
-    values = values[~np.isnan(values)] if values.ndim == 1 else np.empty(0)
+    values = shaped("khat_values", khat_values, "N")
+    values = values[~np.isnan(values)]
     if not len(values):
-        raise ValueError(
-            "khat_values must be (N,) with at least one that is not NaN; k-hat takes more than 20 "
-            "particles"
-        )
+        raise ValueError("khat_values are all NaN; k-hat takes more than 20 particles")
     ax = axes(ax)
-    low, high = np.floor(10 * max(values.min(), -1.5)) / 10, 2.0
-    if values.max() <= 1.2:
-        high = 1.2
+    low, high = np.floor(10 * max(values.min(), -1.5)) / 10, 1.2 if values.max() <= 1.2 else 2.0
     shown = np.clip(values, low, high - 1e-9)
     edges = np.arange(round(low * 20), round(high * 20) + 1) / 20
-    for left, right, colour, label in (
-        (-np.inf, 0.5, BLUE, "good"), (0.5, 0.7, ORANGE, "usable"), (0.7, np.inf, RED, "unreliable")
-    ):  # fmt: skip
+    for left, right, colour, label in KHAT_BANDS:
         inside = (values > left) & (values <= right)
-        # A value on a threshold belongs to the bin below it.
+        # A value on a limit belongs to the bin below it.
         below = np.nextafter(shown[inside], -np.inf)
         ax.hist(below, edges.tolist(), color=colour, edgecolor="white", linewidth=0.4,
                 label=f"{label}: {inside.sum():,}")  # fmt: skip
-    for threshold, style in ((0.5, ":"), (0.7, "--")):
-        ax.axvline(threshold, color=GREY, ls=style, lw=1.2)
+    for limit, style in KHAT_LIMITS:
+        ax.axvline(limit, color=GREY, ls=style, lw=1.2)
     note = f" (above {high:g} in the last bar)" if values.max() > high else ""
     ax.set(xlabel=r"Pareto $\hat{k}$" + note, ylabel="datapoints", xlim=(edges[0], edges[-1]))
     ax.legend(loc="best", frameon=False, fontsize="small")
@@ -94,9 +90,8 @@ def worst_points(
         >>> [text.get_text() for text in ax.texts]
         ['2.00', '1.00', '0.80']
     """
-    pixels, values = array(images), array(khat_values)
-    if values.shape != (len(pixels),):
-        raise ValueError(f"khat_values must be ({len(pixels)},), one per image, got {values.shape}")
+    pixels = array(images)
+    values = shaped("khat_values", khat_values, len(pixels), cure="Pass one per image.")
     columns = min(5, len(pixels))
     ax = image_grid(pixels.reshape(len(pixels), -1), shape, ax, columns=columns)
     height, width = shape[-2:]
@@ -129,12 +124,8 @@ def kl_per_unit(
         [2.0, 0.1, 0.0]
     """
     values = array(kl)
-    values = values.mean(0) if values.ndim == 2 else values
-    flags = np.ones(len(values)) if active is None else array(active)
-    if values.ndim != 1 or flags.shape != values.shape:
-        raise ValueError(
-            f"kl must be (N, D) or (D,) and active (D,), got {array(kl).shape} and {flags.shape}"
-        )
+    values = shaped("kl", values.mean(0) if values.ndim == 2 else values, "D")
+    flags = np.ones(len(values)) if active is None else shaped("active", active, len(values))
     order = np.argsort(-values, kind="stable")
     ax = axes(ax)
     place = np.arange(len(values))
@@ -198,10 +189,7 @@ def rate_distortion(points: Mapping[str, tuple[float, float]], ax: Axes | None =
 
 
 def sbc_ecdf(
-    ranks: Mapping[str, Values],
-    num_draws: int,
-    band: tuple[Any, Any, Any],
-    ax: Axes | None = None,
+    ranks: Mapping[str, Values], num_draws: int, band: tuple[Any, Any, Any], ax: Axes | None = None
 ) -> Axes:
     """Draw each ECDF of ranks less the uniform one, with the band that all of it should stay in.
 
@@ -239,7 +227,7 @@ def sbc_ecdf(
             left = (ecdf < lower) | (ecdf > upper)
             outside, inside = outside + bool(left.any()), inside + (not left.any())
             ax.plot(x, np.concatenate([[0], ecdf - points, [0]]), color=PALETTE[i % 10], lw=1.2,
-                    ls=("-", "--", ":", "-.")[i % 4],
+                    ls=LINES[i % 4],
                     label=None if unit else _units(name, columns))  # fmt: skip
     ax.set(xlabel="rank of the true value among the draws, as a fraction",
            ylabel="ECDF less the uniform one", xlim=(0, 1))  # fmt: skip
@@ -249,10 +237,7 @@ def sbc_ecdf(
 
 
 def coverage(
-    levels: Values,
-    covered: Mapping[str, Values],
-    num_simulations: int,
-    ax: Axes | None = None,
+    levels: Values, covered: Mapping[str, Values], num_simulations: int, ax: Axes | None = None
 ) -> Axes:
     """Draw how often credible sets hold the true value against their level.
 
@@ -280,7 +265,7 @@ def coverage(
     for i, (name, values) in enumerate(covered.items()):
         columns = array(values).reshape(len(level), -1)
         for unit, column in enumerate(columns.T):
-            ax.plot(level, column, color=PALETTE[i % 10], lw=1.2, ls=("-", "--", ":", "-.")[i % 4],
+            ax.plot(level, column, color=PALETTE[i % 10], lw=1.2, ls=LINES[i % 4],
                     label=None if unit else _units(name, columns))  # fmt: skip
     ax.set(xlabel="level of the credible set", ylabel="share that hold the true value",
            xlim=(0, 1), ylim=(0, 1), aspect="equal")  # fmt: skip

@@ -32,12 +32,8 @@ def bound_against_particles(table: Any, ax: Axes | None = None) -> Axes:
         >>> plt.close("all")
     """
     ax = _families(table, "bound", axes(ax), error="bound_se")
-    label = (
-        "log p(x), exact"
-        if table.attrs["reference"] == "exact"
-        else (f"log p(x), {table.attrs['reference']}")
-    )
-    ax.axhline(table.attrs["log_evidence"], color="black", linestyle="--", linewidth=1, label=label)
+    ax.axhline(table.attrs["log_evidence"], color="black", linestyle="--", linewidth=1,
+               label=f"log p(x), {table.attrs['reference']}")  # fmt: skip
     ax.set_ylabel("bound [nats per datapoint]")
     _legend(ax)
     return ax
@@ -66,8 +62,7 @@ def snr_against_particles(table: Any, part: str = "guide", ax: Axes | None = Non
         'log'
         >>> plt.close("all")
     """
-    if part not in ("guide", "model"):
-        raise ValueError(f'part must be "guide" or "model", got {part!r}')
+    _check_part(part)
     ax = _families(table[table[f"snr_{part}"] > 0], f"snr_{part}", axes(ax))
     ax.set_yscale("log")
     ax.set_ylabel(f"signal-to-noise ratio, {part} gradient")
@@ -100,15 +95,14 @@ def variance_against_time(table: Any, part: str = "guide", ax: Axes | None = Non
         'loss and gradient [ms]'
         >>> plt.close("all")
     """
-    if part not in ("guide", "model"):
-        raise ValueError(f'part must be "guide" or "model", got {part!r}')
+    _check_part(part)
     from matplotlib.ticker import NullLocator
 
     shown = table[table[f"var_{part}"] > 0]
     if "ms" not in table or shown.empty:
         raise ValueError(
-            f"the table has no times or no variance of the {part} gradient: call compare with "
-            "timing_rounds >= 1 and an estimator that trains it"
+            f"no times, or no variance of the {part} gradient: call compare with timing_rounds >= "
+            "1 and an estimator that trains it"
         )
     ax = axes(ax)
     for i, (family, rows) in enumerate(shown.groupby("family", sort=False)):
@@ -129,6 +123,11 @@ def variance_against_time(table: Any, part: str = "guide", ax: Axes | None = Non
     ax.xaxis.set_minor_locator(NullLocator())
     _legend(ax)
     return ax
+
+
+def _check_part(part: str) -> None:
+    if part not in ("guide", "model"):
+        raise ValueError(f'part must be "guide" or "model", got {part!r}')
 
 
 def _families(table: Any, column: str, ax: Axes, error: str | None = None) -> Axes:

@@ -48,45 +48,24 @@ def image_grid(
         >>> ax.images[0].get_array().shape
         (9, 8)
     """
-    from matplotlib import colormaps
-    from matplotlib.colors import to_rgb
-
     pixels = array(images)
     pixels = _images("images", pixels, shape, "(R, C, D)" if pixels.ndim == 3 else "(M, D)")
-    count = math.prod(pixels.shape[:-1])
     if columns is not None and (columns < 1 or pixels.ndim == 3):
-        raise ValueError(
-            f"columns must be >= 1, and only with images (M, D); got columns={columns} for images "
-            f"of shape {pixels.shape}. Leave it out."
-        )
+        raise ValueError(f"columns must be >= 1, and for images (M, D); got columns={columns} for "
+                         f"images of shape {pixels.shape}. Leave it out.")  # fmt: skip
     if pixels.ndim == 3:
         rows, columns = pixels.shape[:2]
     else:
-        columns = columns or math.ceil(math.sqrt(count))
-        rows = math.ceil(count / columns)
-    for argument, labels, cells in (
-        ("row_labels", row_labels, rows), ("column_labels", column_labels, columns)
-    ):  # fmt: skip
-        if labels is not None and len(labels) != cells:
-            raise ValueError(f"{argument} has {len(labels)} labels for {cells}; give one for each.")
+        columns = columns or math.ceil(math.sqrt(len(pixels)))
+        rows = math.ceil(len(pixels) / columns)
+    _check_labels("row_labels", row_labels, rows, "rows")
+    _check_labels("column_labels", column_labels, columns, "columns")
 
-    channels, height, width = (1, *shape)[-3:]
-    tiles = np.full((rows * columns, channels, height, width), 2.0)  # 2: a cell with no image
-    tiles[:count] = pixels.reshape(count, channels, height, width)
-    tiles = tiles.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    picture = tiles.reshape(rows * height, columns * width, channels)
-
+    _, height, width = (1, *shape)[-3:]
     ratio, right, bottom = width / height, columns * width - 0.5, rows * height - 0.5
     inch = min(0.6, 6 / (columns * ratio), 6 / rows)  # of one image, in a figure of our own
     ax = axes(ax, (max(3.0, inch * columns * ratio + 1.2), max(1.5, inch * rows + 0.6)))
-    if channels == 1:
-        colours = colormaps["gray"].with_extremes(bad=MISSING, over=(0, 0, 0, 0))
-        ax.imshow(picture[..., 0], cmap=colours, vmin=0, vmax=1, interpolation_stage="rgba")
-    else:
-        empty = (picture > 1).any(-1, keepdims=True)
-        missing = np.isnan(picture).any(-1, keepdims=True)
-        colour = np.where(missing, to_rgb(MISSING), np.where(empty, 1.0, picture))
-        ax.imshow(np.concatenate([colour, ~empty], axis=-1))
+    _draw_tiles(ax, pixels, shape, rows, columns)
     separator: dict[str, Any] = {"colors": SEPARATOR, "linewidth": 1.2}
     ax.vlines(np.arange(1, columns) * width - 0.5, -0.5, bottom, **separator)
     ax.hlines(np.arange(1, rows) * height - 0.5, -0.5, right, **separator)
@@ -102,6 +81,29 @@ def image_grid(
     if title is not None:
         ax.set_title(title)
     return ax
+
+
+def _draw_tiles(
+    ax: Axes, pixels: np.ndarray, shape: Sequence[int], rows: int, columns: int
+) -> None:
+    """Images side by side as one picture; cells without an image stay transparent."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgb
+
+    channels, height, width = (1, *shape)[-3:]
+    count = math.prod(pixels.shape[:-1])
+    tiles = np.full((rows * columns, channels, height, width), 2.0)  # 2: a cell with no image
+    tiles[:count] = pixels.reshape(count, channels, height, width)
+    tiles = tiles.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    picture = tiles.reshape(rows * height, columns * width, channels)
+    if channels == 1:
+        colours = colormaps["gray"].with_extremes(bad=MISSING, over=(0, 0, 0, 0))
+        ax.imshow(picture[..., 0], cmap=colours, vmin=0, vmax=1, interpolation_stage="rgba")
+    else:
+        empty = (picture > 1).any(-1, keepdims=True)
+        missing = np.isnan(picture).any(-1, keepdims=True)
+        colour = np.where(missing, to_rgb(MISSING), np.where(empty, 1.0, picture))
+        ax.imshow(np.concatenate([colour, ~empty], axis=-1))
 
 
 def reconstructions(
@@ -173,12 +175,8 @@ def class_grid(
         ['cat', 'dog']
     """
     pixels = _images("samples", samples, shape, "(C, S, D)")
-    names = [str(k) for k in range(len(pixels))] if class_names is None else list(class_names)
-    if len(names) != len(pixels):
-        raise ValueError(
-            f"class_names has {len(names)} names for the {len(pixels)} classes of samples "
-            f"{pixels.shape}; give one for each."
-        )
+    _check_labels("class_names", class_names, len(pixels), "classes")
+    names = [str(k) for k in range(len(pixels))] if class_names is None else class_names
     ax = image_grid(pixels, shape, ax, row_labels=names)
     if class_names is None:
         ax.set_ylabel("class")
@@ -256,8 +254,8 @@ def manifold(images: Values, shape: Sequence[int], grid: Values, ax: Axes | None
     pixels, values = _images("images", images, shape, "(G * G, D)"), array(grid)
     if values.ndim != 1 or len(pixels) != len(values) ** 2:
         raise ValueError(
-            f"images must be (G * G, D) for a grid of (G,) values; got {len(pixels)} images for a "
-            f"grid of shape {values.shape}. Decode torch.cartesian_prod(grid, grid)."
+            f"images must be (G * G, D) for a grid (G,); got {len(pixels)} images and a grid of "
+            f"shape {values.shape}. Decode torch.cartesian_prod(grid, grid)."
         )
     size = len(values)
     ax = image_grid(pixels.reshape(size, size, -1).swapaxes(0, 1)[::-1], shape, ax)
@@ -296,9 +294,13 @@ def interpolation(images: Values, shape: Sequence[int], ax: Axes | None = None) 
     pixels = _images("images", images, shape, "(R, S, D)")
     steps = pixels.shape[1]
     if steps < 2:
-        raise ValueError(f"images must be (R, S, D) with S >= 2 steps; got {pixels.shape}. "
-                         "Include both ends.")  # fmt: skip
+        raise ValueError(f"images must be (R, S, D) with S >= 2 steps; got {pixels.shape}.")
     return image_grid(pixels, shape, ax, column_labels=["start", *[""] * (steps - 2), "end"])
+
+
+def _check_labels(name: str, labels: Sequence[str] | None, count: int, what: str) -> None:
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"{name} has {len(labels)} labels for {count} {what}; give one for each.")
 
 
 def _images(
@@ -316,11 +318,9 @@ def _images(
         )
     if like is not None and pixels.shape[-2] != like.shape[-2]:
         raise ValueError(f"{name} must hold {like.shape[-2]} images, as many as originals; "
-                         f"got shape {pixels.shape}. Slice both to the same images.")  # fmt: skip
+                         f"got shape {pixels.shape}.")  # fmt: skip
     if (pixels < -1e-6).any() or (pixels > 1 + 1e-6).any():
         low, high = np.nanmin(pixels), np.nanmax(pixels)
-        raise ValueError(
-            f"{name} must be in [0, 1], or NaN where missing; got shape {pixels.shape} with values "
-            f"from {low:.4g} to {high:.4g}. Rescale them, or pass probabilities."
-        )
+        raise ValueError(f"{name} must be in [0, 1], or NaN where missing; got {low:.4g} to "
+                         f"{high:.4g}. Rescale them, or pass probabilities.")  # fmt: skip
     return np.clip(pixels, 0, 1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ppvae.plots.common import BLUE, GREY, MARKERS, ORANGE, PALETTE, Values, array, axes
+from ppvae.plots.common import BLUE, GREY, MARKERS, ORANGE, PALETTE, Values, axes, shaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,13 +37,10 @@ def em_steps(
         >>> [float(y) for y in ax.lines[1].get_ydata()]
         [-9.0, -8.0, -7.0, -6.8]
     """
-    evidence, after_e, after_m = array(evidence), array(after_e), array(after_m)
+    after_e = shaped("after_e", after_e, "T")
     steps = len(after_e)
-    if not (evidence.shape == (steps + 1,) and after_e.shape == after_m.shape == (steps,)):
-        raise ValueError(
-            f"evidence must be (T + 1,), after_e and after_m (T,); got {evidence.shape}, "
-            f"{after_e.shape} and {after_m.shape}"
-        )
+    after_m = shaped("after_m", after_m, steps)
+    evidence = shaped("evidence", evidence, steps + 1, cure="It has the start, too.")
     ax = axes(ax)
     at_e = start + np.arange(steps, dtype=float)
     # An M step changes log p(x), an E step does not: both are drawn over the same half steps.
@@ -60,11 +57,7 @@ def em_steps(
 
 
 def gaussian_components(
-    x: Values,
-    responsibilities: Values,
-    loc: Values,
-    covariance: Values,
-    ax: Axes | None = None,
+    x: Values, responsibilities: Values, loc: Values, covariance: Values, ax: Axes | None = None
 ) -> Axes:
     """Draw a mixture in the plane: points by their likeliest component, ellipses at 1 and 2 sd.
 
@@ -89,14 +82,10 @@ def gaussian_components(
         >>> len(ax.lines)  # two ellipses and the mean
         3
     """
-    points, share = array(x), array(responsibilities)
-    means, spreads = array(loc), array(covariance)
+    points, means = shaped("x", x, "N", 2), shaped("loc", loc, "C", 2)
     C = len(means)
-    if points.shape[1:] != (2,) or share.shape != (len(points), C) or spreads.shape != (C, 2, 2):
-        raise ValueError(
-            f"x must be (N, 2), responsibilities (N, C), loc (C, 2), covariance (C, 2, 2); got "
-            f"{points.shape}, {share.shape}, {means.shape} and {spreads.shape}"
-        )
+    share = shaped("responsibilities", responsibilities, len(points), C)
+    spreads = shaped("covariance", covariance, C, 2, 2)
     ax = axes(ax, (5.0, 4.6))
     angle = np.linspace(0, 2 * np.pi, 100)
     circle = np.stack([np.cos(angle), np.sin(angle)])
@@ -139,20 +128,15 @@ def levels_over_training(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['z1', 'z2']
     """
-    at = array(epochs)
-    for name, values in levels.items():
-        if array(values).shape != at.shape:
-            raise ValueError(
-                f"level {name!r} must have one value per epoch, {at.shape}, got "
-                f"{array(values).shape}"
-            )
-    ax = axes(ax)
-    dense = len(at) > 20
-    for i, (name, values) in enumerate(levels.items()):
-        ax.plot(at, array(values), color=PALETTE[i % 10], marker=MARKERS[i % 10], ms=5,
-                markevery=max(1, len(at) // 12) if dense else 1, label=name)  # fmt: skip
     from matplotlib.ticker import MaxNLocator
 
+    x = shaped("epochs", epochs, "T")
+    curves = {name: shaped(f"level {name!r}", y, len(x)) for name, y in levels.items()}
+    ax = axes(ax)
+    every = max(1, len(x) // 12) if len(x) > 20 else 1
+    for i, (name, y) in enumerate(curves.items()):
+        ax.plot(x, y, color=PALETTE[i % 10], marker=MARKERS[i % 10], ms=5, markevery=every,
+                label=name)  # fmt: skip
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.axhline(0, color=GREY, lw=0.8, zorder=0)
     ax.set(xlabel="epoch", ylabel=ylabel)

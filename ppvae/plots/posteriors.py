@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppvae.plots.common import BLUE, ORANGE, PALETTE, Values, array, axes, number
+from ppvae.plots.common import BLUE, ORANGE, PALETTE, Values, array, axes, number, shaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CELLS = 80
+_CURE = (
+    "Pass draws of one datapoint, guide's and reference's with the same d; a reference that did "
+    "not converge is NaN."
+)
 BROWN = "#B35900"  # told from blue by every reader, and dark enough for lines
 
 
@@ -105,14 +109,10 @@ def posterior_intervals(
         'value of the latent'
         >>> plt.close("all")
     """
-    guide, reference = array(guide_draws), array(reference_draws)
-    if guide.ndim != 2 or reference.ndim != 2 or guide.shape[1] != reference.shape[1]:
-        raise ValueError(
-            "draws must be (S, d) of one datapoint with the same d, got guide "
-            f"{guide.shape} and reference {reference.shape}"
-        )
-    _require_finite(guide, "guide_draws")
-    _require_finite(reference, "reference_draws")
+    guide = shaped("guide_draws", guide_draws, "S", "d", finite="all", cure=_CURE)
+    reference = shaped(
+        "reference_draws", reference_draws, "S", guide.shape[1], finite="all", cure=_CURE
+    )
     d = guide.shape[1]
     ax = axes(ax, (6.0, 0.9 + 0.32 * d))
     rows = np.arange(d)
@@ -160,13 +160,13 @@ def gap_bars(gaps: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     ax = axes(ax, (1.6 + 1.3 * len(gaps), 4.0))
     approximation = {name: array(g.approximation) for name, g in gaps.items()}
     amortisation = {name: array(g.amortisation) for name, g in gaps.items()}
-    at = np.arange(len(gaps))
+    place = np.arange(len(gaps))
     lower = np.array([values.mean() for values in approximation.values()])
     upper = np.array([values.mean() for values in amortisation.values()])
     # Below 0 (noise) a part starts at 0 of its own, so that no bar is hidden.
     base = np.where((lower > 0) & (upper > 0), lower, 0.0)
-    ax.bar(at, lower, 0.6, color=PALETTE[0], label="approximation (the family)")
-    ax.bar(at, upper, 0.6, base, color=ORANGE, label="amortisation (the encoder)", hatch="//",
+    ax.bar(place, lower, 0.6, color=PALETTE[0], label="approximation (the family)")
+    ax.bar(place, upper, 0.6, base, color=ORANGE, label="amortisation (the encoder)", hatch="//",
            edgecolor="white", linewidth=0)  # fmt: skip
     for i, name in enumerate(gaps):
         total = approximation[name] + amortisation[name]
@@ -179,7 +179,7 @@ def gap_bars(gaps: Mapping[str, Any], ax: Axes | None = None) -> Axes:
             ax.annotate(number(value, ".2f"), (i, 0 if below else middle), (0, -8 if below else 0),
                         textcoords="offset points", ha="center", va="center", fontsize="small",
                         bbox=box)  # fmt: skip
-    ax.set_xticks(at, list(gaps))
+    ax.set_xticks(place, list(gaps))
     ax.set_ylabel("gap to log p(x) [nats per datapoint]")
     ax.axhline(0, color="black", linewidth=0.8)
     ax.margins(y=0.12)
@@ -188,35 +188,21 @@ def gap_bars(gaps: Mapping[str, Any], ax: Axes | None = None) -> Axes:
 
 
 def _two(draws: Values, latents: tuple[int, int], label: str) -> np.ndarray:
-    values = array(draws)
-    if values.ndim != 2 or not all(-values.shape[1] <= i < values.shape[1] for i in latents):
-        raise ValueError(
-            f"{label} must be (S, d) of one datapoint and have latents {latents}, got shape "
-            f"{values.shape}"
-        )
-    chosen = values[:, list(latents)]
-    _require_finite(chosen, label)
-    return chosen
-
-
-def _require_finite(values: np.ndarray, label: str) -> None:
-    if not np.isfinite(values).all():
-        raise ValueError(
-            f"{label} holds NaN or infinite values; a reference that did not converge is NaN: pick "
-            "another datapoint, or run hmc longer"
-        )
+    values = shaped(label, draws, "S", "d", cure=_CURE)
+    if not all(-values.shape[1] <= i < values.shape[1] for i in latents):
+        raise ValueError(f"{label} of shape {values.shape} has no latents {latents}")
+    return shaped(label, values[:, list(latents)], "S", 2, finite="all", cure=_CURE)
 
 
 def _density(draws: np.ndarray, extent: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A smoothed histogram: cell centres and ``(rows of y, columns of x)``."""
+    from scipy.ndimage import gaussian_filter
+
     counts, x, y = np.histogram2d(draws[:, 0], draws[:, 1], bins=CELLS, range=extent)
-    for axis in range(2):
-        cell = (extent[axis][1] - extent[axis][0]) / CELLS
-        width = max(0.5, draws[:, axis].std() * len(draws) ** (-1 / 6) / cell)  # Scott, in cells
-        offsets = np.subtract.outer(np.arange(CELLS), np.arange(CELLS))
-        kernel = np.exp(-0.5 * (offsets / width) ** 2)
-        counts = np.moveaxis(np.tensordot(kernel, counts, (1, axis)), 0, axis)
-    return (x[1:] + x[:-1]) / 2, (y[1:] + y[:-1]) / 2, counts.T
+    cells = [(high - low) / CELLS for low, high in extent]
+    widths = np.maximum(0.5, draws.std(0) * len(draws) ** (-1 / 6) / cells)  # Scott, in cells
+    smooth = gaussian_filter(counts, widths, mode="constant", truncate=8)
+    return (x[1:] + x[:-1]) / 2, (y[1:] + y[:-1]) / 2, smooth.T
 
 
 def _levels(density: np.ndarray, shares: list[float]) -> list[float]:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from ppvae.conditionals import Conditional
-from ppvae.distributions import DiagonalNormal
+from ppvae.distributions import DiagonalNormal, ForAnyDtype
 from ppvae.posteriors.normals import check_width
 
 
@@ -87,7 +87,16 @@ class Flow(Conditional):
         # A cache, so that the layers below are asked about the very tensor that they made.
         place = T.AffineTransform(loc, self.positive(raw), event_dim=1, cache_size=1)
         base = DiagonalNormal(torch.zeros_like(loc), 1.0)
-        return dist.TransformedDistribution(base, [*layers, place])
+        return TransformedDistribution(base, [*layers, place])
+
+
+class TransformedDistribution(ForAnyDtype, dist.TransformedDistribution):
+    """Pyro's, for values of any dtype; its last layer has a location."""
+
+    def parameter(self) -> Tensor:
+        """That location."""
+        loc: Tensor = self.transforms[-1].loc
+        return loc
 
 
 def iaf(

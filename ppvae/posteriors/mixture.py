@@ -12,6 +12,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppvae.conditionals import Conditional
+from ppvae.distributions import promoted
 from ppvae.posteriors.normals import check_width
 
 
@@ -123,7 +124,7 @@ class MixtureOfNormals(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        by_dim = self._by_dim(value)[1]
+        by_dim = self._by_dim(promoted(value, self.loc))[1]
         result = (self.logits + by_dim.sum(-1)).logsumexp(-1)
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.conditionals import Conditional
+from ppvae.distributions import ForAnyDtype
 
 
 class FullNormal(Conditional):
@@ -52,7 +53,7 @@ class FullNormal(Conditional):
         flat = outputs.new_zeros((*outputs.shape[:-1], dim * dim))
         flat = flat.index_copy(-1, self.below, below)
         flat = flat.index_copy(-1, self.diagonal, self.positive(raw))
-        return dist.MultivariateNormal(loc, scale_tril=flat.unflatten(-1, (dim, dim)))
+        return MultivariateNormal(loc, scale_tril=flat.unflatten(-1, (dim, dim)))
 
 
 class LowRankNormal(Conditional):
@@ -90,7 +91,15 @@ class LowRankNormal(Conditional):
         check_width(outputs, dim * (2 + self.rank), f"LowRankNormal(rank={self.rank})")
         loc, raw, factor = outputs.split([dim, dim, dim * self.rank], -1)
         factor = factor.unflatten(-1, (dim, self.rank))
-        return dist.LowRankMultivariateNormal(loc, factor, self.positive(raw).square())
+        return LowRankMultivariateNormal(loc, factor, self.positive(raw).square())
+
+
+class MultivariateNormal(ForAnyDtype, dist.MultivariateNormal):
+    """Pyro's, for values of any dtype."""
+
+
+class LowRankMultivariateNormal(ForAnyDtype, dist.LowRankMultivariateNormal):
+    """Pyro's, for values of any dtype."""
 
 
 def check_width(outputs: Tensor, width: int, head: str) -> None:

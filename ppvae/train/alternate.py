@@ -61,16 +61,13 @@ def alternate(
         for p in own:
             if owner.setdefault(id(p), turn) != turn:
                 raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} is in parts {owner[id(p)]} and {turn}, "
-                    "shared: give lists of parameters, each in one part"
+                    f"a parameter of shape {tuple(p.shape)} is in parts {owner[id(p)]} and {turn}: "
+                    "give lists of parameters, each in one part"
                 )
         groups.append({"params": own, "taken": 0})
     optimizer = optim(groups)
     if any(group.get("fused") for group in optimizer.param_groups):
-        raise ValueError(
-            "a fused optimiser is replayed on CUDA without being asked whose turn it is: leave out "
-            "fused=True"
-        )
+        raise ValueError("a fused optimiser cannot be asked whose turn it is: leave out fused=True")
 
     def rest(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         taken = optimizer.param_groups[0]["taken"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,47 @@ class Callback:
         """Take over what :meth:`state_dict` returned."""
 
 
+class _EpochEnd(Callback):
+    """The function that ``fit(..., on_epoch_end=)`` takes, as a callback."""
+
+    def __init__(self, function: Callable[[SVI, History], bool | None]) -> None:
+        self.function = function
+
+    def on_epoch_end(self, svi: SVI, history: History) -> bool | None:
+        return self.function(svi, history)
+
+
 def overridden(callbacks: Any, method: str) -> list[Any]:
     """The bound methods of those callbacks that do something there."""
     base = getattr(Callback, method)
     return [getattr(c, method) for c in callbacks if getattr(type(c), method) is not base]
+
+
+def all_callbacks(on_epoch_end: Any, callbacks: Any) -> list[Callback]:
+    """What ``fit`` was given, as a list."""
+    callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks takes ppvae.Callback objects, got {callback!r}; functions: on_epoch_end"
+            )
+    return [*callbacks] if on_epoch_end is None else [_EpochEnd(on_epoch_end), *callbacks]
+
+
+def all_loggers(loggers: Any, fabric: Any) -> list[Any]:
+    """What ``fit`` was given, as a list, and the Fabric's."""
+    loggers = [loggers] if hasattr(loggers, "log_metrics") else list(loggers)
+    loggers += fabric.loggers if fabric is not None else []
+    for logger in loggers:
+        if not hasattr(logger, "log_metrics"):
+            raise TypeError(f"a logger needs log_metrics(metrics, step), and {logger!r} has none")
+    return loggers
+
+
+def log(loggers: Sequence[Any], rows: Sequence[dict[str, float]]) -> None:
+    """Give rows of the history to the loggers."""
+    for logger in loggers:
+        for row in rows:
+            logger.log_metrics(row, int(row["step"]))
+        if rows and hasattr(logger, "save"):
+            logger.save()

@@ -23,7 +23,7 @@ from torch import Tensor
 FORMAT = 1  # raised when an older ppvae could not read what is written
 MAGIC = "ppvae checkpoint"
 _NAME = re.compile(r"step-(\d{8,})\.pt")
-# What zipfile and torch.load raise at bytes that are not theirs, depending on where they differ.
+# What zipfile and torch.load raise for a damaged file; it depends on where the damage is.
 _DAMAGE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
 _DAMAGE += (OSError, EOFError, RuntimeError, ValueError, LookupError)
 
@@ -73,10 +73,8 @@ class Checkpoints:
         keep: int = 2,
     ) -> None:
         if every < 1 or keep < 1 or (every_steps is not None and every_steps < 1):
-            raise ValueError(
-                "Checkpoints: every, every_steps and keep must be at least 1, got "
-                f"{every}, {every_steps} and {keep}"
-            )
+            numbers = f"{every}, {every_steps} and {keep}"
+            raise ValueError(f"every, every_steps and keep must be at least 1, got {numbers}")
         self.folder = Path(folder)
         self.every, self.every_steps, self.keep = every, every_steps, keep
 
@@ -166,6 +164,35 @@ class Checkpoints:
             unfinished.unlink()
 
 
+def checkpoints_for(
+    where: str | os.PathLike[str] | Checkpoints | None, resume: bool | str | os.PathLike[str]
+) -> Checkpoints | None:
+    """The folder that :func:`ppvae.fit` writes to and goes on from; None: it writes nothing.
+
+    Raises:
+        FileExistsError: another run is in it.
+        ValueError: there is none to resume from.
+    """
+    if where is None:
+        if resume:
+            raise ValueError("resume needs the folder where checkpoints are: checkpoint='runs/vae'")
+        return None
+    files = where if isinstance(where, Checkpoints) else Checkpoints(where)
+    present = files.paths() + ([files.best] if files.best.exists() else [])
+    goes_on = resume if isinstance(resume, bool) else _is_in(Path(resume), files.folder)
+    if present and not goes_on:
+        raise FileExistsError(
+            f"{files.folder} holds the checkpoints of a run ({present[-1].name}), and this one "
+            "would replace them: go on with it by resume=True, or give checkpoint= another folder"
+        )
+    files.folder.mkdir(parents=True, exist_ok=True)  # if it fails, then before any training
+    return files
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    return path.resolve().parent == folder.resolve()
+
+
 def read(path: Path) -> dict[str, Any]:
     """The state in one file.
 
@@ -173,8 +200,7 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: it is absent.
         CheckpointError: it is damaged, not a checkpoint, or of a newer ppvae.
     """
-    state: dict[str, Any] = _content(path)["state"]
-    return state
+    return _content(path)["state"]
 
 
 def _number(path: Path) -> float:
@@ -201,19 +227,11 @@ def _content(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
-        raise CheckpointError(
-            f"{path} is damaged, truncated or no checkpoint at all ({error})"
-        ) from error
+        raise CheckpointError(f"{path} is damaged or no checkpoint at all ({error})") from error
     if not isinstance(content, dict) or content.get("ppvae") != MAGIC:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of ppvae.fit; load it with torch.load, as whoever saved "
-            "it meant"
-        )
+        raise CheckpointError(f"{path} is not a checkpoint of ppvae.fit: load it by torch.load")
     if content["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {content['format']}, and this ppvae reads up to {FORMAT}: update "
-            "ppvae"
-        )
+        raise CheckpointError(f"{path} has format {content['format']}, not {FORMAT}: update ppvae")
     return content
 
 
@@ -240,8 +258,7 @@ def plain(value: Any, where: str = "state") -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)([plain(item, f"{where}[{i}]") for i, item in enumerate(value)])
     raise TypeError(
-        f"a checkpoint holds tensors, numbers, strings, None, lists and dictionaries, and {where} "
-        f"is {type(value).__name__}: keep it out of state_dict(), or save what it is made of"
+        f"{where} is {type(value).__name__}; save tensors, numbers, strings, None, lists and dicts"
     )
 
 

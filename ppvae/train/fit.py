@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from ppvae.check.pair import check_batch
 from ppvae.elbo import Estimator
 from ppvae.pairs import evaluation_mode, seeded
-from ppvae.train.callbacks import Callback, overridden
-from ppvae.train.checkpoint import Checkpoints
+from ppvae.train import refusals
+from ppvae.train.callbacks import Callback, all_callbacks, all_loggers, log, overridden
+from ppvae.train.checkpoint import Checkpoints, checkpoints_for
 from ppvae.train.history import History
+from ppvae.train.interrupt import Interrupt, interrupts
 from ppvae.train.processes import Processes
-from ppvae.train.refusals import before_fit, prepare, require_two_rows, require_whole
-from ppvae.train.run import Progress, Run, signals, state_of
-from ppvae.train.sources import Batch, Source
+from ppvae.train.refusals import resolve_device
+from ppvae.train.run import Progress, Run, state_of
+from ppvae.train.sources import Batch, source
 from ppvae.train.svi import SVI
 
 
@@ -121,142 +120,148 @@ def fit(
         >>> [row["epoch"] for row in history.rows]
         [1, 2]
     """
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
     valid = getattr(data if valid is None else valid, "valid", valid)
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience must be at least 1, or None for no early stopping: {patience}")
-    if patience is not None and valid is None:
-        raise ValueError("patience needs a validation bound: pass valid=..., or a data.Dataset")
-    if fabric is not None and device is not None:
-        raise ValueError(f"the Fabric says where to train: leave out device={str(device)!r}")
-    files = _checkpoints(checkpoint, resume)
-    callbacks, loggers = _listeners(callbacks, loggers, fabric)
+    refusals.check_arguments(epochs, batch_size, patience, valid, device, fabric)
+    files = checkpoints_for(checkpoint, resume)
+    callbacks = all_callbacks(on_epoch_end, callbacks)
+    loggers = all_loggers(loggers, fabric)
     processes = Processes(fabric)
-    target = fabric.device if fabric is not None else None
-    target = resolve_device(device) if device is not None else target
-    source = functools.partial(
-        Source, batch_size=batch_size, device=target, processes=processes, saved=files is not None
-    )
-    train_data = source("data", getattr(data, "train", data))
-    valid_data = source("valid", valid) if valid is not None else None
+    target = None if device is None else resolve_device(device)
+    if fabric is not None:
+        target = fabric.device
+    common = (batch_size, target, processes, files is not None)
+    train_data = source("data", getattr(data, "train", data), *common)
+    valid_data = None if valid is None else source("valid", valid, *common)
     train_data.check_processes()
-    require_whole(svi.guide, train_data)
+    refusals.require_whole(svi.guide, train_data)
     if target is not None:
         _move(svi, target)
     first = train_data.first()
-    train_data.check(svi, prepare(svi, first))
-    require_two_rows(svi, train_data, first)
-    look = before_fit(svi.model, train_data, first)
+    train_data.check(svi.model, refusals.prepare(svi, first))
+    refusals.require_two_rows(svi, train_data, first)
+    check_model = refusals.before_fit(svi.model, train_data, first)
     if valid_data is not None:
-        valid_data.check(svi, check_batch(svi.model, svi.guide, *valid_data.first()))
+        valid_data.check(svi.model, check_batch(svi.model, svi.guide, *valid_data.first()))
 
-    assert svi.optimizer is not None
-    scheduler = lr_scheduler(svi.optimizer) if lr_scheduler is not None else None
-    warm_up = getattr(getattr(svi.elbo, "beta", None), "steps", 0)
     processes.copy_from_first(svi.objective)
     processes.own_draws()
-    at = Progress(History(_name(svi.elbo)), torch.zeros((), device=target))
+    assert svi.optimizer is not None
     run = Run(
-        svi, at, train_data, valid_data, scheduler, callbacks, processes, batch_size, seed, patience
+        svi=svi,
+        progress=Progress(History(_name(svi.elbo)), torch.zeros((), device=target)),
+        data=train_data,
+        valid=valid_data,
+        check_model=check_model,
+        scheduler=lr_scheduler(svi.optimizer) if lr_scheduler is not None else None,
+        callbacks=callbacks,
+        loggers=loggers if processes.rank == 0 else [],
+        processes=processes,
+        files=files,
+        epochs=epochs,
+        seed=seed,
+        patience=patience,
     )
     if resume:
-        assert files is not None
-        run.resume(files, resume)
-    history = at.history
-    if processes.rank == 0:
-        _log(loggers, history.rows)  # a logger of a resumed run has all of it
-    after_step = overridden(callbacks, "on_step_end")
-    after_epoch = overridden(callbacks, "on_epoch_end")
-    if on_epoch_end is not None:
-        after_epoch.insert(0, on_epoch_end)
-    every_steps = files.every_steps if files is not None else None
+        run.resume(resume)
+    rows = run.progress.history.rows
+    log(run.loggers, rows)  # a logger of a resumed run has all of it
+    disabled = None if progress and processes.rank == 0 else True  # None: shown in a terminal
+    bar = tqdm(total=epochs, initial=len(rows), unit="epoch", disable=disabled)
+    with bar, processes.joined(svi), interrupts(files is not None) as interrupt:
+        return _train(run, bar, interrupt)
 
-    def clock() -> float:
-        """Seconds of training: compiling is reported apart."""
-        return time.perf_counter() - svi.build_seconds
 
-    quiet = None if progress and processes.rank == 0 else True
-    bar = tqdm(total=epochs, initial=len(history.rows), unit="epoch", disable=quiet)
-    with bar, processes.joined(svi), signals(files is not None) as interrupt:
-        while not at.over(epochs, patience):
-            epoch, skipped = svi.num_epochs + 1, svi.num_skipped - at.skipped
-            built = svi.build_seconds
-            started = clock() - at.seconds
-            batches = train_data.epoch(seed, epoch, skip=at.batch, training=True)
-            for batch, rows in batches:
-                processes.contributes = rows > 0
-                loss = svi.update(*batch)
-                at.add(loss, rows, svi.skip_nonfinite)
-                for call in after_step:
-                    call(svi, loss)
-                due = every_steps is not None and svi.num_steps % every_steps == 0
-                alone = processes.size == 1  # several processes stop where they meet
-                if files is not None and (due or (interrupt.asked and alone)):
-                    at.seconds = clock() - started
-                    at.skipped = svi.num_skipped - skipped
-                    run.write(files)
-                    if processes.any(interrupt.asked):
-                        batches.close()
-                        history.interrupted = True
-                        return history
-            svi.check_finite()
-            if look is not None:
-                processes.together(look)
-            # A second call goes on where the first ended: new shuffles and draws.
-            svi.num_epochs = epoch
-            processes.average_buffers(svi.objective)
-            total, count = processes.sum(float(at.total), float(at.count))
-            seconds = clock() - started  # float(total) has waited for the device
-            objective = total / count if count else math.nan
-            row = {"epoch": epoch, "step": svi.num_steps, "train_objective": objective}
-            if valid_data is not None:
-                evaluated = (batch for batch, _ in valid_data.epoch(None, 0))
-                own_seed = processes.own_seed(seed)
-                row["valid_bound"] = mean_bound(svi, evaluated, own_seed, processes)
-            weight = getattr(state_of(svi), "weight", None)
-            if weight is not None:
-                row["kl_weight"] = processes.sum(float(weight))[0] / processes.size
-            if svi.skip_nonfinite:
-                row["skipped"] = svi.num_skipped - skipped
-            row |= {"lr": float(svi.optimizer.param_groups[0]["lr"]), "seconds": seconds}
-            if svi.build_seconds > built:
-                row["build_seconds"] = svi.build_seconds - built
-            history.rows.append(row)
-            if scheduler is not None:
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    scheduler.step(row.get("valid_bound", row["train_objective"]))
-                else:
-                    scheduler.step()
-            shown = {k: f"{row[k]:.2f}" for k in ("train_objective", "valid_bound") if k in row}
-            bar.set_description(f"{history.name} [nats per datapoint]")
-            bar.set_postfix(shown)
-            bar.update()
-
-            stops = [bool(call(svi, history)) for call in after_epoch]
-            at.stopped = processes.any(any(stops))
-            improved = False
-            if valid_data is not None and svi.num_steps >= warm_up:
-                score = getattr(svi.elbo, "sign", 1) * row["valid_bound"]
-                improved = score > at.best
-                if improved:
-                    at.best, history.best_epoch = score, epoch
-                    if patience is not None:
-                        at.best_state = _tensors(svi)
-            at.begin_epoch()
-            if processes.rank == 0:
-                _log(loggers, [row])
-            if files is not None:
-                due = len(history.rows) % files.every == 0 or at.over(epochs, patience)
-                asked = processes.any(interrupt.asked)
-                if due or improved or asked:
-                    run.write(files, best=improved)
-                if asked and not at.over(epochs, patience):
-                    history.interrupted = True
-                    return history
-    if at.best_state is not None:
-        svi.objective.load_state_dict(at.best_state, strict=False)  # the step count goes on
+def _train(run: Run, bar: Any, interrupt: Interrupt) -> History:
+    """The loop: epoch after epoch, until there are enough, or something else ends the run."""
+    svi, progress, files = run.svi, run.progress, run.files
+    history = progress.history
+    while not run.is_over():
+        history.interrupted = _epoch(run, interrupt)
+        if history.interrupted:
+            return history
+        row = _row(run)
+        history.rows.append(row)
+        _step_schedule(run.scheduler, row)
+        _show(bar, history)
+        stops = [call(svi, history) for call in overridden(run.callbacks, "on_epoch_end")]
+        progress.stopped = run.processes.any(any(stops))
+        improved = run.keep_best(row.get("valid_bound"))
+        progress.begin_epoch()
+        log(run.loggers, [row])
+        if files is not None:
+            is_over, asked = run.is_over(), run.processes.any(interrupt.asked)
+            if is_over or asked or improved or len(history.rows) % files.every == 0:
+                run.write(best=improved)
+            history.interrupted = asked and not is_over
+            if history.interrupted:
+                return history
+    if progress.best_state is not None:
+        svi.objective.load_state_dict(progress.best_state, strict=False)  # not the step count
     return history
+
+
+def _epoch(run: Run, interrupt: Interrupt) -> bool:
+    """Take the steps of an epoch that are left; True if a signal stopped it, and it is saved."""
+    svi, progress, processes = run.svi, run.progress, run.processes
+    after_step = overridden(run.callbacks, "on_step_end")
+    every_steps = run.files.every_steps if run.files is not None else None
+    may_stop = run.files is not None and processes.size == 1  # several must stop together
+    progress.start_clock(svi)
+    with closing(run.data.epoch(run.seed, svi.num_epochs + 1, progress.batch)) as batches:
+        for batch, rows in batches:
+            processes.contributes = rows > 0
+            loss = svi.update(*batch)
+            progress.add(loss, rows, svi.skip_nonfinite)
+            for call in after_step:
+                call(svi, loss)
+            is_due = every_steps is not None and svi.num_steps % every_steps == 0
+            if is_due or (may_stop and interrupt.asked):
+                progress.read_clock(svi)
+                run.write()
+                if processes.any(interrupt.asked):
+                    return True
+    svi.check_finite()
+    if run.check_model is not None:
+        processes.together(run.check_model)
+    svi.num_epochs += 1  # so a second call goes on with new shuffles and draws
+    processes.average_buffers(svi.objective)
+    return False
+
+
+def _row(run: Run) -> dict[str, float]:
+    """The row of the history for an epoch that has just ended; it runs the validation."""
+    svi, progress, processes = run.svi, run.progress, run.processes
+    total, count = processes.sum(float(progress.total), float(progress.count))
+    progress.read_clock(svi)  # float(total) has waited for the device
+    objective = total / count if count else math.nan
+    row = {"epoch": svi.num_epochs, "step": svi.num_steps, "train_objective": objective}
+    if run.valid is not None:
+        own_seed = processes.own_seed(run.seed)
+        row["valid_bound"] = mean_bound(svi, run.valid.evaluation(), own_seed, processes)
+    weight = getattr(state_of(svi), "weight", None)
+    if weight is not None:
+        row["kl_weight"] = processes.sum(float(weight))[0] / processes.size
+    if svi.skip_nonfinite:
+        row["skipped"] = progress.skipped
+    assert svi.optimizer is not None
+    row |= {"lr": float(svi.optimizer.param_groups[0]["lr"]), "seconds": progress.seconds}
+    if svi.build_seconds > progress.built_before:
+        row["build_seconds"] = svi.build_seconds - progress.built_before
+    return row
+
+
+def _step_schedule(scheduler: LRScheduler | None, row: dict[str, float]) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(row.get("valid_bound", row["train_objective"]))
+    elif scheduler is not None:
+        scheduler.step()
+
+
+def _show(bar: Any, history: History) -> None:
+    row = history.rows[-1]
+    bar.set_description(f"{history.name} [nats per datapoint]")
+    bar.set_postfix({k: f"{row[k]:.2f}" for k in ("train_objective", "valid_bound") if k in row})
+    bar.update()
 
 
 def mean_bound(
@@ -276,95 +281,12 @@ def mean_bound(
     return total / count
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """``"auto"`` is CUDA if there is one, else the CPU.
-
-    Raises:
-        ValueError: an unknown device, or CUDA is asked for but absent.
-
-    Example:
-        >>> from ppvae.train.fit import resolve_device
-        >>> resolve_device("cpu")
-        device(type='cpu')
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f'device={device!r} is unknown: use "auto", "cpu", "cuda" or "cuda:1"'
-        ) from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device={str(device)!r} was asked for, but this PyTorch sees no CUDA device; use "
-            '"auto" or "cpu", or install a CUDA build of torch'
-        )
-    return resolved
-
-
 def _move(svi: SVI, device: torch.device) -> None:
     svi.objective.to(device)
     if svi.optimizer is not None:  # loading casts the optimiser's state to the parameters' device
         svi.optimizer.load_state_dict(svi.optimizer.state_dict())
 
 
-def _tensors(svi: SVI) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers."""
-    state = svi.objective.state_dict()  # the step count is not a tensor
-    return {name: value.clone() for name, value in state.items() if torch.is_tensor(value)}
-
-
 def _name(elbo: Any) -> str:
     K = getattr(elbo, "num_draws", elbo.num_particles)
     return f"{type(elbo).__name__}-{K}" if K > 1 else type(elbo).__name__
-
-
-def _checkpoints(
-    where: str | os.PathLike[str] | Checkpoints | None, resume: bool | str | os.PathLike[str]
-) -> Checkpoints | None:
-    """The folder to write to and to go on from; refuses to mix two runs."""
-    if where is None:
-        if resume:
-            raise ValueError(
-                "resume needs the folder where checkpoints are: fit(..., checkpoint='runs/vae', "
-                "resume=True)"
-            )
-        return None
-    files = where if isinstance(where, Checkpoints) else Checkpoints(where)
-    there = files.paths() + ([files.best] if files.best.exists() else [])
-    elsewhere = (
-        not isinstance(resume, bool) and Path(resume).resolve().parent != files.folder.resolve()
-    )
-    if there and (resume is False or elsewhere):
-        raise FileExistsError(
-            f"{files.folder} holds the checkpoints of a run ({there[-1].name}), and this one would "
-            "replace them: go on with it by resume=True, or give checkpoint= another folder"
-        )
-    files.folder.mkdir(parents=True, exist_ok=True)  # if that fails, not after an epoch's work
-    return files
-
-
-def _listeners(callbacks: Any, loggers: Any, fabric: Any) -> tuple[list[Callback], list[Any]]:
-    """Callbacks and loggers as lists, the Fabric's loggers included."""
-    callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise TypeError(
-                f"callbacks takes ppvae.Callback objects, got {callback!r}; a function of (svi, "
-                "history) goes to on_epoch_end"
-            )
-    loggers = [loggers] if hasattr(loggers, "log_metrics") else list(loggers)
-    loggers += fabric.loggers if fabric is not None else []
-    for logger in loggers:
-        if not hasattr(logger, "log_metrics"):
-            raise TypeError(f"a logger needs log_metrics(metrics, step), and {logger!r} has none")
-    return callbacks, loggers
-
-
-def _log(loggers: list[Any], rows: list[dict[str, float]]) -> None:
-    for logger in loggers:
-        for row in rows:
-            logger.log_metrics(row, int(row["step"]))
-        if rows and hasattr(logger, "save"):
-            logger.save()

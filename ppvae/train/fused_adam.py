@@ -1,8 +1,9 @@
-"""torch's fused Adam on the CPU, without what its step does tensor by tensor.
+"""torch's fused Adam on the CPU, without what its step does for each tensor.
 
-That is to look up every state and gather it in new lists, and to count every tensor's steps by an
-operation of its own: with sixty tensors as long as the update itself. Here the lists are kept as
-long as they are those of the state, and the counts of a group are one tensor.
+At each step torch looks up the state of every tensor, puts it into new lists, and counts the steps
+of each tensor by an operation of its own; for many small tensors most of the step is that. Here the
+lists are kept for as long as they hold the state's tensors, and a group has one count. Design,
+decision 36, has what it is worth.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ Lists = tuple[list[dict[str, Any]], list[Tensor], list[Tensor], list[Tensor], Te
 class Adam(optim.Adam):
     """``torch.optim.Adam`` whose fused steps on the CPU cost less, and are the same to the bit.
 
-    State, hooks and schedulers are as there. What there are no lists for (the first step, a
-    parameter without gradient, amsgrad, another device) is torch's own step.
+    State, hooks and schedulers are those of torch. Where no lists can be kept (the first step, a
+    parameter without gradient, amsgrad, another device) the step is torch's own.
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.ones(2))
@@ -47,7 +48,7 @@ class Adam(optim.Adam):
             return self._hooked_step() if closure is None else self._hooked_step(closure)
         return self._step(closure)
 
-    step.hooked = True  # type: ignore[attr-defined]  # else torch would call the hooks, too
+    step.hooked = True  # type: ignore[attr-defined]  # it calls hooks itself, so torch need not add them
 
     def _step(self, closure: Any = None) -> Any:
         if closure is not None or not self._keep_lists():
@@ -59,28 +60,17 @@ class Adam(optim.Adam):
                 counts.add_(1)
                 decoupled = group["decoupled_weight_decay"]
                 update: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
-                update(
-                    group["params"],
-                    [p.grad for p in group["params"]],
-                    averages,
-                    squares,
-                    [],
-                    steps,
-                    lr=group["lr"],
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    amsgrad=False,
-                    maximize=group["maximize"],
-                )
+                tensors: Any = [p.grad for p in group["params"]], averages, squares, [], steps
+                rest = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
+                beta1, beta2 = group["betas"]
+                update(group["params"], *tensors, beta1=beta1, beta2=beta2, amsgrad=False, **rest)
         return None
 
-    # What torch puts around every step: the user's hooks, which may change everything.
+    # With what torch puts around every step: the user's hooks, which may change everything.
     _hooked_step = Optimizer.profile_hook_step(_step)
 
     def _keep_lists(self) -> bool:
-        """Whether there are lists of all groups that a step may use; they are made if need be."""
+        """Whether a step may use lists of all groups; where they are out of date, make them."""
         if not all(self._is_plain(group) for group in self.param_groups):
             return False
         current = len(self._kept) == len(self.param_groups) and all(
@@ -89,9 +79,9 @@ class Adam(optim.Adam):
         )
         if not current:
             groups = [group["params"] for group in self.param_groups]
-            if not all(self._can_keep(params) for params in groups):
+            if not all(map(self._can_keep, groups)):
                 return False
-            self._kept = [self._lists(params) for params in groups]
+            self._kept = list(map(self._lists, groups))
         return True
 
     def _is_plain(self, group: dict[str, Any]) -> bool:
@@ -117,12 +107,8 @@ class Adam(optim.Adam):
 
     def _can_keep(self, params: list[Tensor]) -> bool:
         """Whether all have been updated before, are of one dtype, and on the CPU."""
-        known = all(self.state.get(p) for p in params)
-        return (
-            bool(params)
-            and known
-            and {(p.dtype, p.is_cpu) for p in params} == {(params[0].dtype, True)}
-        )
+        updated = len(params) > 0 and all(self.state.get(p) for p in params)
+        return updated and {(p.dtype, p.is_cpu) for p in params} == {(params[0].dtype, True)}
 
     def _lists(self, params: list[Tensor]) -> Lists:
         """The state of some parameters, whose counts of steps become views of one tensor."""
@@ -136,9 +122,9 @@ class Adam(optim.Adam):
 
 
 class AdamW(Adam, optim.AdamW):
-    """``torch.optim.AdamW`` likewise."""
+    """``torch.optim.AdamW``, its steps as those of :class:`Adam`."""
 
 
 def _without_hooks(step: Any) -> Any:
-    """A step as its class defines it; the first object of a class adds what calls hooks."""
+    """A step as its class defines it: when an object is made, torch puts the hooks around it."""
     return step.__wrapped__ if getattr(step, "hooked", False) else step

@@ -50,13 +50,9 @@ class History:
         if not chosen:
             return f"{self.name}: no epoch yet"
         heads = list(dict.fromkeys(head for row in chosen for head in row))
+        form = {"epoch": ".0f", "step": ".0f", "lr": ".2e"}
         cells = [
-            [
-                format(row[h], {"epoch": ".0f", "step": ".0f", "lr": ".2e"}.get(h, ".2f"))
-                if h in row
-                else ""
-                for h in heads
-            ]
+            [format(row[h], form.get(h, ".2f")) if h in row else "" for h in heads]
             for row in chosen
         ]
         widths = [max(len(h), *(len(row[i]) for row in cells)) for i, h in enumerate(heads)]

@@ -1,4 +1,4 @@
-"""The one torch optimiser of a pair, from whatever the user gives."""
+"""The one torch optimiser of a pair, from what the user gives."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import pyro.optim
 import torch
 from torch import nn
+from torch.optim import Adam, AdamW
 
 from ppvae.train import fused_adam
+
+_CHEAPER: dict[Any, Any] = {Adam: fused_adam.Adam, AdamW: fused_adam.AdamW}
 
 
 def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
@@ -19,40 +22,32 @@ def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(
-            "model and guide have no trainable parameters; make the networks attributes of an "
-            "nn.Module (a ppvae.Program), so that .parameters() finds them"
+            "model and guide have no trainable parameters: make the networks attributes of them"
         )
     if isinstance(optim, torch.optim.Optimizer):
-        known = {id(p) for group in optim.param_groups for p in group["params"]}
-        if not any(id(p) in known for p in parameters):
-            raise ValueError(
-                "the optimiser holds none of the pair's parameters; build it from "
-                "[*model.parameters(), *guide.parameters()], or pass the class"
-            )
+        held = {id(p) for group in optim.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in parameters):
+            raise ValueError("the optimiser holds none of the pair's parameters: pass its class")
         return optim
     if isinstance(optim, pyro.optim.PyroOptim):
         optim = _from_pyro(optim)
     if not callable(optim):
-        raise TypeError(
-            "optim must be a torch.optim class, a factory, an optimiser or a PyroOptim, got "
-            f"{optim!r}"
-        )
-    factory = optim.func if isinstance(optim, functools.partial) else optim
+        raise TypeError(f"optim takes a torch.optim class, a factory or a PyroOptim, got {optim!r}")
+    made = functools.partial(optim)  # equal to ``optim``, if that is a partial already
+    _check_first_order(made.func)
+    if {"fused", "foreach"} & made.keywords.keys() or not _can_fuse(made.func, parameters):
+        return optim(parameters)
+    factory = _CHEAPER.get(made.func, made.func)
+    return factory(*made.args, parameters, **made.keywords, fused=True)
+
+
+def _check_first_order(factory: Any) -> None:
+    """Raise ``TypeError`` for an optimiser whose step needs the loss as a function."""
     closure = inspect.signature(getattr(factory, "step", lambda closure=None: None)).parameters
     if "closure" in closure and closure["closure"].default is inspect.Parameter.empty:
         raise TypeError(
-            f"{factory.__name__} evaluates the loss several times in a step, and a step of SVI is "
-            "one loss and one gradient; use torch.optim.Adam or another first-order optimiser"
+            f"{factory.__name__} evaluates the loss several times in a step, SVI once: use Adam"
         )
-    given = optim.keywords if isinstance(optim, functools.partial) else {}
-    if "fused" not in given and "foreach" not in given and _can_fuse(factory, parameters):
-        cheaper: dict[Any, Any] = {
-            torch.optim.Adam: fused_adam.Adam,
-            torch.optim.AdamW: fused_adam.AdamW,
-        }
-        arguments = optim.args if isinstance(optim, functools.partial) else ()
-        return cheaper.get(factory, factory)(*arguments, parameters, **given, fused=True)
-    return optim(parameters)
 
 
 def _can_fuse(factory: Any, parameters: list[nn.Parameter]) -> bool:
@@ -67,12 +62,11 @@ def _can_fuse(factory: Any, parameters: list[nn.Parameter]) -> bool:
 def _from_pyro(optim: pyro.optim.PyroOptim) -> Callable[..., torch.optim.Optimizer]:
     if isinstance(optim, pyro.optim.PyroLRScheduler):
         raise TypeError(
-            "a Pyro scheduler keeps one schedule per tensor; pass the torch optimiser class here "
-            "and the schedule to ppvae.fit(..., lr_scheduler=...)"
+            "a Pyro scheduler keeps one schedule per tensor: use ppvae.fit(..., lr_scheduler=...)"
         )
     if callable(optim.pt_optim_args) or optim.pt_clip_args:
         raise TypeError(
-            "a PyroOptim with arguments per parameter, or with clip_args, cannot be made one torch "
-            "optimiser; pass a factory with parameter groups, and SVI(clip_norm=...)"
+            "a PyroOptim with arguments per parameter, or clip_args, is no one torch optimiser: "
+            "give a factory with parameter groups, and SVI(clip_norm=...)"
         )
     return functools.partial(optim.pt_optim_constructor, **optim.pt_optim_args)

@@ -27,44 +27,18 @@ class Processes:
     def __init__(self, fabric: Any = None) -> None:
         running = distributed.is_available() and distributed.is_initialized()
         size = distributed.get_world_size() if running else 1
-        if fabric is None:
-            if size > 1:
-                raise ValueError(
-                    f"torch.distributed runs {size} processes, and fit was given no Fabric: each "
-                    "would train a pair of its own. Pass fabric=Fabric(devices=..., strategy="
-                    '"ddp") after fabric.launch()'
-                )
-        else:
-            strategy = type(fabric.strategy).__name__
-            if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
-                raise ValueError(
-                    f"fit trains copies of the pair whose gradients are summed: use strategy="
-                    f'"ddp" (or "ddp_spawn", "ddp_fork"), got {strategy}'
-                )
-            precision = fabric.strategy.precision.precision
-            if precision not in ("32-true", "bf16-mixed"):
-                raise ValueError(
-                    f'fit takes precision "32-true" and "bf16-mixed", got {precision!r}: "16-mixed"'
-                    " needs a scaled loss, which bf16 does not; for float64 call "
-                    "svi.objective.double() and give float64 data"
-                )
-            if fabric.world_size != size:
-                raise ValueError(
-                    f"the Fabric is for {fabric.world_size} processes, and {size} run: call "
-                    "fabric.launch() first, and fit(..., fabric=fabric) in each process; see the "
-                    "page on training"
-                )
+        _check_fabric(fabric, size)
         self.fabric, self.size = fabric, size
         self.rank = distributed.get_rank() if size > 1 else 0
         self.precision = "32-true" if fabric is None else str(fabric.strategy.precision.precision)
-        # Whether this process has rows in the current step; if not, its gradient counts as zero.
+        # Whether this process has rows in the current step; if not, its gradient is taken as zero.
         self.contributes = True
 
     # -- gradients -------------------------------------------------------------------------------
     @contextmanager
     def joined(self, svi: SVI) -> Iterator[None]:
         """Train as one: gradients summed over the processes, losses in the Fabric's precision."""
-        before = svi.synchronize, svi.autocast
+        alone = svi.synchronize, svi.autocast
         if self.size > 1:
             svi.synchronize = self.sum_gradients
         if self.precision != "32-true":
@@ -72,7 +46,7 @@ class Processes:
         try:
             yield
         finally:
-            svi.synchronize, svi.autocast = before
+            svi.synchronize, svi.autocast = alone
 
     def sum_gradients(self, gradients: list[Tensor]) -> None:
         """Replace each gradient by its sum over the processes: one all-reduce, in place.
@@ -123,8 +97,7 @@ class Processes:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.fabric.device)
         distributed.all_reduce(total)
-        summed: list[float] = total.tolist()
-        return summed
+        return total.tolist()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -179,3 +152,26 @@ class Processes:
             with torch.random.fork_rng(devices=[]):
                 drawn = int(torch.randint(2**62, ()))
             torch.manual_seed(self.own_seed(drawn))
+
+
+def _check_fabric(fabric: Any, size: int) -> None:
+    """Raise ``ValueError`` unless ``fit`` can train with it, in so many processes."""
+    if fabric is None:
+        if size > 1:
+            raise ValueError(
+                f"torch.distributed runs {size} processes, and fit was given no Fabric: pass "
+                'fabric=Fabric(devices=..., strategy="ddp") after fabric.launch()'
+            )
+        return
+    strategy, precision = type(fabric.strategy).__name__, fabric.strategy.precision.precision
+    if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
+        raise ValueError(f'fit sums gradients over processes: use strategy="ddp", got {strategy}')
+    if precision not in ("32-true", "bf16-mixed"):
+        raise ValueError(
+            f'fit takes precision "32-true" and "bf16-mixed", got {precision!r}: for float64 call '
+            "svi.objective.double() and give float64 data"
+        )
+    if fabric.world_size != size:
+        raise ValueError(
+            f"Fabric for {fabric.world_size} processes, and {size} run: call fabric.launch() first"
+        )

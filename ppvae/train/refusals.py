@@ -1,13 +1,13 @@
-"""What ``fit`` refuses before its first step, besides what every batch is checked for."""
+"""What ``fit`` refuses before its first step, apart from the checks that every batch passes."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pyro
+import torch
 from pyro.infer.autoguide import AutoGuide
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,15 +20,53 @@ from ppvae.train.svi import SVI
 from ppvae.weights import log_weights
 
 
+def check_arguments(
+    epochs: int, batch_size: int, patience: int | None, valid: Any, device: Any, fabric: Any
+) -> None:
+    """Raise ``ValueError`` for arguments of ``fit`` that mean nothing, alone or together."""
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be at least 1, or None for no early stopping: {patience}")
+    if patience is not None and valid is None:
+        raise ValueError("patience needs a validation bound: pass valid=..., or a data.Dataset")
+    if fabric is not None and device is not None:
+        raise ValueError(f"the Fabric says where to train: leave out device={str(device)!r}")
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """``"auto"`` is CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: an unknown device, or CUDA is asked for but absent.
+
+    Example:
+        >>> from ppvae.train.fit import resolve_device
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'device={device!r} is unknown: use "auto", "cpu" or "cuda:1"') from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={str(device)!r}, but this PyTorch sees no CUDA device: use 'cpu' or 'auto'"
+        )
+    return resolved
+
+
 def require_whole(guide: Any, data: Source) -> None:
     """Refuse minibatches for a guide whose parameters belong to positions in a batch."""
     if not isinstance(guide, AutoGuide) or guide.create_plates is not None:
         return
-    if data.loads or data.reads or len(data.whole(0)[0]) > data.batch_size:
+    whole = data.whole()
+    if whole is None or len(whole[0]) > data.batch_size:
         raise ValueError(
-            f"{type(guide).__name__} has parameters for the positions of a batch, not for "
-            "datapoints, so minibatches would share them; wrap it (guides.Auto), or train on all "
-            "the data at once (batch_size)"
+            f"{type(guide).__name__} has parameters for the positions of a batch, and minibatches "
+            "would share them; wrap it (guides.Auto), or train on all data at once (batch_size)"
         )
 
 
@@ -46,16 +84,8 @@ def before_fit(model: Any, data: Source, first: Batch) -> Callable[[], None] | N
     ask = getattr(module_of(model), "before_fit", None)
     if ask is None:
         return None
-    rows = None
-    if not data.loads and not data.reads:
-        first = data.whole(0)
-        rows = len(first[0])
-    elif data.reads:
-        rows = len(data.data)
-    elif data.loads_rows():
-        rows = len(data.data.dataset)
-    after_epoch: Callable[[], None] | None = ask(rows, *first)
-    return after_epoch or (lambda: None)  # in every process, if in one
+    after_epoch: Callable[[], None] | None = ask(data.num_rows, *(data.whole() or first))
+    return after_epoch or (lambda: None)  # all processes meet to call it, so each has one
 
 
 def prepare(svi: SVI, batch: Batch) -> Checks:
@@ -78,52 +108,53 @@ def prepare(svi: SVI, batch: Batch) -> Checks:
 
 
 def require_two_rows(svi: SVI, data: Source, batch: Batch) -> None:
-    """Refuse a last batch of one row where batch norm would have one value per channel.
+    """Refuse a last batch of one row where batch norm would have one value per channel."""
+    single = data.single_row()
+    layer = _layer_of_single_values(svi, batch) if single is not None else None
+    if single is None or layer is None:
+        return
+    rows, size = single
+    cure = "give more rows, or normalise by nn.LayerNorm"
+    if rows > 1:
+        works = next(b for b in itertools.count(size + 1) if rows % b != 1)
+        cure = f"use batch_size={works}" + (f", or {data.how_to_drop}" if size > 1 else "")
+    raise ValueError(
+        f"{data.label} has {rows} rows, so batch_size={size} leaves one row for the last batch, "
+        f"and the batch-norm layer {layer!r} cannot train on a single value per channel; {cure}"
+    )
 
-    Layers that normalise a feature map, or several particles, have more: so the pair is run.
+
+def _layer_of_single_values(svi: SVI, batch: Batch) -> str | None:
+    """The batch-norm layer that has one value per channel when the pair is run on one row.
+
+    A layer that normalises a feature map, or several particles, has more.
     """
-    sizes = data.batches_of_one()
     layers = {
-        name: module
+        module: name
         for name, module in svi.objective.named_modules()
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
     }
-    if sizes is None or not layers:
-        return
+    if not layers:
+        return None
     found: list[str] = []
 
-    def look(name: str, module: Any, inputs: tuple[Any, ...]) -> None:
+    def note(layer: Any, inputs: tuple[Any, ...]) -> None:
         if inputs and inputs[0].numel() == inputs[0].shape[1]:
-            found.append(name)
+            found.append(layers[layer])
 
-    handles = [
-        module.register_forward_pre_hook(functools.partial(look, name))
-        for name, module in layers.items()
-    ]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     if isinstance(svi.elbo, Estimator):
         K = svi.elbo.num_draws
-    else:  # Pyro's own draw one by one, unless told otherwise
+    else:  # Pyro's own estimators run particles one by one, unless they are told to vectorise
         K = svi.elbo.num_particles if svi.elbo.vectorize_particles else 1
     row = [tensor[:1] for tensor in batch]
     try:
         with unnoticed(svi.model, svi.guide), local_parameters(), pyro.validation_enabled(False):
             log_weights(svi.model, svi.guide, *row, num_particles=K)
-    except ValueError:  # a layer without running statistics, which has none to evaluate with
+    except ValueError:  # from a layer without running statistics, which needs two values
         if not found:
             raise
     finally:
-        for handle in handles:
-            handle.remove()
-    if not found:
-        return
-    rows, size = sizes
-    if rows > 1:
-        works = next(b for b in itertools.count(size + 1) if rows % b != 1)
-        cure = f"use batch_size={works}, or leave a row out"
-        cure += " (drop_last=True)" if data.loads and size > 1 else ""
-    else:
-        cure = "give more rows, or normalise by nn.LayerNorm"
-    raise ValueError(
-        f"{data.label} has {rows} rows, so batch_size={size} leaves one row for the last batch, "
-        f"and the batch-norm layer {found[0]!r} cannot train on a single value per channel; {cure}"
-    )
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,31 +60,42 @@ class Progress:
             self.total = self.total - loss
             self.count += rows
 
+    def start_clock(self, svi: SVI) -> None:
+        """Start to measure the current epoch, on top of what it took before a resume."""
+        self.built_before = svi.build_seconds
+        self._skipped_before = svi.num_skipped - self.skipped
+        self._started = time.perf_counter() - svi.build_seconds - self.seconds
+
+    def read_clock(self, svi: SVI) -> None:
+        """Set ``seconds``, without those of compiling, and ``skipped``."""
+        self.seconds = time.perf_counter() - svi.build_seconds - self._started
+        self.skipped = svi.num_skipped - self._skipped_before
+
     def begin_epoch(self) -> None:
         """Nothing of the next epoch is done."""
         self.total, self.count = torch.zeros_like(self.total), 0
         self.batch, self.seconds, self.skipped = 0, 0.0, 0
 
-    def over(self, epochs: int, patience: int | None) -> bool:
-        """Whether the run has come to its end."""
-        history = self.history
-        if patience is not None and history.best_epoch is not None:
-            history.stopped_early = history.rows[-1]["epoch"] - history.best_epoch >= patience
-        return self.stopped or history.stopped_early or len(history.rows) >= epochs
-
 
 @dataclass
 class Run:
-    """What :func:`ppvae.fit` trains, and with what; for checkpoints."""
+    """What :func:`ppvae.fit` trains, with what, and how far it is.
+
+    ``check_model`` is what the model's ``before_fit`` returned; the rest are arguments of ``fit``,
+    or were made from them.
+    """
 
     svi: SVI
-    at: Progress
+    progress: Progress
     data: Source
     valid: Source | None
+    check_model: Callable[[], None] | None
     scheduler: LRScheduler | None
     callbacks: Sequence[Callback]
+    loggers: Sequence[Any]
     processes: Processes
-    batch_size: int
+    files: Checkpoints | None
+    epochs: int
     seed: int
     patience: int | None
 
@@ -96,6 +103,30 @@ class Run:
     def stateful(self) -> list[Callback]:
         """The callbacks that have something to find again."""
         return [c for c in self.callbacks if type(c).state_dict is not Callback.state_dict]
+
+    def is_over(self) -> bool:
+        """Whether the run has come to its end; the end of patience is noted in the history."""
+        history = self.progress.history
+        if self.patience is not None and history.best_epoch is not None:
+            since_best = history.rows[-1]["epoch"] - history.best_epoch
+            history.stopped_early = since_best >= self.patience
+        stopped = self.progress.stopped or history.stopped_early
+        return stopped or len(history.rows) >= self.epochs
+
+    def keep_best(self, valid_bound: float | None) -> bool:
+        """Note the best validation bound, after the warm-up of beta; True if this one is."""
+        svi, progress = self.svi, self.progress
+        warm_up = getattr(getattr(svi.elbo, "beta", None), "steps", 0)
+        if valid_bound is None or svi.num_steps < warm_up:
+            return False
+        score = getattr(svi.elbo, "sign", 1) * valid_bound
+        if not score > progress.best:
+            return False
+        progress.best, progress.history.best_epoch = score, svi.num_epochs
+        if self.patience is not None:
+            state = svi.objective.state_dict()  # its step count is not a tensor
+            progress.best_state = {k: v.clone() for k, v in state.items() if torch.is_tensor(v)}
+        return True
 
     def facts(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the run that was interrupted."""
@@ -105,7 +136,7 @@ class Run:
         return {
             "data": self.data.facts(),
             "valid": "none" if self.valid is None else self.valid.facts(),
-            "batch_size": self.batch_size,
+            "batch_size": self.data.batch_size,
             "seed": self.seed,
             "processes": self.processes.size,
             "precision": self.processes.precision,
@@ -119,86 +150,74 @@ class Run:
             "callbacks with a state": [type(callback).__name__ for callback in self.stateful],
         }
 
-    def write(self, files: Checkpoints, best: bool = False) -> None:
+    def write(self, best: bool = False) -> None:
         """Write a checkpoint; all processes meet here, and the first one writes.
 
         Raises:
             NonFiniteError, FloatingPointError: the state is not worth keeping.
         """
-        svi, at, scheduler = self.svi, self.at, self.scheduler
+        svi, progress, files = self.svi, self.progress, self.files
+        assert files is not None
         svi.check_finite()
         buffers = {k: v.cpu() for k, v in svi.objective.named_buffers()}
         weight = getattr(state_of(svi), "weight", None)
         own = {
             "random": rng_state(),
-            "data": self.data.state_dict(at.batch),
+            "data": self.data.state_dict(progress.batch),
             "valid": self.valid.state_dict(0) if self.valid is not None else {},
-            "total": at.total.cpu(),
-            "count": int(at.count),
+            "total": progress.total.cpu(),
+            "count": int(progress.count),
             "kl_weight": weight.cpu() if torch.is_tensor(weight) else weight,
             "buffers": buffers if self.processes.size > 1 else {},
             "callbacks": [callback.state_dict() for callback in self.stateful],
         }
         each = self.processes.gather(own)
-        path = files.path(svi.num_steps)
         if self.processes.rank == 0:
             _require_finite(svi)
-            shared = {f.name for f in dataclasses.fields(at)} - own.keys()
-            progress = {name: getattr(at, name) for name in shared}
+            common = {f.name: getattr(progress, f.name) for f in fields(progress)}
+            common |= {"history": vars(progress.history)}
             state = {
                 "facts": self.facts(),
                 "svi": svi.state_dict(),
-                "scheduler": None if scheduler is None else scheduler.state_dict(),
-                "progress": progress | {"history": dataclasses.asdict(at.history)},
+                "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+                "progress": {name: common[name] for name in common.keys() - own.keys()},
                 "processes": each,
             }
             files.write(state, svi.num_steps, best)
         self.processes.wait()
         for call in overridden(self.callbacks, "on_checkpoint"):
-            call(svi, path)
+            call(svi, files.path(svi.num_steps))
 
-    def resume(self, files: Checkpoints, which: bool | str | os.PathLike[str]) -> None:
+    def resume(self, which: bool | str | os.PathLike[str]) -> None:
         """Go on from a file, or, for True, from the latest one if there is any.
 
         Raises:
             FileNotFoundError: the file is absent.
             CheckpointError: it is damaged, or of another run.
         """
-        there = files.paths()
-        path = Path(which) if not isinstance(which, bool) else there[-1] if there else None
+        assert self.files is not None
+        latest = self.files.paths()[-1:]
+        path = Path(which) if not isinstance(which, bool) else latest[0] if latest else None
         if len({str(other) for other in self.processes.gather(path)}) > 1:
             raise CheckpointError(
-                f"the processes do not see the same files in {files.folder}: it must be a folder "
-                "that all machines share"
+                f"the processes see different files in {self.files.folder}: share one folder"
             )
         if path is not None:
-            self._load(files.load(path), path)
+            self._load(self.files.load(path), path)
         self.processes.wait()  # nobody writes before everybody has read
         if self.processes.rank == 0:
-            files.set_aside_after(self.svi.num_steps)
+            self.files.set_aside_after(self.svi.num_steps)
 
     def _load(self, state: dict[str, Any], path: Path) -> None:
-        if not isinstance(state, dict) or "facts" not in state:
-            raise CheckpointError(f"{path} was not written by ppvae.fit: it holds no run")
-        _require_same_model(self.svi, state["svi"]["objective"], path)
-        was, now = state["facts"], self.facts()
-        changed = [f"{k}: {was.get(k)!r} then, {now[k]!r} now" for k in now if was.get(k) != now[k]]
-        if changed:
-            raise CheckpointError(
-                f"{path} is of another run, which this one cannot continue bit for bit:\n  "
-                + "\n  ".join(changed)
-                + "\nPass the same again; or start a new run from its parameters, in another "
-                'folder: svi.load_state_dict(Checkpoints(...).load()["svi"]), then fit'
-            )
-        svi, at = self.svi, self.at
+        _require_same_run(self, state, path)
+        svi, progress = self.svi, self.progress
         svi.load_state_dict(state["svi"])
         own = state["processes"][self.processes.rank]
         buffers = dict(svi.objective.named_buffers())
         with torch.no_grad():
             for name, saved in own["buffers"].items():
                 buffers[name].copy_(saved)
-        device = at.total.device
-        weight = own["kl_weight"]
+        device, weight = progress.total.device, own["kl_weight"]
         if weight is not None:
             state_of(svi).weight = weight.to(device) if torch.is_tensor(weight) else weight
         if self.scheduler is not None:
@@ -206,10 +225,10 @@ class Run:
             if svi.num_steps > 0:  # else a first step of the scheduler warns
                 svi.optimizer._opt_called = True  # type: ignore[union-attr]
         for name, value in state["progress"].items():
-            setattr(at, name, value)
-        at.history = History(**state["progress"]["history"])
-        at.history.interrupted = False
-        at.total, at.count = own["total"].to(device), own["count"]
+            setattr(progress, name, value)
+        progress.history = History(**state["progress"]["history"])
+        progress.history.interrupted = False
+        progress.total, progress.count = own["total"].to(device), own["count"]
         self.data.load_state_dict(own["data"])
         if self.valid is not None:
             self.valid.load_state_dict(own["valid"])
@@ -218,54 +237,42 @@ class Run:
         set_rng_state(own["random"])
 
 
-@contextmanager
-def signals(wanted: bool) -> Iterator[SimpleNamespace]:
-    """Inside, the first Ctrl-C or termination signal sets ``asked``; the next acts as ever.
-
-    Only the main thread gets signals; a signal that is ignored stays so.
-    """
-    heard = SimpleNamespace(asked=False)
-    before: dict[int, Any] = {}
-
-    def hear(number: int, frame: Any) -> None:
-        heard.asked = True
-        signal.signal(number, before[number])
-
-    if wanted and threading.current_thread() is threading.main_thread():
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-            handler = signal.getsignal(number)
-            if handler not in (signal.SIG_IGN, None):
-                before[number] = handler
-                signal.signal(number, hear)
-    try:
-        yield heard
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def state_of(svi: SVI) -> Any:
     """What the estimator remembers; None under an ELBO of Pyro's."""
     return getattr(svi.objective, "state", None)
 
 
-def _require_same_model(svi: SVI, saved: dict[str, Any], path: Path) -> None:
-    """The names, shapes and types of all parameters and buffers must be those of the pair."""
-
-    def described(state: dict[str, Any]) -> dict[str, str]:
-        tensors = {k: v for k, v in state.items() if torch.is_tensor(v)}
-        return {k: f"{tuple(v.shape)} {v.dtype}" for k, v in tensors.items()}
-
-    was, now = described(saved), described(svi.objective.state_dict())
-    differ = [k for k in {**was, **now} if was.get(k) != now.get(k)]
-    if differ:
-        shown = [f"{k}: {was.get(k, 'absent')} then, {now.get(k, 'absent')} now" for k in differ]
+def _require_same_run(run: Run, state: Any, path: Path) -> None:
+    """The parameters and buffers, and all facts, must be those of the file."""
+    if not isinstance(state, dict) or "facts" not in state:
+        raise CheckpointError(f"{path} was not written by ppvae.fit: it holds no run")
+    was, now = _shapes(state["svi"]["objective"]), _shapes(run.svi.objective.state_dict())
+    if differ := _differences(was, now):
         raise CheckpointError(
-            f"{path} belongs to another model or guide; {len(differ)} of {len({**was, **now})} "
-            "parameters and buffers differ:\n  "
-            + "\n  ".join(shown[:5])
-            + "\nBuild the pair that was trained, or give checkpoint= another folder"
+            f"{path} belongs to another model or guide; {len(differ)} of {len(was | now)} "
+            "parameters and buffers differ. Build the pair that was trained, or give checkpoint= "
+            "another folder:\n  " + "\n  ".join(differ[:5])
         )
+    facts = run.facts()
+    was = {name: repr(state["facts"].get(name)) for name in facts}
+    if differ := _differences(was, {name: repr(fact) for name, fact in facts.items()}):
+        raise CheckpointError(
+            f"{path} is of another run. Pass the same again, or start a new one in another folder "
+            'from svi.load_state_dict(Checkpoints(...).load()["svi"]):\n  ' + "\n  ".join(differ)
+        )
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, str]:
+    tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+    return {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
+
+
+def _differences(was: dict[str, str], now: dict[str, str]) -> list[str]:
+    return [
+        f"{name}: {was.get(name, 'absent')} then, {now.get(name, 'absent')} now"
+        for name in {**was, **now}
+        if was.get(name) != now.get(name)
+    ]
 
 
 def _require_finite(svi: SVI) -> None:
@@ -273,7 +280,6 @@ def _require_finite(svi: SVI) -> None:
     for name, parameter in svi.objective.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise FloatingPointError(
-                f"parameter {name!r} became NaN or infinite at step {svi.num_steps}, and no "
-                "checkpoint was written of it: lower the learning rate, or clip the gradient with "
-                "SVI(clip_norm=...)"
+                f"parameter {name!r} became NaN or infinite at step {svi.num_steps}; no checkpoint "
+                "was written of it: lower the learning rate, or clip: SVI(clip_norm=...)"
             )

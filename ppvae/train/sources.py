@@ -1,12 +1,14 @@
-"""Batches from whatever :func:`ppvae.fit` takes as data."""
+"""Where a batch is cut: from tensors that are kept, from a file, or by a ``DataLoader``.
+
+:func:`source` chooses one class for each kind of data. Whoever has a :class:`Source` asks it for
+batches, checks and numbers of rows, and never which kind it is.
+"""
 
 from __future__ import annotations
 
-import functools
-import queue
-import threading
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -18,350 +20,435 @@ from ppvae.check.pair import Checks, PairError, check_tensors, names
 from ppvae.data.split import check_unit_interval
 from ppvae.train.checkpoint import CheckpointError, rng_state, set_rng_state
 from ppvae.train.processes import Processes
-from ppvae.train.svi import SVI
+from ppvae.train.reader import read_ahead
 
 Batch = tuple[Tensor, ...]
-AHEAD = 3  # batches read from a file before they are asked for
+CountedBatches = Generator[tuple[Batch, int], None, None]  # and how many rows of each count
+Device = torch.device | None
+Stored = tuple[Sequence[Tensor], str]  # tensors, and in words what else makes up the data
 
 
-class Source:
-    """One part of the data: its batches by epoch, its checks, what a resumed run needs to know.
-
-    Tensors and splits are kept on the device. A split with ``rows`` stays where it is (on the
-    disk), and a thread reads ahead. A ``DataLoader`` reads as it was told to.
+def source(
+    label: str, data: Any, batch_size: int, device: Device, processes: Processes, saved: bool
+) -> Source:
+    """The source of batches for what :func:`ppvae.fit` takes as data.
 
     Args:
         label: "data" or "valid", for messages.
-        data: what ``fit`` takes.
+        data: a split, a tensor, tensors or a ``DataLoader``.
         batch_size: rows of a batch over all processes; a ``DataLoader`` has its own.
         device: where batches go; None leaves them where they are.
         processes: that share each batch.
         saved: whether checkpoints are written.
+
+    Raises:
+        TypeError: it is anything else.
+    """
+    common = (label, batch_size, device, processes)
+    if isinstance(data, DataLoader):
+        return Loaded(data, saved, *common)
+    if hasattr(data, "batch"):
+        split = data if device is None else data.to(device)
+        if getattr(split, "rows", None) is not None:
+            return Streamed(split, *common)
+        return Kept(split.batch, _stored(split), *common)
+    tensors = (data,) if isinstance(data, Tensor) else data
+    if not isinstance(tensors, (tuple, list)) or not _are_tensors(tensors):
+        raise TypeError(
+            f"{label} must be a data.Dataset or a split of one, a tensor, a tuple of tensors or a "
+            f"DataLoader, got {type(data).__name__}; wrap arrays with data.from_arrays(x, y)"
+        )
+    placed = _placed(tensors, device)
+    return Kept(lambda epoch: placed, (placed, ""), *common)
+
+
+class Source(ABC):
+    """One part of the data: its batches, its checks, and what a resumed run needs to know of it.
+
+    Args:
+        label, batch_size, device, processes: as :func:`source` has them.
+
+    Attributes:
+        num_rows: rows of the data set; None: not known.
+        how_to_drop: a row, for messages.
     """
 
-    def __init__(
-        self,
-        label: str,
-        data: Any,
-        batch_size: int,
-        device: torch.device | None,
-        processes: Processes,
-        saved: bool = False,
-    ) -> None:
-        self.label, self.batch_size, self.device = label, batch_size, device
-        self.processes, self.saved = processes, saved
-        if isinstance(data, Tensor):
-            data = (data,)
-        self.loads = isinstance(data, DataLoader)
-        tensors = isinstance(data, (tuple, list)) and all(isinstance(t, Tensor) for t in data)
-        if not self.loads and not hasattr(data, "batch") and not (tensors and data):
-            raise TypeError(
-                f"{label} must be a data.Dataset or one of its splits, a tensor, a tuple of "
-                f"tensors or a DataLoader, got {type(data).__name__}; wrap arrays with "
-                "data.from_arrays(x, y)"
-            )
-        if hasattr(data, "batch") and device is not None:
-            data = data.to(device)
-        self.reads = getattr(data, "rows", None) is not None
-        self.data: Any = self._place(data) if tensors else data
-        self.check_batch: Callable[[Batch], None] | None = None
-        # Of a DataLoader: the random streams at the start of the epoch and before the last batch,
-        # and that batch, to know it again.
-        self.began: dict[str, Any] | None = None
-        self.before: dict[str, Any] | None = None
-        self.last: Batch | None = None
-        self.known: int | None = None
+    num_rows: int | None
+    how_to_drop = "leave a row out"
+
+    def __init__(self, label: str, batch_size: int, device: Device, processes: Processes) -> None:
+        self.label, self.batch_size = label, batch_size
+        self.device, self.processes = device, processes
+        self._to_check: tuple[Any, Checks] | None = None  # the model, and its checks of rows
 
     # -- batches ---------------------------------------------------------------------------------
-    def epoch(
-        self, seed: int | None, epoch: int, skip: int = 0, training: bool = False
-    ) -> Generator[tuple[Batch, int], None, None]:
-        """This process's part of each batch, and how many rows count.
+    @abstractmethod
+    def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
+        """This process's part of each batch of an epoch, and how many of its rows count.
 
-        None count where other processes have rows left and this one has not: it goes along on rows
-        that it has had.
+        Every process gets the same number of batches. If a batch is too small for all of them, a
+        process without a part of it gets other rows in its place, and the number is 0.
 
         Args:
-            seed: shuffle by (seed, epoch); None keeps the order.
-            epoch: 1, 2, ..., or 0 for evaluation.
-            skip: batches that were had before a resume.
-            training: whether this is for steps, so that processes must take equally many steps.
+            seed: the order of the rows is a function of (seed, epoch).
+            epoch: 1, 2, ...
+            skip: how many batches to pass over: they were used before a resume.
         """
-        if self.loads:
-            for batch in self._loaded(epoch, skip):
-                yield batch, len(batch[0])
-            return
-        whole = None if self.reads else self.whole(epoch)
-        rows = len(self.data) if whole is None else len(whole[0])
-        if seed is None:
-            order = torch.arange(rows)
-        else:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(rows, generator=generator)
-        if whole is not None:
-            order = order.to(whole[0].device)
-        counts, parts = [], []
-        for index in order.split(self.batch_size)[skip:]:
-            part = self.processes.share(index)
-            counts.append(len(part))
-            parts.append(part if len(part) else order[:2])
-        batches = self._read(parts, epoch) if whole is None else _gather(whole, parts)
-        with closing(batches):
-            for batch, count in zip(batches, counts, strict=True):
-                if count or training:
-                    yield batch, count
 
-    def _read(self, parts: list[Tensor], epoch: int) -> Generator[Batch, None, None]:
-        """Batches of a split that stays where it is: a thread reads, the device does the rest."""
-        pin = self.device is not None and self.device.type == "cuda"
-        unseen = epoch == 0 or self.check_batch is not None
-        ready: queue.Queue[Any] = queue.Queue(AHEAD)
-        began, stop = threading.Event(), threading.Event()
+    @abstractmethod
+    def evaluation(self) -> Iterator[Batch]:
+        """This process's part of the rows, each once, in their order."""
 
-        def put(item: Any) -> None:
-            while not stop.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def present(rows: Any, part: Tensor) -> Batch:
-            values, y = (None if t is None else self._place([t])[0] for t in rows)
-            # a row comes once in an epoch, so the first one tells its batches apart
-            batch: Batch = self.data.present(values, y, epoch, int(part[0]))
-            return batch
-
-        def read() -> None:
-            # With threads of its own it would take the cores from the step: they wait spinning.
-            torch.get_num_threads()  # settles this thread, which would take the number anew later
-            torch.set_num_threads(1)
-            began.set()
-            try:
-                for part in parts:
-                    rows = self.data.read(part)
-                    if unseen and self.data.binarize is not None:
-                        check_unit_interval(rows[0], f"{self.label} (binarize='dynamic')")
-                    if pin:  # the rest is for the device
-                        put([None if t is None else t.pin_memory() for t in rows])
-                    else:
-                        put(present(rows, part))
-                    if stop.is_set():
-                        return
-            except BaseException as error:
-                put(error)
-
-        threads = torch.get_num_threads()
-        reader = threading.Thread(target=read, name="ppvae reader", daemon=True)
-        try:
-            reader.start()
-            began.wait()
-            torch.set_num_threads(threads)  # of this thread already; now of later ones, too
-            for part in parts:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                batch = present(item, part) if pin else item
-                if self.check_batch is not None:
-                    self.check_batch(batch)
-                yield batch
-            self.check_batch = None  # all have been seen
-        finally:
-            stop.set()
-            reader.join()
-
-    def _loaded(self, epoch: int, skip: int) -> Iterator[Batch]:
-        for sampler in (self.data.sampler, self.data.batch_sampler):
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-        if skip:
-            assert self.began is not None
-            now = rng_state()
-            self._set_random(self.began)
-        else:
-            self.began = {"streams": rng_state(), "generators": self._generators()}
-        batches = iter(self.data)
-        for number in range(skip):  # their order is right; what transforms draw is not, but
-            if number + 1 == skip and self.before is not None:
-                set_rng_state(self.before)  # here it is
-            batch = next(batches, None)
-            if number + 1 == skip and (batch is None or self._known(batch) != self.known):
-                raise CheckpointError(
-                    f"{self.label}: the DataLoader does not yield the batches again that it had "
-                    f"yielded in epoch {epoch}, so this run cannot go on within the epoch. Let its "
-                    "order and its transforms follow torch's random stream or its own generator="
-                    "..., or resume from a checkpoint at the end of an epoch (every_steps=None)"
-                )
-        if skip:
-            set_rng_state(now)
-        # Without workers, transforms draw from the streams that the particles come from.
-        draws = self.saved and self.data.num_workers == 0
-        while True:
-            self.before = rng_state() if draws else None
-            batch = next(batches, None)
-            if batch is None:
-                break
-            batch = (batch,) if isinstance(batch, Tensor) else batch
-            if not isinstance(batch, (tuple, list)) or not all(map(torch.is_tensor, batch)):
-                raise TypeError(
-                    f"{self.label}: the DataLoader must yield a tensor or a tuple of tensors, "
-                    f"as model and guide are called, got {batch!r:.200}; give it a collate_fn"
-                )
-            self.last = tuple(batch)
-            batch = self._place(batch)
-            if self.check_batch is not None:
-                self.check_batch(batch)
-            yield batch
-        self.check_batch = None  # all have been seen
-
-    def whole(self, epoch: int) -> Batch:
-        """All rows as tensors on the device (of a split or tensors that are kept there)."""
-        whole: Batch = self.data.batch(epoch) if hasattr(self.data, "batch") else self.data
-        return whole
-
-    # -- checks ----------------------------------------------------------------------------------
-    def batches_of_one(self) -> tuple[int, int] | None:
-        """Rows of an epoch and of a batch, if the last batch is known to have only one row."""
-        if not self.loads:
-            rows = len(self.data if hasattr(self.data, "batch") else self.data[0])
-            size = self.batch_size
-        else:
-            size = self.data.batch_size
-            if not self.loads_rows() or (self.data.drop_last and size > 1):
-                return None
-            rows = len(self.data.sampler)
-        return (rows, size) if size == 1 or rows % size == 1 else None
-
-    def loads_rows(self) -> bool:
-        """Whether a DataLoader is known to draw single rows, so that its sampler counts them."""
-        return (
-            self.data.batch_size is not None  # else the batches are made elsewhere
-            and self.data.collate_fn is default_collate
-            and hasattr(self.data.sampler, "__len__")
-        )
-
+    @abstractmethod
     def first(self) -> Batch:
         """One batch to check the pair on."""
-        rows = max(self.batch_size, 2)  # one row could not show what differs by row
-        if self.reads:
-            with closing(self._read([torch.arange(min(rows, len(self.data)))], 0)) as batches:
-                return next(batches)
-        if not self.loads:
-            return tuple(tensor[:rows] for tensor in self.whole(0))
+
+    def whole(self) -> Batch | None:
+        """All rows in one batch, if they are in memory."""
+        return None
+
+    def _shares(self, order: Tensor, skip: int = 0) -> list[Tensor]:
+        """This process's part of each batch of rows in this order; it may be empty."""
+        return [self.processes.share(index) for index in order.split(self.batch_size)[skip:]]
+
+    # -- rows and checks -------------------------------------------------------------------------
+    def single_row(self) -> tuple[int, int] | None:
+        """Rows of an epoch and of a batch, if the last batch is known to have only one row."""
+        return None if self.num_rows is None else _single_row(self.num_rows, self.batch_size)
+
+    def check(self, model: Any, checks: Checks) -> None:
+        """Check all rows: finite, of one length, in the likelihood's support.
+
+        Rows in memory are checked now, others when they are read, until all have been seen.
+        """
+        self._to_check = model, checks
+        whole = self.whole()
+        if whole is not None:
+            self._check_rows(whole)
+            self._to_check = None
+
+    def _check_rows(self, batch: Batch) -> None:
+        if self._to_check is None:
+            return
+        model, checks = self._to_check
+        check_tensors(model, batch)
+        for position, check in checks:
+            try:
+                check(batch[position])
+            except ValueError as error:
+                label = names(model, batch)[position]
+                raise PairError(f"argument {label!r} in {self.label}: {error}") from error
+
+    def check_processes(self) -> None:  # noqa: B027
+        """Raise if the processes would train on the same rows; here each gets its own."""
+
+    # -- for checkpoints -------------------------------------------------------------------------
+    @abstractmethod
+    def facts(self) -> str:
+        """A cheap fingerprint, to tell other data from these."""
+
+    def state_dict(self, batch: int) -> dict[str, Any]:
+        """What is needed to go on after ``batch`` batches of an epoch, except that number."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take over what :meth:`state_dict` returned."""
+
+
+class Kept(Source):
+    """Tensors, or a split, that are in memory, on the device of the pair.
+
+    Args:
+        draw: from the epoch to all rows as the model sees them; 0 for evaluation.
+        stored: the tensors as they are stored, and a text of what else makes up the data.
+        *args: of :class:`Source`.
+    """
+
+    num_rows: int
+
+    def __init__(self, draw: Callable[[int], Batch], stored: Stored, *args: Any) -> None:
+        super().__init__(*args)
+        self._draw, self._stored, self.num_rows = draw, stored, len(stored[0][0])
+
+    def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
+        whole = self._draw(epoch)
+        order = _shuffled(len(whole[0]), seed, epoch).to(whole[0].device)
+        for share in self._shares(order, skip):
+            yield _rows(whole, share if len(share) else order[:2]), len(share)
+
+    def evaluation(self) -> Iterator[Batch]:
+        whole = self.whole()
+        order = torch.arange(len(whole[0]), device=whole[0].device)
+        return (_rows(whole, share) for share in self._shares(order) if len(share))
+
+    def first(self) -> Batch:
+        rows = max(self.batch_size, 2)  # a single row does not show what differs between rows
+        return tuple(tensor[:rows] for tensor in self.whole())
+
+    def whole(self) -> Batch:
+        return self._draw(0)
+
+    def facts(self) -> str:
+        return _fingerprint(*self._stored)
+
+
+class Streamed(Source):
+    """A split whose rows stay where they are, such as a file: a thread reads them ahead.
+
+    Args:
+        split: a ``data.Split`` with ``rows``.
+        *args: of :class:`Source`.
+    """
+
+    num_rows: int
+
+    def __init__(self, split: Any, *args: Any) -> None:
+        super().__init__(*args)
+        self._split, self.num_rows = split, len(split)
+
+    def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
+        order = _shuffled(self.num_rows, seed, epoch)
+        shares = self._shares(order, skip)
+        parts = [share if len(share) else order[:2] for share in shares]
+        with closing(self._read(parts, epoch)) as batches:
+            yield from zip(batches, map(len, shares), strict=True)
+
+    def evaluation(self) -> Iterator[Batch]:
+        shares = self._shares(torch.arange(self.num_rows))
+        return self._read([share for share in shares if len(share)], 0)
+
+    def first(self) -> Batch:
+        rows = min(max(self.batch_size, 2), self.num_rows)
+        with closing(self._read([torch.arange(rows)], 0)) as batches:
+            return next(batches)
+
+    def _read(self, parts: list[Tensor], epoch: int) -> Generator[Batch, None, None]:
+        """The rows of each part. The thread reads; on CUDA it leaves the rest to the device."""
+        pins = self.device is not None and self.device.type == "cuda"
+        unseen = epoch == 0 or self._to_check is not None
+
+        def read(part: Tensor) -> Any:
+            rows = self._split.read(part)
+            if unseen and self._split.binarize is not None:
+                check_unit_interval(rows[0], f"{self.label} (binarize='dynamic')")
+            if pins:
+                return [None if tensor is None else tensor.pin_memory() for tensor in rows]
+            return present(rows, part)
+
+        def present(rows: Any, part: Tensor) -> Batch:
+            values, y = (None if t is None else _placed([t], self.device)[0] for t in rows)
+            # an epoch has each row once, so the first row tells its batches apart
+            return self._split.present(values, y, epoch, int(part[0]))
+
+        with closing(read_ahead(read, parts)) as ahead:
+            for part, rows in zip(parts, ahead, strict=True):
+                batch = present(rows, part) if pins else rows
+                self._check_rows(batch)
+                yield batch
+        self._to_check = None  # all have been seen
+
+    def facts(self) -> str:
+        return _fingerprint(*_stored(self._split))
+
+
+class Loaded(Source):
+    """A ``DataLoader``, which cuts and shuffles its batches itself.
+
+    To go on within an epoch, it is started again with the random streams of the start of the epoch,
+    and the batches that were used are loaded again; the last of them must be the same as then.
+
+    Args:
+        loader: a ``DataLoader``; it yields a tensor or a tuple of tensors.
+        saved: whether checkpoints are written.
+        *args: of :class:`Source`; a loader has its own size of a batch.
+    """
+
+    how_to_drop = "leave a row out (drop_last=True)"
+
+    def __init__(self, loader: Any, saved: bool, *args: Any) -> None:
+        super().__init__(*args)
+        self._loader = loader
+        # The number of rows is known only if the loader itself puts single rows together.
+        takes_rows = loader.batch_size is not None and loader.collate_fn is default_collate
+        self._counts_rows = takes_rows and hasattr(loader.sampler, "__len__")
+        is_counted = self._counts_rows and hasattr(loader.dataset, "__len__")
+        self.num_rows = len(loader.dataset) if is_counted else None
+        # Without workers, its transforms draw from the same random streams as the particles.
+        self._keeps_streams = saved and loader.num_workers == 0
+        self._streams_at_start: dict[str, Any] | None = None  # of the epoch, and own generators
+        self._streams_before_last: dict[str, Any] | None = None  # before the last batch was loaded
+        self._last_batch: Batch = ()
+        self._last_checksum: int | None = None  # of the last batch, in a checkpoint
+
+    def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
+        for batch in self._load(epoch, skip):
+            yield batch, len(batch[0])
+
+    def evaluation(self) -> Iterator[Batch]:
+        return self._load(0)
+
+    def first(self) -> Batch:
         with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws
-            generators = self._generators()
-            batch = next(self._loaded(0, 0), None)
-            self._set_generators(generators)
+            states = self._generator_states()
+            batch = next(self._load(0), None)
+            self._set_generators(states)
         if batch is None:
             raise ValueError(f"{self.label} is empty: the DataLoader yields no batch")
         return batch
 
-    def check(self, svi: SVI, checks: Checks) -> None:
-        """All rows: finite, of one length, in the likelihood's support.
-
-        Those of a DataLoader or a file are checked as they come, until all have been seen.
-        """
-        if self.loads or self.reads:
-            self.check_batch = functools.partial(self._check, svi, checks)
+    def _load(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        for sampler in (self._loader.sampler, self._loader.batch_sampler):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+        if skip:
+            batches = self._start_after(skip, epoch)
         else:
-            self._check(svi, checks, self.whole(0))
+            generators = self._generator_states()
+            self._streams_at_start = {"streams": rng_state(), "generators": generators}
+            batches = iter(self._loader)
+        while True:
+            self._streams_before_last = rng_state() if self._keeps_streams else None
+            loaded = next(batches, None)
+            if loaded is None:
+                break
+            self._last_batch = self._as_batch(loaded)
+            batch = _placed(self._last_batch, self.device)
+            self._check_rows(batch)
+            yield batch
+        self._to_check = None  # all have been seen
 
-    def _check(self, svi: SVI, checks: Checks, tensors: Batch) -> None:
-        check_tensors(svi.model, tensors)
-        for position, check in checks:
-            try:
-                check(tensors[position])
-            except ValueError as error:
-                label = names(svi.model, tensors)[position]
-                raise PairError(f"argument {label!r} in {self.label}: {error}") from error
+    def _start_after(self, skip: int, epoch: int) -> Iterator[Any]:
+        """Start the epoch again and pass over ``skip`` batches; leave the random streams as now.
+
+        Raises:
+            CheckpointError: the last of these batches is not what it was.
+        """
+        assert self._streams_at_start is not None
+        now = rng_state()
+        set_rng_state(self._streams_at_start["streams"])
+        self._set_generators(self._streams_at_start["generators"])
+        batches = iter(self._loader)
+        for _ in range(skip - 1):  # only their order has to be right: what transforms draw differs,
+            next(batches, None)  # since no particles are drawn between them
+        if self._streams_before_last is not None:
+            set_rng_state(self._streams_before_last)
+        batch = next(batches, None)
+        if batch is None or _checksum(self._as_batch(batch)) != self._last_checksum:
+            raise CheckpointError(
+                f"{self.label}: the DataLoader does not yield the batches again that it yielded in "
+                f"epoch {epoch}: let order and transforms follow torch's stream or its generator=, "
+                "or resume from the end of an epoch (every_steps=None)"
+            )
+        set_rng_state(now)
+        return batches
+
+    def _as_batch(self, loaded: Any) -> Batch:
+        batch = (loaded,) if isinstance(loaded, Tensor) else loaded
+        if not isinstance(batch, (tuple, list)) or not _are_tensors(batch):
+            raise TypeError(
+                f"{self.label}: the DataLoader must yield a tensor or a tuple of tensors, as model "
+                f"and guide are called, got {loaded!r:.200}; give it a collate_fn"
+            )
+        return tuple(batch)
+
+    def single_row(self) -> tuple[int, int] | None:
+        size = self._loader.batch_size
+        if not self._counts_rows or (self._loader.drop_last and size > 1):
+            return None
+        return _single_row(len(self._loader.sampler), size)
 
     def check_processes(self) -> None:
-        """A DataLoader must deal its rows to the processes, equally many batches to each."""
-        if not self.loads or self.processes.size == 1:
+        """Raise unless rows are dealt to the processes, equally many batches to each."""
+        if self.processes.size == 1:
             return
-        samplers = (self.data.sampler, getattr(self.data.batch_sampler, "sampler", None))
+        samplers = (self._loader.sampler, getattr(self._loader.batch_sampler, "sampler", None))
         if not any(isinstance(sampler, DistributedSampler) for sampler in samplers):
             raise ValueError(
                 f"{self.label}: {self.processes.size} processes would each see every row of this "
                 "DataLoader; give it sampler=torch.utils.data.DistributedSampler(dataset)"
             )
-        lengths = self.processes.gather(len(self.data))
+        lengths = self.processes.gather(len(self._loader))
         if len(set(lengths)) > 1:
             raise ValueError(
-                f"{self.label}: the DataLoaders of the processes have {lengths} batches, and the "
-                "processes must take equally many steps"
+                f"{self.label}: the processes' DataLoaders have {lengths} batches: make them equal"
             )
 
-    # -- for checkpoints -------------------------------------------------------------------------
     def facts(self) -> str:
-        """A cheap fingerprint: sizes, types, and a checksum of up to 64 rows."""
-        if self.loads:
-            rows = len(self.data.dataset) if hasattr(self.data.dataset, "__len__") else "unknown"
-            return f"DataLoader, {rows} rows in batches of {self.data.batch_size}"
-        described, checksum = [], 0
-        kept = [self.data.values, self.data.y] if hasattr(self.data, "batch") else self.data
-        for tensor in kept:
-            if tensor is not None:
-                described.append(
-                    f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-                )
-                index = torch.linspace(0, len(tensor) - 1, min(64, len(tensor))).long()
-                checksum = _checksum([tensor[index.to(tensor.device)]], checksum)
-        if hasattr(self.data, "batch"):
-            described.append(f"binarize={self.data.binarize!r}, seed={self.data.seed}")
-        return f"{', '.join(described)}, checksum {checksum:08x}"
+        dataset = self._loader.dataset
+        rows = len(dataset) if hasattr(dataset, "__len__") else "unknown"
+        return f"DataLoader, {rows} rows in batches of {self._loader.batch_size}"
 
     def state_dict(self, batch: int) -> dict[str, Any]:
-        """Where a DataLoader is, ``batch`` batches into the epoch; nothing for other data."""
-        if not self.loads:
-            return {}
-        return {
-            "generators": self._generators(),
-            "began": self.began if batch else None,
-            "before": self.before if batch else None,
-            "known": self._known(self.last) if batch else None,
+        inside = batch > 0  # the epoch has begun
+        return {  # the names are those of the file format
+            "generators": self._generator_states(),
+            "began": self._streams_at_start if inside else None,
+            "before": self._streams_before_last if inside else None,
+            "known": _checksum(self._last_batch) if inside else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        if self.loads and state:
-            self._set_generators(state["generators"])
-            self.began, self.before, self.known = state["began"], state["before"], state["known"]
+        self._set_generators(state["generators"])
+        self._streams_at_start, self._streams_before_last = state["began"], state["before"]
+        self._last_checksum = state["known"]
 
-    def _owners(self) -> list[torch.Generator]:
-        """The random streams that a DataLoader has of its own."""
-        batches = self.data.batch_sampler
-        holders = [self.data, self.data.sampler, batches, getattr(batches, "sampler", None)]
-        found = [getattr(holder, "generator", None) for holder in holders]
+    def _generators(self) -> list[torch.Generator]:
+        """The random streams that the loader has of its own."""
+        batches = self._loader.batch_sampler
+        owners = [self._loader, self._loader.sampler, batches, getattr(batches, "sampler", None)]
+        found = [getattr(owner, "generator", None) for owner in owners]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
-    def _generators(self) -> list[Tensor]:
-        return [generator.get_state() for generator in self._owners()]
+    def _generator_states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._generators()]
 
     def _set_generators(self, states: list[Tensor]) -> None:
-        for generator, state in zip(self._owners(), states, strict=True):
+        for generator, state in zip(self._generators(), states, strict=True):
             generator.set_state(state)
 
-    def _set_random(self, state: dict[str, Any]) -> None:
-        set_rng_state(state["streams"])
-        self._set_generators(state["generators"])
 
-    @staticmethod
-    def _known(batch: Any) -> int:
-        return _checksum([batch] if isinstance(batch, Tensor) else batch)
-
-    def _place(self, tensors: Sequence[Tensor]) -> Batch:
-        if self.device is None:
-            return tuple(tensors)
-        cuda = self.device.type == "cuda"  # to the CPU, it would not wait for the values
-        return tuple(tensor.to(self.device, non_blocking=cuda) for tensor in tensors)
+def _shuffled(rows: int, seed: int, epoch: int) -> Tensor:
+    """The order of rows in an epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(rows, generator=generator)
 
 
-def _gather(whole: Batch, parts: list[Tensor]) -> Generator[Batch, None, None]:
-    for part in parts:
-        yield tuple(tensor.index_select(0, part) for tensor in whole)
+def _rows(whole: Batch, index: Tensor) -> Batch:
+    return tuple(tensor.index_select(0, index) for tensor in whole)
 
 
-def _checksum(tensors: Sequence[Tensor], start: int = 0) -> int:
+def _single_row(rows: int, size: int) -> tuple[int, int] | None:
+    return (rows, size) if size == 1 or rows % size == 1 else None
+
+
+def _are_tensors(values: Sequence[Any]) -> bool:
+    return len(values) > 0 and all(isinstance(value, Tensor) for value in values)
+
+
+def _placed(tensors: Iterable[Tensor], device: Device) -> Batch:
+    if device is None:
+        return tuple(tensors)
+    cuda = device.type == "cuda"  # a non-blocking copy to the CPU may not have its values yet
+    return tuple(tensor.to(device, non_blocking=cuda) for tensor in tensors)
+
+
+def _stored(split: Any) -> Stored:
+    """A split's tensors, and in words what else makes it up."""
+    tensors = [tensor for tensor in (split.values, split.y) if tensor is not None]
+    return tensors, f", binarize={split.binarize!r}, seed={split.seed}"
+
+
+def _fingerprint(tensors: Sequence[Tensor], other: str) -> str:
+    """Sizes, types, the other text, and a checksum of up to 64 rows."""
+    shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors]
+    checksum = 0
+    for tensor in tensors:
+        index = torch.linspace(0, len(tensor) - 1, min(64, len(tensor))).long()
+        checksum = _checksum([tensor[index.to(tensor.device)]], checksum)
+    return f"{', '.join(shapes)}{other}, checksum {checksum:08x}"
+
+
+def _checksum(tensors: Iterable[Tensor], start: int = 0) -> int:
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         start = zlib.crc32(flat.numpy().tobytes(), start)

@@ -23,6 +23,8 @@ from ppvae.pairs import NotCompiled
 from ppvae.program import local_parameters, method_owners, require_own_parameters
 from ppvae.train.optimizer import build_optimizer
 
+_CURES = "Lower the learning rate, clip (SVI(clip_norm=...)), bound the predicted scale"
+
 
 class SVI(pyro.infer.SVI):
     r"""Stochastic variational inference with parameters in modules and one fused optimiser.
@@ -42,7 +44,7 @@ class SVI(pyro.infer.SVI):
             batch), over what the optimiser holds; None for no clipping.
         compile: trace loss and gradient into one graph and compile it, at the first step with
             arguments of a shape; needs a C++ compiler on the CPU. ``True`` raises where that is
-            not possible, ``"auto"`` says why once and runs eagerly. See :mod:`ppvae.compiled`.
+            not possible, ``"auto"`` says why once and runs eagerly. See :mod:`ppvae.compile`.
         skip_nonfinite: go on, without an update, after a step whose loss or gradient is not
             finite, and count it; by default it raises.
 
@@ -83,25 +85,10 @@ class SVI(pyro.infer.SVI):
         skip_nonfinite: bool = False,
     ) -> None:
         loss = loss if loss is not None else ELBO()
-        if not isinstance(loss, pyro.infer.ELBO) or not hasattr(loss, "differentiable_loss"):
-            raise TypeError(
-                f"loss must be an estimator from ppvae.elbo, or a differentiable Pyro ELBO, got "
-                f"{loss!r}; for pyro.infer.RenyiELBO use elbo.RenyiELBO or elbo.IWELBO"
-            )
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(
-                f"clip_norm must be positive, got {clip_norm}; use None for no clipping"
-            )
-        if compile not in (True, False, "auto"):
-            raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
-        if compile is True and not isinstance(loss, Estimator):
-            raise ValueError(
-                f"compile=True needs an estimator of ppvae.elbo: {type(loss).__name__} of Pyro "
-                'looks at its value, which a graph cannot; use elbo.ELBO() or compile="auto"'
-            )
+        _check_arguments(loss, clip_norm, compile)
         self.model, self.guide, self.elbo, self.clip_norm = model, guide, loss, clip_norm
         self.objective: nn.Module = loss(model, guide)
-        if not isinstance(loss, Estimator):  # Pyro's own module of a pair does not look for them
+        if not isinstance(loss, Estimator):  # Pyro's own objective misses modules of methods
             self.objective.owners = method_owners(model, guide)
         self.optim = optim
         self.optimizer: torch.optim.Optimizer | None = None
@@ -110,19 +97,9 @@ class SVI(pyro.infer.SVI):
         self.synchronize: Callable[[list[Tensor]], None] | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._compiled: Compiled | None = None
-        self._buffers: list[dict[str, Tensor | None]] = []  # by module: moving one replaces them
+        self._buffers: list[dict[str, Tensor | None]] = []  # of modules: a move replaces tensors
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
-        self._checked = (0, 0)  # steps and skipped steps when check_finite last looked
-
-    @property
-    def num_skipped(self) -> int:
-        """Steps without an update because their loss or gradient was not finite."""
-        return int(self._skipped)
-
-    @property
-    def build_seconds(self) -> float:
-        """Time spent compiling."""
-        return self._compiled.build_seconds if self._compiled is not None else 0.0
+        self._reported = (0, 0)  # steps and skipped steps when check_finite was last called
 
     def prepare(self, *args: Any, **kwargs: Any) -> Checks:
         """Check the pair on a batch and build the optimiser; :meth:`step` does it when needed.
@@ -139,91 +116,123 @@ class SVI(pyro.infer.SVI):
         self.optimizer = build_optimizer(self.optim, self.objective)
         self._buffers = [m._buffers for m in self.objective.modules() if m._buffers]
 
+    @property
+    def build_seconds(self) -> float:
+        """Time spent compiling."""
+        return self._compiled.build_seconds if self._compiled is not None else 0.0
+
+    # -- a step ----------------------------------------------------------------------------------
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """One optimisation step on a batch; returns the loss, summed over the batch, in nats."""
+        return self.update(*args, **kwargs).item()
+
     def update(self, *args: Any, **kwargs: Any) -> Tensor:
         """One step; the loss as a 0-d tensor, so that nothing waits for the device."""
         if self.optimizer is None:
             self.prepare(*args, **kwargs)
-        assert self.optimizer is not None
-        key = self._capture_key(args, kwargs)
-        replays = self._compiled.replays if self._compiled is not None else {}
-        if key in replays:
-            assert self._compiled is not None
-            self._compiled.advance(key[0])
-            loss = replays[key](args)
-        else:
-            loss = self._step(args, kwargs)
-            if key is not None:  # the step has been taken, so all it needs is there
-                replays[key] = CudaGraph(lambda *args: self._step(args, kwargs), args)
+        key = self._capture_key(args, kwargs) if self.compile else None
+        loss = self._step(args, kwargs) if key is None else self._replay(key, args, kwargs)
         self.num_steps += 1
         return loss
 
     def _step(self, args: tuple, kwargs: dict) -> Tensor:
-        """Loss and gradient, over all processes, clipped, and the optimiser."""
-        assert self.optimizer is not None
+        """Loss and gradient, over all processes and clipped; the update, if they are finite."""
+        optimizer = self.optimizer
+        assert optimizer is not None
         random = torch.get_rng_state()
         buffers = [b for owned in self._buffers for b in owned.values() if b is not None]
         kept = [buffer.clone() for buffer in buffers]
-        # only what is optimised: gradients of other parameters are never set to zero
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        # not all of the pair: gradients that nobody sets to zero would add up in the norm
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             parameter.grad = None
-        loss = self._differentiate(args, kwargs, random)
-        over_all = loss  # all processes decide alike whether a step is finite
+        try:
+            loss = self._loss(args, kwargs)
+        except (RuntimeError, ValueError) as error:
+            loss = self._loss_of_failed_draw(error, random, args, kwargs)
+        total = loss  # over the processes, which must agree on whether the step is finite
         if self.synchronize is not None:
-            over_all = loss.clone()
-            self.synchronize([*(_gradient(parameter) for parameter in parameters), over_all])
+            total = loss.clone()
+            self.synchronize([*(_gradient(parameter) for parameter in parameters), total])
         norm = self._norm(parameters)
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        if self._withholds(loss):
-            bad = ~torch.isfinite(over_all + norm)
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        if loss.is_cuda and all(group.get("fused") for group in optimizer.param_groups):
+            # nothing waits for the device: the optimiser reads found_inf there, and does nothing
+            bad = ~torch.isfinite(total + norm)
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self._skipped += bad.long()
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(torch.where(bad, value, buffer))
-        elif not math.isfinite(float(over_all) + float(norm)):
+        elif not math.isfinite(float(total) + float(norm)):
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(value)
-            if not self.skip_nonfinite:
-                what = f"the loss is {float(over_all):.6g}"
-                if math.isfinite(float(over_all)):
-                    what += f", but {bad_gradients(self.objective)}"
-                raise self._nonfinite(what, self._site(random, args, kwargs))
-            self._skipped += 1
+            self._skip(float(total), random, args, kwargs)
             return loss
-        self.optimizer.step()
+        optimizer.step()
         return loss
+
+    def _loss(self, args: tuple, kwargs: dict) -> Tensor:
+        """The loss, detached, with the gradient in the parameters' ``grad``."""
+        if self.compile:
+            compiled = self._compiled_loss(args, kwargs)
+            if compiled is not None:
+                return compiled
+        with (
+            local_parameters(),
+            pyro.validation_enabled(False),  # validated once, in prepare
+            torch.enable_grad(),
+            self.autocast(),
+        ):
+            loss: Tensor = self.objective(*args, **kwargs)
+        if self.num_steps == 0:
+            require_own_parameters(loss, self.objective)
+        loss.backward()
+        return loss.detach()
+
+    def _compiled_loss(self, args: tuple, kwargs: dict) -> Tensor | None:
+        """The same by a compiled graph; None if there is none for these arguments."""
+        if self._compiled is None:
+            self._compiled = Compiled(self.objective, CompiledGradients, self.compile is True)
+        with self.autocast():
+            return self._compiled(args, kwargs)
 
     def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """The norm of the gradient; a graph has it, where these are its parameters."""
         graph = self._compiled.latest if self._compiled is not None else None
         if graph is not None and self.synchronize is None:
-            known = graph.parameters
-            if len(known) == len(parameters) and all(map(operator.is_, known, parameters)):
-                norm: Tensor = graph.norm
-                return norm
+            own = graph.parameters
+            if len(own) == len(parameters) and all(map(operator.is_, own, parameters)):
+                return graph.norm
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients and all(gradient.is_cpu for gradient in gradients):
-            # get_total_norm takes as long again to sort them by device and to stack their norms
+            # get_total_norm takes twice as long: it sorts them by device and stacks their norms
             norms = [torch.linalg.vector_norm(gradient).item() for gradient in gradients]
             return torch.linalg.vector_norm(torch.tensor(norms, dtype=gradients[0].dtype))
         return nn.utils.get_total_norm(gradients)
 
-    def _withholds(self, loss: Tensor) -> bool:
-        """Whether the optimiser looks itself, on the device, at whether the step is finite."""
-        assert self.optimizer is not None
-        return loss.is_cuda and all(group.get("fused") for group in self.optimizer.param_groups)
+    # -- a step as one CUDA graph ----------------------------------------------------------------
+    def _replay(self, key: Any, args: tuple, kwargs: dict) -> Tensor:
+        """The step as a CUDA graph; the first time it is run eagerly, and then captured."""
+        assert self._compiled is not None
+        replays = self._compiled.replays
+        if key in replays:
+            self._compiled.advance(key[0])
+            return replays[key](args)
+        loss = self._step(args, kwargs)  # capturing needs the optimiser's state to be there
+        replays[key] = CudaGraph(lambda *args: self._step(args, kwargs), args)
+        return loss
 
     def _capture_key(self, args: tuple, kwargs: dict) -> Any:
         """What a captured step depends on besides the values of tensors; None: do not capture."""
         assert self.optimizer is not None
         groups = self.optimizer.param_groups
         first = groups[0]["params"][0]
-        if not (self.compile and first.is_cuda and self.synchronize is None):
+        if not (first.is_cuda and self.synchronize is None):
             return None
         if not all(group.get("fused") and "capturable" in group for group in groups):
             return None
-        if not isinstance(groups[0]["lr"], Tensor):  # what changes is read from the device
+        if not isinstance(groups[0]["lr"], Tensor):  # a graph reads what changes from the device
             self._skipped = torch.as_tensor(self._skipped, device=first.device)
             for group in groups:
                 group["capturable"] = True
@@ -236,41 +245,11 @@ class SVI(pyro.infer.SVI):
         moments = [t.data_ptr() for t in self.optimizer.state[first].values()]
         return key, self.clip_norm, str(fixed), tuple(moments)
 
-    def _differentiate(self, args: tuple, kwargs: dict, random: Tensor) -> Tensor:
-        """The loss, detached, with the gradient in the parameters' ``grad``."""
-        try:
-            return self._loss(args, kwargs)
-        except NotCompiled:
-            raise
-        except (RuntimeError, ValueError) as error:
-            # a sampler given NaN raises; on the CPU the site can be named
-            parameter = next(self.objective.parameters())
-            site = "" if parameter.is_cuda else self._site(random, args, kwargs)
-            if not site:
-                raise
-            if not self.skip_nonfinite:
-                raise self._nonfinite("a draw is not possible", site) from error
-            return torch.full((), math.nan, dtype=parameter.dtype, device=parameter.device)
-
-    def _loss(self, args: tuple, kwargs: dict) -> Tensor:
-        if self.compile:
-            if self._compiled is None:
-                self._compiled = Compiled(self.objective, CompiledGradients, self.compile is True)
-            with self.autocast():
-                compiled = self._compiled(args, kwargs)
-            if compiled is not None:
-                return compiled
-        with (
-            local_parameters(),
-            pyro.validation_enabled(False),  # validated once, in prepare
-            torch.enable_grad(),
-            self.autocast(),
-        ):
-            loss: Tensor = self.objective(*args, **kwargs)
-            if self.num_steps == 0:
-                require_own_parameters(loss, self.objective)
-        loss.backward()
-        return loss.detach()
+    # -- a loss or gradient that is not finite ---------------------------------------------------
+    @property
+    def num_skipped(self) -> int:
+        """Steps without an update because their loss or gradient was not finite."""
+        return int(self._skipped)
 
     def check_finite(self) -> None:
         """Raise :class:`NonFiniteError` if a step since the last call was not finite.
@@ -278,15 +257,37 @@ class SVI(pyro.infer.SVI):
         On the CPU the step itself has raised. On a GPU the step has withheld its update instead of
         waiting for the device; ``fit`` calls this each epoch and before it saves.
         """
-        (since, known), skipped = self._checked, self.num_skipped
-        self._checked = (self.num_steps, skipped)
-        if skipped > known and not self.skip_nonfinite:
+        (steps, skipped), now = self._reported, self.num_skipped
+        self._reported = (self.num_steps, now)
+        if now > skipped and not self.skip_nonfinite:
             raise NonFiniteError(
-                f"the loss or gradient of {skipped - known} of the steps {since + 1} to "
-                f"{self.num_steps} was NaN or infinite; they made no update. Lower the learning "
-                "rate, clip the gradient (SVI(clip_norm=...)), or bound the predicted scale; the "
-                "same steps on the CPU name the site"
+                f"loss or gradient of {now - skipped} of the steps {steps + 1} to {self.num_steps} "
+                f"was NaN or infinite, and nothing was updated. {_CURES}; the same steps on the "
+                "CPU name the site"
             )
+
+    def _loss_of_failed_draw(
+        self, error: Exception, random: Tensor, args: tuple, kwargs: dict
+    ) -> Tensor:
+        """NaN, if a sampler raised because it was given NaN; any other error is raised again."""
+        parameter = next(self.objective.parameters())
+        if isinstance(error, NotCompiled) or parameter.is_cuda:  # on the CPU the site can be named
+            raise error
+        site = self._site(random, args, kwargs)
+        if not site:
+            raise error
+        if not self.skip_nonfinite:
+            raise self._nonfinite("a draw is not possible", site) from error
+        return torch.full((), math.nan, dtype=parameter.dtype, device=parameter.device)
+
+    def _skip(self, loss: float, random: Tensor, args: tuple, kwargs: dict) -> None:
+        """Count a step that made no update, or raise."""
+        if not self.skip_nonfinite:
+            seen = f"the loss is {loss:.6g}"
+            if math.isfinite(loss):
+                seen += f", but {bad_gradients(self.objective)}"
+            raise self._nonfinite(seen, self._site(random, args, kwargs))
+        self._skipped += 1
 
     def _site(self, random: Tensor, args: tuple, kwargs: dict) -> str:
         """The site that makes the loss not finite: the pair is run again at its draws."""
@@ -295,30 +296,24 @@ class SVI(pyro.infer.SVI):
             torch.set_rng_state(random)
             return blame(self.model, self.guide, *args, num_particles=draws, **kwargs)
 
-    def _nonfinite(self, what: str, site: str) -> NonFiniteError:
+    def _nonfinite(self, seen: str, site: str) -> NonFiniteError:
         return NonFiniteError(
-            f"step {self.num_steps + 1}: {what}; {site or 'no site of this process shows why'}. "
-            "Nothing has been updated. Lower the learning rate, clip the gradient "
-            "(SVI(clip_norm=...)), bound the predicted scale, or go on without such steps "
+            f"step {self.num_steps + 1}: {seen}; {site or 'no site of this process shows why'}. "
+            f"Nothing has been updated. {_CURES}, or leave such steps out "
             "(SVI(skip_nonfinite=True))"
         )
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
-        """One optimisation step on a batch; returns the loss, summed over the batch, in nats."""
-        return self.update(*args, **kwargs).item()
-
+    # -- evaluation and state --------------------------------------------------------------------
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss on a batch, without a step."""
         with torch.no_grad(), local_parameters():
-            loss: float = self.objective(*args, **kwargs).item()
-        return loss
+            return self.objective(*args, **kwargs).item()
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, buffers, the step count and the optimiser's state; no pickled code."""
         optimizer = self.optimizer.state_dict() if self.optimizer is not None else None
         objective = self.objective.state_dict()
-        counts = {"num_steps": self.num_steps, "num_epochs": self.num_epochs}
-        counts["num_skipped"] = self.num_skipped
+        counts = {k: getattr(self, k) for k in ("num_steps", "num_epochs", "num_skipped")}
         return {"objective": objective, "optimizer": optimizer, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -328,7 +323,7 @@ class SVI(pyro.infer.SVI):
         self._skipped = state["num_skipped"]
         if self._compiled is not None:
             self._compiled.replays.clear()
-        self._checked = (self.num_steps, self.num_skipped)
+        self._reported = (self.num_steps, self.num_skipped)
         if state["optimizer"] is not None:
             if self.optimizer is None:
                 self._build()
@@ -341,3 +336,21 @@ def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def _check_arguments(loss: Any, clip_norm: float | None, compile: bool | str) -> None:
+    """Raise for what :class:`SVI` cannot work with."""
+    if not isinstance(loss, pyro.infer.ELBO) or not hasattr(loss, "differentiable_loss"):
+        raise TypeError(
+            f"loss must be an estimator from ppvae.elbo, or a differentiable Pyro ELBO, got "
+            f"{loss!r}; for pyro.infer.RenyiELBO use elbo.RenyiELBO or elbo.IWELBO"
+        )
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {clip_norm}; use None for no clipping")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
+    if compile is True and not isinstance(loss, Estimator):
+        raise ValueError(
+            f"compile=True needs an estimator of ppvae.elbo: {type(loss).__name__} of Pyro looks "
+            'at its value, which a graph cannot; use elbo.ELBO() or compile="auto"'
+        )

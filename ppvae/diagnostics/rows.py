@@ -1,0 +1,199 @@
+"""What all evaluators share: checks of the data, datapoints in pieces, numbers per datapoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ppvae.check.pair import PairError, check_batch, check_tensors, names
+from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, evaluation_mode, own_path, seeded
+from ppvae.program import module_of
+from ppvae.weights import LogWeights
+
+_CHECKED_ROWS = 100  # on which the pair is tried before all of them
+
+
+# -- before any work ---------------------------------------------------------------------------
+
+
+def check_data(program: Program, args: Sequence[Any]) -> int:
+    """Check the data that a program is to be called with; return N, the number of datapoints.
+
+    Raises:
+        ValueError: no argument is a tensor.
+        PairError: an argument is an array of another library; a tensor is empty, NaN or infinite,
+            or has another number of rows.
+    """
+    for name, arg in zip(names(program, args), args, strict=True):
+        if not isinstance(arg, Tensor) and hasattr(arg, "__array__") and np.ndim(arg) > 0:
+            seen = type(arg).__name__
+            raise PairError(f"argument {name!r} must be a tensor, got {seen}: torch.as_tensor(...)")
+    check_tensors(program, args)
+    rows = count_rows(args)
+    if not rows:
+        raise ValueError("no data: pass tensors with one row per datapoint, e.g. (model, guide, x)")
+    return rows
+
+
+def count_rows(args: Sequence[Any]) -> int:
+    """N, the length of the first tensor; 0 if there is none."""
+    return next((len(arg) for arg in args if isinstance(arg, Tensor)), 0)
+
+
+def check_pair_and_data(model: Program, guide: Program, args: Sequence[Any]) -> int:
+    """:func:`check_data`, and raise ``PairError`` unless the pair fits and accepts every row.
+
+    For passes over the weights, which run with Pyro's validation off.
+    """
+    rows = check_data(model, args)
+    for position, check in check_batch(model, guide, *take(args, slice(_CHECKED_ROWS))):
+        try:
+            check(args[position])
+        except ValueError as error:
+            raise PairError(f"argument {names(model, args)[position]!r}: {error}") from error
+    return rows
+
+
+def check_at_least(least: int, **arguments: int) -> None:
+    """Raise ``ValueError`` for an argument below ``least``; each is passed by its name."""
+    for name, value in arguments.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_log_evidence(log_evidence: Tensor, rows: int) -> None:
+    """Raise ``ValueError`` unless there is one value of log p(x) per datapoint."""
+    shape = getattr(log_evidence, "shape", None)
+    if shape != (rows,):
+        raise ValueError(
+            f"log_evidence must be a tensor of one value per datapoint, ({rows},), got "
+            f"{log_evidence if shape is None else f'shape {tuple(shape)}'}"
+        )
+
+
+def check_start(start: str) -> None:
+    """Raise ``ValueError`` unless chains start at draws of the guide or the prior."""
+    if start not in ("guide", "prior"):
+        raise ValueError(f'start must be "guide" or "prior", got {start!r}')
+
+
+# -- datapoints in pieces ----------------------------------------------------------------------
+
+
+def take(args: Sequence[Any], rows: Any) -> tuple[Any, ...]:
+    """The same rows of every tensor; other arguments as they are."""
+    return tuple(
+        arg[rows.to(arg.device) if isinstance(rows, Tensor) else rows]
+        if isinstance(arg, Tensor)
+        else arg
+        for arg in args
+    )
+
+
+def rows_per_piece(num_particles: int, max_rows: int) -> int:
+    """How many datapoints are computed at once, with this many particles or chains each."""
+    return max(1, max_rows // num_particles)
+
+
+def pieces(rows: int, num_particles: int, max_rows: int) -> Iterator[tuple[slice, list[int]]]:
+    """Slices of datapoints, and numbers of particles that add up to K.
+
+    A piece has at most ``max_rows`` rows, datapoints x particles.
+    """
+    particles = min(num_particles, max_rows)
+    full, rest = divmod(num_particles, particles)
+    sizes = [particles] * full + ([rest] if rest else [])
+    datapoints = rows_per_piece(num_particles, max_rows)
+    for start in range(0, rows, datapoints):
+        yield slice(start, min(start + datapoints, rows)), sizes
+
+
+# -- one run of a pair -------------------------------------------------------------------------
+
+
+@contextmanager
+def evaluating(
+    model: Program, guide: Program, args: Sequence[Any], seed: int | None
+) -> Iterator[None]:
+    """Run a pair that has been checked: no gradients, evaluation mode, draws with a seed."""
+    with (
+        torch.no_grad(),
+        evaluation_mode(model, guide),
+        own_path(),
+        pyro.validation_enabled(False),
+        seeded(seed, *args),
+    ):
+        yield
+
+
+def modules_of(*programs: Program) -> nn.ModuleList:
+    """The modules that hold the programs' parameters, each once."""
+    owners = {id(owner): owner for owner in map(module_of, programs) if owner is not None}
+    return nn.ModuleList(owners.values())
+
+
+def trainable(*programs: Program) -> list[nn.Parameter]:
+    """The programs' parameters that require a gradient, each once."""
+    return [p for p in modules_of(*programs).parameters() if p.requires_grad]
+
+
+def rows_first(site: Site) -> Tensor:
+    """A site's value as ``(particles if any, datapoints, rest)``."""
+    value, event_dim = site["value"], site["fn"].event_dim
+    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+    moved = [dims[name] - event_dim for name in (PARTICLE_PLATE, DATA_PLATE) if name in dims]
+    return value.movedim(moved, list(range(len(moved))))
+
+
+def require_numbers(weights: LogWeights, start: int = 0, where: str = "") -> None:
+    """Raise ``ValueError`` if a log-weight is NaN or plus infinity, naming datapoint and site.
+
+    Args:
+        weights: of the datapoints from ``start`` on.
+        start: number of the first datapoint.
+        where: how the message begins.
+    """
+    bad = ~(weights.log_w < math.inf)
+    if not bad.any():
+        return
+    row = int(bad.any(0).nonzero()[0])
+    value = "NaN" if weights.log_w[:, row].isnan().any() else "infinite"
+    # Too small a log q is as bad as too large a log p.
+    sites = [
+        f"{name!r} of the {program}"
+        for program, terms, sign in (("model", weights.log_p, 1), ("guide", weights.log_q, -1))
+        for name, term in terms.items()
+        if not (sign * term.expand(*term.shape[:-1], bad.shape[1])[..., row] < math.inf).all()
+    ]
+    raise ValueError(
+        f"{where}the log-weight of datapoint {start + row} is {value} for {int(bad[:, row].sum())} "
+        f"of {len(bad)} particles, because of site {' and '.join(sites)}: look at row "
+        f"{start + row} of the data, and for scales that under- or overflow or parameters of NaN"
+    )
+
+
+# -- numbers per datapoint ---------------------------------------------------------------------
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean over datapoints; NaN for one."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def spread(values: Tensor) -> list[float]:
+    """Mean, its standard error, and the 5, 50 and 95 % quantiles of what is not NaN."""
+    numbers = values[~values.isnan()]
+    if not len(numbers):
+        return [math.nan] * 5
+    # Infinite values cannot be interpolated.
+    how = "linear" if numbers.isfinite().all() else "nearest"
+    levels = torch.tensor([0.05, 0.5, 0.95], dtype=numbers.dtype)
+    quantiles = numbers.quantile(levels, interpolation=how).tolist()
+    return [numbers.mean().item(), standard_error(numbers), *quantiles]
