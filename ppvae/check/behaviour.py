@@ -7,7 +7,7 @@ Each function asks one question of a pair that has passed the checks of shapes a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from ppvae.check.sites import innermost, is_point, known_support
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
+    Args,
+    Kwargs,
     Leaves,
     NotAtCopies,
     Program,
@@ -35,6 +37,7 @@ from ppvae.pairs import (
 from ppvae.program import all_modules, method_owners, module_of, require_own_parameters
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, log_weights, weigh
+from ppvae.wrapped import argument_names
 
 GRADIENTS = ("pathwise", "stl", "dreg", "score", "vimco")
 NO_INVERSE = "a flow of the guide has no inverse, so it can only weigh its own draws"
@@ -200,7 +203,7 @@ class Behaviour(NamedTuple):
     unseen: str = ""
 
 
-def behaviour(weights: LogWeights, num_particles: int) -> Behaviour:
+def behaviour(weights: LogWeights, num_particles: int, keywords: bool = False) -> Behaviour:
     """Run a pair on two rows: at copies of draws, at copies of rows, and with several particles.
 
     All rows are taken where it does not run on two of them.
@@ -208,11 +211,11 @@ def behaviour(weights: LogWeights, num_particles: int) -> Behaviour:
     Args:
         weights: of a batch.
         num_particles: how many there will be; one is nothing to be looked at.
+        keywords: whether tensors that are passed by keyword are rows, too.
     """
     model, guide, _, _ = weights.pair
     with _perturbed_statistics(model, guide):
-        index = _two_rows(weights)
-        again = _Replays(weights if index is None else _of_rows(weights, index))
+        again = _Replays(weights, keywords)
         drawn = again.drawn
         try:
             terms = again.terms(drawn)
@@ -223,14 +226,14 @@ def behaviour(weights: LogWeights, num_particles: int) -> Behaviour:
         if at_copies and not other_noise:
             unseen = f"a copy of the draw of {at_copies[0][1]!r} has another density than the draw"
             return Behaviour(None, None, unseen)
-        leaks = leakage_faults(again, terms) if index is not None and not other_noise else None
+        leaks = leakage_faults(again, terms) if again.differ and not other_noise else None
         apart = None
         if num_particles > 1 and not other_noise and not point_masses(weights):
             apart = particle_faults(again)
         if other_noise or ((leaks or apart) and _different(terms, again.terms(drawn))):
             unseen = "a program draws noise outside its sites, or counts its calls"
             return Behaviour(None, None, unseen)
-    alike = index is None and not weights.joint
+    alike = not again.differ and not weights.joint
     return Behaviour(leaks, apart, "it takes a batch with two different rows" if alike else "")
 
 
@@ -257,57 +260,59 @@ def _perturbed_statistics(model: Program, guide: Program) -> Iterator[None]:
             layer.running_mean, layer.running_var = mean, var
 
 
-def _two_rows(weights: LogWeights) -> Tensor | None:
-    """Numbers of two rows with different data; None if there are none, or no rows at all."""
-    _, _, args, kwargs = weights.pair
-    rows = weights.log_w.shape[1]
-    different = torch.zeros(rows, dtype=torch.bool)
-    for tensor in (*args, *kwargs.values()):
-        if _has_rows(tensor, rows) and not weights.joint:
-            other = (tensor != tensor[:1]) & ~(tensor.isnan() & tensor[:1].isnan())
-            different |= other.reshape(rows, -1).any(1).cpu()
-    found = different.nonzero()
-    return torch.tensor([0, int(found[-1])]) if len(found) else None
-
-
-def _of_rows(weights: LogWeights, index: Tensor) -> LogWeights:
-    """Log-weights of some rows; of all where the pair does not run on these."""
-    model, guide, args, kwargs = weights.pair
-    if by_position(guide) is not None:
-        return weights
-    rows = weights.log_w.shape[1]
-    some = [_take(arg, index, rows) for arg in args]
-    named = {name: _take(arg, index, rows) for name, arg in kwargs.items()}
-    try:
-        return log_weights(model, guide, *some, joint=weights.joint, **named)
-    except (RuntimeError, ValueError, IndexError):
-        return weights
-
-
 def leakage_faults(again: _Replays, terms: Terms) -> list[str]:
     """Sites at which one row's log-probability changes with the other rows.
 
-    One row is kept, with its draws, and all others become copies of it, with its draws.
+    One row is kept, with its draws, and all others become copies of it, with its draws. An argument
+    without which that changes nothing is named, since it may not be rows at all.
 
     Args:
         again: runs the pair.
         terms: the log-probabilities at the draws as they are.
     """
-    rows = again.weights.log_w.shape[1]
-    changed: dict[tuple[str, str], None] = {}
-    for kept in (0, rows - 1):  # the last one too: a row may see only those before it
-        index = torch.full((rows,), kept)
-        drawn = _with_values(again.drawn, functools.partial(_rows_of, index=index))
-        after = again.terms(drawn, take=functools.partial(_take, index=index, rows=rows))
-        for key, term in terms.items():
-            if _differ(_row(term, kept), _row(after[key], kept)):
-                changed[key] = None
-    return [
+    changed = _leaks(again, terms, again.cut)
+    alone = [
+        label
+        for label in again.cut
+        if changed and len(again.cut) > 1 and not _leaks(again, terms, again.cut - {label})
+    ]
+    if any(isinstance(label, str) and _is_table(again, terms, label) for label in alone):
+        return []  # which is never cut
+    tables = [label for label in alone if isinstance(label, int)]
+    labels = argument_names(again.weights.pair[0])
+    faults = [
+        f"argument {labels[i] if i < len(labels) else i!r} has {again.rows} rows, and is not used "
+        "row by row: cut with the data it gives other numbers. If it is a table, pass it by "
+        "keyword, which is never cut"
+        for i in tables
+    ]
+    return faults + [
         f"site {name!r} of the {role}: the log-probability of one datapoint changes with the data "
         "or draws of the others, so there is no weight per datapoint. Compute each from its own "
         "data: no mean over dim 0, attention over rows, batch norm without running statistics"
         for role, name in changed
     ]
+
+
+def _is_table(again: _Replays, terms: Terms, label: str) -> bool:
+    """Whether no row depends on its own row of an argument more than on another one."""
+    index = torch.arange(again.weights.log_w.shape[1])
+    index[[0, -1]] = index[[-1, 0]]
+    return not _different(terms, again.terms(again.drawn, {label}, index))
+
+
+def _leaks(again: _Replays, terms: Terms, cut: set[int | str]) -> list[tuple[str, str]]:
+    """Terms of a row that change when all others, in some arguments, become copies of it."""
+    rows = again.weights.log_w.shape[1]
+    changed: dict[tuple[str, str], None] = {}
+    for kept in (0, rows - 1):  # the last one too: a row may see only those before it
+        index = torch.full((rows,), kept)
+        drawn = _with_values(again.drawn, functools.partial(_rows_of, index=index))
+        after = again.terms(drawn, cut, index)
+        for key, term in terms.items():
+            if _differ(_row(term, kept), _row(after[key], kept)):
+                changed[key] = None
+    return list(changed)
 
 
 def particle_faults(again: _Replays) -> list[str] | None:
@@ -345,30 +350,88 @@ _FOLD = (
 
 
 class _Replays:
-    """A pair that is run again at given draws."""
+    """A pair that is run again at given draws, on two rows of a batch if it does run on two.
 
-    def __init__(self, weights: LogWeights) -> None:
+    Args:
+        weights: of the batch.
+        keywords: whether tensors that are passed by keyword are rows, too.
+
+    Attributes:
+        rows: of the batch.
+        cut: positions and names of the arguments that have these rows.
+        differ: whether there are two rows with different data.
+        weights: of what is run.
+        drawn: the draws of the guide in them.
+    """
+
+    def __init__(self, weights: LogWeights, keywords: bool) -> None:
+        _, guide, args, kwargs = weights.pair
+        self.rows = weights.log_w.shape[1]
+        known = [*enumerate(args), *(kwargs.items() if keywords else ())]
+        rows = {label: value for label, value in known if _has_rows(value, self.rows)}
+        self.cut: set[int | str] = set(rows)
+        index = None if weights.joint else _two_different(rows.values())
+        self.differ = index is not None
+        if index is not None and self.rows > 2 and by_position(guide) is None:
+            weights = self._of_rows(weights, index)
         self.weights = weights
         self.drawn = _with_values(weights.guide_trace, lambda site: site["value"])
         self._replay = ReplayMessenger(trace=self.drawn)
-        self._guide = self._replay(weights.pair[1])
+        self._guide = self._replay(guide)
 
-    def terms(self, drawn: Trace, take: Callable[[Any], Any] | None = None, seed: int = 0) -> Terms:
+    def _of_rows(self, weights: LogWeights, index: Tensor) -> LogWeights:
+        """Log-weights of some rows; of all where the pair does not run on these."""
+        model, guide, args, kwargs = weights.pair
+        args, kwargs = _taken(args, kwargs, self.cut, index)
+        try:
+            return log_weights(model, guide, *args, joint=weights.joint, **kwargs)
+        except (RuntimeError, ValueError, IndexError):
+            return weights
+
+    def terms(
+        self, drawn: Trace, cut: Collection[int | str] = (), index: Any = None, seed: int = 0
+    ) -> Terms:
         """Log-probabilities at draws; other noise of the programs follows the seed.
 
         Args:
             drawn: a trace of the guide.
-            take: changes each argument of the programs.
+            cut: of which arguments the rows ``index`` are given.
+            index: numbers of rows.
             seed: of what is drawn besides.
         """
         model, _, args, kwargs = self.weights.pair
-        if take is not None:
-            args = tuple(take(arg) for arg in args)
-            kwargs = {name: take(arg) for name, arg in kwargs.items()}
+        args, kwargs = _taken(args, kwargs, cut, index)
         self._replay.trace = drawn
         with seeded(seed, *args):
             weights = log_weights(model, self._guide, *args, joint=self.weights.joint, **kwargs)
         return _terms(weights)
+
+
+def _two_different(tensors: Iterable[Tensor]) -> Tensor | None:
+    """Numbers of two rows with different data; None if there are none."""
+    found = [
+        int(rows.nonzero()[-1])
+        for tensor in tensors
+        if (rows := _different_from_first(tensor)).any()
+    ]
+    return torch.tensor([0, max(found)]) if found else None
+
+
+def _different_from_first(tensor: Tensor) -> Tensor:
+    other = (tensor != tensor[:1]) & ~(tensor.isnan() & tensor[:1].isnan())
+    return other.reshape(len(tensor), -1).any(1)
+
+
+def _taken(args: Args, kwargs: Kwargs, cut: Collection[int | str], index: Any) -> Any:
+    """Arguments of which some are cut to rows."""
+
+    def take(label: int | str, value: Any) -> Any:
+        return value.index_select(0, index.to(value.device)) if label in cut else value
+
+    return (
+        tuple(take(i, arg) for i, arg in enumerate(args)),
+        {name: take(name, value) for name, value in kwargs.items()},
+    )
 
 
 def _with_values(trace: Trace, value_of: Callable[[Any], Tensor]) -> Trace:
@@ -386,10 +449,6 @@ def _copy(site: Any) -> Tensor:
 
 def _has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
-
-
-def _take(value: Any, index: Tensor, rows: int) -> Any:
-    return value.index_select(0, index.to(value.device)) if _has_rows(value, rows) else value
 
 
 def _rows_of(site: Any, index: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def check_pair(
         ppvae.check.pair.PairError: site 'x': argument 'x': 20 of 20 values lie outside the ...
     """
     with local_parameters():  # what is trained here would not be in Pyro's store
-        seen = _examine(model, guide, args, kwargs, joint, num_particles=3)
+        seen = _examine(model, guide, args, kwargs, joint, num_particles=3, keywords=True)
         with unnoticed(model, guide), pyro.validation_enabled(False), torch.enable_grad():
             weights = log_weights(model, guide, *args, joint=joint, **kwargs)
             answers = [*answer(weights, seen.behaviour)]
@@ -122,7 +122,7 @@ def check_batch(
 
     Returns:
         The checks of single arguments that also hold beyond this batch (support, labels), by
-        position: :func:`check_rows` applies them to all data.
+        position: :func:`check_values` applies them to all data.
 
     Raises:
         PairError: with one line per fault, naming the site or argument, what was seen, the cure.
@@ -133,7 +133,7 @@ def check_batch(
     return seen.row_checks
 
 
-def check_rows(
+def check_values(
     model: Callable[..., Any], guide: Callable[..., Any], args: Sequence[Any], checks: Checks
 ) -> None:
     """Raise :class:`PairError` unless a pair takes all rows of the data, as it took a batch.
@@ -199,6 +199,7 @@ def _examine(
     kwargs: dict[str, Any],
     joint: bool,
     num_particles: int,
+    keywords: bool = False,
 ) -> _Seen:
     """What every entry point asks of a pair, whether it trains or evaluates.
 
@@ -220,7 +221,7 @@ def _examine(
             if fault := number_fault(tensors):
                 raise PairError(_with_cure(fault, error)) from error
             raise
-        return _Seen([*checks, *more], behaviour(weights, num_particles))
+        return _Seen([*checks, *more], behaviour(weights, num_particles, keywords))
 
 
 def _with_cure(fault: str, error: PairError) -> str:
