@@ -306,6 +306,21 @@ def test_a_column_against_a_row(estimator: Any, K: int) -> None:
         estimator(num_particles=K)(model, zed)(X)
 
 
+@pytest.mark.parametrize("K", [1, 3])
+def test_rows_in_a_plate_of_one_are_refused(K: int) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", 1):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"site 'x' has log-probabilities of shape .*3\)"):
+        ppvae.log_weights(model, guide, X, num_particles=K)
+
+
 def test_a_term_that_is_one_number_for_a_plate_counts_for_each_of_it() -> None:
     class Shared(dist.Normal):
         def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
