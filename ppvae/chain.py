@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyro.distributions as dist
@@ -115,3 +118,28 @@ def require_distribution(argument: str, found: Any) -> Any:
             f"{argument} gives a {kind}, but must give one of pyro.distributions: {cure}"
         )
     return found
+
+
+def require_likelihood(model: Any, inputs: Callable[[Any], Sequence[Tensor]]) -> None:
+    """Raise ``TypeError`` if a model's ``likelihood`` is a network, which gives no distribution.
+
+    A copy of the model is run on two rows. What fails there is left to the first batch of data.
+
+    Args:
+        model: has a ``likelihood``.
+        inputs: called with the copy, gives what its likelihood is called with.
+    """
+    found: Any = torch.zeros(()) if _gives_tensors(model.likelihood) else None
+    if found is None and isinstance(model.likelihood, nn.Module):
+        with suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copied = copy.deepcopy(model).eval()
+            found = copied.likelihood(*inputs(copied))
+    if found is not None:
+        require_distribution("likelihood", found)
+
+
+def _gives_tensors(module: Any) -> bool:
+    """Whether it is one of torch's or ppvae's networks, or ends with one."""
+    if type(module) is nn.Sequential:
+        return len(module) > 0 and _gives_tensors(module[-1])
+    return type(module).__module__.startswith(("torch.nn.", "ppvae.nets."))

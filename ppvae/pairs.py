@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import finalize
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.infer.autoguide import AutoGuide
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import get_provenance
 from pyro.poutine import Trace
@@ -22,8 +24,10 @@ from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.trace_messenger import TraceHandler, TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import Independent
 
-from ppvae.program import local_parameters, module_of
+from ppvae.program import all_modules, local_parameters, read
+from ppvae.wrapped import innermost, method_of, owner_of
 
 DATA_PLATE = "data"
 PARTICLE_PLATE = "_ppvae_particles"  # not to meet a plate of the user's
@@ -31,6 +35,10 @@ Site = dict[str, Any]
 Program = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+
+class NotAtCopies(ValueError):
+    """A distribution gives a copy of its draw another density than the draw itself."""
 
 
 class NotCompiled(RuntimeError):
@@ -75,25 +83,29 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._by_model: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict]] = WeakKeyDictionary()
+        self._known: dict[Any, dict[Any, Any]] = {}
+        self._alive: list[Any] = []
 
     def of(self, model: Program, guide: Program) -> dict[Any, Any]:
-        """A dictionary for the pair; an empty one where a program cannot be remembered."""
-        # a bound method is made anew at each mention
-        owners = [module_of(program) or program for program in (model, guide)]
-        methods = tuple(getattr(program, "__func__", None) for program in (model, guide))
-        try:
-            by_guide = self._by_model.setdefault(owners[0], WeakKeyDictionary())
-            entries: dict[Any, Any] = by_guide.setdefault(owners[1], {}).setdefault(methods, {})
-        except TypeError:  # not hashable, or nothing weak can refer to it
-            return {}
+        """A dictionary for the pair: these two objects, whatever equals them."""
+        owners = owner_of(model), owner_of(guide)
+        methods = method_of(model), method_of(guide)
+        key = id(owners[0]), id(owners[1]), methods
+        entries = self._known.get(key)
+        if entries is None:
+            entries = self._known[key] = {}
+            for owner in owners:
+                try:
+                    finalize(owner, self._known.pop, key, None)
+                except TypeError:  # nothing weak can refer to it
+                    self._alive.append(owner)
         if len(entries) >= _MOST_CALLS:
             entries.clear()
         return entries
 
 
 _MOST_CALLS = 64
-_structures, _kl_valid = Memory(), Memory()
+_structures, _kl_valid, _weighed = Memory(), Memory(), Memory()
 
 
 def signature(args: Args, kwargs: Kwargs) -> Any:
@@ -116,11 +128,12 @@ def _settings(program: Program) -> Any:
 
     They are those among its attributes, in its closure, and among the globals that it mentions.
     """
-    owner = module_of(program)
-    function = getattr(owner, "forward", None) if owner is program else program
-    function = inspect.unwrap(getattr(function, "__func__", function))  # type: ignore[arg-type]
+    inside = innermost(program)
+    owner = owner_of(inside)
+    function = getattr(inside, "forward", inside)
+    function = inspect.unwrap(getattr(function, "__func__", function))
     code = getattr(function, "__code__", None)
-    values = list(vars(owner).values()) if owner is not None else []
+    values = list(getattr(owner, "__dict__", {}).values())
     if code is not None:
         values += [_content(cell) for cell in function.__closure__ or ()]
         values += [function.__globals__.get(name) for name in code.co_names]
@@ -144,8 +157,8 @@ def structure(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Str
 
 
 def _call(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
-    modes = getattr(model, "training", None), getattr(guide, "training", None)
-    return signature(args, kwargs), modes
+    modes = [getattr(owner_of(innermost(p)), "training", None) for p in (model, guide)]
+    return signature(args, kwargs), *modes
 
 
 def _find_structure(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Structure:
@@ -167,8 +180,12 @@ def run(
     With ``leaves``, every draw that has a gradient is replaced by a detached leaf as soon as it is
     made, so that later sites of the guide, and the model, see the leaves.
     """
+    if fault := position_fault(guide, args, kwargs):
+        raise ValueError(fault)
     known, call = _structures.of(model, guide), _call(model, guide, args, kwargs)
     found = known.get(call)
+    if leaves is not None:
+        leaves.weighed = _weighed.of(model, guide).setdefault("sites", set())
     if found is not None:
         try:
             traces = _run(model, guide, args, kwargs, num_particles, leaves, found)
@@ -241,17 +258,96 @@ class Enumerate(EnumMessenger):
 
 
 class Leaves(Messenger):
-    """Cuts each draw z from the guide's parameters; ``pairs`` holds (z, z.detach())."""
+    """Cuts each draw z from the guide's parameters; ``pairs`` holds (z, z.detach()).
+
+    A straight-through draw is cut where it is smooth: before it is rounded.
+
+    Attributes:
+        weighed: names of sites whose density is known to be that of the value, whatever tensor
+            holds it.
+
+    Raises:
+        NotAtCopies: a site weighs a leaf otherwise than its draw.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.weighed: set[str] = set()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         value = msg["value"]
         if isinstance(value, Tensor) and value.requires_grad and not msg["is_observed"]:
-            msg["value"] = value.detach().requires_grad_()
-            self.pairs.append((value, msg["value"]))
+            smooth = unrounded(value)
+            leaf = smooth.detach().requires_grad_()
+            self.pairs.append((smooth, leaf))
+            msg["value"] = leaf
+            if smooth is not value:
+                msg["value"] = value.detach() + (leaf - leaf.detach())
+                msg["value"]._unquantize = leaf
+            if msg["name"] not in self.weighed:
+                self._require_equal(msg, value)
+
+    def _require_equal(self, msg: Any, value: Tensor) -> None:
+        if not weighs_alike(msg, value, msg["value"]):
+            raise NotAtCopies(
+                f"site {msg['name']!r}: {kind(msg['fn'])} gives a copy of a draw another "
+                "density than the draw itself, and this gradient needs it at copies; use "
+                'gradient="pathwise", or a log_prob that is a function of the value'
+            )
+        self.weighed.add(msg["name"])
+
+
+@torch.no_grad()
+def weighs_alike(site: Site, value: Tensor, other: Tensor) -> bool:
+    """Whether a site's density is the same at two tensors of one value, up to rounding."""
+    if type(value) is not Tensor or torch._C._is_tracing():  # a graph is traced: no numbers
+        return True
+    try:
+        one, two = (site["fn"].log_prob(tensor) for tensor in (value, other))
+    except KeyError as error:  # of a flow of Pyro without an inverse: the term of the site says so
+        return "intermediates cache" in str(error)
+    except NotImplementedError:
+        return False
+    return torch.allclose(one, two, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True)
+
+
+_ROUNDING = 0.03  # in nats: the inverse of a deep flow is that inexact, a wrong density is far off
+
+
+def unrounded(value: Tensor) -> Tensor:
+    """What Pyro's straight-through draws have a density of; other values as they are."""
+    smooth: Tensor = getattr(value, "_unquantize", value)
+    return smooth
+
+
+def is_rounded(site: Site) -> bool:
+    """Whether a site's draws are straight-through: discrete, with the gradient of others."""
+    fn, value = site["fn"], site["value"]
+    return unrounded(value) is not value or (fn.has_rsample and is_discrete(fn))
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether a distribution's support is; one that does not say has none that is known."""
+    try:
+        return bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):
+        return False
+
+
+def kind(fn: Any) -> str:
+    """The name of a distribution, without what declares or masks its dimensions."""
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def moved(value: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """A draw with its rows moved, and with them what its density belongs to."""
+    result, smooth = move(value), unrounded(value)
+    if smooth is not value:
+        result._unquantize = move(smooth)  # type: ignore[attr-defined]
+    return result
 
 
 def particle_plate(found: Structure, num_particles: int) -> Any:
@@ -308,13 +404,18 @@ def reason(error: Exception) -> str:
 
 
 def sample_sites(drawn: Trace) -> dict[str, Site]:
-    """The random sites of a trace: no plates' subsample sites, no ``pyro.deterministic``."""
+    """The random sites of a trace that count.
+
+    No plates' subsample sites, no ``pyro.deterministic``, and no latent that ``poutine.do`` has put
+    a value in the place of: nothing depends on it, so it integrates to 1.
+    """
     return {
         name: site
         for name, site in drawn.nodes.items()
         if site["type"] == "sample"
         and not site_is_subsample(site)
         and not site["infer"].get("_deterministic")
+        and (site["is_observed"] or "_intervener_id" not in site)
     }
 
 
@@ -363,10 +464,37 @@ def _parents(drawn: Trace) -> dict[str, frozenset[str]]:
     }
 
 
+def by_position(program: Program) -> AutoGuide | None:
+    """An autoguide whose parameters belong to positions in a batch, not to datapoints; or None."""
+    inside = owner_of(innermost(program))
+    return inside if isinstance(inside, AutoGuide) and inside.create_plates is None else None
+
+
+def position_fault(guide: Program, args: Args, kwargs: Kwargs) -> str | None:
+    """Why an autoguide cannot be run on other rows than those that it was set up with."""
+    auto = by_position(guide)
+    if auto is None or auto.prototype_trace is None:
+        return None
+    tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim())
+    rows = next((len(tensor) for tensor in tensors), None)
+    frames = [f for s in auto.prototype_trace.nodes.values() for f in s.get("cond_indep_stack", ())]
+    size = next((frame.size for frame in frames if frame.name == DATA_PLATE), rows)
+    if rows in (None, size):
+        return None
+    return (
+        f"{type(auto).__name__} has parameters for the {size} positions of the batch that it was "
+        f"set up with, and is run on {rows} rows. Run it on all {size} at once (an evaluator with "
+        "max_rows >= num_particles * rows), or wrap it: guides.Auto gives each datapoint its own"
+    )
+
+
 @contextmanager
 def own_path() -> Iterator[None]:
-    """:func:`~ppvae.program.local_parameters`, unless a stock Pyro engine is listening."""
-    with nullcontext() if am_i_wrapped() else local_parameters():
+    """:func:`~ppvae.program.local_parameters`, unless somebody is listening who decides that.
+
+    What a stock engine has trained in Pyro's store is read.
+    """
+    with nullcontext() if am_i_wrapped() else local_parameters(read):
         yield
 
 
@@ -399,8 +527,8 @@ def seeded(seed: int | None, *tensors: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(*programs: Program) -> Iterator[None]:
-    """``eval()`` for the programs that are modules, then each module's own mode again."""
-    modules = [m for p in programs if (owner := module_of(p)) is not None for m in owner.modules()]
+    """``eval()`` for all modules of the programs, then each module's own mode again."""
+    modules = all_modules(*programs)
     modes = [module.training for module in modules]
     try:
         for module in modules:

@@ -1,17 +1,18 @@
-"""A program: an ``nn.Module`` whose ``forward`` is a Pyro program.
+"""A program: an ``nn.Module`` whose ``forward`` is a Pyro program; and where parameters live.
 
-Parameters live in modules. Pyro's global parameter store is touched only when a *stock* Pyro
-engine runs a :class:`Program` and listens for ``param`` sites; ppvae's own path runs inside
-:func:`local_parameters` and leaves the store empty.
+They live in modules, and :func:`module_of` finds these behind wrappers. Pyro's global parameter
+store is touched only by who listens to it: a *stock* Pyro engine, or an estimator called as one.
+What ppvae runs itself is inside :func:`local_parameters`, and leaves the store as it is.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
+
+from ppvae.wrapped import announced, mentioned, parts, title
 
 _parameters_are_local: ContextVar[bool] = ContextVar("_parameters_are_local", default=False)
 # Keyed by the module itself, so that a deep copy gets a name of its own and two equal programs in
@@ -114,40 +117,118 @@ def _local_state() -> Iterator[None]:
         pyro_module._MODULE_LOCAL_PARAMS = usual
 
 
-class _RefuseStore(Messenger):
-    """Keep Pyro's global store empty: parameters of modules stay there, a bare one raises."""
+class _Store(Messenger):
+    """Keeps parameters of modules out of Pyro's store; ``bare`` says what other ones may do."""
+
+    def __init__(self, bare: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.bare = bare
 
     def _pyro_param(self, msg: Any) -> None:
-        if getattr(msg["fn"], "__self__", None) is not pyro.get_param_store():
-            return  # a PyroModule's own parameter: already local
-        if "$$$" in msg["name"] and isinstance(msg["args"][-1], Tensor):
-            msg["value"], msg["done"] = msg["args"][-1], True  # pyro.module(...) of a network
-        else:
-            raise ValueError(
-                f"pyro.param({msg['name']!r}) lives in Pyro's global store, which ppvae does not "
-                "use: two programs would share it, and it would be neither optimised nor saved. "
-                "Make it an attribute of the program: self.theta = torch.nn.Parameter(...), or "
-                "PyroParam(...) on a PyroModule"
-            )
+        if getattr(msg["fn"], "__self__", None) is pyro.get_param_store():
+            self.bare(msg)
+        # else it is a PyroModule's own parameter, and local already
+
+
+def refused(msg: Any) -> None:
+    """What a ``pyro.param`` is where ppvae trains: it would be neither optimised nor saved."""
+    if not _is_of_module(msg):
+        raise ValueError(
+            f"pyro.param({msg['name']!r}) lives in Pyro's global store, and ppvae trains nothing "
+            "there: make it an attribute, self.theta = torch.nn.Parameter(...), or PyroParam(...) "
+            "of a PyroModule; or train it by pyro.infer.SVI(..., loss=elbo.ELBO())"
+        )
+
+
+def read(msg: Any) -> None:
+    """What a ``pyro.param`` is where ppvae evaluates: the value that a stock engine has trained."""
+    if not _is_of_module(msg) and msg["name"] not in pyro.get_param_store():
+        raise ValueError(
+            f"pyro.param({msg['name']!r}) has no value in Pyro's global store; train it first, "
+            "by pyro.infer.SVI(..., loss=elbo.ELBO()), or make it an attribute of the program, "
+            "self.theta = torch.nn.Parameter(...), which ppvae trains"
+        )
+
+
+def stored(msg: Any) -> None:
+    """What a ``pyro.param`` is for an estimator called as one of Pyro's: a value in the store."""
+
+
+def _is_of_module(msg: Any) -> bool:
+    """Whether it is a statement of ``pyro.module(...)``, which then has the module's value."""
+    if "$$$" in msg["name"] and isinstance(msg["args"][-1], Tensor):
+        msg["value"], msg["done"] = msg["args"][-1], True
+        return True
+    return False
+
+
+# ------------------------------------------------------------------------------ whose parameters
 
 
 def module_of(program: Any) -> nn.Module | None:
-    """The module whose parameters a program uses: itself, or the owner of a bound method."""
-    owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
-    return owner if isinstance(owner, nn.Module) else None
+    """The module whose parameters a program uses; where there are several, they are its parts.
+
+    That is the program itself, or the owner of a bound method; what ``functools.partial`` binds
+    and what Pyro's handlers are put around; the attributes of another object that can be called.
+    A plain function has the programs that it calls, since these announce themselves to Pyro too,
+    and the networks that it passes to ``pyro.module``; no other network from outside.
+
+    Example:
+        >>> import functools, pyro, torch
+        >>> net = torch.nn.Linear(2, 2)
+        >>> module_of(pyro.poutine.scale(functools.partial(net), scale=0.1)) is net
+        True
+    """
+    found = _own_modules(program)
+    if len(found) > 1:
+        return nn.ModuleList(found)
+    return found[0] if found else None
+
+
+def all_modules(*programs: Any) -> list[nn.Module]:
+    """Every module that programs run, each once: bare networks that functions use, too."""
+    found: dict[int, nn.Module] = {}
+    for program in programs:
+        for owner in (*_own_modules(program), *outside_networks(program).values()):
+            found |= {id(module): module for module in owner.modules()}
+    return list(found.values())
 
 
 def method_owners(*programs: Any) -> nn.ModuleList:
-    """The modules of which programs are methods: these, not the programs, hold the parameters."""
-    methods = [program for program in programs if not isinstance(program, nn.Module)]
-    owners = {id(owner): owner for p in methods if (owner := module_of(p)) is not None}
+    """The modules of programs that are none themselves: these hold the parameters."""
+    others = [program for program in programs if not isinstance(program, nn.Module)]
+    owners = {id(owner): owner for program in others for owner in _own_modules(program)}
     return nn.ModuleList(owners.values())
+
+
+def outside_networks(program: Any) -> dict[str, nn.Module]:
+    """Bare networks that a program's functions use from outside, by the names they have there."""
+    return {
+        name: value
+        for part in parts(program, _announces_itself)
+        if isinstance(part, FunctionType)
+        for name, value in mentioned(part).items()
+        if isinstance(value, nn.Module) and not _announces_itself(value)
+        if name not in announced(part)
+    }
+
+
+def _own_modules(program: Any) -> list[nn.Module]:
+    return [part for part in parts(program, _announces_itself) if isinstance(part, nn.Module)]
+
+
+def _announces_itself(value: Any) -> bool:
+    return isinstance(value, (Program, pyro_module.PyroModule))
 
 
 def require_own_parameters(loss: Tensor, module: nn.Module) -> None:
     """Raise ``ValueError`` if a loss depends on a parameter that no program owns.
 
     It would never be trained: a network that a plain function uses from outside, for example.
+
+    Args:
+        loss: of an objective.
+        module: the objective; its ``model`` and ``guide`` are looked through for the network.
     """
     own = {id(p) for p in module.parameters()}
     pending, seen = [loss.grad_fn], set()
@@ -159,11 +240,20 @@ def require_own_parameters(loss: Tensor, module: nn.Module) -> None:
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
             raise ValueError(
-                f"the loss depends on a parameter of shape {tuple(leaf.shape)} that neither model "
-                "nor guide owns, so it would never be trained; make its network an attribute of "
-                "the program: class Model(ppvae.Program) with self.net = net"
+                f"the loss depends on a parameter {tuple(leaf.shape)}{_where(leaf, module)} that "
+                "neither model nor guide owns, so it would never be trained; make its network an "
+                "attribute, self.net = net, or bind it: functools.partial(model, net)"
             )
         pending.extend(parent for parent, _ in node.next_functions)
+
+
+def _where(parameter: nn.Parameter, module: nn.Module) -> str:
+    """Which network from outside has a parameter, as a part of a message."""
+    for program in (getattr(module, "model", None), getattr(module, "guide", None)):
+        for name, network in outside_networks(program).items():
+            if any(parameter is other for other in network.parameters()):
+                return f" of {name!r}, outside of {title(program)},"
+    return ""
 
 
 def data_plate(*data: Tensor | None, size: int | None = None) -> Any:
@@ -210,11 +300,14 @@ class _WholePlate(pyro.plate):
 
 
 @contextmanager
-def local_parameters() -> Iterator[None]:
+def local_parameters(bare: Callable[[Any], None] = refused) -> Iterator[None]:
     """Run programs with parameters in their modules only; Pyro's store stays untouched.
 
     ppvae enters it wherever it runs a pair itself. Inside, a :class:`Program` announces nothing, a
     ``PyroModule`` keeps its parameters local, and a bare ``pyro.param`` raises ``ValueError``.
+
+    Args:
+        bare: what a bare ``pyro.param`` may do: :func:`refused`, :func:`read` or :func:`stored`.
 
     Example:
         >>> import pyro, ppvae, torch
@@ -222,11 +315,11 @@ def local_parameters() -> Iterator[None]:
         ...     pyro.param("theta", torch.zeros(1))
         Traceback (most recent call last):
         ...
-        ValueError: pyro.param('theta') lives in Pyro's global store, which ppvae does not use: ...
+        ValueError: pyro.param('theta') lives in Pyro's global store, and ppvae trains ...
     """
     token = _parameters_are_local.set(True)
     try:
-        with _local_state(), _RefuseStore():
+        with _local_state(), _Store(bare):
             yield
     finally:
         _parameters_are_local.reset(token)

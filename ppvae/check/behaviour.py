@@ -1,40 +1,45 @@
-"""What a pair does when it is run: gradients, leakage, particles, and which gradients it allows.
+"""What a pair does when it is run: particles, leakage, and which gradients it allows.
 
-Each function runs a pair that has passed the checks of shapes and sites, and returns what is wrong,
-in words; :func:`ppvae.check_pair` puts them together.
+Each function asks one question of a pair that has passed the checks of shapes and sites.
+:func:`ppvae.check.check_batch` asks what its numbers depend on, :func:`ppvae.check_pair` the rest.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
-from torch import Tensor
+from pyro.poutine.replay_messenger import ReplayMessenger
+from torch import Tensor, nn
 from torch.distributions import IndependentTransform, Transform, biject_to, constraints
 
+from ppvae.check.sites import innermost, is_point, known_support
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
-    Args,
-    Kwargs,
     Leaves,
+    NotAtCopies,
     Program,
+    by_position,
+    is_rounded,
+    kind,
+    moved,
     reason,
     sample_sites,
     seeded,
 )
-from ppvae.program import module_of
+from ppvae.program import all_modules, method_owners, module_of, require_own_parameters
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, log_weights, weigh
 
 GRADIENTS = ("pathwise", "stl", "dreg", "score", "vimco")
 NO_INVERSE = "a flow of the guide has no inverse, so it can only weigh its own draws"
 _RTOL = 1e-3  # of a log-probability in float32; a fault is far larger, rounding far smaller
+Terms = dict[tuple[str, str], Tensor]  # by ("model" | "guide", site)
 
 
 # ------------------------------------------------------------------------------ supports
@@ -65,6 +70,34 @@ def _elementwise(transform: Transform) -> Transform:
     return transform
 
 
+def uncovered_latents(weights: LogWeights) -> dict[str, str]:
+    """Latents of whose support the guide does not cover all, or does not say, and what is known."""
+    found = {}
+    for name in weights.q.keys() & weights.p.keys() - weights.enumerated.keys():
+        q, p = (t.nodes[name]["fn"] for t in (weights.guide_trace, weights.model_trace))
+        if known_support(q) is None or known_support(p) is None:
+            found[name] = f"{kind(q)} does not say its support"
+        elif not same_support(q, p):
+            found[name] = "the guide's support is not all of the model's"
+    return found
+
+
+def point_masses(weights: LogWeights) -> list[str]:
+    """Latents at which the guide puts all mass on one point.
+
+    Not the ``Delta`` by which a program hands on a draw that was made before: it has a density of
+    its own, or stands beside an auxiliary site, as in Pyro's autoguides.
+    """
+    sites = sample_sites(weights.guide_trace)
+    if any(site["infer"].get("is_auxiliary") for site in sites.values()):
+        return []
+    return [
+        name
+        for name, site in sites.items()
+        if is_point(site["fn"]) and not torch.as_tensor(innermost(site["fn"]).log_density).any()
+    ]
+
+
 # ------------------------------------------------------------------------------ gradients
 
 
@@ -79,58 +112,57 @@ def trainable_parameters(model: Program, guide: Program) -> dict[int, tuple[str,
     return found
 
 
-def parameters_without_gradient(weights: LogWeights, model: Program, guide: Program) -> list[str]:
+def parameters_without_gradient(weights: LogWeights) -> list[str]:
     """Names of trainable parameters that no log-probability of the pair depends on."""
-    named = trainable_parameters(model, guide).values()
-    if not named:
-        return []
-    total = torch.stack([t.sum() for t in (*weights.log_p.values(), *weights.log_q.values())]).sum()
-    if not total.requires_grad:
+    named = trainable_parameters(*weights.pair[:2]).values()
+    total = _total(weights)
+    if not named or not total.requires_grad:
         return [name for name, _ in named]
-    grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+    grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True, retain_graph=True)
     return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
 
 
-def possible_gradients(
-    weights: LogWeights, model: Program, guide: Program, args: Args, kwargs: Kwargs
-) -> dict[str, str]:
+def foreign_parameter(weights: LogWeights) -> str:
+    """Which parameter, that neither program owns, the log-probabilities depend on; "": none."""
+    model, guide = weights.pair[:2]
+    pair: Any = nn.Module()
+    pair.model, pair.guide, pair.owners = model, guide, method_owners(model, guide)
+    try:
+        require_own_parameters(_total(weights), pair)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _total(weights: LogWeights) -> Tensor:
+    return torch.stack([t.sum() for t in (*weights.log_p.values(), *weights.log_q.values())]).sum()
+
+
+def possible_gradients(weights: LogWeights) -> dict[str, str]:
     """For each gradient of :mod:`ppvae.elbo` why this pair cannot use it; "" if it can."""
     reasons = dict.fromkeys(GRADIENTS, "")
     if points := point_masses(weights):
         only = f"latent {points[0]!r} is a point mass, drawn once: only elbo.ELBO(), pathwise"
         return reasons | dict.fromkeys(GRADIENTS[1:], only)
     for name in weights.latents:
-        fn = weights.guide_trace.nodes[name]["fn"]
+        site = weights.guide_trace.nodes[name]
+        which = f"{kind(site['fn'])} at latent {name!r}"
         if name in weights.enumerated:
             reasons["stl"] = f"latent {name!r} is enumerated in the guide"
-        elif not fn.has_rsample:
-            why = (
-                f"{type(_innermost(fn)).__name__} at latent {name!r} has no reparameterised sampler"
-            )
+        elif not site["fn"].has_rsample:
+            why = f"{which} has no reparameterised sampler"
             reasons |= dict.fromkeys(("pathwise", "stl", "dreg"), why)
-    if not reasons["dreg"]:
+        elif is_rounded(site) and not reasons["dreg"]:
+            reasons["dreg"] = f"{which} is straight-through"
+    if not reasons["stl"]:
+        model, guide, args, kwargs = weights.pair
         try:
             weigh(model, guide, args, {**kwargs, "joint": weights.joint}, 1, leaves=Leaves())
         except NoInverse:
             reasons |= dict.fromkeys(("stl", "dreg"), NO_INVERSE)
+        except NotAtCopies as error:
+            reasons |= dict.fromkeys(("stl", "dreg"), str(error))
     return reasons
-
-
-def point_masses(weights: LogWeights) -> list[str]:
-    """Latents at which the guide puts all mass on one point.
-
-    Not the ``Delta`` by which Pyro's autoguides hand on a draw that was made at another site.
-    """
-    sites = sample_sites(weights.guide_trace)
-    if any(site["infer"].get("is_auxiliary") for site in sites.values()):
-        return []
-    return [name for name, site in sites.items() if isinstance(_innermost(site["fn"]), dist.Delta)]
-
-
-def _innermost(fn: Any) -> Any:
-    while isinstance(fn, (dist.Independent, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
 
 
 def detached_latents(weights: LogWeights) -> list[str]:
@@ -151,82 +183,148 @@ def detached_latents(weights: LogWeights) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------------------ leakage
+# ------------------------------------------------------------------------------ rows, particles
 
 
-def leakage_faults(
-    weights: LogWeights, model: Program, guide: Program, args: Args, kwargs: Kwargs
-) -> list[str] | None:
-    """Sites at which one row's log-probability changes with the other rows; None if not seen.
+class Behaviour(NamedTuple):
+    """Whether rows and particles keep apart.
+
+    Attributes:
+        leaks: sites that mix rows, as lines of a message; None: that was not looked at.
+        apart: sites that mix particles; None: not looked at.
+        unseen: why one of them was not looked at, though it is asked.
+    """
+
+    leaks: list[str] | None
+    apart: list[str] | None
+    unseen: str = ""
+
+
+def behaviour(weights: LogWeights, num_particles: int) -> Behaviour:
+    """Run a pair on two rows: at copies of draws, at copies of rows, and with several particles.
+
+    All rows are taken where it does not run on two of them.
+
+    Args:
+        weights: of a batch.
+        num_particles: how many there will be; one is nothing to be looked at.
+    """
+    model, guide, _, _ = weights.pair
+    with _perturbed_statistics(model, guide):
+        index = _two_rows(weights)
+        again = _Replays(weights if index is None else _of_rows(weights, index))
+        drawn = again.drawn
+        try:
+            terms = again.terms(drawn)
+            other_noise = _different(terms, again.terms(drawn, seed=1))
+            at_copies = _different(terms, again.terms(_with_values(drawn, _copy)))
+        except _ONE_WAY:
+            return Behaviour(None, None, "draws cannot be weighed again")
+        if at_copies and not other_noise:
+            unseen = f"a copy of the draw of {at_copies[0][1]!r} has another density than the draw"
+            return Behaviour(None, None, unseen)
+        leaks = leakage_faults(again, terms) if index is not None and not other_noise else None
+        apart = None
+        if num_particles > 1 and not other_noise and not point_masses(weights):
+            apart = particle_faults(again)
+        if other_noise or ((leaks or apart) and _different(terms, again.terms(drawn))):
+            unseen = "a program draws noise outside its sites, or counts its calls"
+            return Behaviour(None, None, unseen)
+    alike = index is None and not weights.joint
+    return Behaviour(leaks, apart, "it takes a batch with two different rows" if alike else "")
+
+
+_ONE_WAY = (NoInverse, NotImplementedError, KeyError)  # of flows that cannot be inverted
+
+
+@contextmanager
+def _perturbed_statistics(model: Program, guide: Program) -> Iterator[None]:
+    """Statistics of normalisation layers that differ by channel, and are restored on leaving.
+
+    Those of a new layer are 0 and 1, so that nothing shows which axis it takes for channels.
+    """
+    modules: list[Any] = all_modules(model, guide)
+    layers = [layer for layer in modules if getattr(layer, "running_mean", None) is not None]
+    kept = [(layer.running_mean, layer.running_var) for layer in layers]
+    try:
+        for layer, (mean, var) in zip(layers, kept, strict=True):
+            by_channel = torch.linspace(0.5, 1.5, len(mean)).to(mean)
+            layer.running_mean = mean + by_channel * var.sqrt()
+            layer.running_var = var * by_channel
+        yield
+    finally:
+        for layer, (mean, var) in zip(layers, kept, strict=True):
+            layer.running_mean, layer.running_var = mean, var
+
+
+def _two_rows(weights: LogWeights) -> Tensor | None:
+    """Numbers of two rows with different data; None if there are none, or no rows at all."""
+    _, _, args, kwargs = weights.pair
+    rows = weights.log_w.shape[1]
+    different = torch.zeros(rows, dtype=torch.bool)
+    for tensor in (*args, *kwargs.values()):
+        if _has_rows(tensor, rows) and not weights.joint:
+            other = (tensor != tensor[:1]) & ~(tensor.isnan() & tensor[:1].isnan())
+            different |= other.reshape(rows, -1).any(1).cpu()
+    found = different.nonzero()
+    return torch.tensor([0, int(found[-1])]) if len(found) else None
+
+
+def _of_rows(weights: LogWeights, index: Tensor) -> LogWeights:
+    """Log-weights of some rows; of all where the pair does not run on these."""
+    model, guide, args, kwargs = weights.pair
+    if by_position(guide) is not None:
+        return weights
+    rows = weights.log_w.shape[1]
+    some = [_take(arg, index, rows) for arg in args]
+    named = {name: _take(arg, index, rows) for name, arg in kwargs.items()}
+    try:
+        return log_weights(model, guide, *some, joint=weights.joint, **named)
+    except (RuntimeError, ValueError, IndexError):
+        return weights
+
+
+def leakage_faults(again: _Replays, terms: Terms) -> list[str]:
+    """Sites at which one row's log-probability changes with the other rows.
 
     One row is kept, with its draws, and all others become copies of it, with its draws.
+
+    Args:
+        again: runs the pair.
+        terms: the log-probabilities at the draws as they are.
     """
-    rows = weights.log_w.shape[1]
-    tensors = [arg for arg in (*args, *kwargs.values()) if _has_rows(arg, rows)]
-    if rows < 2 or not any((tensor[:1] != tensor).any() for tensor in tensors):
-        return None
+    rows = again.weights.log_w.shape[1]
     changed: dict[tuple[str, str], None] = {}
     for kept in (0, rows - 1):  # the last one too: a row may see only those before it
-        index = torch.full((rows,), kept, device=tensors[0].device)
-        drawn = _with_values(weights.guide_trace, functools.partial(_rows_of, index=index))
-        other_args = tuple(_take(arg, index, rows) for arg in args)
-        other_kwargs = {name: _take(arg, index, rows) for name, arg in kwargs.items()}
-        before = _terms(_replayed(model, guide, weights.guide_trace, args, kwargs))
-        after = _terms(_replayed(model, guide, drawn, other_args, other_kwargs))
-        for key, term in before.items():
+        index = torch.full((rows,), kept)
+        drawn = _with_values(again.drawn, functools.partial(_rows_of, index=index))
+        after = again.terms(drawn, take=functools.partial(_take, index=index, rows=rows))
+        for key, term in terms.items():
             if _differ(_row(term, kept), _row(after[key], kept)):
                 changed[key] = None
     return [
         f"site {name!r} of the {role}: the log-probability of one datapoint changes with the data "
-        "or draws of the others, so there is no weight per datapoint. Something mixes rows, such "
-        "as a mean over dim 0, a reshape that moves rows, attention over the batch, or batch norm "
-        "without running statistics; compute each row from its own data"
+        "or draws of the others, so there is no weight per datapoint. Compute each from its own "
+        "data: no mean over dim 0, attention over rows, batch norm without running statistics"
         for role, name in changed
     ]
 
 
-def _has_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
-
-
-def _take(value: Any, index: Tensor, rows: int) -> Any:
-    return value.index_select(0, index) if _has_rows(value, rows) else value
-
-
-def _rows_of(site: Any, index: Tensor) -> Tensor:
-    value: Tensor = site["value"]
-    for frame in site["cond_indep_stack"]:
-        if frame.name == DATA_PLATE:
-            dim = frame.dim - site["fn"].event_dim
-            if -dim <= value.dim() and value.shape[dim] == len(index):
-                return value.index_select(dim, index)
-    return value
-
-
-def _row(term: Tensor, row: int) -> Tensor:
-    return term[..., row if term.shape[-1] > 1 else 0]
-
-
-# ------------------------------------------------------------------------------ particles
-
-
-def particle_faults(
-    weights: LogWeights, model: Program, guide: Program, args: Args, kwargs: Kwargs
-) -> list[str] | None:
+def particle_faults(again: _Replays) -> list[str] | None:
     """Whether 3 particles at once are weighed as one by one; None if that cannot be compared."""
-    K = 3
+    model, guide, args, kwargs = again.weights.pair
+    K, joint = 3, again.weights.joint
     try:
-        many = log_weights(model, guide, *args, num_particles=K, joint=weights.joint, **kwargs)
+        many = log_weights(model, guide, *args, num_particles=K, joint=joint, **kwargs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         return [f"the pair runs with one particle but not with {K}: {reason(error)}. {_FOLD}"]
-    if weights.enumerated:
+    if many.enumerated:
         return None
     faults: dict[tuple[str, str], None] = {}
     together = _terms(many)
     for k in range(K):
         drawn = _with_values(many.guide_trace, functools.partial(_particle, k=k))
-        alone = _terms(_replayed(model, guide, drawn, args, kwargs, weights.joint))
-        for key, term in alone.items():
+        for key, term in again.terms(drawn).items():
             both = together[key]
             if _differ(term[0], both[k if both.shape[0] > 1 else 0]):
                 faults[key] = None
@@ -238,66 +336,92 @@ def particle_faults(
 
 
 _FOLD = (
-    "Particles add a dimension on the left, (K, N, ...): use dims counted from the right, and put "
-    "nets.flat_batch around a network that wants one batch dimension (Conv2d, BatchNorm, Flatten, "
-    "Unflatten); those of ppvae.nets have it"
+    "Particles add a dimension on the left, (K, N, ...): count dims from the right, and put "
+    "nets.flat_batch around a network that wants one batch dimension (Conv2d, BatchNorm, Flatten)"
 )
-
-
-def _particle(site: Any, k: int) -> Tensor:
-    value: Tensor = site["value"]
-    for frame in site["cond_indep_stack"]:
-        if frame.name == PARTICLE_PLATE:
-            dim = frame.dim - site["fn"].event_dim
-            if -dim == value.dim():
-                return value[k]
-    return value
 
 
 # ------------------------------------------------------------------------------ replays
 
 
-def is_deterministic(
-    weights: LogWeights, model: Program, guide: Program, args: Args, kwargs: Kwargs
-) -> bool:
-    """Whether log-probabilities of given draws are the same at each run."""
-    values = [
-        _terms(_replayed(model, guide, weights.guide_trace, args, kwargs, weights.joint, seed))
-        for seed in (0, 1)
-    ]
-    return not any(_differ(values[0][key], values[1][key]) for key in values[0])
+class _Replays:
+    """A pair that is run again at given draws."""
+
+    def __init__(self, weights: LogWeights) -> None:
+        self.weights = weights
+        self.drawn = _with_values(weights.guide_trace, lambda site: site["value"])
+        self._replay = ReplayMessenger(trace=self.drawn)
+        self._guide = self._replay(weights.pair[1])
+
+    def terms(self, drawn: Trace, take: Callable[[Any], Any] | None = None, seed: int = 0) -> Terms:
+        """Log-probabilities at draws; other noise of the programs follows the seed.
+
+        Args:
+            drawn: a trace of the guide.
+            take: changes each argument of the programs.
+            seed: of what is drawn besides.
+        """
+        model, _, args, kwargs = self.weights.pair
+        if take is not None:
+            args = tuple(take(arg) for arg in args)
+            kwargs = {name: take(arg) for name, arg in kwargs.items()}
+        self._replay.trace = drawn
+        with seeded(seed, *args):
+            weights = log_weights(model, self._guide, *args, joint=self.weights.joint, **kwargs)
+        return _terms(weights)
 
 
 def _with_values(trace: Trace, value_of: Callable[[Any], Tensor]) -> Trace:
-    """A copy of a guide's trace with other values at its random sites."""
-    new = trace.copy()
+    """What a guide has drawn, with other values; what it enumerates is enumerated again."""
+    new = Trace()
     for name, site in sample_sites(trace).items():
-        new.nodes[name] = {**site, "value": value_of(site)}
+        if "_enumerate_dim" not in site["infer"]:
+            new.add_node(name, **{**site, "value": value_of(site)})
     return new
 
 
-def _replayed(
-    model: Program,
-    guide: Program,
-    drawn: Trace,
-    args: Args,
-    kwargs: Kwargs,
-    joint: bool = False,
-    seed: int = 0,
-) -> LogWeights:
-    """Log-weights at given draws; other noise of the programs follows the seed."""
-    with seeded(seed, *args):
-        at_draws = poutine.replay(guide, trace=drawn)
-        return log_weights(model, at_draws, *args, joint=joint, **kwargs)
+def _copy(site: Any) -> Tensor:
+    return moved(site["value"], torch.clone)
 
 
-def _terms(weights: LogWeights) -> dict[tuple[str, str], Tensor]:
-    found: Iterator[tuple[tuple[str, str], Tensor]] = (
-        ((role, name), term.detach())
-        for role, by_name in (("model", weights.log_p), ("guide", weights.log_q))
-        for name, term in by_name.items()
-    )
-    return dict(found)
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
+
+
+def _take(value: Any, index: Tensor, rows: int) -> Any:
+    return value.index_select(0, index.to(value.device)) if _has_rows(value, rows) else value
+
+
+def _rows_of(site: Any, index: Tensor) -> Tensor:
+    value: Tensor = site["value"]
+    for frame in site["cond_indep_stack"]:
+        if frame.name == DATA_PLATE:
+            dim = frame.dim - site["fn"].event_dim
+            if -dim <= value.dim() and value.shape[dim] == len(index):
+                index = index.to(value.device)
+                return moved(value, functools.partial(torch.index_select, dim=dim, index=index))
+    return value
+
+
+def _row(term: Tensor, row: int) -> Tensor:
+    return term[..., row if term.shape[-1] > 1 else 0]
+
+
+def _particle(site: Any, k: int) -> Tensor:
+    value: Tensor = site["value"]
+    for frame in site["cond_indep_stack"]:
+        if frame.name == PARTICLE_PLATE and value.dim() == site["fn"].event_dim - frame.dim:
+            return moved(value, lambda tensor: tensor[k])
+    return value
+
+
+def _terms(weights: LogWeights) -> Terms:
+    programs = (("model", weights.log_p), ("guide", weights.log_q))
+    return {(role, name): t.detach() for role, terms in programs for name, t in terms.items()}
+
+
+def _different(terms: Terms, others: Terms) -> list[tuple[str, str]]:
+    return [key for key, term in terms.items() if _differ(term, others[key])]
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

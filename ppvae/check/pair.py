@@ -3,81 +3,38 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
-from pyro.poutine import Trace
 from torch import Tensor
 
-from ppvae.check.behaviour import (
-    NO_INVERSE,
-    detached_latents,
-    is_deterministic,
-    leakage_faults,
-    parameters_without_gradient,
-    particle_faults,
-    point_masses,
-    possible_gradients,
-    same_support,
-    trainable_parameters,
-)
+from ppvae.check.behaviour import Behaviour, behaviour, possible_gradients
+from ppvae.check.data import number_fault, refused_rows, rows_without_numbers, shape_fault
+from ppvae.check.report import PairReport, RowCheck, answer
 from ppvae.check.sites import (
     check_support,
-    describe,
+    known_support,
     latent_faults,
     observation_fault,
     plate_faults,
     weight_faults,
 )
-from ppvae.pairs import Site, reason, sample_sites, unnoticed
+from ppvae.pairs import Site, own_path, position_fault, reason, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
-from ppvae.weights import log_weights
+from ppvae.weights import LogWeights, log_weights
+from ppvae.wrapped import argument_names, title
 
-# The position of an argument, and what raises ValueError for values of it that cannot be used.
-RowCheck = tuple[int, Callable[[Tensor], None]]
+__all__ = ["Checks", "PairError", "PairReport", "RowCheck", "check_batch", "check_pair"]
+
 Checks = Iterable[RowCheck]
 
 
 class PairError(ValueError):
     """A model/guide pair, or the data it is given, cannot work; the message lists every fault."""
-
-
-@dataclass(frozen=True)
-class PairReport:
-    """What :func:`check_pair` found right with a pair; its repr is for reading.
-
-    Attributes:
-        holds: what was checked and holds, one line each.
-        notes: what could not be checked, and why, or is worth knowing.
-        gradients: for each gradient of :mod:`ppvae.elbo` why the pair cannot be trained with it;
-            an empty string if it can.
-        row_checks: the checks of single arguments (support, labels) that hold beyond the batch, by
-            position of the argument. Iterating over the report gives them.
-    """
-
-    holds: tuple[str, ...]
-    notes: tuple[str, ...]
-    gradients: dict[str, str]
-    row_checks: tuple[RowCheck, ...]
-
-    def __iter__(self) -> Iterator[RowCheck]:
-        return iter(self.row_checks)
-
-    def __repr__(self) -> str:
-        usable = [name for name, why in self.gradients.items() if not why]
-        lines = ["The pair fits together.", *(f"  + {line}" for line in self.holds)]
-        lines.append(f"  + gradients of ppvae.elbo: {', '.join(usable)}")
-        for why in dict.fromkeys(filter(None, self.gradients.values())):
-            refused = [name for name, other in self.gradients.items() if other == why]
-            lines.append(f"  - not {', '.join(refused)}: {why}")
-        return "\n".join([*lines, *(f"  ? {note}" for note in self.notes)])
 
 
 def check_pair(
@@ -89,10 +46,9 @@ def check_pair(
 ) -> PairReport:
     """Run the pair on a batch, in evaluation mode, and raise if anything about it is wrong.
 
-    Beyond what :func:`check_batch` looks at, it checks that a gradient reaches every trainable
-    parameter, that no datapoint's log-probability changes with the data or draws of another, and
-    that K particles at once are weighed as one by one. It takes about a dozen runs of the pair.
-    Parameters, random stream and batch-norm statistics are left as they were.
+    Beyond what :func:`check_batch` looks at, that the pair can be trained: a gradient reaches every
+    trainable parameter, and no other one. Parameters, random stream and batch-norm statistics are
+    left as they were.
 
     Args:
         model, guide: Pyro programs.
@@ -128,83 +84,17 @@ def check_pair(
         ...
         ppvae.check.pair.PairError: site 'x': argument 'x': 20 of 20 values lie outside the ...
     """
-    row_checks = check_batch(model, guide, *args, joint=joint, **kwargs)
-    pair = (model, guide, args, kwargs)
-    holds, notes, faults = [], [], []
-    with unnoticed(model, guide), local_parameters(), pyro.validation_enabled(False):
-        with torch.enable_grad():
+    with local_parameters():  # what is trained here would not be in Pyro's store
+        seen = _examine(model, guide, args, kwargs, joint, num_particles=3)
+        with unnoticed(model, guide), pyro.validation_enabled(False), torch.enable_grad():
             weights = log_weights(model, guide, *args, joint=joint, **kwargs)
-            detached = detached_latents(weights)
-            missing = parameters_without_gradient(weights, model, guide)
-            gradients = possible_gradients(weights, *pair)
-        points = point_masses(weights)
-        invertible = gradients["dreg"] != NO_INVERSE  # or draws cannot be weighed again
-        repeatable = invertible and is_deterministic(weights, *pair)
-        leaks = leakage_faults(weights, *pair) if repeatable and not joint else None
-        apart = particle_faults(weights, *pair) if repeatable and not points else None
-    latents, observed = list(weights.latents), sorted(weights.observed)
-    nodes = [t.nodes for t in (weights.guide_trace, weights.model_trace)]
-    narrower = [
-        name
-        for name in latents
-        if name in weights.log_p
-        and name not in weights.enumerated
-        and not points
-        and not same_support(*(by_name[name]["fn"] for by_name in nodes))
-    ]
-    equal = "equal event shapes" if narrower else "equal event shapes and support"
-    holds.append(f"latents {latents} of the guide are those of the model, with {equal}")
-    notes += [
-        f"latent {name!r}: the guide's support is not all of the model's, "
-        f"{describe(nodes[1][name]['fn'].support)}: the ELBO stays a lower bound, but log p(x), "
-        "IWELBO and k-hat know nothing of the rest"
-        for name in narrower
-    ]
-    holds.append(f"data {observed} have the likelihood's shape and lie in its support")
-    where = "" if joint else "every site lies in the plate 'data', and "
-    holds.append(f"{where}all log-probabilities are numbers")
-    faults += [
-        f"parameter {name!r} gets no gradient: no log-probability depends on it, so it would never "
-        "be trained; use it in the program, do not detach() what it makes, or freeze it with "
-        "requires_grad_(False)"
-        for name in missing
-    ]
-    notes += [
-        f"latent {name!r}: no gradient leads from the model's other sites to it, so the guide "
-        "learns from its KL alone; if the model uses it, do not detach() it"
-        for name in detached
-    ]
-    count = len(trainable_parameters(model, guide))
-    if not missing and count:
-        holds.append(f"gradients reach all {count} trainable parameters")
-    faults += leaks or []
-    if leaks == []:
-        holds.append("no row's log-probability changes with the other rows")
-    faults += apart or []
-    if apart == []:
-        holds.append("3 particles at once are weighed as one by one")
-    if not invertible:
-        notes.append("leakage and particles are not checked: draws cannot be weighed again")
-    elif not repeatable:
-        notes.append(
-            "leakage and particles are not checked: log-probabilities of the same draws differ "
-            "between two runs, since a program draws noise outside its sites"
-        )
-    elif leaks is None and not joint:
-        notes.append("leakage is not checked: it takes a batch with two different rows")
-    if isinstance(guide, AutoGuide) and guide.create_plates is None and not joint:
-        notes.append(
-            f"the parameters of {type(guide).__name__} belong to positions in the batch; for "
-            "minibatches wrap it in guides.Auto, which gives each row of the data its own"
-        )
-    if points:
-        notes.append(
-            f"latent {points[0]!r} is a point mass: the ELBO is then log p(x, z) at that point, no "
-            "bound on log p(x), and there is no evidence or k-hat"
-        )
-    if faults:
+            answers = [*answer(weights, seen.behaviour)]
+            gradients = possible_gradients(weights)
+    if faults := [fault for answer in answers for fault in answer.faults]:
         raise PairError("\n".join(faults))
-    return PairReport(tuple(holds), tuple(notes), gradients, tuple(row_checks))
+    holds = tuple(line for answer in answers for line in answer.holds)
+    notes = tuple(note for answer in answers for note in answer.notes)
+    return PairReport(holds, notes, gradients, tuple(seen.row_checks))
 
 
 def check_batch(
@@ -212,100 +102,180 @@ def check_batch(
     guide: Callable[..., Any],
     *args: Any,
     joint: bool = False,
+    num_particles: int = 1,
     **kwargs: Any,
 ) -> list[RowCheck]:
-    """The quick part of :func:`check_pair`: two runs of the pair, for every first batch.
+    """What every pair has to fulfil, for training and for evaluation alike.
 
-    Checked: the data are finite, of equal length and not empty; both programs run; the guide has
-    the model's latents and no others, with the same event shapes and in their support; every site
-    lies in the plate ``"data"`` and declares its other dimensions as event; the observations fit
-    the likelihood's shape and support; no log-probability is NaN or infinitely large. A module
-    with a method ``check(values)``, such as ``nets.OneHot``, is asked about an argument it is
-    called with.
+    Everything that trains or evaluates calls it on a first batch, so that all accept the same
+    pairs. Checked: the data have equal length, are not empty, and dense; both programs run; the
+    guide has the model's latents and no others, with the same event shapes and in their support;
+    every site lies in the plate ``"data"`` and declares its other dimensions as event; the
+    observations fit the likelihood's shape and support, or are masked; no log-probability is NaN
+    or infinitely large, whatever the data hold; none changes with the other rows, nor, if there
+    are to be several, with the other particles. A module with a method ``check(values)``, such as
+    ``nets.OneHot``, is asked about an argument it is called with.
 
     Args:
         model, guide, args, joint, kwargs: as in :func:`check_pair`.
+        num_particles: how many particles the pair is to be run with.
 
     Returns:
         The checks of single arguments that also hold beyond this batch (support, labels), by
-        position: :func:`ppvae.fit` applies them to the whole data set.
+        position: :func:`check_rows` applies them to all data.
 
     Raises:
         PairError: with one line per fault, naming the site or argument, what was seen, the cure.
     """
-    check_tensors(model, args)
-    faults: list[str] = []
-    with (
-        unnoticed(model, guide),
-        local_parameters(),
-        pyro.validation_enabled(False),
-        _module_checks(model, guide, args) as checks,
-    ):
-        try:
-            guide_sites = sample_sites(_run("guide", guide, args, kwargs))
-        except PairError as error:  # the model may name the cause in the data
-            with suppress(Exception):  # what the guide lacks is to be said
-                model_sites = sample_sites(_run("model", model, args, kwargs))
-                faults += _data_faults(model, args, model_sites, checks)
-            raise PairError("\n".join([*faults, str(error)])) from error
-        model_sites = sample_sites(_run("model", model, args, kwargs))  # from its own prior
-        faults += latent_faults(model_sites, guide_sites)
-        if not joint:
-            faults += plate_faults("model", model_sites) + plate_faults("guide", guide_sites)
-        faults += _data_faults(model, args, model_sites, checks)
-        if not faults:
-            faults = weight_faults(log_weights(model, guide, *args, joint=joint, **kwargs))
-    if faults:
+    seen = _examine(model, guide, args, kwargs, joint, num_particles)
+    if faults := [*(seen.behaviour.leaks or ()), *(seen.behaviour.apart or ())]:
         raise PairError("\n".join(faults))
-    return checks
+    return seen.row_checks
+
+
+def check_rows(
+    model: Callable[..., Any], guide: Callable[..., Any], args: Sequence[Any], checks: Checks
+) -> None:
+    """Raise :class:`PairError` unless a pair takes all rows of the data, as it took a batch.
+
+    Each argument is looked at as a whole. Rows that hold NaN, or that a check refuses, are given to
+    the pair: it may mask them.
+
+    Args:
+        model, guide: Pyro programs that :func:`check_batch` has approved of.
+        args: all data, as both are called.
+        checks: what :func:`check_batch` has returned.
+    """
+    tensors = check_shapes(model, args)
+    doubtful: dict[int, str] = {}  # by row, why
+    for tensor in tensors.values():
+        rows = rows_without_numbers(tensor).nonzero().flatten().tolist()
+        doubtful |= dict.fromkeys(rows, number_fault(tensors))
+    for position, check in checks:
+        label, values = names(model, args)[position], args[position]
+        try:
+            check(values)
+        except ValueError as error:
+            fault = f"argument {label!r}: {error}"
+            doubtful |= {row: fault for row in refused_rows(check, values) if row not in doubtful}
+    rows = sorted(doubtful)
+    for start in range(0, len(rows), _MOST_ROWS):
+        part = torch.tensor(rows[start : start + _MOST_ROWS])
+        batch = [arg[part.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args]
+        with own_path(), unnoticed(model, guide), pyro.validation_enabled(False):
+            try:
+                _weigh(model, guide, batch, {}, joint=False)
+            except PairError as error:
+                raise PairError(_with_cure(doubtful[rows[start]], error)) from error
+
+
+_MOST_ROWS = 100
 
 
 def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
     """Raise :class:`PairError` unless the tensors are finite, not empty and of equal length."""
-    labels = names(program, args)
-    tensors = {
-        label: arg for label, arg in zip(labels, args, strict=True) if isinstance(arg, Tensor)
-    }
-    for label, tensor in tensors.items():
-        if tensor.dim() == 0 or tensor.numel() == 0:
-            raise PairError(
-                f"argument {label!r} is empty: shape {tuple(tensor.shape)}; its first dimension is "
-                "the datapoints, and there must be at least one"
-            )
-        # A finite sum has no NaN or infinity in it, and costs a fraction of looking at each value.
-        if not tensor.is_floating_point() or torch.isfinite(tensor.sum()):
-            continue
-        if not (finite := torch.isfinite(tensor)).all():
-            rows = (
-                (~finite).flatten(1).any(1).nonzero() if tensor.dim() > 1 else (~finite).nonzero()
-            )
-            raise PairError(
-                f"argument {label!r} has {int((~finite).sum())} NaN or infinite values in "
-                f"{len(rows)} rows, the first is row {int(rows[0])}; drop or impute them"
-            )
-    if len({len(tensor) for tensor in tensors.values()}) > 1:
-        seen = ", ".join(f"{label}: {tuple(t.shape)}" for label, t in tensors.items())
-        raise PairError(
-            f"the arguments differ in length ({seen}); each needs one row per datapoint"
-        )
+    if fault := number_fault(check_shapes(program, args)):
+        raise PairError(f"{fault}; drop or impute them")
+
+
+def check_shapes(program: Callable[..., Any], args: Sequence[Any]) -> dict[str, Tensor]:
+    """The tensors by name; :class:`PairError` unless they are dense, not empty, of equal length."""
+    labels = zip(names(program, args), args, strict=True)
+    tensors = {label: arg for label, arg in labels if isinstance(arg, Tensor)}
+    if fault := shape_fault(tensors):
+        raise PairError(fault)
+    return tensors
+
+
+class _Seen(NamedTuple):
+    row_checks: list[RowCheck]
+    behaviour: Behaviour
+
+
+def _examine(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    joint: bool,
+    num_particles: int,
+) -> _Seen:
+    """What every entry point asks of a pair, whether it trains or evaluates.
+
+    Raises:
+        PairError: its sites or the batch are wrong. What it mixes up is in the result.
+    """
+    tensors = check_shapes(model, args)
+    if fault := position_fault(guide, args, kwargs):
+        raise PairError(fault)
+    with (
+        own_path(),
+        unnoticed(model, guide),
+        pyro.validation_enabled(False),
+        _module_checks(model, guide, args) as checks,
+    ):
+        try:
+            weights, more = _weigh(model, guide, args, kwargs, joint)
+        except PairError as error:
+            if fault := number_fault(tensors):
+                raise PairError(_with_cure(fault, error)) from error
+            raise
+        return _Seen([*checks, *more], behaviour(weights, num_particles))
+
+
+def _with_cure(fault: str, error: PairError) -> str:
+    """What a message says of data that a pair cannot weigh."""
+    if " NaN or infinite values in " not in fault:
+        return fault
+    why = str(error).splitlines()[0].partition(";")[0]
+    return f"{fault}; drop or impute them, or let model and guide mask them. Now {why}"
+
+
+def _weigh(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    joint: bool,
+) -> tuple[LogWeights, list[RowCheck]]:
+    """Log-weights of one draw, and the checks of arguments that hold for other rows."""
+    faults: list[str] = []
+    checks: list[RowCheck] = []
+    try:
+        guide_sites = _run("guide", guide, args, kwargs)
+    except PairError as error:  # the model may name the cause in the data
+        with suppress(Exception):  # what the guide lacks is to be said
+            model_sites = _run("model", model, args, kwargs)
+            faults += _data_faults(model, args, model_sites, checks)
+        raise PairError("\n".join([*faults, str(error)])) from error
+    model_sites = _run("model", model, args, kwargs)  # from its own prior
+    faults += latent_faults(model_sites, guide_sites)
+    if not joint:
+        faults += plate_faults("model", model_sites) + plate_faults("guide", guide_sites)
+    faults += _data_faults(model, args, model_sites, checks)
+    if faults:
+        raise PairError("\n".join(faults))
+    try:
+        weights = log_weights(model, guide, *args, joint=joint, **kwargs)
+    except ValueError as error:
+        raise PairError(reason(error)) from error
+    if faults := weight_faults(weights):
+        raise PairError("\n".join(faults))
+    return weights, checks
 
 
 def names(program: Callable[..., Any], args: Sequence[Any]) -> list[str]:
     """What a program calls its positional arguments."""
-    function = program.forward if isinstance(program, torch.nn.Module) else program
-    known = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
+    known = argument_names(program)
     return [known[i] if i < len(known) else f"argument {i}" for i in range(len(args))]
 
 
 def _run(
     role: str, program: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> Trace:
+) -> dict[str, Site]:
+    """The sites of a program that is run on its own."""
     try:
-        return poutine.trace(program).get_trace(*args, **kwargs)
+        drawn = sample_sites(poutine.trace(program).get_trace(*args, **kwargs))
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, PairError):
             raise PairError(reason(error)) from error
@@ -316,9 +286,15 @@ def _run(
             for name, arg in [*zip(names(program, args), args, strict=True), *kwargs.items()]
         )
         raise PairError(
-            f"the {role} ({type(program).__name__}) fails when called with ({seen}): "
-            f"{reason(error)}"
+            f"the {role} ({title(program)}) fails when called with ({seen}): {reason(error)}"
         ) from error
+    for name, site in drawn.items():
+        if not hasattr(site["fn"], "log_prob"):
+            raise PairError(
+                f"site {name!r} of the {role} has a {type(site['fn']).__name__} in the place of a "
+                "distribution; put a network into a conditional, as conditionals.Normal(net)"
+            )
+    return drawn
 
 
 @contextmanager
@@ -358,13 +334,15 @@ def _data_faults(
             label = "obs" if position is None else f"argument {names(model, args)[position]!r}"
             fault = observation_fault(site)
             faults += [f"site {name!r}: {label}{fault}"] if fault else []
-            if position is not None and not fault and not _by_row(site):
-                check = functools.partial(check_support, support=site["fn"].support)
-                checks.append((position, check))
+            support = known_support(site["fn"])
+            if position is None or fault or support is None:
+                continue
+            if not _by_row(support, site["value"]):
+                checks.append((position, functools.partial(check_support, support=support)))
     return faults
 
 
-def _by_row(site: Site) -> bool:
+def _by_row(support: Any, values: Tensor) -> bool:
     """Whether the support differs by datapoint, so that it says nothing about other rows."""
-    inside = site["fn"].support.check(site["value"][:1])
+    inside = support.check(values[:1])
     return inside.dim() > 0 and len(inside) != 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
+from torch.distributions import Independent
 
 from ppvae.distributions import WordCounts
 from ppvae.latents import check_auxiliary, check_latents
-from ppvae.pairs import DATA_PLATE, Site
+from ppvae.pairs import DATA_PLATE, Site, is_discrete, kind, unrounded, weighs_alike
 from ppvae.weights import LogWeights
 
 
@@ -25,18 +28,42 @@ def latent_faults(model_sites: dict[str, Site], guide_sites: dict[str, Site]) ->
         if name not in model_sites:
             continue  # auxiliary
         p = model_sites[name]
+        support = known_support(p["fn"])
         if q["fn"].event_shape != p["fn"].event_shape:
             faults.append(
                 f"latent {name!r}: event shape {tuple(q['fn'].event_shape)} in the guide, "
                 f"{tuple(p['fn'].event_shape)} in the model; make the guide's last layer fit, and "
                 "declare event dimensions with .to_event(1) in both"
             )
-        elif not p["fn"].support.check(q["value"]).all():
+        elif support is not None and not support.check(q["value"]).all():
             faults.append(
                 f"latent {name!r}: the guide draws values outside the model's support, "
-                f"{describe(p['fn'].support)}; use a guide distribution with that support"
+                f"{describe(support)}; use a guide distribution with that support"
+            )
+        elif is_discrete(q["fn"]) != is_discrete(p["fn"]) and not is_point(q["fn"]):
+            faults.append(
+                f"latent {name!r}: {kind(q['fn'])} in the guide and {kind(p['fn'])} in the model: "
+                "a probability over a density bounds nothing; use a relaxed distribution in both, "
+                "or a discrete one in both"
+            )
+        elif _is_weighed_rounded(q, p):
+            faults.append(
+                f"latent {name!r}: the guide gives the density of its draw before it is rounded, "
+                f"and {kind(p['fn'])} of the model that of the rounded value; use "
+                f"{kind(q['fn'])} in both"
             )
     return faults
+
+
+def _is_weighed_rounded(q: Site, p: Site) -> bool:
+    """Whether a straight-through draw of the guide has another density than its copies there only.
+
+    A copy does not know what it was before it was rounded.
+    """
+    value = q["value"]
+    if unrounded(value) is value:
+        return False
+    return weighs_alike(p, value, value.clone()) and not weighs_alike(q, value, value.clone())
 
 
 def plate_faults(role: str, sites: dict[str, Site]) -> list[str]:
@@ -66,20 +93,21 @@ def observation_fault(site: Site) -> str | None:
     expected = fn.batch_shape + fn.event_shape
     if value.shape != expected:
         if isinstance(fn, WordCounts) and value.dim() and value.shape[:-1] == expected[:-1]:
-            V, words = expected[-1], value.shape[-1]
+            words = value.shape[-1]
             return (
-                f" counts {words} words, and the model's vocabulary has {V}; count the documents "
-                "with the vocabulary that the model was made for, before data.from_counts "
-                "(scikit-learn's CountVectorizer(vocabulary=...)), or make model and guide for "
-                f"{words} words, as models.NVDM({words}, ...)"
+                f" counts {words} words, and the model's vocabulary has {expected[-1]}: count with "
+                "its vocabulary (CountVectorizer(vocabulary=...)) before data.from_counts, or make "
+                f"model and guide for {words} words"
             )
         return (
             f" has shape {tuple(value.shape)}, the likelihood generates {tuple(expected)}; check "
             "the output size of the decoder, the likelihood's event_dim, and that images are "
             "(N, C, H, W) or flattened as the decoder has them"
         )
+    support = known_support(fn)
     try:
-        check_support(value, fn.support)
+        if support is not None:
+            check_support(value, support, hidden_values(site))
     except ValueError as error:
         return f": {error}"
     return None
@@ -97,12 +125,33 @@ def weight_faults(weights: LogWeights) -> list[str]:
     ]
 
 
-def check_support(values: Tensor, support: Any) -> None:
-    """Raise ``ValueError``, saying which, if values lie outside a distribution's support."""
+# ------------------------------------------------------------------------------ supports
+
+
+def known_support(fn: Any) -> Any:
+    """A distribution's support; None where it does not say, as flows of other libraries."""
+    try:
+        return fn.support
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def check_support(values: Tensor, support: Any, hidden: Tensor | None = None) -> None:
+    """Raise ``ValueError``, saying which, if values lie outside a distribution's support.
+
+    Args:
+        values: of the distribution's shape; NaN lies nowhere, and is judged by its density.
+        support: the distribution's.
+        hidden: of the values' shape, which of them a mask hides.
+    """
     if support.check(values).all():
         return
     elementwise = support.base_constraint if hasattr(support, "base_constraint") else support
-    bad = ~elementwise.check(values)
+    inside = elementwise.check(values)
+    ignored = values.isnan() if hidden is None else values.isnan() | hidden
+    bad = ~(inside | ignored.reshape(*inside.shape, -1).any(-1))
+    if not bad.any():
+        return
     examples = values[bad].unique()[:3].tolist() if bad.shape == values.shape else []
     seen = f", e.g. {[round(value, 4) for value in examples]}" if examples else ""
     raise ValueError(
@@ -110,6 +159,23 @@ def check_support(values: Tensor, support: Any) -> None:
         f"{describe(elementwise)}{seen}. Rescale or binarise the data (data.load(..., "
         "binarize='dynamic')), or choose a likelihood that fits"
     )
+
+
+def hidden_values(site: Site) -> Tensor | None:
+    """Which values of an observed site its masks hide, of the value's shape; None: it has none."""
+    fn, value = site["fn"], site["value"]
+    masks = [(site["mask"], fn.event_dim)]
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        if isinstance(fn, MaskedDistribution):
+            masks.append((fn._mask, fn.event_dim))
+        fn = fn.base_dist
+    found = None
+    for mask, event_dim in masks:
+        if mask is False or isinstance(mask, Tensor):
+            shown = torch.as_tensor(mask, device=value.device)
+            hides = ~shown.reshape(shown.shape + (1,) * event_dim).expand(value.shape)
+            found = hides if found is None else found | hides
+    return found
 
 
 def describe(support: Any) -> str:
@@ -120,3 +186,15 @@ def describe(support: Any) -> str:
     return {"Boolean()": "{0, 1}", "Interval(lower_bound=0.0, upper_bound=1.0)": "[0, 1]"}.get(
         name, name
     )
+
+
+def innermost(fn: Any) -> Any:
+    """A distribution without what only declares or masks its dimensions."""
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def is_point(fn: Any) -> bool:
+    """Whether it is a ``Delta``: a point, or a value with a density that it is given."""
+    return isinstance(innermost(fn), dist.Delta)

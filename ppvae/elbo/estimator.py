@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
@@ -11,14 +12,16 @@ from weakref import WeakKeyDictionary
 
 import pyro.infer
 import torch
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from ppvae.elbo import gradients
 from ppvae.elbo.state import State
-from ppvae.pairs import Leaves, own_path
-from ppvae.program import method_owners, module_of
+from ppvae.pairs import Leaves, Memory, is_rounded, kind
+from ppvae.program import local_parameters, method_owners, stored
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, weigh, whole_weights
+from ppvae.wrapped import innermost
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +133,8 @@ class Estimator(pyro.infer.ELBO):
     ) -> Tensor:
         """The loss as a differentiable scalar; with a gradient it counts as a training step."""
         try:
-            with own_path():
+            # called as Pyro's own estimators are: what a program puts into the store stays there
+            with nullcontext() if am_i_wrapped() else local_parameters(stored):
                 value = self.surrogate(model, guide, args, kwargs, state)
         except NoInverse as error:
             raise ValueError(
@@ -180,18 +184,23 @@ class Estimator(pyro.infer.ELBO):
         return gradients.with_gradient(value, for_model + for_guide)
 
     def require_reparameterised(self, weights: LogWeights) -> None:
-        """Raise ``ValueError`` for a drawn site whose draws carry no gradient."""
+        """Raise ``ValueError`` for a drawn site whose draws have not the gradient asked for."""
         if not torch.is_grad_enabled():
             return
         for name in weights.log_q.keys() - weights.enumerated.keys():
-            fn = weights.guide_trace.nodes[name]["fn"]
-            if not fn.has_rsample:
+            site = weights.guide_trace.nodes[name]
+            if not site["fn"].has_rsample:
                 raise ValueError(
                     f"{type(self).__name__}(gradient={self.gradient!r}) cannot differentiate "
-                    f"through site {name!r}: {type(fn).__name__} has no reparameterised sampler, "
-                    "and its parameters would get no gradient. Use "
-                    f"{gradients.without_path(self.gradients)}, or sum the site out with "
+                    f"through site {name!r}: {kind(site['fn'])} has no reparameterised sampler. "
+                    f"Use {gradients.without_path(self.gradients)}, or sum the site out with "
                     'infer={"enumerate": "parallel"}'
+                )
+            if self.gradient == "dreg" and is_rounded(site):
+                raise ValueError(
+                    f'{type(self).__name__}(gradient="dreg") puts a slope of the draw in the place '
+                    f"of the score at site {name!r}, and draws of {kind(site['fn'])}, "
+                    'straight-through, have none; use gradient="pathwise"'
                 )
 
     # -- the interface of pyro.infer.ELBO --------------------------------------------------------
@@ -211,13 +220,10 @@ class Estimator(pyro.infer.ELBO):
         The step count of schedules and a constraint's multiplier; save its ``state_dict()`` beside
         Pyro's parameter store.
         """
-        by_model = _stock_states.setdefault(self, WeakKeyDictionary())
-        by_guide = by_model.setdefault(_anchor(model), WeakKeyDictionary())
-        states = by_guide.setdefault(_anchor(guide), {})
-        methods = getattr(model, "__func__", None), getattr(guide, "__func__", None)
-        if methods not in states:
-            states[methods] = self.new_state()
-        state: State = states[methods]
+        known = _stock_states.setdefault(self, Memory()).of(innermost(model), innermost(guide))
+        if "state" not in known:
+            known["state"] = self.new_state()
+        state: State = known["state"]
         return state
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -228,20 +234,16 @@ class Estimator(pyro.infer.ELBO):
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The loss as a number; adds its gradient to the parameters'. One step of stock SVI."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         return loss.item()
 
     def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("ppvae's estimators draw their traces in ppvae.log_weights")
 
 
-# Stock Pyro engines hold no state of a loss: estimator -> model -> guide -> methods -> state.
-_stock_states: WeakKeyDictionary[Estimator, Any] = WeakKeyDictionary()
-
-
-def _anchor(program: Any) -> Any:
-    """What lives as long as a program: a bound method is made anew at each mention."""
-    return program if module_of(program) is None else module_of(program)
+# Stock Pyro engines hold no state of a loss.
+_stock_states: WeakKeyDictionary[Estimator, Memory] = WeakKeyDictionary()
 
 
 class Objective(nn.Module):

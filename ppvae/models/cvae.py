@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pyro
+import torch
 from torch import Tensor, nn
 
+from ppvae.chain import require_likelihood
 from ppvae.models.vae import choose_prior
 from ppvae.program import Program, data_plate
 
@@ -24,6 +29,7 @@ class CVAE(Program):
 
     Raises:
         ValueError: neither or both of ``latent_dim`` and ``prior`` are given.
+        TypeError: the likelihood gives no distribution, as a bare network does.
 
     Source: Sohn, Lee & Yan, Learning Structured Output Representation using Deep Conditional
     Generative Models, 2015.
@@ -48,6 +54,7 @@ class CVAE(Program):
         self.likelihood = likelihood
         self.prior = choose_prior(prior, latent_dim)
         self.condition = condition if condition is not None else nn.Identity()
+        require_likelihood(self, _for_labels)
 
     def forward(
         self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None
@@ -63,3 +70,9 @@ class CVAE(Program):
             z = pyro.sample("z", self.prior(features))
             value: Tensor = pyro.sample("x", self.likelihood(z, features), obs=x)
         return value
+
+
+def _for_labels(model: Any) -> Sequence[Tensor]:
+    """What the likelihood is called with for two rows, if y is labels."""
+    features = model.condition(torch.zeros(2, dtype=torch.long))
+    return [torch.zeros(2, *model.prior(features).event_shape), features]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import conditionals
+from ppvae.chain import require_likelihood
 from ppvae.distributions import DiagonalNormal
 from ppvae.models import expectation_maximisation as em
 from ppvae.program import Program, data_plate
@@ -31,7 +32,8 @@ class VaDE(Program):
         prior: the mixture p(c) p(z | c), one component per cluster.
 
     Raises:
-        TypeError: the prior has no clusters.
+        TypeError: the prior has no clusters, or the likelihood gives no distribution, as a bare
+            network does.
 
     The prior's own start is arbitrary, and from there all data end in a few clusters: train an
     autoencoder first, then call :meth:`initialise` with its codes, as ``examples/vade.py`` does.
@@ -54,6 +56,7 @@ class VaDE(Program):
             raise TypeError(f"VaDE(prior) must be {wanted}; without clusters take models.VAE")
         self.likelihood = likelihood
         self.prior = prior
+        require_likelihood(self, lambda model: [torch.zeros(2, *prior.components().event_shape)])
 
     def forward(
         self, x: Tensor | None = None, c: Tensor | None = None, size: int | None = None

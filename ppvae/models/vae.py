@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pyro
+import torch
 from torch import Tensor, nn
 
+from ppvae.chain import require_likelihood
 from ppvae.conditionals import StandardNormal
 from ppvae.program import Program, data_plate
 
@@ -22,6 +24,7 @@ class VAE(Program):
 
     Raises:
         ValueError: neither or both of ``latent_dim`` and ``prior`` are given.
+        TypeError: the likelihood gives no distribution, as a bare network does.
 
     Source: Kingma & Welling, Auto-Encoding Variational Bayes, 2014.
 
@@ -41,6 +44,7 @@ class VAE(Program):
         super().__init__()
         self.likelihood = likelihood
         self.prior = choose_prior(prior, latent_dim)
+        require_likelihood(self, lambda model: [torch.zeros(2, *model.prior().event_shape)])
 
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """Observe ``x``, ``(N, ...)``; or draw ``size`` new rows if x is None. Returns x.
