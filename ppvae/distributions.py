@@ -305,14 +305,16 @@ def promoted(value: Tensor, parameter: Tensor) -> Tensor:
 class ForAnyDtype:
     """Makes ``log_prob`` take values of any dtype, in front of a distribution with a ``loc``.
 
-    Numbers that are wider than the parameters are refused: torch's factorisations and networks
-    take one dtype, and to shorten them could lose what makes two values differ.
+    Numbers that are wider than the parameters are refused, unless ``mixes``: networks, and some of
+    torch's factorisations, take one dtype, and shorter numbers may not differ any more.
     """
+
+    mixes: ClassVar[bool] = False
 
     def log_prob(self, value: Tensor) -> Tensor:
         parameter: Tensor = self.parameter()
         value = promoted(value, parameter)
-        if value.dtype != parameter.dtype:
+        if value.dtype != parameter.dtype and not self.mixes:
             raise TypeError(
                 f"{type(self).__name__}: the value is {value.dtype} and the parameters "
                 f"{parameter.dtype}; give value.to({parameter.dtype}), or make the pair "
@@ -325,6 +327,12 @@ class ForAnyDtype:
         """One that says which dtype all of them have."""
         loc: Tensor = self.loc  # type: ignore[attr-defined]
         return loc
+
+
+class MultivariateNormal(ForAnyDtype, dist.MultivariateNormal):
+    """Pyro's, for values of any dtype."""
+
+    mixes = True
 
 
 def _broadcast(shapes: list[torch.Size]) -> torch.Size:

@@ -397,6 +397,14 @@ def test_a_ragged_last_batch_costs_one_more_graph(traced):
     assert svi.build_seconds == spent
 
 
+def test_another_layout_of_a_batch_is_another_graph(traced):
+    """The compiler reads memory by the strides that it has seen."""
+    across = X.T.contiguous().T
+    assert across.stride() != X.stride()
+    assert_compiled_is_eager(plain, [(X,), (across,), (X,)])
+    assert len(traced) == 2
+
+
 def test_more_shapes_than_graphs(traced, monkeypatch):
     assert Compiled.max_graphs == 8
     monkeypatch.setattr(Compiled, "max_graphs", 2)

@@ -306,6 +306,21 @@ def test_a_column_against_a_row(estimator: Any, K: int) -> None:
         estimator(num_particles=K)(model, zed)(X)
 
 
+@pytest.mark.parametrize("K", [1, 3])
+def test_rows_in_a_plate_of_one_are_refused(K: int) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", 1):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"site 'x' has log-probabilities of shape .*3\)"):
+        ppvae.log_weights(model, guide, X, num_particles=K)
+
+
 def test_a_term_that_is_one_number_for_a_plate_counts_for_each_of_it() -> None:
     class Shared(dist.Normal):
         def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
@@ -458,6 +473,51 @@ def test_free_bits_of_zero_are_the_elbo(q_mask: Any, p_mask: Any, scale: Any, wh
     assert losses[1:] == pytest.approx(losses[:2], rel=1e-9)
 
 
+@pytest.mark.parametrize("kl", ["sampled", "mixed"])
+def test_free_bits_know_every_mask_of_a_distribution(kl: str) -> None:
+    rows, others = torch.tensor([[True, True, False], [True, False, True]])
+    hidden = [
+        lambda fn: fn.to_event(1).mask(rows & others),
+        lambda fn: fn.to_event(1).mask(rows).mask(others),
+        lambda fn: fn.mask(rows.unsqueeze(-1)).to_event(1).mask(others),
+    ]
+    x, losses = torch.randn(3, 2), []
+    for hide in hidden:
+
+        def model(x: Tensor, hide: Any = hide) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", hide(dist.Normal(torch.zeros(3, 2), 1.0)))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        def guide(x: Tensor, hide: Any = hide) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", hide(dist.Normal(x, 0.4)))
+
+        torch.manual_seed(0)
+        beta = elbo.FreeBits(0.0, per_dimension=True)
+        losses.append(elbo.ELBO(50, beta=beta, kl=kl).loss(model, guide, x))
+    assert losses[1:] == pytest.approx(losses[:1] * 2)
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_mask_inside_of_an_enumerated_latent(K: int) -> None:
+    """A hidden latent is still summed out with its probabilities, wherever the mask is."""
+    found = []
+    for hide in (lambda fn: fn.mask(ROWS), lambda fn: dist.Independent(fn.mask(ROWS), 0)):
+
+        def model(x: Tensor, hide: Any = hide) -> None:
+            with pyro.plate("data", len(x)):
+                fn = hide(dist.Bernoulli(torch.full((3,), 0.3)))
+                c = pyro.sample("c", fn, infer={"enumerate": "parallel"})
+                pyro.sample("x", dist.Normal(3 * c, 1.0), obs=x)
+
+        found.append(ppvae.log_weights(model, lambda x: None, X, num_particles=K).log_w)
+    sums = [dist.Bernoulli(0.3).log_prob(c) + dist.Normal(3 * c, 1.0).log_prob(X)
+            for c in torch.tensor([0.0, 1.0])]  # fmt: skip
+    for log_w in found:
+        torch.testing.assert_close(log_w, torch.stack(sums).logsumexp(0).expand(K, 3))
+
+
 def test_a_mask_that_both_programs_compute() -> None:
     x, lengths = torch.randn(5, 4), torch.tensor([1, 4, 2, 3, 4])
 
@@ -504,6 +564,9 @@ def test_a_bound_is_of_whole_rows(estimator: Any, outer: bool) -> None:
     plate = "'data' takes 2 of 5" if outer else "'pixels' takes 2 of 4"
     with pytest.raises(ValueError, match=f"plate {plate} by itself"):
         estimator.evaluate(model, guide, torch.randn(5, 4))
+    if not outer:  # two rows, and two pixels of four: still not whole
+        with pytest.raises(ValueError, match=f"plate {plate} by itself"):
+            estimator.evaluate(model, guide, torch.randn(2, 4))
 
 
 def test_a_minibatch_of_a_larger_data_set_is_whole() -> None:

@@ -18,7 +18,7 @@ from ppvae.elbo.penalties import Penalty, Tilt
 from ppvae.elbo.state import State
 from ppvae.enumeration import groups, mean, sum_of, sum_out
 from ppvae.pairs import Site
-from ppvae.terms import Term, masked, sum_plates, unmasked
+from ppvae.terms import Term, masked, sum_plates
 from ppvae.weights import LogWeights, whole_weights
 
 Weight = float | Tensor | Callable[[int], float] | Penalty
@@ -337,9 +337,9 @@ def dimension_rates(weights: LogWeights, name: str, closed: bool) -> Tensor:
 def _units(site: Site) -> tuple[Any, Any] | None:
     """The distribution of the dimensions of a vector, and the mask of them; None: there is none."""
     fn, mask = site["fn"], site["mask"]
-    if isinstance(fn, MaskedDistribution):
+    while isinstance(fn, MaskedDistribution):
         mask = fn._mask if mask is None else mask & fn._mask
-        fn = unmasked(fn)
+        fn = fn.base_dist
     if not isinstance(fn, Independent) or len(fn.event_shape) != 1:
         return None
     return fn.base_dist, mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask

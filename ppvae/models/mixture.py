@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.distributions import DiagonalNormal
+from ppvae.distributions import DiagonalNormal, MultivariateNormal
 from ppvae.models import expectation_maximisation as em
 from ppvae.models.expectation_maximisation import CollapsedComponent
 from ppvae.program import Program, data_plate
@@ -81,7 +81,7 @@ class GaussianMixture(Program):
         """p(x | c), of the batch shape of ``c``."""
         if self.lower is None:
             return DiagonalNormal(self.loc[c], self.log_scale.exp()[c])
-        return dist.MultivariateNormal(self.loc[c], scale_tril=self.scale_tril()[c])
+        return MultivariateNormal(self.loc[c], scale_tril=self.scale_tril()[c])
 
     def scale_tril(self) -> Tensor:
         r"""The Cholesky factors of :math:`\Sigma_c`, ``(C, D, D)``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.conditionals import Conditional
-from ppvae.distributions import ForAnyDtype
+from ppvae.distributions import ForAnyDtype, MultivariateNormal
 
 
 class FullNormal(Conditional):
@@ -92,10 +92,6 @@ class LowRankNormal(Conditional):
         loc, raw, factor = outputs.split([dim, dim, dim * self.rank], -1)
         factor = factor.unflatten(-1, (dim, self.rank))
         return LowRankMultivariateNormal(loc, factor, self.positive(raw).square())
-
-
-class MultivariateNormal(ForAnyDtype, dist.MultivariateNormal):
-    """Pyro's, for values of any dtype."""
 
 
 class LowRankMultivariateNormal(ForAnyDtype, dist.LowRankMultivariateNormal):
