@@ -309,10 +309,10 @@ def weighs_alike(site: Site, value: Tensor, other: Tensor) -> bool:
         return "intermediates cache" in str(error)
     except NotImplementedError:
         return False
-    return torch.allclose(one, two, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True)
+    return torch.allclose(one, two, rtol=ROUNDING, atol=ROUNDING, equal_nan=True)
 
 
-_ROUNDING = 0.03  # in nats: the inverse of a deep flow is that inexact, a wrong density is far off
+ROUNDING = 0.03  # in nats: the inverse of a deep flow is that inexact, a wrong density is far off
 
 
 def unrounded(value: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from ppvae.check.sites import innermost, is_point, known_support
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
+    ROUNDING,
     Args,
     Kwargs,
     Leaves,
@@ -220,7 +221,8 @@ def behaviour(weights: LogWeights, num_particles: int, keywords: bool = False) -
         try:
             terms = again.terms(drawn)
             other_noise = _different(terms, again.terms(drawn, seed=1))
-            at_copies = _different(terms, again.terms(_with_values(drawn, _copy)))
+            at_copies = _different(_terms(again.weights), terms, ROUNDING)
+            at_copies += _different(terms, again.terms(_with_values(drawn, _copy)))
         except _ONE_WAY:
             return Behaviour(None, None, "draws cannot be weighed again")
         if at_copies and not other_noise:
@@ -372,21 +374,19 @@ class _Replays:
         self.cut: set[int | str] = set(rows)
         index = None if weights.joint else _two_different(rows.values())
         self.differ = index is not None
-        if index is not None and self.rows > 2 and by_position(guide) is None:
-            weights = self._of_rows(weights, index)
-        self.weights = weights
-        self.drawn = _with_values(weights.guide_trace, lambda site: site["value"])
+        self.weights = self._of_rows(weights, index)
+        self.drawn = _with_values(self.weights.guide_trace, lambda site: site["value"])
         self._replay = ReplayMessenger(trace=self.drawn)
         self._guide = self._replay(guide)
 
-    def _of_rows(self, weights: LogWeights, index: Tensor) -> LogWeights:
+    def _of_rows(self, weights: LogWeights, index: Tensor | None) -> LogWeights:
         """Log-weights of some rows; of all where the pair does not run on these."""
         model, guide, args, kwargs = weights.pair
-        args, kwargs = _taken(args, kwargs, self.cut, index)
-        try:
-            return log_weights(model, guide, *args, joint=weights.joint, **kwargs)
-        except (RuntimeError, ValueError, IndexError):
-            return weights
+        if index is not None and by_position(guide) is None:
+            some, named = _taken(args, kwargs, self.cut, index)
+            with suppress(RuntimeError, ValueError, IndexError):
+                return log_weights(model, guide, *some, joint=weights.joint, **named)
+        return log_weights(model, guide, *args, joint=weights.joint, **kwargs)
 
     def terms(
         self, drawn: Trace, cut: Collection[int | str] = (), index: Any = None, seed: int = 0
@@ -479,9 +479,9 @@ def _terms(weights: LogWeights) -> Terms:
     return {(role, name): t.detach() for role, terms in programs for name, t in terms.items()}
 
 
-def _different(terms: Terms, others: Terms) -> list[tuple[str, str]]:
-    return [key for key, term in terms.items() if _differ(term, others[key])]
+def _different(terms: Terms, others: Terms, tolerance: float = _RTOL) -> list[tuple[str, str]]:
+    return [key for key, term in terms.items() if _differ(term, others[key], tolerance)]
 
 
-def _differ(a: Tensor, b: Tensor) -> bool:
-    return not torch.allclose(a, b, rtol=_RTOL, atol=_RTOL, equal_nan=True)
+def _differ(a: Tensor, b: Tensor, tolerance: float = _RTOL) -> bool:
+    return not torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
