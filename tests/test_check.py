@@ -4,11 +4,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import nn
 
 import oracles
 import ppvae
 from ppvae import PairError, check_pair, conditionals, elbo, guides, models, nets, posteriors
+from ppvae.check.pair import check_batch, check_values
 from registry import ALL_PAIRS, build
 
 X = torch.bernoulli(torch.full((5, 4), 0.5), generator=torch.Generator().manual_seed(1))
@@ -608,3 +610,440 @@ def test_a_model_that_detaches_its_latent_is_noted():
         model = kind(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
         report = ppvae.check_pair(model, guides.Normal(nets.mlp(4, 8, 2 * 2)), x)
         assert any("learns from its KL alone" in note for note in report.notes) == noted
+
+
+# -- programs and data of other libraries ---------------------------------------------------------
+
+
+def test_a_flow_of_zuko_that_does_not_say_its_support():
+    zuko = pytest.importorskip("zuko")
+    from pyro.contrib.zuko import ZukoToPyro
+
+    class Flow(ppvae.Program):
+        def __init__(self):
+            super().__init__()
+            flow = zuko.flows.NSF(2, context=4, transforms=1, hidden_features=(8,))
+            self.flow = flow
+
+        def forward(self, x):
+            with ppvae.program.data_plate(x):
+                pyro.sample("z", ZukoToPyro(self.flow(x)))
+
+    validated = torch.distributions.Distribution._validate_args
+    report = check_pair(vae()[0], Flow(), X)
+    assert any("'z': ZukoToPyro does not say its support" in note for note in report.notes)
+    assert "no row's log-probability changes with the other rows" in report.holds
+    assert report.gradients["dreg"] == ""
+    assert torch.distributions.Distribution._validate_args == validated
+    with torch.no_grad():
+        broken = Flow()
+        for parameter in broken.parameters():
+            parameter.fill_(float("nan"))
+    refused(vae()[0], broken, X, match="latent 'z'")
+
+
+@pytest.mark.parametrize("has_rsample", [True, False])
+def test_a_factor_in_the_guide_is_no_latent_and_no_point_mass(has_rsample):
+    class Factor(Learned):
+        def draw(self, x, name):
+            z = pyro.sample(name, dist.Normal(self.net(x), 1.0).to_event(1))
+            pyro.factor("pay", -(z**2).sum(-1), has_rsample=has_rsample)
+
+    class Toward(Model):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=z.sum(-1, True) + 0 * x).to_event(1), obs=x)
+
+    report = check_pair(Toward(), Factor(), X)
+    assert report.holds[0].startswith("latents ['z'] of the guide")
+    assert report.gradients["pathwise"] == "" or not has_rsample
+    assert not any("point mass" in note for note in report.notes)
+    weights = ppvae.log_weights(Toward(), Factor(), X, num_particles=30)
+    assert not ppvae.check.behaviour.point_masses(weights)
+    paid = weights.log_q["pay"]
+    z = weights.guide_trace.nodes["z"]["value"]
+    torch.testing.assert_close(paid, -(z**2).sum(-1))
+
+
+def test_a_delta_with_a_density_is_no_point_mass():
+    class Own(Learned):
+        def draw(self, x, name):
+            loc = self.net(x)
+            z = loc + torch.randn_like(loc)
+            log_q = dist.Normal(loc, 1.0).to_event(1).log_prob(z)
+            pyro.sample(name, dist.Delta(z, log_density=log_q, event_dim=1))
+
+    class Point(Learned):
+        def draw(self, x, name):
+            pyro.sample(name, dist.Delta(self.net(x), event_dim=1))
+
+    points = [
+        ppvae.check.behaviour.point_masses(ppvae.log_weights(Model(), guide(), X))
+        for guide in (Own, Point)
+    ]
+    assert points == [[], ["z"]]
+
+
+# -- missing values -------------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+class Missing(ppvae.Program):
+    """Masks what is missing: values that are ``code``."""
+
+    def __init__(self, code=NAN, how="site"):
+        super().__init__()
+        self.net, self.code, self.how = nn.Linear(2, 4), code, how
+
+    def seen(self, x):
+        return ~x.isnan() if self.code != self.code else x != self.code
+
+    def forward(self, x):
+        seen = self.seen(x)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            fn = dist.Normal(self.net(z), 1.0)
+            if self.how == "distribution":
+                pyro.sample("x", fn.mask(seen).to_event(1), obs=x)
+            elif self.how == "nan":
+                pyro.sample("x", dist.NanMaskedNormal(fn.loc, fn.scale).to_event(1), obs=x)
+            elif self.how == "rows":
+                with pyro.poutine.mask(mask=seen.all(-1)):
+                    pyro.sample("x", fn.to_event(1), obs=x)
+            else:
+                pyro.sample("x", fn.to_event(1), obs=x)
+
+
+class Fills(ppvae.Program):
+    def __init__(self, model):
+        super().__init__()
+        self.seen, self.net = model.seen, nn.Linear(4, 2)
+
+    def forward(self, x):
+        filled = torch.where(self.seen(x), x, torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(filled), 1.0).to_event(1))
+
+
+def holes(code, rows=12):
+    x = torch.randn(rows, 4)
+    x[1, 2] = x[-2, 0] = code
+    return x
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("nan", NAN), ("distribution", NAN), ("distribution", float("inf")), ("rows", NAN)],
+)
+def test_missing_values_that_the_pair_masks_are_taken(how, code):
+    model = Missing(code, how)
+    guide, x = Fills(model), holes(code)
+    check_pair(model, guide, x)
+    assert ppvae.SVI(model, guide, torch.optim.Adam).step(x) < 1e4
+    checks = check_batch(model, guide, x[:1])
+    check_values(model, guide, (x,), checks)
+
+
+def test_missing_values_that_the_pair_does_not_mask_are_refused():
+    model = Missing(NAN, "not at all")
+    x = holes(NAN)
+    message = refused(model, Fills(model), x, match=("'x' has 2 NaN", "row 1", "impute", "mask"))
+    assert len(message.splitlines()) == 1
+    refused(*vae(), torch.where(x.isnan(), x, X[0, 0]), match="'x' has 2 NaN")
+    good = Missing(NAN, "nan")
+    checks = check_batch(good, Fills(good), x[:1])
+    with pytest.raises(PairError, match=r"'x' has 2 NaN or infinite values in 2 rows.*row 1"):
+        check_values(model, Fills(model), (x,), checks)
+
+
+@pytest.mark.parametrize("how", ["elements", "rows"])
+def test_codes_that_a_mask_hides_need_not_lie_in_the_support(how):
+    """-1 for missing in binary data, first in a batch, then in a row beyond it."""
+
+    class Binary(ppvae.Program):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 4)
+
+        def forward(self, x):
+            seen = x >= 0
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                fn = dist.Bernoulli(logits=self.net(z))
+                if how == "elements":
+                    pyro.sample("x", fn.mask(seen).to_event(1), obs=x)
+                else:
+                    with pyro.poutine.mask(mask=seen.all(-1)):
+                        pyro.sample("x", fn.to_event(1), obs=x)
+
+    model, guide = Binary(), vae()[1]
+    x = X.clone()
+    x[2, 1] = -1.0
+    check_pair(model, guide, x)
+    checks = check_batch(model, guide, x[:2])
+    assert len(checks) == 1
+    check_values(model, guide, (x,), checks)
+    x[3, 0] = 7.0
+    for use in (
+        lambda: check_pair(model, guide, x),
+        lambda: check_values(model, guide, (x,), checks),
+    ):
+        with pytest.raises(PairError, match=r"values lie outside the likelihood's support, \{0, 1"):
+            use()
+
+
+def test_all_rows_are_looked_at_with_the_checks_of_a_batch():
+    model, guide = cvae(share=True)
+    checks = check_batch(model, guide, X[:2], Y[:2])
+    check_values(model, guide, (X, Y), checks)
+    with pytest.raises(PairError, match="argument 'y': labels must lie"):
+        check_values(model, guide, (X, Y + 1), checks)
+    grey = X.index_fill(0, torch.tensor([4]), 0.5)
+    with pytest.raises(PairError, match="argument 'x': 4 of 20 values lie outside"):
+        check_values(model, guide, (grey, Y), checks)
+    with pytest.raises(PairError, match="differ in length"):
+        check_values(model, guide, (X, Y[:3]), checks)
+
+
+# -- what is no row, no channel, no plain tensor ------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_and_single_numbers_are_named():
+    model, guide = vae()
+    for sparse in (X.to_sparse(), X.to_sparse_csr()):
+        refused(model, guide, sparse, match=("'x' is sparse", "x.to_dense()"))
+    refused(*cvae(), X, torch.tensor(2.0), match=("'y' is a single number", "Python number"))
+
+
+def test_a_table_is_passed_by_keyword():
+    def model(x, table):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(table.mean(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, table):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = torch.arange(4.0)
+    check_pair(model, guide, x, table=torch.arange(4.0))
+    check_batch(model, guide, x, table=torch.arange(4.0))
+    refused(model, guide, x, torch.arange(4.0), match=("argument 'table' has 4 rows", "by keyword"))
+
+
+@pytest.mark.parametrize("rows", [3, 4, 5])
+def test_batch_norm_over_another_axis_is_found_while_it_is_fresh(rows):
+    """With particles it would normalise rows by the statistics of channels; as many, it runs."""
+
+    class Decoder(Model):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(2, rows), nn.BatchNorm1d(rows), nn.Linear(rows, 4))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=self.net(z)).to_event(1), obs=x)
+
+    model = Decoder()
+    before = model.net[1].running_mean, model.net[1].running_mean.clone()
+    message = refused(model, Toy(), X[:rows].repeat(1, 1))
+    assert "3" in message and "flat_batch" in message
+    assert model.net[1].running_mean is before[0] and torch.equal(*before)
+    check_batch(model, Toy(), X[:rows])  # one particle is right
+    with pytest.raises(PairError, match="flat_batch"):
+        check_batch(model, Toy(), X[:rows], num_particles=8)
+    model.net = nets.flat_batch(model.net)
+    check_pair(model, Toy(), X[:rows])
+
+
+def test_automatic_guides_belong_to_positions():
+    model, x = vae()[0], torch.bernoulli(torch.full((30, 4), 0.5))
+    guide = AutoNormal(model)
+    check_pair(model, guide, x)
+    for use in (
+        lambda: check_pair(model, guide, x[:7]),
+        lambda: ppvae.log_weights(model, guide, x[:7]),
+        lambda: elbo.ELBO().evaluate(model, guide, x[:7]),
+        lambda: elbo.ELBO()(model, guide)(x[:7]),
+        lambda: ppvae.SVI(model, guide).step(x[:7]),
+    ):
+        with pytest.raises(ValueError, match=r"AutoNormal.*30 positions.*7 rows.*guides.Auto"):
+            use()
+    assert ppvae.log_weights(model, guide, x, num_particles=2).log_w.shape == (2, 30)
+    flat = AutoMultivariateNormal(model)
+    assert ppvae.log_weights(model, flat, x, joint=True).log_w.shape == (1, 1)
+    with pytest.raises(ValueError, match=r"AutoMultivariateNormal.*30 positions"):
+        ppvae.log_weights(model, flat, x[:7], joint=True)
+    wrapped = pyro.poutine.scale(guide, scale=1.0)
+    with pytest.raises(ValueError, match=r"AutoNormal.*30 positions"):
+        ppvae.log_weights(model, wrapped, x[:7])
+
+
+# -- one function decides ------------------------------------------------------------------------
+
+
+class Unfolded(Model):
+    """Runs with one particle only."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (2, 2)), nn.Flatten())
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.net(z)).to_event(1), obs=x)
+
+
+def outside():
+    net = nn.Linear(4, 2)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x), 1.0).to_event(1))
+
+    return guide
+
+
+NO_STATISTICS = {"track_running_stats": False}
+ROWS = torch.bernoulli(torch.full((40, 4), 0.5), generator=torch.Generator().manual_seed(2))
+TRAIN = {
+    "check_pair": lambda pair, x: check_pair(*pair, x),
+    "SVI": lambda pair, x: ppvae.SVI(*pair, torch.optim.Adam).step(x),
+    "fit": lambda pair, x: ppvae.fit(ppvae.SVI(*pair), x, epochs=1, batch_size=20, progress=False),
+}
+EVALUATE = {
+    "log_evidence": lambda pair, x: ppvae.diagnostics.log_evidence(*pair, x, num_particles=30),
+    "diagnose": lambda pair, x: ppvae.diagnose(*pair, x, num_particles=30),
+}
+ACCEPTED = {
+    "VAE": (vae, ROWS),
+    "own programs": (lambda: (Model(), Learned()), ROWS),
+    "batch norm": (lambda: vae(batch_norm=True), ROWS),
+    "dropout": (lambda: vae(dropout=0.5), ROWS),
+    "frozen": (lambda: (Model(), Learned(extra=nn.Linear(4, 2).requires_grad_(False))), ROWS),
+    "noise outside sites": (lambda: (Model(), Learned(batch=lambda x: x + torch.randn(4))), ROWS),
+    "scaled": (lambda: [pyro.poutine.scale(p, scale=0.5) for p in vae()], ROWS),
+}
+REFUSED = {
+    "missing latent": (lambda: (Model(("z", "w")), Learned()), ROWS),
+    "other latent": (lambda: (Model(), vae(latent=3)[1]), ROWS),
+    "no plate": (lambda: (Model(plate="rows"), Learned()), ROWS),
+    "undeclared dim": (lambda: (Model(event=0), Toy(event=0)), ROWS),
+    "rows are mixed": (lambda: (Model(), Learned(batch=lambda x: x - x.mean(0))), ROWS),
+    "rows are mixed by batch norm": (
+        lambda: (
+            Model(),
+            Learned(nn.Sequential(nn.BatchNorm1d(4, **NO_STATISTICS), nn.Linear(4, 2))),
+        ),
+        ROWS,
+    ),
+    "other width": (lambda: (vae(dim=3)[0], vae()[1]), ROWS),
+    "grey levels": (vae, ROWS / 2),
+    "missing values": (vae, torch.where(ROWS > 0, ROWS, NAN)),
+    "no rows": (vae, ROWS[:0]),
+    "weights that are no numbers": (
+        lambda: (Model(), Learned(batch=lambda x: x * float("nan"))),
+        ROWS,
+    ),
+    "support": (
+        lambda: (Model(make=lambda loc, scale: dist.HalfNormal(scale)), Learned()),
+        ROWS,
+    ),
+}
+
+
+@pytest.mark.parametrize("use", TRAIN | EVALUATE)
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_one_entry_point_accepts_all_accept(name, use):
+    make, x = ACCEPTED[name]
+    (TRAIN | EVALUATE)[use](make(), x)
+
+
+@pytest.mark.parametrize("use", TRAIN | EVALUATE)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_one_entry_point_refuses_all_refuse(name, use):
+    make, x = REFUSED[name]
+    with pytest.raises(ValueError):  # noqa: PT011 : its text is the subject of other tests
+        (TRAIN | EVALUATE)[use](make(), x)
+
+
+@pytest.mark.parametrize("use", TRAIN | EVALUATE)
+def test_what_cannot_be_trained_can_be_evaluated(use):
+    """A network from outside has weights, but no owner."""
+    pair = vae()[0], outside()
+    if use in EVALUATE:
+        EVALUATE[use](pair, ROWS)
+    else:
+        with pytest.raises(ValueError, match="'net', outside of guide"):
+            TRAIN[use](pair, ROWS)
+
+
+def test_particles_are_asked_for_where_there_are_any():
+    pair = Unfolded(), Learned()
+    check_batch(*pair, ROWS)
+    ppvae.SVI(*pair).step(ROWS)
+    refused(*pair, ROWS, match="with one particle but not with 3")
+    with pytest.raises(PairError, match="with one particle but not with 3"):
+        check_batch(*pair, ROWS, num_particles=5)
+
+
+class OwnNetwork(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.net, self.calls = nn.Linear(width, 4), 0
+
+    def forward(self, *inputs):
+        self.calls += 1
+        return self.net(torch.cat(inputs, -1))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda width: nets.mlp(width, 8, 4),
+        lambda width: nn.Sequential(nn.Linear(width, 4), nn.Sigmoid()),
+        lambda width: nets.conv_decoder(width, shape=(1, 8, 8)),
+        OwnNetwork,
+    ],
+)
+def test_a_bare_network_as_likelihood_is_named_when_the_model_is_made(net):
+    mixture, one_hot = conditionals.Mixture(3, 2), nets.OneHot(3)
+    for make in (
+        lambda: models.VAE(net(2), latent_dim=2),
+        lambda: models.VaDE(net(2), mixture),
+        lambda: models.Hierarchical(net(2), latent_dim=2),
+        lambda: models.CVAE(net(2 + 3), latent_dim=2, condition=one_hot),
+    ):
+        with pytest.raises(TypeError, match=r"likelihood gives a torch.Tensor.*Normal\(net\)"):
+            make()
+
+
+def test_what_is_no_network_is_left_alone():
+    """It is a copy that is run, and what fails is left to the first batch."""
+
+    class Counting(conditionals.Bernoulli):
+        calls = 0
+
+        def forward(self, *inputs):
+            self.calls += 1
+            return super().forward(*inputs)
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    likelihood = Counting(nn.Sequential(nn.Dropout(0.5), OwnNetwork(2)))
+    torch.set_rng_state(state)
+    models.VAE(likelihood, latent_dim=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert likelihood.calls == likelihood.net[1].calls == 0
+    ends_well = nn.Sequential(nn.Linear(2, 2), conditionals.Bernoulli(nn.Linear(2, 4)))
+    models.VAE(ends_well, latent_dim=2)
+    model = models.VAE(conditionals.Bernoulli(nn.Linear(3, 4)), latent_dim=2)  # another width
+    refused(model, vae()[1], X, match="model (VAE)")
+    unknown = models.CVAE(OwnNetwork(2 + 5), latent_dim=2)  # how wide y is nobody has said
+    guide = guides.Normal(nets.mlp(4 + 5, 8, 4))
+    refused(unknown, guide, X, torch.randn(5, 5), match=("site 'x' of the model has a Tensor",))

@@ -1,11 +1,21 @@
 """What is looked at before work is spent on a pair, and after a step that went wrong.
 
-``pair`` asks all questions, ``sites`` answers those about single sites, ``behaviour`` those that
-take running the pair, ``nonfinite`` names the site that made a loss NaN. A room that reads pairs
-and log-weights and changes nothing: it imports neither estimators nor training.
+``pair`` asks all questions, of which the others answer some: ``data`` those about tensors,
+``sites`` about single sites, ``apart`` whether rows and particles keep apart, ``behaviour`` what a
+pair is fit for; ``report`` writes the answers down. ``nonfinite`` names the site that made a loss
+NaN. A room that reads pairs and log-weights and changes nothing: it imports neither estimators nor
+training.
 """
 
 from ppvae.check.nonfinite import NonFiniteError, blame
-from ppvae.check.pair import PairError, PairReport, check_batch, check_pair
+from ppvae.check.pair import PairError, PairReport, check_batch, check_pair, check_values
 
-__all__ = ["NonFiniteError", "PairError", "PairReport", "blame", "check_batch", "check_pair"]
+__all__ = [
+    "NonFiniteError",
+    "PairError",
+    "PairReport",
+    "blame",
+    "check_batch",
+    "check_pair",
+    "check_values",
+]

@@ -12,7 +12,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppvae.check.behaviour import Behaviour, behaviour, possible_gradients
+from ppvae.check.apart import Apart, keeps_apart
+from ppvae.check.behaviour import possible_gradients
 from ppvae.check.data import number_fault, refused_rows, rows_without_numbers, shape_fault
 from ppvae.check.report import PairReport, RowCheck, answer
 from ppvae.check.sites import (
@@ -88,7 +89,7 @@ def check_pair(
         seen = _examine(model, guide, args, kwargs, joint, num_particles=3, keywords=True)
         with unnoticed(model, guide), pyro.validation_enabled(False), torch.enable_grad():
             weights = log_weights(model, guide, *args, joint=joint, **kwargs)
-            answers = [*answer(weights, seen.behaviour)]
+            answers = [*answer(weights, seen.apart)]
             gradients = possible_gradients(weights)
     if faults := [fault for answer in answers for fault in answer.faults]:
         raise PairError("\n".join(faults))
@@ -128,7 +129,7 @@ def check_batch(
         PairError: with one line per fault, naming the site or argument, what was seen, the cure.
     """
     seen = _examine(model, guide, args, kwargs, joint, num_particles)
-    if faults := [*(seen.behaviour.leaks or ()), *(seen.behaviour.apart or ())]:
+    if faults := [*(seen.apart.rows or ()), *(seen.apart.particles or ())]:
         raise PairError("\n".join(faults))
     return seen.row_checks
 
@@ -138,8 +139,8 @@ def check_values(
 ) -> None:
     """Raise :class:`PairError` unless a pair takes all rows of the data, as it took a batch.
 
-    Each argument is looked at as a whole. Rows that hold NaN, or that a check refuses, are given to
-    the pair: it may mask them.
+    Each argument is looked at as a whole. Rows that hold NaN, or values outside the support, are
+    given to the pair: it may mask them.
 
     Args:
         model, guide: Pyro programs that :func:`check_batch` has approved of.
@@ -157,6 +158,8 @@ def check_values(
             check(values)
         except ValueError as error:
             fault = f"argument {label!r}: {error}"
+            if getattr(check, "func", None) is not check_support:
+                raise PairError(fault) from error
             doubtful |= {row: fault for row in refused_rows(check, values) if row not in doubtful}
     rows = sorted(doubtful)
     for start in range(0, len(rows), _MOST_ROWS):
@@ -189,7 +192,7 @@ def check_shapes(program: Callable[..., Any], args: Sequence[Any]) -> dict[str, 
 
 class _Seen(NamedTuple):
     row_checks: list[RowCheck]
-    behaviour: Behaviour
+    apart: Apart
 
 
 def _examine(
@@ -221,7 +224,7 @@ def _examine(
             if fault := number_fault(tensors):
                 raise PairError(_with_cure(fault, error)) from error
             raise
-        return _Seen([*checks, *more], behaviour(weights, num_particles, keywords))
+        return _Seen([*checks, *more], keeps_apart(weights, num_particles, keywords))
 
 
 def _with_cure(fault: str, error: PairError) -> str:

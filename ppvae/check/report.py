@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ppvae.check.apart import Apart
 from ppvae.check.behaviour import (
-    Behaviour,
     detached_latents,
     foreign_parameter,
     parameters_without_gradient,
@@ -70,17 +70,17 @@ class Answer(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def answer(weights: LogWeights, behaviour: Behaviour) -> Iterator[Answer]:
+def answer(weights: LogWeights, apart: Apart) -> Iterator[Answer]:
     """The answers to all questions, in the order of the report.
 
     Args:
         weights: of one particle, with gradients.
-        behaviour: of the pair when it is run again.
+        apart: whether its rows and particles keep apart.
     """
     yield _latents(weights)
     yield _data(weights)
     yield _gradients(weights)
-    yield from _rows_and_particles(weights, behaviour)
+    yield from _rows_and_particles(weights, apart)
     yield _positions(weights)
     yield _points(weights)
 
@@ -136,16 +136,17 @@ def _gradients(weights: LogWeights) -> Answer:
     return Answer(holds, [*faults, foreign] if foreign else faults, notes)
 
 
-def _rows_and_particles(weights: LogWeights, behaviour: Behaviour) -> Iterator[Answer]:
+def _rows_and_particles(weights: LogWeights, apart: Apart) -> Iterator[Answer]:
     """Whether each row, and each particle, is weighed by itself."""
-    leaks, apart, unseen = behaviour
-    if leaks is not None:
-        holds = [] if leaks else ["no row's log-probability changes with the other rows"]
-        yield Answer(holds, leaks)
-    if apart is not None:
-        yield Answer([] if apart else ["3 particles at once are weighed as one by one"], apart)
+    rows, particles, unseen = apart
+    if rows is not None:
+        holds = [] if rows else ["no row's log-probability changes with the other rows"]
+        yield Answer(holds, rows)
+    if particles is not None:
+        holds = [] if particles else ["3 particles at once are weighed as one by one"]
+        yield Answer(holds, particles)
     if unseen:
-        what = "leakage is" if apart is not None else "leakage and particles are"
+        what = "leakage is" if particles is not None else "leakage and particles are"
         yield Answer(notes=[f"{what} not checked: {unseen}"])
 
 
