@@ -45,6 +45,7 @@ class Estimator(pyro.infer.ELBO):
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "dreg", "score", "vimco")
     # +1: a bound from below, maximised; -1: a bound from above, minimised by the guide alone.
     sign: ClassVar[int] = 1
+    linear: ClassVar[bool] = False  # whether the bound is the mean of the log-weights
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if "beta" in kwargs and "beta" not in cls.__dataclass_fields__:
@@ -162,7 +163,8 @@ class Estimator(pyro.infer.ELBO):
             value = self.bound(log_w).sum()
             if self.gradient in ("score", "vimco"):
                 scored = gradients.scored_log_q(weights)
-                score = gradients.score(self.bound, log_w, scored, self.gradient == "vimco")
+                vimco = self.gradient == "vimco"
+                score = gradients.score(self.bound, log_w, scored, vimco, self.linear)
                 value = gradients.with_gradient(value, value + score)
             else:
                 self.require_reparameterised(weights)

@@ -120,12 +120,22 @@ def scored_log_q(weights: LogWeights) -> Tensor | None:
     return total(scored) if scored else None
 
 
-def score(bound: Bound, log_w: Tensor, log_q: Tensor | None, vimco: bool) -> Tensor:
-    """A scalar with the score-function gradient, of ``log_q (K, N)``."""
+def score(
+    bound: Bound, log_w: Tensor, log_q: Tensor | None, vimco: bool, linear: bool = False
+) -> Tensor:
+    """A scalar with the score-function gradient, of ``log_q (K, N)``.
+
+    Args:
+        bound: of log-weights.
+        log_w: ``(K, N)``.
+        log_q: of the draws, ``(K, N)``; None: there is nothing to score.
+        vimco: which baseline.
+        linear: whether the bound is the mean of the log-weights: then its baseline is cheap.
+    """
     if log_q is None:
         return log_w.new_zeros(())
     log_w = log_w.detach()
-    baseline = _baseline(bound, log_w, vimco)
+    baseline = _mean_of_others(log_w) if linear else _baseline(bound, log_w, vimco)
     # Minus infinity tells nothing; 0 is a function of the others, too, so it adds no bias.
     baseline = baseline.masked_fill(baseline == -math.inf, 0.0)
     return ((bound(log_w) - baseline) * log_q).sum()
@@ -138,16 +148,20 @@ def _baseline(bound: Bound, log_w: Tensor, vimco: bool) -> Tensor:
         return torch.zeros_like(log_w)
     particle = torch.arange(K, device=log_w.device)
     if vimco:
-        zero = log_w == -math.inf
-        logs = log_w.masked_fill(zero, 0.0)
-        means = (logs.sum(0) - logs) / (K - 1)
-        means = means.masked_fill((zero.sum(0) - zero.long()) > 0, -math.inf)
         own = (particle == particle.unsqueeze(1)).unsqueeze(-1)
-        left = torch.where(own, means.unsqueeze(1), log_w)
+        left = torch.where(own, _mean_of_others(log_w).unsqueeze(1), log_w)
     else:
         others = particle[:-1] + (particle[:-1] >= particle.unsqueeze(1)).long()
         left = log_w[others]  # (K, K - 1, N)
     return torch.stack([bound(row) for row in left.unbind()])
+
+
+def _mean_of_others(log_w: Tensor) -> Tensor:
+    """The mean log-weight of the other particles, ``(K, N)``; 0 where there are none."""
+    zero = log_w == -math.inf
+    logs = log_w.masked_fill(zero, 0.0)
+    means = (logs.sum(0) - logs) / max(len(log_w) - 1, 1)
+    return means.masked_fill((zero.sum(0) - zero.long()) > 0, -math.inf)
 
 
 def without_path(gradients: Sequence[str]) -> str:

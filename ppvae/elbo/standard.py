@@ -70,6 +70,7 @@ class ELBO(Estimator):
     kl: str = "sampled"
 
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "stl", "score")
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
