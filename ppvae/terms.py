@@ -19,6 +19,10 @@ from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site
 PARTICLE, DATAPOINT = get_symbol(0), get_symbol(1)
 
 
+# In Pyro's own densities bytes wrap around, and halves lose digits.
+_NARROW = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16}
+
+
 class NoInverse(ValueError):
     """A flow cannot weigh values that it has not drawn itself."""
 
@@ -125,6 +129,8 @@ def log_density(site: Site, along_path: bool = False) -> Tensor:
     fn, value, mask = site["fn"], site["value"], site["mask"]
     if isinstance(mask, Tensor) and site["is_observed"]:
         value = _filled(value, mask, fn)
+    if site["is_observed"] and isinstance(value, Tensor) and value.dtype in _NARROW:
+        value = value.to(torch.get_default_dtype())
     try:
         if along_path:
             density = getattr(fn, "log_prob_along_path", fn.log_prob)

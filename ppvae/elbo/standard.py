@@ -116,6 +116,8 @@ class ELBO(Estimator):
         tilt = self._tilt(rates, log_likelihood, state)
         effective = tilt.likelihood * log_likelihood - tilt.constant
         for name, rate in rates.items():
+            if isinstance(tilt.kl[name], (int, float)) and tilt.kl[name] == 0:
+                continue  # of an infinite rate, too, nothing counts
             weighted = tilt.kl[name] * rate
             effective = effective - (weighted.sum(0) if weighted.dim() > 2 else weighted)
         return effective.expand(weights.num_particles, -1)
