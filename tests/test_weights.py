@@ -494,6 +494,24 @@ def test_what_is_known_of_a_model_is_known_beside_one_guide() -> None:
         assert ppvae.log_weights(model, guide, x).kl_valid() == valid
 
 
+def test_kl_valid_follows_an_order_that_nothing_shows() -> None:
+    """Neither the arguments nor a flag of the guide say which way it goes."""
+    first = ["a"]
+    ways = {"a": two_latents("a", "b"), "b": two_latents("b", "a")}
+    program = two_latents("a", "b")
+
+    def model(x: Tensor) -> None:
+        program(x, observe=True)
+
+    def guide(x: Tensor) -> None:
+        ways[first[0]](x)
+
+    x = torch.randn(3)
+    for name, valid in (("a", {"a", "b"}), ("b", {"a"}), ("a", {"a", "b"})):
+        first[0] = name
+        assert ppvae.log_weights(model, guide, x).kl_valid() == valid
+
+
 # ------------------------------------------------------------------------------ simulated data
 
 
