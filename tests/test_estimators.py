@@ -837,3 +837,13 @@ def test_what_is_no_bound_is_not_reported_as_one(alpha: float) -> None:
     assert -estimator.loss(model, guide, x) > model.log_evidence(x).sum()  # what trains
     values = torch.stack([estimator.evaluate(model, guide, x).mean() for _ in range(100)])
     oracles.assert_below(values, model.log_evidence(x).mean().item())
+
+
+def test_a_bound_without_a_coefficient_refuses_dreg_when_it_is_made() -> None:
+    class Median(elbo.Estimator):
+        def bound(self, log_w: Tensor) -> Tensor:
+            return log_w.median(0).values
+
+    with pytest.raises(TypeError, match="Median takes gradient='dreg' and defines no"):
+        Median(3, "dreg")
+    assert Median(3).num_draws == 3

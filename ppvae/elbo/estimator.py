@@ -74,6 +74,14 @@ class Estimator(pyro.infer.ELBO):
                 'use gradient="score" for one particle'
             )
 
+        own = type(self)
+        undefined = own.dreg_coefficient is Estimator.dreg_coefficient
+        if self.gradient == "dreg" and undefined and own.surrogate is Estimator.surrogate:
+            raise TypeError(
+                f"{name} takes gradient={self.gradient!r} and defines no dreg_coefficient: define "
+                "it, or leave the gradient out of its ``gradients``"
+            )
+
     @property
     def num_draws(self) -> int:
         """Draws per datapoint: K, unless they come in groups."""
