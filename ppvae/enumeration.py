@@ -168,7 +168,8 @@ def draw(terms: Iterable[Term], latents: Collection[str]) -> dict[str, Term]:
     for letter in sorted(inside, key=lambda known: (len(inside[known]), known)):  # outermost first
         left = [_unpack(pack, p) for pack, p in zip(packs, plates, strict=True)]
         conditional = sum_out(left, inside.keys() - drawn.keys() - {letter})
-        logits = _add([_pack(term) for term in conditional if letter in term.letters])
+        about = [term for term in conditional if letter in term.letters]
+        logits = _add([_product(_pack(term), term.plates - inside[letter]) for term in about])
         dims = logits._pyro_dims
         choice: Packed = torch.distributions.Categorical(
             logits=logits.movedim(dims.index(letter), -1)
@@ -205,6 +206,15 @@ def _pack(term: Term) -> Packed:
     kept = [(d, size) for d, size in zip(letters, term.values.shape, strict=True) if size > 1]
     pack: Packed = term.values.reshape([size for _, size in kept])
     pack._pyro_dims = "".join(letter for letter, _ in kept)
+    return pack
+
+
+def _product(pack: Packed, plates: frozenset[str]) -> Packed:
+    """The product over plates of what a packed log-density is of."""
+    for plate in plates & set(pack._pyro_dims):
+        dims = pack._pyro_dims
+        pack = pack.sum(dims.index(plate))
+        pack._pyro_dims = dims.replace(plate, "")
     return pack
 
 

@@ -989,11 +989,14 @@ def test_a_program_that_changes_from_call_to_call_is_refused(traced):
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
-def test_a_graph_with_other_numbers_is_refused(monkeypatch, factor):
+@pytest.mark.parametrize("outputs", ["all", "gradients"])
+def test_a_graph_with_other_numbers_is_refused(monkeypatch, factor, outputs):
     import torch._inductor.compile_fx
 
+    right = 0 if outputs == "all" else 2  # the loss, and the norm of the gradient
+
     def wrong(graph, inputs):
-        return lambda *args: [out * factor for out in graph(*args)]
+        return lambda *args: [o if i < right else o * factor for i, o in enumerate(graph(*args))]
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", wrong)
     svi = ppvae.SVI(*plain(), SGD, compile=True)

@@ -1,5 +1,6 @@
 """Evidence and k-hat, against ArviZ and against exact answers."""
 
+import dataclasses
 import math
 import warnings
 
@@ -278,6 +279,13 @@ def test_chunks_bound_the_rows_and_change_nothing_else(max_rows, float64):
     assert spy.largest <= max(max_rows, 10)  # 10: the plates are counted with one draw of each
     if max_rows <= 64:
         assert spy.largest >= min(max_rows, 30)
+
+
+def test_the_unreliable_share_is_of_points_with_a_khat(float64):
+    found = diagnostics.log_evidence(*lg(1.2), ROWS[:5], num_particles=30, seed=0)
+    khat = torch.tensor([0.9, math.nan, 0.2, math.inf, 0.7])
+    assert dataclasses.replace(found, khat=khat).unreliable == 0.5
+    assert math.isnan(dataclasses.replace(found, khat=khat * math.nan).unreliable)
 
 
 def test_chunks_have_the_same_distribution(float64):

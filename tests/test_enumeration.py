@@ -16,10 +16,67 @@ from torch.distributions import kl_divergence
 
 import ppvae
 from ppvae import elbo
+from ppvae.enumeration import draw
 from ppvae.program import data_plate
 
 SUMMED = {"enumerate": "parallel"}
 pytestmark = pytest.mark.usefixtures("float64")
+
+
+# ------------------------------------------------------------------------------ draws and zeros
+
+
+def test_a_class_that_the_guide_rules_out_counts_nothing() -> None:
+    """0 log 0 is 0, also where the class is impossible in the model: no NaN, nor in a gradient."""
+    prior = torch.tensor([0.3, -0.2, -math.inf], requires_grad=True)
+    loc, x = torch.tensor([-1.0, 2.0, 50.0]), torch.randn(4)
+    slope = torch.tensor([0.4, -0.1, 0.0], requires_grad=True)
+    possible = torch.tensor([0.0, 0.0, -math.inf])
+
+    def pair(classes: int) -> tuple[Any, Any]:
+        def model(x: Tensor) -> None:
+            with data_plate(x):
+                c = pyro.sample("c", dist.Categorical(logits=prior[:classes]), infer=SUMMED)
+                pyro.sample("x", dist.Normal(loc[c], 1.0), obs=x)
+
+        def guide(x: Tensor) -> None:
+            with data_plate(x):
+                logits = (x.unsqueeze(-1) * slope + possible)[:, :classes]
+                pyro.sample("c", dist.Categorical(logits=logits), infer=SUMMED)
+
+        return model, guide
+
+    losses = [elbo.ELBO().differentiable_loss(*pair(classes), x) for classes in (2, 3)]
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss, [prior, slope]) for loss in losses]
+    torch.testing.assert_close(*gradients)
+
+
+def test_latents_that_are_summed_out_are_drawn_together() -> None:
+    """c, and beside it a d for each element of a plate, against the exact joint posterior."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            c = pyro.sample("c", dist.Bernoulli(0.4), infer=SUMMED)
+            with pyro.plate("parts", 2, dim=-2):
+                d = pyro.sample("d", dist.Bernoulli(0.1 + 0.8 * c), infer=SUMMED)
+                pyro.sample("x", dist.Normal(d, 0.7), obs=x)
+
+    rows, x = 20_000, torch.tensor([0.2, 0.9])
+    weights = ppvae.log_weights(model, nothing, x.unsqueeze(-1).expand(2, rows))
+    drawn = draw(weights.model_factors().values(), weights.enumerated.values())
+    c, d = (drawn[weights.enumerated[name]].values for name in "cd")
+    found = torch.stack([c.reshape(rows), *d.reshape(2, rows)])
+    for state in itertools.product([0.0, 1.0], repeat=3):
+        states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)))
+        every_c, every_d = states[:, 0], states[:, 1:]
+        joint = dist.Bernoulli(0.4).log_prob(every_c) + (
+            dist.Bernoulli(0.1 + 0.8 * every_c.unsqueeze(-1)).log_prob(every_d)
+            + dist.Normal(every_d, 0.7).log_prob(x)
+        ).sum(-1)
+        exact = joint.softmax(0)[(states == torch.tensor(state)).all(1)].item()
+        share = (found == torch.tensor(state).unsqueeze(-1)).all(0).double().mean().item()
+        assert abs(share - exact) < 4.5 * math.sqrt(exact * (1 - exact) / rows), state
 
 
 # ------------------------------------------------------------------------------ Markov chains
@@ -317,7 +374,7 @@ def test_rows_in_a_plate_of_one_are_refused(K: int) -> None:
         with pyro.plate("data", 1):
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match=r"site 'x' has log-probabilities of shape .*3,?\)"):
+    with pytest.raises(ValueError, match=r"site 'x' has log-probabilities of shape .*3.*\(-1, 1\)"):
         ppvae.log_weights(model, guide, X, num_particles=K)
 
 

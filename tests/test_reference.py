@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import nn
 
 import ppvae
@@ -260,6 +261,30 @@ def test_latents_that_the_guide_enumerates_are_summed_out_too(float64):
     parts = dist.Normal(model.loc, 2.0).log_prob(u) + torch.tensor([0.2, 0.5, 0.3]).log()
     torch.testing.assert_close(joint.log_q(u), parts.logsumexp(-1))
     assert joint.draw_q(4).shape == joint.draw_prior(4).shape == (4, 3, 1)
+
+
+def test_a_label_that_is_given_is_data(float64):
+    """Marked to be summed out, for other calls: where it is given, a mask hides its term."""
+    seen = torch.tensor([True, False, True])
+
+    def model(x, y):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=seen):
+                fn = dist.Bernoulli(logits=2 * z)
+                pyro.sample("y", fn, obs=y, infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x, y):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(0.8 * x, 0.5))
+
+    x, y = torch.tensor([0.3, -1.0, 1.2]), torch.tensor([0.0, 1.0, 1.0])
+    z = torch.linspace(-8, 8, 4001).unsqueeze(-1)
+    log_p = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(x)
+    log_p = log_p + torch.where(seen, dist.Bernoulli(logits=2 * z).log_prob(y), 0.0)
+    exact = log_p.logsumexp(0) + math.log(16 / 4000)
+    torch.testing.assert_close(diagnostics.quadrature(model, guide, x, y).log_evidence, exact)
 
 
 def test_densities_are_traced(float64):
