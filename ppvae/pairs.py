@@ -298,13 +298,13 @@ class Leaves(Messenger):
         self.weighed.add(msg["name"])
 
 
-@torch.no_grad()
 def weighs_alike(site: Site, value: Tensor, other: Tensor) -> bool:
     """Whether a site's density is the same at two tensors of one value, up to rounding."""
     if type(value) is not Tensor or torch._C._is_tracing():  # a graph is traced: no numbers
         return True
     try:
-        one, two = (site["fn"].log_prob(tensor) for tensor in (value, other))
+        # with gradients: a flow remembers the inverse of the last tensor for the terms to come
+        one, two = (site["fn"].log_prob(tensor).detach() for tensor in (value, other))
     except KeyError as error:  # of a flow of Pyro without an inverse: the term of the site says so
         return "intermediates cache" in str(error)
     except NotImplementedError:

@@ -152,6 +152,7 @@ def read(msg: Any) -> None:
 
 def stored(msg: Any) -> None:
     """What a ``pyro.param`` is for an estimator called as one of Pyro's: a value in the store."""
+    _is_of_module(msg)
 
 
 def _is_of_module(msg: Any) -> bool:
