@@ -43,6 +43,9 @@ class Spec:
         nans: hidden data are NaN.
         expand: enumerated values are expanded to all plates.
         labels_first: a call with all latents given comes before.
+        broken: None, or what is wrong with the mean of the data: it sees other "rows", their
+            "number", what is "left" of the plates (particles, enumerated values, or else rows), or
+            has a dim of its own ("dim").
     """
 
     how: tuple[str, ...]
@@ -57,6 +60,7 @@ class Spec:
     labels_first: bool = False
     particles: int = 1
     seed: int = 0
+    broken: str | None = None
 
     @property
     def steps(self) -> int:
@@ -115,7 +119,7 @@ class Case:
             self._plate(spec.latents_in_plate),
             self._plate(spec.plate in ("data", "subsampled")),
         )
-        with pyro.plate("data", N, dim=-1), around:
+        with pyro.plate("data", x.shape[-1], dim=-1), around:
             z = None
             if spec.continuous == "before":
                 z = self._sample("z", dist.Normal(n.spread, 1.0), "latents")
@@ -124,6 +128,7 @@ class Case:
                 logits = n.start if c is None else n.step[c]
                 c = self._discrete(t, dist.Categorical(logits=logits), y)
                 loc = n.emit[c] if z is None else n.emit[c] + n.weight * z
+                loc = self._broken(loc, x[t])
                 with of_data as part:
                     obs = x[t] if spec.plate != "subsampled" else x[t][part]
                     self._sample(f"x{t}", dist.Normal(loc, 1.0), "data", obs=obs)
@@ -133,7 +138,7 @@ class Case:
 
     def guide(self, x: Tensor, v: Tensor, y: Tensor | None = None) -> None:
         spec, n = self.spec, self.numbers
-        with pyro.plate("data", N, dim=-1), self._plate(spec.latents_in_plate):
+        with pyro.plate("data", x.shape[-1], dim=-1), self._plate(spec.latents_in_plate):
             c = None
             for t in pyro.markov(range(spec.steps)) if spec.markov else range(spec.steps):
                 if self._given(t, y) or spec.how[t] == "model":
@@ -152,6 +157,35 @@ class Case:
                 loc = n.q_centre[c] if spec.follows and c is not None else n.q_centre[0]
                 fn = dist.Normal(loc + n.q_slope * torch.nan_to_num(v), n.q_spread.exp())
                 self._sample("z", fn, "latents")
+
+    def _broken(self, loc: Tensor, x: Tensor) -> Tensor:
+        """The mean of the data as it is, or wrong as the spec asks for."""
+        plates = 2 if self.spec.plate else 1
+        if self.spec.broken == "dim":
+            return loc + loc.new_zeros(2, *[1] * max(loc.dim(), plates))
+        if self.spec.broken == "number":
+            return loc + 1 / x.shape[-1]
+        if self.spec.broken == "left" and loc.dim() > plates:
+            return loc + loc.mean(0, keepdim=True)
+        return loc + torch.nan_to_num(x).mean() if self.spec.broken else loc
+
+    def by_row(self, labels: bool) -> tuple[Any, ...]:
+        """Model, guide and their arguments, with datapoints in the first dim of each."""
+
+        def program(inside: Callable[..., None]) -> Callable[..., None]:
+            def run(x: Tensor, v: Tensor, y: Tensor, rows: Tensor) -> None:
+                x, v, y = (tensor.movedim(0, -1) for tensor in (x, v, y))
+                kept = self.y, self.rows
+                self.y, self.rows = y, rows
+                try:
+                    inside(x, v, y) if labels else inside(x, v)
+                finally:
+                    self.y, self.rows = kept
+
+            return run
+
+        data = [tensor.movedim(-1, 0) for tensor in (self.x, self.v, self.y)]
+        return program(self.model), program(self.guide), *data, self.rows
 
     def args(self, labels: bool) -> tuple[Tensor, ...]:
         return (self.x, self.v, self.y) if labels else (self.x, self.v)

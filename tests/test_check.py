@@ -1047,3 +1047,39 @@ def test_what_is_no_network_is_left_alone():
     unknown = models.CVAE(OwnNetwork(2 + 5), latent_dim=2)  # how wide y is nobody has said
     guide = guides.Normal(nets.mlp(4 + 5, 8, 4))
     refused(unknown, guide, X, torch.randn(5, 5), match=("site 'x' of the model has a Tensor",))
+
+
+# ------------------------------------------------------------------- what is weighed at once
+
+
+class MixtureOf(ppvae.Program):
+    """A class that is summed out, and data whose mean a function makes of it and their number."""
+
+    def __init__(self, mean) -> None:
+        super().__init__()
+        self.mean, self.loc = mean, nn.Parameter(torch.tensor([-1.0, 0.0, 3.0]))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            fn = dist.Categorical(logits=torch.zeros(3))
+            c = pyro.sample("c", fn, infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(self.mean(self.loc[c], len(x)), 1.0), obs=x)
+
+
+class Nothing(ppvae.Program):
+    def forward(self, x):
+        pass
+
+
+def test_values_of_an_enumerated_latent_are_weighed_as_one_by_one():
+    x = torch.randn(5)
+    report = check_pair(MixtureOf(lambda loc, rows: loc), Nothing(), x)
+    assert "enumerated values at once are weighed as one by one" in report.holds
+    with pytest.raises(PairError, match=r"^site 'x' of the model: the values of enumerated"):
+        check_pair(MixtureOf(lambda loc, rows: loc - loc.mean(0)), Nothing(), x)
+
+
+def test_a_term_that_depends_on_the_number_of_rows_is_refused():
+    x = torch.randn(5)
+    with pytest.raises(PairError, match=r"'x' of the model: .* how many there are: .* 2 .* 5"):
+        check_pair(MixtureOf(lambda loc, rows: loc / rows), Nothing(), x)

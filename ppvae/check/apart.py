@@ -1,4 +1,4 @@
-"""Whether datapoints, and particles, keep apart when a pair is run again at given draws."""
+"""Whether rows, particles and enumerated values keep apart when a pair is run again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro.poutine import Trace
 from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppvae.check.behaviour import point_masses
@@ -20,14 +21,16 @@ from ppvae.pairs import (
     Args,
     Kwargs,
     Program,
+    Site,
     by_position,
     moved,
     reason,
+    replay,
     sample_sites,
     seeded,
 )
 from ppvae.program import all_modules
-from ppvae.terms import NoInverse
+from ppvae.terms import NoInverse, log_density
 from ppvae.weights import LogWeights, log_weights
 from ppvae.wrapped import argument_names
 
@@ -36,23 +39,31 @@ Terms = dict[tuple[str, str], Tensor]  # by ("model" | "guide", site)
 
 
 class Apart(NamedTuple):
-    """Whether rows and particles keep apart.
+    """Whether rows, particles and enumerated values keep apart.
 
     Attributes:
         rows: sites that mix rows, as lines of a message; None: that was not looked at.
         particles: sites that mix particles; None: not looked at.
+        values: sites that mix the values of an enumerated latent; None: not looked at.
         unseen: why one of them was not looked at, though it is asked.
     """
 
-    rows: list[str] | None
-    particles: list[str] | None
+    rows: list[str] | None = None
+    particles: list[str] | None = None
+    values: list[str] | None = None
     unseen: str = ""
+
+    @property
+    def faults(self) -> list[str]:
+        """All that was found."""
+        return [*(self.rows or ()), *(self.particles or ()), *(self.values or ())]
 
 
 def keeps_apart(weights: LogWeights, num_particles: int, keywords: bool = False) -> Apart:
-    """Run a pair on two rows: at copies of draws, at copies of rows, and with several particles.
+    """Run a pair on two rows again: at copies of draws, at copies of rows, with several particles.
 
-    All rows are taken where it does not run on two of them.
+    Then on all rows at the same draws, and at single values of what is enumerated. All rows are
+    taken throughout where the pair does not run on two of them.
 
     Args:
         weights: of a batch.
@@ -69,19 +80,22 @@ def keeps_apart(weights: LogWeights, num_particles: int, keywords: bool = False)
             at_copies = _different(_terms(again.weights), terms, ROUNDING)
             at_copies += _different(terms, again.terms(_with_values(drawn, _copy)))
         except _ONE_WAY:
-            return Apart(None, None, "draws cannot be weighed again")
+            return Apart(unseen="draws cannot be weighed again")
         if at_copies and not other_noise:
             unseen = f"a copy of the draw of {at_copies[0][1]!r} has another density than the draw"
-            return Apart(None, None, unseen)
+            return Apart(unseen=unseen)
         leaks = leakage_faults(again, terms) if again.differ and not other_noise else None
-        apart = None
+        particles = values = None
         if num_particles > 1 and not other_noise and not point_masses(weights):
-            apart = particle_faults(again)
-        if other_noise or ((leaks or apart) and _different(terms, again.terms(drawn))):
+            particles = particle_faults(again)
+        if weights.enumerated and not other_noise:
+            values = value_faults(again)
+        found = Apart(leaks, particles, values)
+        if other_noise or (found.faults and _different(terms, again.terms(drawn))):
             unseen = "a program draws noise outside its sites, or counts its calls"
-            return Apart(None, None, unseen)
+            return Apart(unseen=unseen)
     alike = not again.differ and not weights.joint
-    return Apart(leaks, apart, "it takes a batch with two different rows" if alike else "")
+    return found._replace(unseen="it takes a batch with two different rows" if alike else "")
 
 
 _ONE_WAY = (NoInverse, NotImplementedError, KeyError)  # of flows that cannot be inverted
@@ -133,11 +147,17 @@ def leakage_faults(again: _Replays, terms: Terms) -> list[str]:
         "keyword, which is never cut"
         for i in tables
     ]
-    return faults + [
+    faults += [
         f"site {name!r} of the {role}: the log-probability of one datapoint changes with the data "
         "or draws of the others, so there is no weight per datapoint. Compute each from its own "
         "data: no mean over dim 0, attention over rows, batch norm without running statistics"
         for role, name in changed
+    ]
+    return faults or [
+        f"site {name!r} of the {role}: the log-probability of one datapoint changes with how many "
+        f"there are: others in a batch of {len(again.index)} than in one of {again.rows}. Divide "
+        "by no number of rows: a minibatch is scaled by pyro.plate(size=...), outside the sites"
+        for role, name in _changed_by_size(again)
     ]
 
 
@@ -162,23 +182,35 @@ def _leaks(again: _Replays, terms: Terms, cut: set[int | str]) -> list[tuple[str
     return list(changed)
 
 
-def particle_faults(again: _Replays) -> list[str] | None:
-    """Whether 3 particles at once are weighed as one by one; None if that cannot be compared."""
-    model, guide, args, kwargs = again.weights.pair
+def _changed_by_size(again: _Replays) -> list[tuple[str, str]]:
+    """Terms of the two rows that are others in the whole batch, at the same draws."""
+    if again.index is None:
+        return []
+    drawn, cut = again.whole.guide_trace, functools.partial(_rows_of, index=again.index)
+    few = again.terms(_with_values(drawn, cut))
+    many = again.weigh(_with_values(drawn, lambda site: site["value"]), *again.whole.pair[2:])
+    return [
+        key
+        for key, term in many.items()
+        if _differ(few[key], term[..., again.index] if term.shape[-1] > 1 else term)
+    ]
+
+
+def particle_faults(again: _Replays) -> list[str]:
+    """Sites at which 3 particles at once are not weighed as one by one."""
+    _, _, args, kwargs = again.weights.pair
     K, joint = 3, again.weights.joint
     try:
-        many = log_weights(model, guide, *args, num_particles=K, joint=joint, **kwargs)
+        many = log_weights(again.model, again.guide, *args, num_particles=K, joint=joint, **kwargs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         return [f"the pair runs with one particle but not with {K}: {reason(error)}. {_FOLD}"]
-    if many.enumerated:
-        return None
     faults: dict[tuple[str, str], None] = {}
     together = _terms(many)
     for k in range(K):
         drawn = _with_values(many.guide_trace, functools.partial(_particle, k=k))
         for key, term in again.terms(drawn).items():
             both = together[key]
-            if _differ(term[0], both[k if both.shape[0] > 1 else 0]):
+            if _differ(term[..., 0, :], both[..., k if both.shape[-2] > 1 else 0, :]):
                 faults[key] = None
     return [
         f"site {name!r} of the {role}: {K} particles at once have other log-probabilities than "
@@ -187,10 +219,61 @@ def particle_faults(again: _Replays) -> list[str] | None:
     ]
 
 
-_FOLD = (
-    "Particles add a dimension on the left, (K, N, ...): count dims from the right, and put "
-    "nets.flat_batch around a network that wants one batch dimension (Conv2d, BatchNorm, Flatten)"
+def value_faults(again: _Replays) -> list[str]:
+    """Sites at which the values of enumerated latents are not weighed as one by one."""
+    weights = again.weights
+    _, _, args, kwargs = weights.pair
+    together = {
+        "model": sample_sites(weights.model_trace),
+        "guide": sample_sites(weights.guide_trace),
+    }
+    faults: dict[tuple[str, str], None] = {}
+    for i in (0, -1):  # all latents at their first value, and all at their last
+        fixed = Trace()
+        for name, site in (together["model"] | together["guide"]).items():
+            if not site["is_observed"]:
+                value = _alone(site, weights.leftmost, i)
+                fixed.add_node(name, **{**site, "value": value, "infer": {}})
+        alone = {
+            "model": sample_sites(replay(again.model, fixed, args, kwargs)),
+            "guide": sample_sites(replay(again.guide, fixed, args, kwargs)),
+        }
+        for role, sites in together.items():
+            for name, site in sites.items():
+                one = _value_of_all(log_density(site), -weights.leftmost, i)
+                if _differ(*torch.broadcast_tensors(one, log_density(alone[role][name]))):
+                    faults[role, name] = None
+    return [
+        f"site {name!r} of the {role}: the values of enumerated latents have other "
+        f"log-probabilities at once than one by one. They add dimensions on the left: {_DIMS}"
+        for role, name in faults
+    ]
+
+
+def _alone(site: Site, leftmost: int, i: int) -> Tensor:
+    """A draw at value ``i`` of the enumerated latents, itself or what it depends on."""
+    event_dim = site["fn"].event_dim
+    value = _value_of_all(site["value"], event_dim - leftmost, i)
+    shape = list(value.shape)
+    for frame in site["cond_indep_stack"]:
+        dim = frame.dim - event_dim
+        if -dim <= len(shape):
+            shape[dim] = frame.size
+    return moved(value, lambda tensor: tensor.expand(shape))
+
+
+def _value_of_all(tensor: Tensor, dims: int, i: int) -> Tensor:
+    """The entry for value ``i`` of what is enumerated, in the dims left of the last ones."""
+    while tensor.dim() > dims:
+        tensor = tensor[i]
+    return tensor
+
+
+_DIMS = (
+    "count dims from the right, and put nets.flat_batch around a network that wants one batch "
+    "dimension (Conv2d, BatchNorm, Flatten)"
 )
+_FOLD = f"Particles add a dimension on the left, (K, N, ...): {_DIMS}"
 
 
 # ------------------------------------------------------------------------------ replays
@@ -207,31 +290,38 @@ class _Replays:
         rows: of the batch.
         cut: positions and names of the arguments that have these rows.
         differ: whether there are two rows with different data.
+        whole: log-weights of the batch.
+        index: numbers of the two rows; None: all are taken.
         weights: of what is run.
         drawn: the draws of the guide in them.
+        model, guide: the programs; inner plates that subsample themselves take the same elements.
     """
 
     def __init__(self, weights: LogWeights, keywords: bool) -> None:
-        _, guide, args, kwargs = weights.pair
+        model, guide, args, kwargs = weights.pair
         self.rows = weights.log_w.shape[1]
         known = [*enumerate(args), *(kwargs.items() if keywords else ())]
         rows = {label: value for label, value in known if _has_rows(value, self.rows)}
         self.cut: set[int | str] = set(rows)
-        index = None if weights.joint else _two_different(rows.values())
-        self.differ = index is not None
-        self.weights = self._of_rows(weights, index)
+        self.whole = weights
+        self.index = None if weights.joint else _two_different(rows.values())
+        self.differ = self.index is not None
+        self.weights = self._some_rows()
         self.drawn = _with_values(self.weights.guide_trace, lambda site: site["value"])
+        self.model = _with_parts(model, self.weights.model_trace)
+        self.guide = _with_parts(guide, self.weights.guide_trace)
         self._replay = ReplayMessenger(trace=self.drawn)
-        self._guide = self._replay(guide)
+        self._guide_at = self._replay(self.guide)
 
-    def _of_rows(self, weights: LogWeights, index: Tensor | None) -> LogWeights:
-        """Log-weights of some rows; of all where the pair does not run on these."""
-        model, guide, args, kwargs = weights.pair
-        if index is not None and by_position(guide) is None:
-            some, named = _taken(args, kwargs, self.cut, index)
+    def _some_rows(self) -> LogWeights:
+        """Log-weights of the two rows; of all where the pair does not run on these."""
+        (model, guide, args, kwargs), joint = self.whole.pair, self.whole.joint
+        if self.index is not None and by_position(guide) is None:
+            some, named = _taken(args, kwargs, self.cut, self.index)
             with suppress(RuntimeError, ValueError, IndexError):
-                return log_weights(model, guide, *some, joint=weights.joint, **named)
-        return log_weights(model, guide, *args, joint=weights.joint, **kwargs)
+                return log_weights(model, guide, *some, joint=joint, **named)
+        self.index = None
+        return log_weights(model, guide, *args, joint=joint, **kwargs)
 
     def terms(
         self, drawn: Trace, cut: Collection[int | str] = (), index: Any = None, seed: int = 0
@@ -244,11 +334,16 @@ class _Replays:
             index: numbers of rows.
             seed: of what is drawn besides.
         """
-        model, _, args, kwargs = self.weights.pair
-        args, kwargs = _taken(args, kwargs, cut, index)
+        _, _, args, kwargs = self.weights.pair
+        return self.weigh(drawn, *_taken(args, kwargs, cut, index), seed)
+
+    def weigh(self, drawn: Trace, args: Args, kwargs: Kwargs, seed: int = 0) -> Terms:
+        """Log-probabilities of some data at draws."""
         self._replay.trace = drawn
         with seeded(seed, *args):
-            weights = log_weights(model, self._guide, *args, joint=self.weights.joint, **kwargs)
+            weights = log_weights(
+                self.model, self._guide_at, *args, joint=self.weights.joint, **kwargs
+            )
         return _terms(weights)
 
 
@@ -288,6 +383,16 @@ def _with_values(trace: Trace, value_of: Callable[[Any], Tensor]) -> Trace:
     return new
 
 
+def _with_parts(program: Program, trace: Trace) -> Program:
+    """A program whose inner plates that subsample themselves take what they took in a trace."""
+    parts = Trace()
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and site_is_subsample(site) and name != DATA_PLATE:
+            parts.add_node(name, **site)
+    again: Program = ReplayMessenger(trace=parts)(program) if parts.nodes else program
+    return again
+
+
 def _copy(site: Any) -> Tensor:
     return moved(site["value"], torch.clone)
 
@@ -301,7 +406,7 @@ def _rows_of(site: Any, index: Tensor) -> Tensor:
     for frame in site["cond_indep_stack"]:
         if frame.name == DATA_PLATE:
             dim = frame.dim - site["fn"].event_dim
-            if -dim <= value.dim() and value.shape[dim] == len(index):
+            if -dim <= value.dim() and value.shape[dim] == frame.size:
                 index = index.to(value.device)
                 return moved(value, functools.partial(torch.index_select, dim=dim, index=index))
     return value
@@ -314,8 +419,10 @@ def _row(term: Tensor, row: int) -> Tensor:
 def _particle(site: Any, k: int) -> Tensor:
     value: Tensor = site["value"]
     for frame in site["cond_indep_stack"]:
-        if frame.name == PARTICLE_PLATE and value.dim() == site["fn"].event_dim - frame.dim:
-            return moved(value, lambda tensor: tensor[k])
+        dim = frame.dim - site["fn"].event_dim
+        if frame.name == PARTICLE_PLATE and -dim <= value.dim():
+            index = k if value.shape[dim] > 1 else 0
+            return moved(value, functools.partial(torch.select, dim=dim, index=index))
     return value
 
 

@@ -113,8 +113,9 @@ def check_batch(
     guide has the model's latents and no others, with the same event shapes and in their support;
     every site lies in the plate ``"data"`` and declares its other dimensions as event; the
     observations fit the likelihood's shape and support, or are masked; no log-probability is NaN
-    or infinitely large, whatever the data hold; none changes with the other rows, nor, if there
-    are to be several, with the other particles. A module with a method ``check(values)``, such as
+    or infinitely large, whatever the data hold; none changes with the other rows or their number,
+    nor with the other values of an enumerated latent, nor, if there are to be several, with the
+    other particles. A module with a method ``check(values)``, such as
     ``nets.OneHot``, is asked about an argument it is called with.
 
     Args:
@@ -129,8 +130,8 @@ def check_batch(
         PairError: with one line per fault, naming the site or argument, what was seen, the cure.
     """
     seen = _examine(model, guide, args, kwargs, joint, num_particles)
-    if faults := [*(seen.apart.rows or ()), *(seen.apart.particles or ())]:
-        raise PairError("\n".join(faults))
+    if seen.apart.faults:
+        raise PairError("\n".join(seen.apart.faults))
     return seen.row_checks
 
 

@@ -137,14 +137,17 @@ def _gradients(weights: LogWeights) -> Answer:
 
 
 def _rows_and_particles(weights: LogWeights, apart: Apart) -> Iterator[Answer]:
-    """Whether each row, and each particle, is weighed by itself."""
-    rows, particles, unseen = apart
+    """Whether each row, each particle and each enumerated value is weighed by itself."""
+    rows, particles, values, unseen = apart
     if rows is not None:
         holds = [] if rows else ["no row's log-probability changes with the other rows"]
         yield Answer(holds, rows)
     if particles is not None:
         holds = [] if particles else ["3 particles at once are weighed as one by one"]
         yield Answer(holds, particles)
+    if values is not None:
+        holds = [] if values else ["enumerated values at once are weighed as one by one"]
+        yield Answer(holds, values)
     if unseen:
         what = "leakage is" if particles is not None else "leakage and particles are"
         yield Answer(notes=[f"{what} not checked: {unseen}"])
