@@ -155,7 +155,7 @@ def leakage_faults(again: _Replays, terms: Terms) -> list[str]:
     ]
     return faults or [
         f"site {name!r} of the {role}: the log-probability of one datapoint changes with how many "
-        f"there are: others in a batch of {len(again.index)} than in one of {again.rows}. Divide "
+        f"there are: others in a batch of 2 than in one of {again.rows}. Divide "
         "by no number of rows: a minibatch is scaled by pyro.plate(size=...), outside the sites"
         for role, name in _changed_by_size(again)
     ]
@@ -335,7 +335,8 @@ class _Replays:
             seed: of what is drawn besides.
         """
         _, _, args, kwargs = self.weights.pair
-        return self.weigh(drawn, *_taken(args, kwargs, cut, index), seed)
+        args, kwargs = _taken(args, kwargs, cut, index)
+        return self.weigh(drawn, args, kwargs, seed)
 
     def weigh(self, drawn: Trace, args: Args, kwargs: Kwargs, seed: int = 0) -> Terms:
         """Log-probabilities of some data at draws."""
