@@ -13,6 +13,7 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel, trainable
 from ppvae import elbo
+from ppvae.diagnostics import compare_estimators
 from ppvae.diagnostics.compare_estimators import PeakMemory
 
 
@@ -129,3 +130,24 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
     with PeakMemory() as kept:
         held = [torch.zeros(1000) for _ in range(7)]
     assert kept.peak == 7 * 4000 and len(held) == 7
+
+
+def test_the_signal_to_noise_ratio_by_its_formula(pair, monkeypatch) -> None:
+    """||E g|| / sqrt(tr Var g), with tr Var / repeats taken off the squared norm of the mean."""
+    model, guide, x = pair
+    parameters = trainable(guide)
+    draws = [[torch.randn_like(p) + 0.5 for p in parameters] for _ in range(6)]
+    given = iter(draws)
+
+    def gradient(objective, args, every):
+        by_parameter = dict(zip(parameters, next(given), strict=True))
+        return [by_parameter.get(p) for p in every]
+
+    monkeypatch.setattr(compare_estimators, "_gradient", gradient)
+    model.requires_grad_(False)
+    found = compare_estimators._gradient_noise(elbo.ELBO()(model, guide), (x,), 6)
+    flat = torch.stack([torch.cat([g.flatten() for g in draw]) for draw in draws]).double()
+    total = flat.var(0).sum()
+    signal = flat.mean(0).square().sum() - total / 6
+    assert found["var_guide"] == pytest.approx(total.item(), rel=1e-5)
+    assert found["snr_guide"] == pytest.approx((signal / total).sqrt().item(), rel=1e-5)

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from oracles import BeliefGuide, BeliefNet, LinearGuide, LinearModel, assert_mea
 from ppvae import elbo
 from ppvae.elbo.gradients import coefficient
 from ppvae.elbo.importance import log_mean_exp
+from ppvae.elbo.standard import closed_form_kl
 from ppvae.program import data_plate
 from registry import ALL_ESTIMATORS
 
@@ -847,3 +849,57 @@ def test_a_bound_without_a_coefficient_refuses_dreg_when_it_is_made() -> None:
     with pytest.raises(TypeError, match="Median takes gradient='dreg' and defines no"):
         Median(3, "dreg")
     assert Median(3).num_draws == 3
+
+
+@pytest.mark.usefixtures("float64")
+class TestClosedFormsOfBernoullis:
+    def test_a_prior_of_another_batch_shape(self) -> None:
+        """torch's own KL of Bernoullis does not broadcast."""
+
+        def model(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Bernoulli(torch.tensor([0.3])))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        share = torch.tensor([0.2, 0.5, 0.9])
+
+        def guide(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Bernoulli(share))
+
+        weights = ppvae.log_weights(model, guide, torch.zeros(3))
+        closed = closed_form_kl(elbo.ELBO(kl="analytic"), weights)["z"]
+        exact = share * (share / 0.3).log() + (1 - share) * ((1 - share) / 0.7).log()
+        torch.testing.assert_close(closed.flatten(), exact)
+
+    def test_a_scaled_latent_has_none(self) -> None:
+        def model(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                with poutine.scale(scale=0.5):
+                    z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3)))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Bernoulli(torch.full((len(x),), 0.4)))
+
+        weights = ppvae.log_weights(model, guide, torch.zeros(3))
+        assert closed_form_kl(elbo.ELBO(), weights) == {}
+        with pytest.raises(ValueError, match="latent 'z': it is auxiliary, weighed by a poutine"):
+            closed_form_kl(elbo.ELBO(kl="analytic"), weights)
+
+
+@pytest.mark.parametrize("much", [True, False])
+def test_the_multiplier_stays_within_its_limit(linear, much: bool) -> None:
+    """And the weight that is told is the KL's beside a likelihood of weight 1."""
+    model, guide, x = linear
+    limits = {"max_rate": 0.0 if much else 1e6}, {"max_distortion": -1e6 if much else 1e6}
+    for target in limits:
+        objective = elbo.ELBO(beta=elbo.Constraint(speed=1e3, **target))(model, guide)
+        for _ in range(3):
+            objective(x).backward()
+        assert objective.state.log_multiplier == (10.0 if much else -10.0)
+        objective(x)
+        sign = 1 if "max_rate" in target else -1
+        weight = objective.state.weight.item()
+        assert weight == pytest.approx(math.exp(sign * (10.0 if much else -10.0)), rel=1e-5)

@@ -14,6 +14,7 @@ from torch import nn
 from oracles import LinearGuide, LinearModel, linear_elbo
 from ppvae import conditionals, diagnostics, guides, models, nets, plots, posteriors
 from ppvae.check.pair import PairError
+from ppvae.diagnostics.gaps import _elbo
 from ppvae.local import Indexed
 from ppvae.program import data_plate
 from ppvae.weights import log_weights
@@ -386,3 +387,11 @@ def test_gap_bars_are_the_means():
 def test_bad_pictures(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_error_of_a_bound_is_that_of_a_mean_of_draws(float64):
+    model, guide, x, _, _ = problem(rows=2)
+    found, error = _elbo(model, guide, (x,), 4000, 100_000)
+    log_w = log_weights(model, guide, x, num_particles=4000).log_w.detach()
+    torch.testing.assert_close(error, log_w.std(0) / math.sqrt(4000), rtol=0.2, atol=0.0)
+    assert ((found - log_w.mean(0)).abs() < 4.5 * math.sqrt(2) * error).all()

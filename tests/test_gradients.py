@@ -12,6 +12,7 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel, assert_mean, gradients, trainable
 from ppvae import elbo
+from ppvae.elbo.gradients import through_draws
 from ppvae.program import data_plate
 
 DRAWS, ROWS = 40, 100  # 40 independent gradients, each of 100 copies of the data
@@ -482,3 +483,23 @@ def test_beta_may_be_a_number_a_tensor_or_a_callable(beta) -> None:
     kl = weights.log_q["z"] - weights.log_p["z"]
     expected = -(weights.log_p["x"] - number * kl).mean(0).sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_path_through_a_chain_of_draws() -> None:
+    """The third draw sees the first by way of the second alone: slopes go back draw by draw."""
+    theta = torch.tensor([0.3, -0.7, 1.1], requires_grad=True)
+
+    def draws(cut: bool) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        pairs, z = [], torch.ones(())
+        for t in theta:
+            drawn = torch.sin(t * z)
+            z = drawn.detach().requires_grad_() if cut else drawn
+            pairs.append((drawn, z))
+        return pairs, torch.stack([pair[1] for pair in pairs])
+
+    slopes = torch.tensor([0.5, 2.0, -3.0])
+    pairs, leaves = draws(cut=True)
+    found = torch.autograd.grad(through_draws(slopes, leaves.square(), pairs), theta)[0]
+    whole = (slopes * draws(cut=False)[1].square()).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(whole, theta)[0])

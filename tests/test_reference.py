@@ -18,6 +18,7 @@ import ppvae
 from oracles import LinearGuide, LinearModel, MixtureModel, TwoLevelGuide, TwoLevelModel
 from ppvae import conditionals, diagnostics, guides, models, nets
 from ppvae.check.pair import PairError
+from ppvae.diagnostics import chains as chains_of
 from ppvae.diagnostics.annealing import Path as AnnealedPath
 from ppvae.diagnostics.chains import ESS_PER_CHAIN, RHAT, convergence
 from ppvae.diagnostics.joint import Joint, traced
@@ -990,3 +991,46 @@ def test_verdict_says_what_to_do(float64):
     draws = chains(4)[-1]
     assert "all 4 datapoints passed" in repr(draws)
     assert draws.rhat.max() <= RHAT and draws.ess.min() >= 4 * ESS_PER_CHAIN
+
+
+def test_draws_of_the_guide_are_unconstrained(float64):
+    """log p - log q of the coordinates is that of the positive values: both change alike."""
+
+    def model(x):
+        with data_plate(x):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("rate", dist.Gamma(2.5 + x, 2.0))
+
+    x = torch.tensor([0.0, 1.0, 4.0])
+    joint = Joint(model, guide, x)
+    torch.manual_seed(5)
+    u = joint.draw_q(6)
+    torch.manual_seed(5)
+    weights = ppvae.log_weights(model, guide, x, num_particles=6)
+    torch.testing.assert_close(joint(u) - joint.log_q(u), weights.log_w.detach())
+    drawn = weights.guide_trace.nodes["rate"]["value"]
+    torch.testing.assert_close(u[..., 0], drawn.log())
+
+
+def test_a_rerun_is_of_the_datapoints_that_failed(float64, monkeypatch):
+    """Each datapoint keeps the draws that were made at its own data."""
+    model, guide, x, _, _ = linear(rows=4)
+
+    def run(joint, make, settings, method, rerun):
+        rows = len(joint.args[0])
+        values = joint.args[0][:, :1].expand(2, 8, rows, 1) + rerun
+        rhat = torch.ones(rows).masked_fill((joint.args[0] == x[2]).all(1) & (rerun == 0), 2.0)
+        zeros, ess = torch.zeros(rows), torch.full((rows,), 1e6)
+        names = [field.name for field in dataclasses.fields(diagnostics.PosteriorDraws)]
+        given = {"draws": {"z": values}, "unconstrained": values, "log_joint": values[..., 0]}
+        given |= {"rhat": rhat, "ess": ess, "method": method, "seconds": 0.0}
+        return diagnostics.PosteriorDraws(**{name: given.get(name, zeros) for name in names})
+
+    monkeypatch.setattr(chains_of, "_run", run)
+    found = diagnostics.hmc(model, guide, x, num_draws=8, num_chains=2)
+    expected = x[:, 0] + torch.tensor([0.0, 0.0, 1.0, 0.0])
+    assert torch.equal(found.unconstrained[0, 0, :, 0], expected)
