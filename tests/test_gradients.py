@@ -72,9 +72,9 @@ class TestLinearGaussian:
         "estimator",
         [elbo.IWELBO(3, gradient) for gradient in ("pathwise", "dreg", "score", "vimco")]
         + [
-            elbo.RenyiELBO(3, "dreg"),
+            elbo.RenyiELBO(3, "dreg", alpha=0.2),
             elbo.MIWELBO(1, "dreg", num_groups=3),
-            elbo.CIWELBO(3, "dreg"),
+            elbo.CIWELBO(3, "dreg", beta=0.2),
             elbo.ThermodynamicELBO(3, "pathwise"),
         ],
         ids=lambda e: f"{type(e).__name__}-{e.gradient}",
@@ -163,9 +163,9 @@ class TestTwoLevels:
         [
             elbo.IWELBO(2),
             elbo.IWELBO(2, "dreg"),
-            elbo.RenyiELBO(2, "dreg"),
+            elbo.RenyiELBO(2, "dreg", alpha=0.2),
             elbo.MIWELBO(1, "dreg", num_groups=2),
-            elbo.CIWELBO(2, "dreg"),
+            elbo.CIWELBO(2, "dreg", beta=0.2),
             elbo.ThermodynamicELBO(2, "pathwise"),
         ],
         ids=lambda e: f"{type(e).__name__}-{e.gradient}",
