@@ -903,3 +903,13 @@ def test_the_multiplier_stays_within_its_limit(linear, much: bool) -> None:
         sign = 1 if "max_rate" in target else -1
         weight = objective.state.weight.item()
         assert weight == pytest.approx(math.exp(sign * (10.0 if much else -10.0)), rel=1e-5)
+
+
+def test_each_pair_has_a_state_of_its_own_in_stock_engines(linear) -> None:
+    model, guide, x = linear
+    other = LinearGuide(model)
+    estimator = elbo.ELBO(beta=elbo.LinearWarmup(10))
+    estimator.loss_and_grads(model, guide, x)
+    states = [estimator.stock_state(*pair) for pair in ((model, guide), (model, other))]
+    assert [state.step for state in states] == [1, 0]
+    assert estimator.stock_state(model, guide) is states[0]
