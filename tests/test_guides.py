@@ -818,3 +818,11 @@ def test_a_bare_autoguide_is_noted():
 
 def test_all_listed_guides_are_under_the_laws():
     assert set(NEW) <= ALL_PAIRS.keys()
+
+
+def test_rows_of_a_larger_data_set_are_scaled_alike_in_model_and_guide():
+    x, index = torch.eye(4)[:3], torch.arange(3)
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
+    guide = guides.PerDatapoint(conditionals.Normal(nn.Identity()), torch.zeros(12, 4))
+    weights = ppvae.log_weights(Indexed(model), guide, x, index, size=12)
+    assert weights.scale == 4 and weights.full_size == 12 and not weights.site_scales
