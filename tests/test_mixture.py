@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ppvae
 from oracles import assert_mean
 from ppvae import elbo, guides, models
+from ppvae.models.expectation_maximisation import check_reg_covar, start
 from ppvae.models.mixture import CollapsedComponent
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -506,3 +507,20 @@ def test_compiled_equals_eager(guided, C, monkeypatch):
         svi = ppvae.SVI(model, guide, torch.optim.Adam, elbo.ELBO(), compile=compiled)
         losses.append([svi.step(x) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_em_starts_at_the_variances_of_the_data(full):
+    x = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
+    weights, loc, covariance = start(x, 3, full, seed=1)
+    variance = (x - x.mean(0)).square().sum(0) / 7
+    expected = (variance.diag() if full else variance).expand(3, *([2] * (1 + full)))
+    assert torch.equal(weights, torch.ones(3)) and len(loc.unique(dim=0)) == 3
+    torch.testing.assert_close(covariance, expected)
+
+
+def test_the_limit_of_reg_covar_is_that_of_the_column_with_least_variance():
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([10.0, 1.0])
+    with pytest.raises(ValueError, match=r"smallest variance of x, .* \(column 1\), got 0.5"):
+        check_reg_covar(x, 0.5)
+    check_reg_covar(x, 0.01)

@@ -361,6 +361,19 @@ def test_low_precision_accumulates_in_float32(dtype: torch.dtype, K: int) -> Non
     assert elbo.IWELBO(K)(model, low_guide)(x).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latents_of_low_precision_accumulate_in_float32(dtype: torch.dtype) -> None:
+    def program(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), pyro.plate("many", 5000, dim=-2):
+            pyro.sample("z", dist.Normal(x.new_zeros(()), x.new_ones(())))
+
+    weights = ppvae.log_weights(program, program, torch.zeros(2, dtype=dtype))
+    z = weights.guide_trace.nodes["z"]["value"]
+    assert z.dtype == dtype and weights.log_q["z"].dtype == torch.float32
+    exact = dist.Normal(0.0, 1.0).log_prob(z.float()).sum(0)
+    torch.testing.assert_close(weights.log_q["z"][0], exact, rtol=1e-3, atol=0.0)
+
+
 def test_a_bfloat16_pair_gives_float32_weights_near_the_float32_ones() -> None:
     results = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -628,3 +641,35 @@ def test_at_leaves_the_weights_are_the_same() -> None:
     for z, leaf in leaves.pairs:
         assert leaf.is_leaf and leaf.requires_grad and not z.is_leaf
         assert torch.equal(z, leaf)
+
+
+@pytest.mark.parametrize("scale", [0.95, 1.05, torch.tensor(1.0)])
+def test_a_scale_near_one_is_a_scale(scale) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.scale(scale=scale):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    x = torch.arange(3.0)
+    weights = ppvae.log_weights(model, guide, x, num_particles=2)
+    assert weights.site_scales.keys() == {("model", "x")}
+    found = elbo.ELBO(2).effective(weights, elbo.State())
+    torch.testing.assert_close(found, weights.log_p["x"] * scale)
+    with pytest.raises(ValueError, match="the scale on site 'x' of the model"):
+        elbo.IWELBO(2).effective(weights, elbo.State())
+
+
+@pytest.mark.parametrize("name", [n for n in ALL_PAIRS if n != "tutorial"])
+def test_a_minibatch_of_a_larger_data_set_is_scaled(name: str) -> None:
+    model, guide, args = build(name)
+    try:
+        weights = ppvae.log_weights(model, guide, *args, size=60)
+    except TypeError:
+        pytest.skip("takes no size")
+    rows = len(args[0])
+    assert weights.scale == 60 / rows and weights.full_size == 60 and not weights.site_scales
