@@ -363,15 +363,20 @@ def test_low_precision_accumulates_in_float32(dtype: torch.dtype, K: int) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_latents_of_low_precision_accumulate_in_float32(dtype: torch.dtype) -> None:
-    def program(x: Tensor) -> None:
+    def latents(x: Tensor) -> None:
         with pyro.plate("data", len(x)), pyro.plate("many", 5000, dim=-2):
             pyro.sample("z", dist.Normal(x.new_zeros(()), x.new_ones(())))
 
-    weights = ppvae.log_weights(program, program, torch.zeros(2, dtype=dtype))
+    def model(x: Tensor) -> None:
+        latents(x)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    weights = ppvae.log_weights(model, latents, torch.zeros(2, dtype=dtype), joint=True)
     z = weights.guide_trace.nodes["z"]["value"]
     assert z.dtype == dtype and weights.log_q["z"].dtype == torch.float32
-    exact = dist.Normal(0.0, 1.0).log_prob(z.float()).sum(0)
-    torch.testing.assert_close(weights.log_q["z"][0], exact, rtol=1e-3, atol=0.0)
+    exact = dist.Normal(0.0, 1.0).log_prob(z.float()).sum()
+    torch.testing.assert_close(weights.log_q["z"].squeeze(), exact, rtol=1e-3, atol=0.0)
 
 
 def test_a_bfloat16_pair_gives_float32_weights_near_the_float32_ones() -> None:
@@ -673,3 +678,59 @@ def test_a_minibatch_of_a_larger_data_set_is_scaled(name: str) -> None:
         pytest.skip("takes no size")
     rows = len(args[0])
     assert weights.scale == 60 / rows and weights.full_size == 60 and not weights.site_scales
+
+
+class TwoGuides(ppvae.Program):
+    """A model of two levels and two guides, with one order of sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = False
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(0.0, 1.0))
+            z1 = pyro.sample("z1", dist.Normal(z2, 1.0))
+            pyro.sample("x", dist.Normal(z1, 1.0), obs=x)
+            if self.wide:
+                with pyro.plate("inner", 2, dim=-2):
+                    pyro.sample("v", dist.Normal(z1, 1.0), obs=x.expand(2, -1))
+
+    def apart(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z1", dist.Normal(x / 2, 1.0))
+            pyro.sample("z2", dist.Normal(x / 3, 1.0))
+
+    def bottom_up(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(x / 2, 1.0))
+            pyro.sample("z2", dist.Normal(z1 / 2, 1.0))
+
+
+def test_what_is_known_of_one_method_is_not_of_another() -> None:
+    pair, x = TwoGuides(), torch.arange(3.0)
+    valid = [
+        ppvae.log_weights(pair, guide, x).kl_valid()
+        for guide in (pair.apart, pair.bottom_up, pair.apart)
+    ]
+    assert valid[0] == valid[2] == {"z1", "z2"} and "z1" not in valid[1]
+
+
+class Shifted(ppvae.Program):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(x / 2 + self.shift, 1.0))
+            pyro.sample("z2", dist.Normal(z1 / 2, 1.0))
+
+
+def test_an_inner_plate_of_a_later_call_has_its_own_draws_only() -> None:
+    """A run that fails, since it was prepared for fewer plates, leaves no draws behind."""
+    model, guide, x = TwoGuides(), Shifted(), torch.arange(3.0)
+    loss = elbo.IWELBO(3, "dreg")(model, guide)
+    loss(x)
+    model.wide = True
+    assert torch.autograd.grad(loss(x), guide.shift)[0].isfinite()
