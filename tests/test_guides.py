@@ -826,3 +826,29 @@ def test_rows_of_a_larger_data_set_are_scaled_alike_in_model_and_guide():
     guide = guides.PerDatapoint(conditionals.Normal(nn.Identity()), torch.zeros(12, 4))
     weights = ppvae.log_weights(Indexed(model), guide, x, index, size=12)
     assert weights.scale == 4 and weights.full_size == 12 and not weights.site_scales
+
+
+def test_what_a_local_fit_returns_is_the_bound_of_its_last_steps():
+    """At the exact posterior every step has the ELBO log p(x)."""
+    model = LinearModel(2, 4)
+    model.double()
+    x = model.draw(3)
+    A, a, S = model.posterior()
+    outputs = torch.cat([x @ A.T + a, S.flatten().expand(3, 4)], -1).detach()
+
+    class Exact(ppvae.Program):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.outputs = model, nn.Parameter(outputs)
+
+        def forward(self, x, index):
+            with ppvae.program.data_plate(index):
+                loc, covariance = self.outputs[index].split([2, 4], -1)
+                covariance = covariance.unflatten(-1, (2, 2))
+                pyro.sample("z", dist.MultivariateNormal(loc, covariance))
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = fit_local(Indexed(model), Exact(), x, torch.arange(3), steps=20, lr=1e-9)
+    torch.testing.assert_close(found, model.log_evidence(x).detach(), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
