@@ -854,17 +854,17 @@ def test_a_bound_without_a_coefficient_refuses_dreg_when_it_is_made() -> None:
 @pytest.mark.usefixtures("float64")
 class TestClosedFormsOfBernoullis:
     def test_a_prior_of_another_batch_shape(self) -> None:
-        """torch's own KL of Bernoullis does not broadcast."""
+        """torch's own KL of Bernoullis does not broadcast, and ppvae's plate does not either."""
 
         def model(x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
+            with data_plate(x):
                 z = pyro.sample("z", dist.Bernoulli(torch.tensor([0.3])))
                 pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
         share = torch.tensor([0.2, 0.5, 0.9])
 
         def guide(x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
+            with data_plate(x):
                 pyro.sample("z", dist.Bernoulli(share))
 
         weights = ppvae.log_weights(model, guide, torch.zeros(3))
