@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 import weakref
 
@@ -469,6 +470,126 @@ def test_freezing_in_the_middle(traced):
     assert len(traced) == 2
 
 
+def test_what_is_frozen_at_first_is_trained_later(traced):
+    def between(step, svi):
+        svi.guide.requires_grad_(step >= 2)
+
+    svi = assert_compiled_is_eager(plain, [(X,)] * 4, between=between, optim=ADAM, rtol=1e-3)
+    assert all(svi.optimizer.state[p]["step"] == 2 for p in svi.guide.parameters())
+    assert len(traced) == 2
+
+
+@pytest.mark.parametrize("what", ["parameter", "network", "buffer", "hook", "function", "method"])
+def test_what_is_replaced_is_seen(traced, what):
+    def body(self, x):
+        with pyro.plate("data", len(x)):
+            observe(x, self.link(self.net(standard(x))) * self.factor)
+
+    def make():
+        torch.manual_seed(0)
+        model, guide = with_model(body, link=torch.tanh)
+        model.register_buffer("factor", torch.ones(()))
+        return model, guide
+
+    def between(step, svi):
+        if step != 2:
+            return
+        torch.manual_seed(5)
+        net = svi.model.net
+        if what == "parameter":
+            net.weight = nn.Parameter(torch.randn(D, Z))
+        elif what == "network":
+            svi.model.net = nn.Sequential(nn.Linear(Z, 3), nn.ReLU(), nn.Linear(3, D))
+        elif what == "buffer":
+            svi.model.factor = torch.full((), 2.0)
+        elif what == "hook":
+            net.register_forward_hook(lambda module, inputs, output: 2 * output)
+        elif what == "function":
+            svi.model.link = torch.sin
+        else:
+            svi.model.body = lambda self, x: body(self, 2 * x)
+
+    assert_compiled_is_eager(make, [(X,)] * 4, between=between, rtol=1e-3)
+    assert len(traced) == 2
+
+
+SETTINGS = types.SimpleNamespace(scale=1.0)
+SCALE, TENSOR, NUMBERS, LINK = 1.0, torch.ones(()), {"scale": 1.0}, torch.tanh
+
+
+def _scaled(value):
+    return SCALE * value
+
+
+class Outside(ppvae.Program):
+    """A program whose value depends on names from outside, one on each path."""
+
+    of_class = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(Z, D)
+
+    def _helper(self, value):
+        return _scaled(value) * self.of_class * SETTINGS.scale
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            observe(x, LINK(self._helper(self.net(standard(x)))) * TENSOR * NUMBERS["scale"])
+
+
+def change_outside(what, monkeypatch):
+    if what == "class":
+        monkeypatch.setattr(Outside, "of_class", 2.0)
+    elif what == "settings":
+        monkeypatch.setattr(SETTINGS, "scale", 2.0)
+    elif what == "numbers":
+        monkeypatch.setitem(NUMBERS, "scale", 2.0)
+    else:
+        new = {"SCALE": 2.0, "TENSOR": torch.full((), 2.0), "LINK": torch.sin, "_scaled": torch.exp}
+        monkeypatch.setattr(sys.modules[__name__], what, new[what])
+
+
+FROM_OUTSIDE = ["SCALE", "TENSOR", "LINK", "_scaled", "class", "settings", "numbers"]
+
+
+@pytest.mark.parametrize("what", FROM_OUTSIDE)
+def test_names_from_outside_are_seen(traced, what):
+    def make():
+        torch.manual_seed(0)
+        return Outside(), Free(encode, net=nn.Linear(D, 2 * Z))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        expected = []
+        for compile in (False, True):
+            with monkeypatch.context() as changed:
+                svi = ppvae.SVI(*make(), ADAM, compile=compile)
+                change = lambda i, svi: change_outside(what, changed) if i == 2 else None  # noqa: E731
+                expected.append(run(svi, [(X,)] * 4, between=change))
+    assert_equal_runs(*expected)
+    assert len(traced) == 2
+
+
+def test_a_closure_is_seen_and_one_that_returns_keeps_its_graph(traced):
+    scale = 1.0
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            observe(x, scale * standard(x)[:, :1].expand(-1, D))
+
+    ends = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        svi = ppvae.SVI(model, Free(encode, net=nn.Linear(D, 2 * Z)), ADAM, compile=compile)
+        losses = []
+        for scale in (1.0, 2.0, 1.0, 2.0):  # noqa: B007
+            torch.manual_seed(1)
+            losses.append(svi.step(X))
+        ends.append(losses)
+    assert ends[1] == pytest.approx(ends[0], rel=1e-4)
+    assert len(traced) == 2
+
+
 def test_unused_parameters_have_no_gradient_and_do_not_decay(traced):
     def make():
         model, guide = plain()
@@ -496,6 +617,8 @@ def test_an_optimiser_of_some_parameters(traced, clip_norm):
         model, guide = plain()
         optimizer = torch.optim.SGD(guide.parameters(), lr=1e-3)
         svi = ppvae.SVI(model, guide, optimizer, clip_norm=clip_norm, compile=compile)
+        with pytest.warns(UserWarning, match="does not hold model"):
+            svi.prepare(X)
         before = tensors(model)
         ends.append(run(svi, [(X,)] * 4))
         assert all(torch.equal(before[k], v) for k, v in tensors(model).items())

@@ -78,6 +78,25 @@ def test_what_is_replaced_is_seen(traced, what):
     assert len(traced) == 2
 
 
+def test_a_number_from_outside_is_seen(traced):
+    scale = 1.0
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / (1 + scale**2), 0.8))
+
+    x = X[:, :1].flatten()
+    for scale in (1.0, 0.3, 1.0):  # noqa: B007
+        found, expected = (evidence((model, guide, (x,)), compile) for compile in (True, False))
+        torch.testing.assert_close(found.elbo, expected.elbo, rtol=1e-4, atol=1e-4)
+    assert len(traced) == 2
+
+
 @inductor
 @pytest.mark.slow
 def test_compiled_evidence():

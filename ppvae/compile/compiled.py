@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ppvae.compile.cuda_graph import CudaGraph
+from ppvae.compile.fixed import Fixed
 from ppvae.compile.graph import (
-    INTERNAL,
     Graph,
     attributes,
     copies,
@@ -36,7 +36,6 @@ from ppvae.program import local_parameters, require_own_parameters
 from ppvae.weights import log_weights
 
 _UNKNOWN = object()
-_PLAIN = (int, float, str, type(None))
 
 
 class Compiled:
@@ -50,6 +49,7 @@ class Compiled:
         build: ``build(module, args, kwargs, progress)`` makes what is called with ``args``:
             :class:`CompiledGradients` or :class:`CompiledWeights`.
         required: raise where no graph can be built, instead of running eagerly.
+        programs: model and guide, whose functions may read names from outside.
 
     Attributes:
         build_seconds: time spent building graphs.
@@ -60,28 +60,27 @@ class Compiled:
 
     max_graphs = 8
 
-    def __init__(self, module: nn.Module, build: Callable[..., Any], required: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        build: Callable[..., Any],
+        required: bool,
+        programs: Sequence[Program] = (),
+    ) -> None:
         self.module, self.build, self.required = module, build, required
+        self.programs = programs
         self.build_seconds = 0.0
         self.reason: str | None = None
         self.latest: Any = None
         self.replays: dict[Any, CudaGraph] = {}
         self._graphs: dict[Any, Any] = {}
-        self._parameters = list(module.parameters())
-        state = getattr(module, "state", None)  # it changes, so a graph asks it by at_step
-        self._modules = modules = [part for part in module.modules() if part is not state]
-        # Numbers and tensors in attributes: a graph has them as they were when it was built.
-        kept = [(p, n, v) for p in modules for n, v in vars(p).items() if n not in INTERNAL]
-        self._numbers = [(p, n) for p, n, v in kept if isinstance(v, _PLAIN)]
-        self._lists = [(p, n) for p, n, v in kept if isinstance(v, (list, tuple, dict))]
-        self._tensors = [(p, n) for p, n, v in kept if isinstance(v, Tensor)]
-        self._buffers = [(p, n) for p in modules for n in p._buffers]
+        self._fixed = Fixed(module, programs)
+        self._alive: list[Any] = []  # what keys know by its address
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         """A copy has its own modules, so it builds graphs of its own."""
-        return Compiled(
-            copy.deepcopy(self.module, memo), copy.deepcopy(self.build, memo), self.required
-        )
+        module, build, programs = copy.deepcopy((self.module, self.build, self.programs), memo)
+        return Compiled(module, build, self.required, programs)
 
     def __call__(self, args: tuple, kwargs: dict) -> Tensor | None:
         """What the graph computes; None: run eagerly.
@@ -100,11 +99,12 @@ class Compiled:
             if len(self._graphs) >= self.max_graphs:
                 self._refuse(
                     f"{self.max_graphs} graphs were tried, and this step differs from all in the "
-                    "shape of an argument or in a number or mode of a module; give batches one "
-                    "size, and make a number that changes a tensor, filled in place"
+                    "shape of an argument, in a number or mode, or in what has been replaced; give "
+                    "batches one size, and make a number that changes a tensor, filled in place"
                 )
                 return None
             graph = self._graphs[key] = self._build(args, kwargs)
+            self._alive.append(self._fixed.objects())
         self.latest = graph
         return graph(args) if graph is not None else None
 
@@ -118,18 +118,15 @@ class Compiled:
 
     def key(self, args: tuple, kwargs: dict) -> Any:
         """What a graph depends on besides the values of tensors."""
-        tensors = [*self._parameters[:1], *(arg for arg in args if isinstance(arg, Tensor))]
+        self._fixed.renew()
+        parameter = next(self.module.parameters(), None)
+        tensors = [t for t in (parameter, *args) if isinstance(t, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
         return (
             tuple(_kind(arg) for arg in args),
             tuple((name, _kind(arg)) for name, arg in kwargs.items()),
-            tuple([part.training for part in self._modules]),
-            tuple([parameter.requires_grad for parameter in self._parameters]),
-            tuple([part.__dict__.get(name) for part, name in self._numbers]),
-            tuple([_frozen(part.__dict__.get(name)) for part, name in self._lists]),
-            tuple([id(part.__dict__.get(name)) for part, name in self._tensors]),
-            tuple([id(part._buffers.get(name)) for part, name in self._buffers]),
-            tuple((parameter.dtype, parameter.device) for parameter in self._parameters[:1]),
+            self._fixed.key(),
+            None if parameter is None else (parameter.dtype, parameter.device),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
 
@@ -374,13 +371,6 @@ def _difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None
         if error > tolerance * scale + 1e-30:
             return error / (scale + 1e-30)
     return None
-
-
-def _frozen(value: Any) -> Any:
-    """The plain values in a list, tuple or dictionary."""
-    if isinstance(value, dict):
-        return tuple([(name, v) for name, v in value.items() if isinstance(v, _PLAIN)])
-    return tuple([v for v in value or () if isinstance(v, _PLAIN)])
 
 
 def _kind(arg: Any) -> Any:
