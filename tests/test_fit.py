@@ -208,11 +208,118 @@ def test_validation_bound_is_the_estimators(loss):
     svi = vae(loss=loss)
     history = fit(svi, X, valid=X[:20], epochs=1, seed=4, batch_size=20)
     torch.manual_seed(4)
-    if isinstance(loss, pyro.infer.Trace_ELBO):
-        expected = -svi.evaluate_loss(X[:20]) / 20
-    else:
-        expected = loss.evaluate(svi.model, svi.guide, X[:20]).mean().item()
+    estimator = elbo.ELBO() if isinstance(loss, pyro.infer.Trace_ELBO) else loss
+    expected = estimator.evaluate(svi.model, svi.guide, X[:20]).mean().item()
     assert history.rows[0]["valid_bound"] == pytest.approx(expected, rel=1e-6)
+
+
+def scaled(svi, factor):
+    """The pair with a weight on all its terms, and the terms of its latent."""
+    model, guide = (pyro.poutine.scale(program, scale=factor) for program in (svi.model, svi.guide))
+    return ppvae.SVI(model, guide, svi.optim, svi.elbo)
+
+
+STOCK = [
+    pyro.infer.Trace_ELBO(num_particles=4),
+    pyro.infer.Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+    pyro.infer.TraceMeanField_ELBO(),
+    pyro.infer.TraceEnum_ELBO(max_plate_nesting=1),
+]
+
+
+@pytest.mark.parametrize("loss", [elbo.ELBO(), *STOCK])
+def test_no_scale_is_in_the_validation_bound(loss):
+    """The parameters stand still, so the bound is that of the pair without the scale."""
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    rows = []
+    for factor in (1.0, 100.0):
+        svi = scaled(vae(loss=loss, optim=still), factor)
+        rows.append(fit(svi, X, valid=X[:20], epochs=1, batch_size=50).rows[0])
+    assert rows[1]["valid_bound"] == pytest.approx(rows[0]["valid_bound"], rel=1e-6)
+
+
+class Sized(ppvae.Program):
+    """A pair's program, in a data plate that may have a size, or take rows by itself."""
+
+    def __init__(self, net, size=None, subsample_size=None, inner=None):
+        super().__init__()
+        self.net, self.size, self.subsample_size, self.inner = net, size, subsample_size, inner
+
+    def plate(self, x):
+        if self.subsample_size is not None:
+            return pyro.plate("data", len(x), subsample_size=self.subsample_size, dim=-2)
+        return pyro.plate("data", self.size or len(x), subsample=x, dim=-2)
+
+
+class SizedModel(Sized):
+    def forward(self, x):
+        with self.plate(x) as rows:
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, 2), 1.0).to_event(1))
+            x = x if self.subsample_size is None else x[rows]
+            with pyro.plate("pixels", 4, subsample_size=self.inner, dim=-1) as i:
+                logits = self.net(z.squeeze(-2))[..., i]
+                pyro.sample("x", dist.Bernoulli(logits=logits), obs=x[..., i])
+
+
+class SizedGuide(Sized):
+    def forward(self, x):
+        with self.plate(x) as rows:
+            x = x if self.subsample_size is None else x[rows]
+            loc, raw = self.net(x).unsqueeze(-2).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+def sized(loss=None, optim=ADAM, **plates):
+    torch.manual_seed(0)
+    model, guide = SizedModel(nn.Linear(2, 4), **plates), SizedGuide(nn.Linear(4, 4), **plates)
+    return ppvae.SVI(model, guide, optim, loss)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        elbo.ELBO(num_particles=2),
+        elbo.IWELBO(num_particles=3),
+        pyro.infer.Trace_ELBO(max_plate_nesting=2),
+        pyro.infer.TraceEnum_ELBO(max_plate_nesting=2),
+    ],
+)
+def test_the_size_of_a_data_plate_is_not_in_the_history(loss):
+    """50 rows in batches of 16, so the last one is scaled by 25, the others by 3.125."""
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    histories = []
+    for size in (None, 50):
+        torch.manual_seed(1)
+        svi = sized(loss, still, size=size)
+        torch.manual_seed(1)
+        histories.append(numbers(fit(svi, X, valid=X[:20])))
+    for row, expected in zip(*reversed(histories), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_objective_of_a_plate_that_takes_rows_by_itself_is_per_datapoint():
+    """All rows are alike and the draws too, so that any ten give the mean over all."""
+    x, still = X[:1].repeat(40, 1), functools.partial(torch.optim.SGD, lr=0.0)
+    found = []
+    for part in (None, 10):
+        svi = sized(optim=still, subsample_size=part)
+        for module in (svi.model, svi.guide):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)  # a decoder without z, and q = p
+        found.append(fit(svi, x, epochs=1, batch_size=40).rows[0]["train_objective"])
+    assert found == pytest.approx([4 * math.log(0.5)] * 2)
+
+
+@pytest.mark.parametrize("loss", [elbo.ELBO(), pyro.infer.Trace_ELBO(max_plate_nesting=2)])
+@pytest.mark.parametrize("plates", [{"subsample_size": 10}, {"inner": 2}])
+def test_validation_of_part_of_the_rows_is_refused_before_the_first_step(plates, loss):
+    svi = sized(loss, **plates)
+    before = tensors(svi.objective)
+    with pytest.raises(ppvae.PairError, match=r"(?s)no validation bound: .*by itself.* valid="):
+        fit(svi, X, valid=X[:20])
+    assert svi.num_steps == 0
+    assert all(torch.equal(before[k], v) for k, v in tensors(svi.objective).items())
+    fit(svi, X, epochs=1, batch_size=50)  # without validation it trains
 
 
 def test_train_objective_is_the_mean_over_datapoints():

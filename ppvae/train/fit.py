@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from ppvae.check.pair import check_batch
-from ppvae.elbo import Estimator
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.train import refusals
 from ppvae.train.callbacks import Callback, all_callbacks, all_loggers, log, overridden
@@ -141,7 +140,9 @@ def fit(
     refusals.require_two_rows(svi, train_data, first)
     check_model = refusals.before_fit(svi.model, train_data, first)
     if valid_data is not None:
-        valid_data.check(svi.model, check_batch(svi.model, svi.guide, *valid_data.first()))
+        first = valid_data.first()
+        valid_data.check(svi.model, check_batch(svi.model, svi.guide, *first))
+        refusals.require_bound(svi, first)
 
     processes.copy_from_first(svi.objective)
     processes.own_draws()
@@ -211,7 +212,7 @@ def _epoch(run: Run, interrupt: Interrupt) -> bool:
         for batch, rows in batches:
             processes.contributes = rows > 0
             loss = svi.update(*batch)
-            progress.add(loss, rows, svi.skip_nonfinite)
+            progress.add(run.of_its_rows(loss, batch), rows, svi.skip_nonfinite)
             for call in after_step:
                 call(svi, loss)
             is_due = every_steps is not None and svi.num_steps % every_steps == 0
@@ -268,13 +269,11 @@ def mean_bound(
     svi: SVI, batches: Iterable[Batch], seed: int, processes: Processes | None = None
 ) -> float:
     """The bound on log p(x) over batches, nats per datapoint, in evaluation mode, same draws."""
+    estimator = svi.evaluator
     with evaluation_mode(svi.objective), seeded(seed, *svi.objective.parameters()):
         total, count = 0.0, 0.0
         for batch in batches:
-            if isinstance(svi.elbo, Estimator):
-                total += svi.elbo.evaluate(svi.model, svi.guide, *batch).sum().item()
-            else:
-                total -= svi.evaluate_loss(*batch)
+            total += estimator.evaluate(svi.model, svi.guide, *batch).sum().item()
             count += len(batch[0])
     if processes is not None:
         total, count = processes.sum(total, count)

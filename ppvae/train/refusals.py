@@ -12,7 +12,6 @@ from pyro.infer.autoguide import AutoGuide
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ppvae.check.pair import Checks, PairError, check_batch, names
-from ppvae.elbo import Estimator
 from ppvae.pairs import unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.train.sources import Batch, Source
@@ -107,6 +106,18 @@ def prepare(svi: SVI, batch: Batch) -> Checks:
         raise
 
 
+def require_bound(svi: SVI, batch: Batch) -> None:
+    """Refuse validation of a pair that has no bound per datapoint, before it is trained."""
+    with unnoticed(svi.model, svi.guide), pyro.validation_enabled(False):
+        try:
+            svi.evaluator.evaluate(svi.model, svi.guide, *batch)
+        except ValueError as error:
+            raise PairError(
+                f"no validation bound: {error}, or train without valid= (of a Dataset: pass its "
+                "train)"
+            ) from error
+
+
 def require_two_rows(svi: SVI, data: Source, batch: Batch) -> None:
     """Refuse a last batch of one row where batch norm would have one value per channel."""
     single = data.single_row()
@@ -143,14 +154,10 @@ def _layer_of_single_values(svi: SVI, batch: Batch) -> str | None:
             found.append(layers[layer])
 
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    if isinstance(svi.elbo, Estimator):
-        K = svi.elbo.num_draws
-    else:  # Pyro's own estimators run particles one by one, unless they are told to vectorise
-        K = svi.elbo.num_particles if svi.elbo.vectorize_particles else 1
     row = [tensor[:1] for tensor in batch]
     try:
         with unnoticed(svi.model, svi.guide), local_parameters(), pyro.validation_enabled(False):
-            log_weights(svi.model, svi.guide, *row, num_particles=K)
+            log_weights(svi.model, svi.guide, *row, num_particles=svi.particles_at_once)
     except ValueError:  # from a layer without running statistics, which needs two values
         if not found:
             raise

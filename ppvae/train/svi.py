@@ -21,9 +21,10 @@ from ppvae.compile.cuda_graph import CudaGraph
 from ppvae.compile.fixed import Fixed
 from ppvae.compile.graph import unmoved
 from ppvae.elbo import ELBO, Estimator
-from ppvae.pairs import NotCompiled
+from ppvae.pairs import NotCompiled, seeded
 from ppvae.program import local_parameters, method_owners, require_own_parameters
 from ppvae.train.optimizer import build_optimizer, left_out, take_up
+from ppvae.weights import log_weights
 
 _CURES = "Lower the learning rate, clip (SVI(clip_norm=...)), bound the predicted scale"
 
@@ -349,6 +350,32 @@ class SVI(pyro.infer.SVI):
         )
 
     # -- evaluation and state --------------------------------------------------------------------
+    @property
+    def evaluator(self) -> Estimator:
+        """The estimator whose bound is reported; for an ELBO of Pyro's, which scales, this one."""
+        if isinstance(self.elbo, Estimator):
+            return self.elbo
+        return ELBO(num_particles=self.elbo.num_particles)
+
+    def full_size(self, *args: Any, **kwargs: Any) -> float:
+        """How many datapoints the loss of a batch sums over: N, or that of a plate with a size."""
+        with (
+            unmoved(self.objective),
+            seeded(0, *args),
+            torch.no_grad(),
+            local_parameters(),
+            pyro.validation_enabled(False),
+        ):
+            K = self.particles_at_once
+            return log_weights(self.model, self.guide, *args, num_particles=K, **kwargs).full_size
+
+    @property
+    def particles_at_once(self) -> int:
+        """How many particles a program is run with; Pyro's ELBOs take one by one unless told."""
+        if isinstance(self.elbo, Estimator):
+            return self.elbo.num_draws
+        return self.elbo.num_particles if self.elbo.vectorize_particles else 1
+
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss on a batch, without a step."""
         with torch.no_grad(), local_parameters():
