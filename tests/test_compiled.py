@@ -27,6 +27,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import ppvae
 from compiling import (
@@ -340,6 +341,51 @@ def test_dropout_that_is_switched_off_is_seen(traced):
                     module.p = 0.0
 
     assert_compiled_is_eager(PROGRAMS["batch_norm_and_dropout"][0], [(X,)] * 4, between=between)
+
+
+def averaging(average):
+    """A pair whose guide keeps a moving average of a matrix product in a buffer."""
+
+    def body(self, x):
+        if self.training:
+            with torch.no_grad():
+                average(self.average, self.net(x).T @ x)
+        encode(self, x)
+
+    torch.manual_seed(0)
+    guide = Free(body, net=nn.Linear(D, 2 * Z))
+    guide.register_buffer("average", torch.ones(2 * Z, D))
+    return Free(decode, net=nn.Linear(Z, D)), guide
+
+
+@inductor
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda s, new: s.copy_(torch.add(0.99 * s, new, alpha=0.01)),
+        pytest.param(lambda s, new: s.mul_(0.99).add_(new, alpha=0.01), marks=pytest.mark.slow),
+        pytest.param(lambda s, new: s.copy_(torch.add(new, s, alpha=0.5)), marks=pytest.mark.slow),
+    ],
+)
+def test_moving_averages_by_a_factor(average):
+    """Inductor of torch 2.13 drops the factor ``alpha`` beside a matrix product."""
+    assert_compiled_is_eager(lambda: averaging(average), [(X,)] * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.long])
+def test_a_graph_that_writes_something_else_on_a_buffer_is_refused(traced, dtype):
+    def body(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.count.add_(3 if isinstance(x, FakeTensor) else 2)
+        encode(self, x)
+
+    model, guide = averaging(torch.add)
+    guide.body = body
+    guide.register_buffer("count", torch.full((), 100, dtype=dtype))
+    with pytest.raises(NotCompiled, match=r"changes the tensor 'count' .* another way"):
+        ppvae.SVI(model, guide, SGD, compile=True).step(X)
+    assert guide.count == 100
 
 
 def test_moving_averages_kept_by_a_program(traced):

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from compiling import D, X, inductor, looks_at_a_value, observe, standard
 from ppvae import diagnostics, guides
@@ -95,6 +96,22 @@ def test_a_number_from_outside_is_seen(traced):
         found, expected = (evidence((model, guide, (x,)), compile) for compile in (True, False))
         torch.testing.assert_close(found.elbo, expected.elbo, rtol=1e-4, atol=1e-4)
     assert len(traced) == 2
+
+
+def test_a_graph_that_writes_something_else_on_a_buffer_is_refused(traced):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count.add_(3 if isinstance(x, FakeTensor) else 2)
+            return x
+
+    model, guide, args = build("vae_bernoulli")
+    guide.conditional.net = nn.Sequential(Counts(), guide.conditional.net)
+    with pytest.raises(NotCompiled, match="changes the tensor 'count'"):
+        evidence((model, guide, args), True)
 
 
 @inductor

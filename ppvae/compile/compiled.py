@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -218,7 +218,7 @@ class CompiledGradients:
             progress()
             again = self._eager(args, kwargs)  # modules with a cache, as an LSTM, notice a trace
         self.used, self.has_weight = used, has_weight[0]
-        if _difference(first, again) is not None:
+        if _difference(first.values, again.values) is not None:
             raise NotCompiled("the program changes from call to call, at the same draws")
         self._compare(again, args, kwargs)
         progress()
@@ -241,35 +241,45 @@ class CompiledGradients:
         if self.state is not None and self.state.training:
             self.state.count()
 
-    def _eager(self, args: tuple, kwargs: dict) -> list[Tensor | None]:
-        """Loss and gradients, with a seed."""
+    def _eager(self, args: tuple, kwargs: dict) -> _Outcome:
+        """What an eager step gives, with a seed."""
         with unmoved(self.objective), seeded(0, *self.parameters), torch.enable_grad():
+            kept = _Kept(self.objective)
             with local_parameters(), pyro.validation_enabled(False):
                 loss = self.objective(*args, **kwargs)
                 require_own_parameters(loss, self.objective)
                 gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        return [loss.detach(), *gradients]
+            return _Outcome([loss.detach(), *gradients], kept.changes())
 
-    def _compare(self, expected: list[Tensor | None], args: tuple, kwargs: dict) -> None:
-        """Compare the graph with the eager loss and gradient at the same draws.
+    def _compare(self, expected: _Outcome, args: tuple, kwargs: dict) -> None:
+        """Compare the graph with the eager step at the same draws.
 
         Raises:
-            NotCompiled: they differ by more than rounding.
+            NotCompiled: loss, gradients or buffers differ by more than rounding.
         """
         with unmoved(self.objective), seeded(0, *self.parameters):
-            found = [self(args), *(parameter.grad for parameter in self.parameters)]
+            kept = _Kept(self.objective)
+            values = [self(args), *(parameter.grad for parameter in self.parameters)]
+            found = _Outcome(values, kept.changes())
         for parameter in self.parameters:
             parameter.grad = None
-        different = _difference(expected, found)
-        if different is not None and not self._is_a_kink(found, args, kwargs):
-            raise NotCompiled(
-                f"at the same draws the compiled loss is {found[0]}, the eager one "
-                f"{expected[0]}, and they or a gradient differ by {different:.2g} of its norm, "
-                "which is more than rounding"
+        different = self._apart(expected, found)
+        if different and not self._is_a_kink(found, args, kwargs):
+            raise NotCompiled(f"at the same draws {different}, which is more than rounding")
+
+    @staticmethod
+    def _apart(expected: _Outcome, found: _Outcome) -> str:
+        """How the outcome of a graph differs from that of an eager step; "": not."""
+        different = _difference(expected.values, found.values)
+        if different is not None:
+            return (
+                f"the compiled loss is {found.values[0]}, the eager one {expected.values[0]}, and "
+                f"they or a gradient differ by {different:.2g} of its norm"
             )
+        return _different_changes(expected.changes, found.changes)
 
     @torch.no_grad()
-    def _is_a_kink(self, found: list[Tensor | None], args: tuple, kwargs: dict) -> bool:
+    def _is_a_kink(self, found: _Outcome, args: tuple, kwargs: dict) -> bool:
         """Whether the graph computes what the eager step does at parameters a last bit away.
 
         Where a unit is at the kink of its ReLU, the last bit decides which slope it has.
@@ -280,7 +290,7 @@ class CompiledGradients:
                 for parameter, value in zip(self.parameters, kept, strict=True):
                     sign = 2 * torch.randint(2, value.shape, generator=generator) - 1
                     parameter.copy_(value * (1 + sign.to(value) * torch.finfo(value.dtype).eps))
-                if _difference(self._eager(args, kwargs), found) is None:
+                if not self._apart(self._eager(args, kwargs), found):
                     return True
         finally:
             for parameter, value in zip(self.parameters, kept, strict=True):
@@ -323,21 +333,74 @@ class CompiledWeights:
 
         tensors = [args[i] for i in self.positions]
         with unmoved(module), seeded(0, *self.inputs, *tensors):
+            kept = _Kept(module)
             eager = weigh(*self.inputs, *tensors)  # also finds what is remembered of a pair
+            changes = kept.changes()
         with unmoved(module):
             self.graph = Graph(weigh, [*self.inputs, *tensors], differentiates=False)
         progress()
         with unmoved(module), seeded(0, *self.inputs, *tensors):
+            kept = _Kept(module)
             found = [self(args)]
+            different = _different_changes(changes, kept.changes())
         if _difference(eager, found) is not None:
-            raise NotCompiled(
-                "at the same draws the compiled log-weights differ from the eager ones"
-            )
+            different = "the compiled log-weights differ from the eager ones"
+        if different:
+            raise NotCompiled(f"at the same draws {different}")
         progress()
 
     def __call__(self, args: tuple) -> Tensor:
         (log_w,) = self.graph(*self.inputs, *(args[i] for i in self.positions))
         return log_w
+
+
+class _Change(NamedTuple):
+    """A tensor that a module holds besides its parameters, before and after a step."""
+
+    name: str
+    before: Tensor
+    after: Tensor
+
+
+class _Outcome(NamedTuple):
+    """Loss and gradients of a step, and what it has written."""
+
+    values: list[Tensor | None]
+    changes: list[_Change]
+
+
+class _Kept:
+    """The buffers and other tensors of a module as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._tensors = [
+            (name, tensor, tensor.detach().clone()) for _, name, tensor in attributes(module)
+        ]
+
+    def changes(self) -> list[_Change]:
+        """What has been written on them since; one that was assigned anew is not looked at."""
+        return [_Change(name, before, t.detach().clone()) for name, t, before in self._tensors]
+
+
+def _different_changes(expected: Sequence[_Change], found: Sequence[_Change]) -> str:
+    """Which buffer a graph changes in another way than an eager step, beyond rounding; "": none."""
+    numbers = [c for c in expected if c.after.is_floating_point()]
+    total = math.hypot(*(float((c.after - c.before).nan_to_num().norm()) for c in numbers))
+    for one, other in zip(expected, found, strict=True):
+        name, before, after = one
+        if not after.is_floating_point():
+            different = not torch.equal(after, other.after)
+        else:
+            half = torch.is_autocast_enabled(after.device.type)
+            tolerance = 0.1 if half else 1e-9 if after.dtype == torch.float64 else 1e-3
+            change = float((after - before).nan_to_num().norm()) + 0.03 * total
+            rounding = 16 * torch.finfo(after.dtype).eps * float(after.nan_to_num().norm())
+            error = float((after - other.after).nan_to_num().norm())
+            same = torch.equal(after.isfinite(), other.after.isfinite())
+            different = not same or error > tolerance * change + rounding
+        if different:
+            return f"the graph changes the tensor {name!r} of a module in another way than the step"
+    return ""
 
 
 def _in_own_memory(gradient: Tensor, parameter: Tensor, taken: set[int]) -> Tensor:
