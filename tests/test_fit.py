@@ -650,7 +650,7 @@ def test_bad_labels_in_validation():
 @pytest.mark.parametrize(
     ("x", "y", "match"),
     [
-        (far(90, math.nan), FAR[:, 0].long(), "'x' has 4 NaN"),
+        (far(90, math.nan), FAR[:, 0].long(), "'x' in data has 4 NaN"),
         (far(90, 3.0), FAR[:, 0].long(), "'x' in data: 4 of 64 values lie outside"),
         (FAR, torch.arange(100) // 30, "'y' in data: labels must lie in 0 .. 2, got 2 .. 3"),
     ],
@@ -741,6 +741,83 @@ def test_a_last_batch_of_one_row_where_batch_norm_has_enough_values():
     pooled = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.BatchNorm2d(1), nn.Flatten())
     guide = guides.Normal(nn.Sequential(nets.flat_batch(pooled), nn.Linear(4, 4)))
     fit(ppvae.SVI(vae().model, guide, ADAM), X[:33])  # four pixels
+
+
+class Holes(ppvae.Program):
+    """A model that leaves out missing values: those that are NaN, or those of a second argument."""
+
+    def __init__(self, how="mask"):
+        super().__init__()
+        self.net, self.how = nn.Linear(2, 4), how
+
+    def forward(self, x, seen=None):
+        seen = ~x.isnan() if seen is None else seen
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            fn = dist.Normal(self.net(z), 1.0)
+            if self.how == "mask":
+                pyro.sample("x", fn.mask(seen).to_event(1), obs=x)
+            elif self.how == "rows":
+                with pyro.poutine.mask(mask=seen.all(-1)):
+                    pyro.sample("x", fn.to_event(1), obs=x)
+            elif self.how == "where":  # whose gradient is NaN all the same
+                terms = torch.where(seen, fn.log_prob(x), torch.zeros(()))
+                pyro.factor("x", terms.sum(-1))
+            else:
+                pyro.sample("x", fn.to_event(1), obs=x)
+
+
+class FillsHoles(ppvae.Program):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 2)
+
+    def forward(self, x, seen=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(x.nan_to_num(0.0)), 1.0).to_event(1))
+
+
+def holes(how="mask"):
+    torch.manual_seed(0)
+    return Holes(how), FillsHoles()
+
+
+WITH_HOLES = torch.where(
+    torch.rand(50, 4, generator=torch.Generator().manual_seed(9)) < 0.1, math.nan, GREY
+)
+AT_THE_END = torch.cat([GREY, torch.full((1, 4), math.nan)])
+
+
+@pytest.mark.parametrize("how", ["mask", "rows"])
+def test_missing_values_as_nan_are_those_that_a_mask_hides(how):
+    """The oracle is the same pair, given numbers in their place and which are missing."""
+    rows, evidence = [], []
+    for args in ((WITH_HOLES,), (WITH_HOLES.nan_to_num(0.0), ~WITH_HOLES.isnan())):
+        svi = ppvae.SVI(*holes(how), ADAM)
+        torch.manual_seed(1)
+        valid = tuple(t[:20] for t in args)
+        rows.append(numbers(fit(svi, args, valid=valid)))
+        found = ppvae.diagnostics.log_evidence(
+            svi.model, svi.guide, *args, num_particles=20, seed=1, max_rows=200
+        )
+        evidence.append(found.log_evidence)
+    for row, expected in zip(*rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(*evidence)
+
+
+@pytest.mark.parametrize("x", [WITH_HOLES, AT_THE_END])
+@pytest.mark.parametrize(
+    ("how", "why"), [("not", "'x' of the model"), ("where", "gradient that is not")]
+)
+def test_missing_values_without_a_mask_are_refused_before_the_first_step(how, why, x):
+    svi = ppvae.SVI(*holes(how), ADAM)
+    with pytest.raises(ppvae.PairError, match=f"NaN or infinite values in .*{why}"):
+        fit(svi, x)
+    assert svi.num_steps == 0
+    if how == "not":
+        with pytest.raises(ppvae.PairError, match=r"NaN or infinite values in .*mask them"):
+            ppvae.diagnostics.log_evidence(svi.model, svi.guide, x)
 
 
 def test_whole_numbers_where_floats_are_needed():
@@ -967,7 +1044,7 @@ def test_the_support_of_pieces_is_that_of_the_whole(pieces, support, tmp_path, m
     ("value", "binarize", "match"),
     [
         (0.5, None, r"argument 'x' in data: 4 of 64 values lie outside"),
-        (math.nan, None, "'x' has 4 NaN"),
+        (math.nan, None, "'x' in data has 4 NaN"),
         (255.0, "dynamic", r"data \(binarize='dynamic'\) must lie in \[0, 1\], and range from"),
     ],
 )

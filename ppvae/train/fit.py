@@ -136,12 +136,13 @@ def fit(
     if target is not None:
         _move(svi, target)
     first = train_data.first()
-    train_data.check(svi.model, refusals.prepare(svi, first))
+    train_data.check(svi.model, svi.guide, refusals.prepare(svi, first))
     refusals.require_two_rows(svi, train_data, first)
     check_model = refusals.before_fit(svi.model, train_data, first)
     if valid_data is not None:
         first = valid_data.first()
-        valid_data.check(svi.model, check_batch(svi.model, svi.guide, *first))
+        pair = svi.model, svi.guide
+        valid_data.check(*pair, check_batch(*pair, *first))
         refusals.require_bound(svi, first)
 
     processes.copy_from_first(svi.objective)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from ppvae.check.pair import Checks, PairError, check_tensors, names
+from ppvae.check.pair import Checks, check_values
 from ppvae.data.split import check_unit_interval
 from ppvae.train.checkpoint import CheckpointError, rng_state, set_rng_state
 from ppvae.train.processes import Processes
@@ -79,7 +79,7 @@ class Source(ABC):
     def __init__(self, label: str, batch_size: int, device: Device, processes: Processes) -> None:
         self.label, self.batch_size = label, batch_size
         self.device, self.processes = device, processes
-        self._to_check: tuple[Any, Checks] | None = None  # the model, and its checks of rows
+        self._to_check: tuple[Any, Any, Checks] | None = None  # the pair, and its checks of rows
 
     # -- batches ---------------------------------------------------------------------------------
     @abstractmethod
@@ -116,28 +116,22 @@ class Source(ABC):
         """Rows of an epoch and of a batch, if the last batch is known to have only one row."""
         return None if self.num_rows is None else _single_row(self.num_rows, self.batch_size)
 
-    def check(self, model: Any, checks: Checks) -> None:
-        """Check all rows: finite, of one length, in the likelihood's support.
+    def check(self, model: Any, guide: Any, checks: Checks) -> None:
+        """Check all rows: of one length, and numbers in the likelihood's support, unless masked.
 
         Rows in memory are checked now, others when they are read, until all have been seen.
         """
-        self._to_check = model, checks
+        self._to_check = model, guide, checks
         whole = self.whole()
         if whole is not None:
             self._check_rows(whole)
             self._to_check = None
 
     def _check_rows(self, batch: Batch) -> None:
-        if self._to_check is None:
-            return
-        model, checks = self._to_check
-        check_tensors(model, batch)
-        for position, check in checks:
-            try:
-                check(batch[position])
-            except ValueError as error:
-                label = names(model, batch)[position]
-                raise PairError(f"argument {label!r} in {self.label}: {error}") from error
+        if self._to_check is not None:
+            model, guide, checks = self._to_check
+            trains = self.label == "data"
+            check_values(model, guide, batch, checks, where=f" in {self.label}", trains=trains)
 
     def check_processes(self) -> None:  # noqa: B027
         """Raise if the processes would train on the same rows; here each gets its own."""
