@@ -289,7 +289,8 @@ class Leaves(Messenger):
                 self._require_equal(msg, value)
 
     def _require_equal(self, msg: Any, value: Tensor) -> None:
-        if not weighs_alike(msg, value, msg["value"]):
+        # not at the leaf itself: a flow would keep what it finds there, which has no gradient
+        if not weighs_alike(msg, value, moved(msg["value"], torch.clone)):
             raise NotAtCopies(
                 f"site {msg['name']!r}: {kind(msg['fn'])} gives a copy of a draw another "
                 "density than the draw itself, and this gradient needs it at copies; use "
