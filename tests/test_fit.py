@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning_fabric import loggers
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ppvae
@@ -560,6 +561,8 @@ def test_on_epoch_end():
 
 # -- arguments ---------------------------------------------------------------------------------
 
+SGD0 = torch.optim.SGD([torch.zeros(1)], lr=0.0)
+
 
 @pytest.mark.parametrize(
     ("options", "error", "match"),
@@ -568,6 +571,11 @@ def test_on_epoch_end():
         ({"batch_size": 0}, ValueError, "epochs and batch_size"),
         ({"patience": 3}, ValueError, "patience needs a validation bound"),
         ({"patience": 0, "valid": X}, ValueError, "patience must be at least 1"),
+        ({"batch_size": 16.0}, TypeError, "batch_size must be a whole number, got 16.0"),
+        ({"epochs": "3"}, TypeError, "epochs must be a whole number"),
+        ({"lr_scheduler": StepLR(SGD0, 1)}, TypeError, r"got a StepLR: give lambda optimizer: Ste"),
+        ({"device": "mps"}, ValueError, "device='mps', but this PyTorch sees no such device"),
+        ({"valid": X.to_sparse()}, ppvae.PairError, "'x' is sparse"),
         ({"device": "gpu"}, ValueError, "device='gpu' is unknown: use \"auto\""),
         ({"valid": "x"}, TypeError, "valid must be .* got str"),
         ({"valid": torch.ones(5, 3)}, ppvae.PairError, r"\(5, 3\)"),
@@ -603,22 +611,26 @@ def far(row, value):
         (X.numpy(), TypeError, r"data must be .* got ndarray; .*from_arrays"),
         ((), TypeError, "data must be"),
         ((X, "y"), TypeError, "data must be"),
-        (TensorDataset(X), TypeError, "DataLoader, got TensorDataset"),
+        (TensorDataset(X), TypeError, r"DataLoader, got TensorDataset; give DataLoader\(it\)"),
         (X[:0], ppvae.PairError, r"'x' is empty: shape \(0, 4\)"),
         (far(90, math.nan), ppvae.PairError, "4 NaN or infinite values in 1 rows.*row 90"),
         (far(90, -math.inf), ppvae.PairError, "NaN or infinite"),
         (far(90, 0.5), ppvae.PairError, r"'x' in data: 4 of 400 .*\{0, 1\}, e\.g\. \[0\.5\]"),
         (far(90, 255.0), ppvae.PairError, r"\[255\.0\]"),
         (DataLoader(X[:3], batch_size=5, drop_last=True), ValueError, "yields no batch"),
-        (DataLoader([{"x": x} for x in X]), TypeError, "tuple of tensors"),
+        (DataLoader([{"x": x} for x in X]), TypeError, "got dict of 'x'; give it a collate_fn"),
+        (DataLoader([x.to_sparse() for x in X], collate_fn=torch.stack), ppvae.PairError, "sparse"),
+        (X.to_sparse(), ppvae.PairError, r"'x' is sparse .*x\.to_dense\(\)"),
+        (torch.tensor(2.0), ppvae.PairError, "'x' is a single number"),
         (DataLoader([(x, "a") for x in X]), TypeError, "tuple of tensors"),
     ],
 )
 def test_bad_data(train, error, match):
     svi = vae()
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=match) as caught:
         fit(svi, train)
     assert svi.num_steps == 0
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -629,6 +641,7 @@ def test_bad_data(train, error, match):
         (lambda y: y + 1, r"'y': labels must lie in 0 \.\. 2, got 1 \.\. 3"),
         (lambda y: y.float(), r"'y': labels must be integers.*y\.long\(\)"),
         (lambda y: y[:, None], r"'y': labels must be integers of shape \(N,\)"),
+        (lambda y: y[0], "'y' is a single number.*Python number"),
         (lambda y: y[:20], r"differ in length \(x: \(50, 4\), y: \(20,\)\)"),
     ],
 )

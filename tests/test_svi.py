@@ -404,6 +404,11 @@ def test_clip_norm_ignores_what_the_optimiser_does_not_hold():
     assert moves == pytest.approx([1e-4, 1e-4], rel=1e-3)
 
 
+def test_a_word_is_no_optimiser():
+    with pytest.raises(TypeError, match=r"optim takes a torch\.optim class.* got 'adam'"):
+        ppvae.SVI(*vae(), "adam")
+
+
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan")])
 def test_clip_norm_must_be_positive(clip_norm):
     with pytest.raises(ValueError, match="clip_norm must be positive"):

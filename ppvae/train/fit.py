@@ -98,10 +98,12 @@ def fit(
         :class:`History`, whose repr is a table; ``history.plot()`` draws it.
 
     Raises:
-        PairError, ValueError: before the first step: bad data, values outside the likelihood's
-            support, a pair that does not fit together, a last batch too small for batch norm, fewer
-            points than a mixture has components, CUDA asked for but absent. The batches of a
-            ``DataLoader`` or a file are checked in the first epoch, each before its step.
+        PairError, ValueError, TypeError: before the first step: bad data, values outside the
+            likelihood's support or NaN (unless model and guide mask them), a pair that does not fit
+            together, or that has no bound per datapoint to validate it by, a last batch too small
+            for batch norm, fewer points than a mixture has components, a device that is not there.
+            The batches of a ``DataLoader`` or a file are checked in the first epoch, each before
+            its step.
         NonFiniteError: a loss or gradient became NaN or infinite; see :class:`ppvae.SVI`. The
             checkpoints written before stay.
         CollapsedComponent: after an epoch, by ``models.GaussianMixture``; checkpoints stay, too.
@@ -120,7 +122,7 @@ def fit(
         [1, 2]
     """
     valid = getattr(data if valid is None else valid, "valid", valid)
-    refusals.check_arguments(epochs, batch_size, patience, valid, device, fabric)
+    refusals.check_arguments(epochs, batch_size, patience, valid, lr_scheduler, device, fabric)
     files = checkpoints_for(checkpoint, resume)
     callbacks = all_callbacks(on_epoch_end, callbacks)
     loggers = all_loggers(loggers, fabric)
@@ -129,7 +131,10 @@ def fit(
     if fabric is not None:
         target = fabric.device
     common = (batch_size, target, processes, files is not None)
-    train_data = source("data", getattr(data, "train", data), *common)
+    data = getattr(data, "train", data)
+    for given in (data, valid):
+        refusals.check_tensors(svi.model, given)
+    train_data = source("data", data, *common)
     valid_data = None if valid is None else source("valid", valid, *common)
     train_data.check_processes()
     refusals.require_whole(svi.guide, train_data)

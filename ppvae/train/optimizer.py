@@ -17,6 +17,12 @@ from ppvae.train import fused_adam
 _CHEAPER: dict[Any, Any] = {Adam: fused_adam.Adam, AdamW: fused_adam.AdamW}
 
 
+def check_optim(optim: Any) -> None:
+    """Raise ``TypeError`` for what is no optimiser and makes none."""
+    if not callable(optim) and not isinstance(optim, torch.optim.Optimizer):
+        raise TypeError(f"optim takes a torch.optim class, a factory or a PyroOptim, got {optim!r}")
+
+
 def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
     """A torch optimiser over a module's parameters; ``optim``: see :class:`ppvae.SVI`.
 
@@ -34,8 +40,6 @@ def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
         return optim
     if isinstance(optim, pyro.optim.PyroOptim):
         optim = _from_pyro(optim)
-    if not callable(optim):
-        raise TypeError(f"optim takes a torch.optim class, a factory or a PyroOptim, got {optim!r}")
     made = functools.partial(optim)  # equal to ``optim``, if that is a partial already
     _check_first_order(made.func)
     # torch's fused momentum fails where a parameter gets its first gradient after the others

@@ -54,9 +54,11 @@ def source(
         return Kept(split.batch, _stored(split), *common)
     tensors = (data,) if isinstance(data, Tensor) else data
     if not isinstance(tensors, (tuple, list)) or not _are_tensors(tensors):
+        of_torch = isinstance(data, torch.utils.data.Dataset)
+        cure = "give DataLoader(it)" if of_torch else "wrap arrays with data.from_arrays(x, y)"
         raise TypeError(
             f"{label} must be a data.Dataset or a split of one, a tensor, a tuple of tensors or a "
-            f"DataLoader, got {type(data).__name__}; wrap arrays with data.from_arrays(x, y)"
+            f"DataLoader, got {_kind(data)}; {cure}"
         )
     placed = _placed(tensors, device)
     return Kept(lambda epoch: placed, (placed, ""), *common)
@@ -341,7 +343,8 @@ class Loaded(Source):
         if not isinstance(batch, (tuple, list)) or not _are_tensors(batch):
             raise TypeError(
                 f"{self.label}: the DataLoader must yield a tensor or a tuple of tensors, as model "
-                f"and guide are called, got {loaded!r:.200}; give it a collate_fn"
+                f"and guide are called, got {_kind(loaded)}; give it a collate_fn, such as lambda "
+                "rows: torch.stack([row['x'] for row in rows])"
             )
         return tuple(batch)
 
@@ -413,6 +416,17 @@ def _rows(whole: Batch, index: Tensor) -> Batch:
 
 def _single_row(rows: int, size: int) -> tuple[int, int] | None:
     return (rows, size) if size == 1 or rows % size == 1 else None
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in a word or two for messages."""
+    name = type(value).__name__
+    if isinstance(value, dict):
+        return f"{name} of {', '.join(map(repr, list(value)[:3]))}"
+    if isinstance(value, (tuple, list)):
+        kinds = dict.fromkeys(type(part).__name__ for part in value)
+        return f"{name} of {', '.join(list(kinds)[:3]) or 'nothing'}"
+    return name
 
 
 def _are_tensors(values: Sequence[Any]) -> bool:

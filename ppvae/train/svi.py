@@ -23,7 +23,7 @@ from ppvae.compile.graph import unmoved
 from ppvae.elbo import ELBO, Estimator
 from ppvae.pairs import NotCompiled, seeded
 from ppvae.program import local_parameters, method_owners, require_own_parameters
-from ppvae.train.optimizer import build_optimizer, left_out, take_up
+from ppvae.train.optimizer import build_optimizer, check_optim, left_out, take_up
 from ppvae.weights import log_weights
 
 _CURES = "Lower the learning rate, clip (SVI(clip_norm=...)), bound the predicted scale"
@@ -92,6 +92,7 @@ class SVI(pyro.infer.SVI):
         skip_nonfinite: bool = False,
     ) -> None:
         loss = loss if loss is not None else ELBO()
+        check_optim(optim)
         _check_arguments(loss, clip_norm, compile)
         self.model, self.guide, self.elbo, self.clip_norm = model, guide, loss, clip_norm
         self.objective: nn.Module = loss(model, guide)
