@@ -833,6 +833,30 @@ def test_missing_values_without_a_mask_are_refused_before_the_first_step(how, wh
             ppvae.diagnostics.log_evidence(svi.model, svi.guide, x)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        elbo.IWELBO(num_particles=4),
+        pyro.infer.Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+    ],
+)
+@pytest.mark.parametrize("channels", [16, 8])  # as many as rows, which runs, and others
+def test_batch_norm_over_the_rows_is_refused_by_name_before_the_first_step(channels, loss):
+    def pair(wrap):
+        net = nn.Sequential(
+            nn.Linear(2, channels), nn.BatchNorm1d(channels), nn.Linear(channels, 4)
+        )
+        svi = vae(loss=loss)
+        svi.model.likelihood.net = wrap(net)
+        return svi
+
+    svi = pair(nn.Identity().forward)
+    with pytest.raises(ppvae.PairError, match=r"Layer 'model\.likelihood\.net\.1' .*flat_batch"):
+        fit(svi, X)
+    assert svi.num_steps == 0
+    assert math.isfinite(fit(pair(nets.flat_batch), X).rows[-1]["train_objective"])
+
+
 def test_whole_numbers_where_floats_are_needed():
     with pytest.raises(ppvae.PairError, match=r"'x' holds torch.int64, .* give x.float\(\)"):
         fit(vae(), X.long())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro.poutine import Trace
 from pyro.poutine.replay_messenger import ReplayMessenger
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppvae.check.behaviour import point_masses
 from ppvae.pairs import (
@@ -26,7 +26,7 @@ from ppvae.pairs import (
     sample_sites,
     seeded,
 )
-from ppvae.program import all_modules
+from ppvae.program import all_modules, module_of
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, log_weights
 from ppvae.wrapped import argument_names
@@ -166,10 +166,12 @@ def particle_faults(again: _Replays) -> list[str] | None:
     """Whether 3 particles at once are weighed as one by one; None if that cannot be compared."""
     model, guide, args, kwargs = again.weights.pair
     K, joint = 3, again.weights.joint
-    try:
-        many = log_weights(model, guide, *args, num_particles=K, joint=joint, **kwargs)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        return [f"the pair runs with one particle but not with {K}: {reason(error)}. {_FOLD}"]
+    with _misled_layers(model, guide, K) as misled:
+        try:
+            many = log_weights(model, guide, *args, num_particles=K, joint=joint, **kwargs)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            seen = "".join(misled) or f"{reason(error)}. "
+            return [f"the pair runs with one particle but not with {K}: {seen}{_FOLD}"]
     if many.enumerated:
         return None
     faults: dict[tuple[str, str], None] = {}
@@ -182,9 +184,38 @@ def particle_faults(again: _Replays) -> list[str] | None:
                 faults[key] = None
     return [
         f"site {name!r} of the {role}: {K} particles at once have other log-probabilities than "
-        f"one by one at the same draws. {_FOLD}"
+        f"one by one at the same draws. {''.join(misled)}{_FOLD}"
         for role, name in faults
     ]
+
+
+@contextmanager
+def _misled_layers(model: Program, guide: Program, K: int) -> Iterator[list[str]]:
+    """Layers of batch norm that take another dimension for their channels, as parts of a message.
+
+    Yields:
+        One sentence for each that is called so inside.
+    """
+    found: list[str] = []
+
+    def note(layer: Any, inputs: tuple[Any, ...], name: str) -> None:
+        shape = tuple(inputs[0].shape)
+        sentence = f"Layer {name!r} (batch norm) gets (K, N, C), and takes dim 1 for channels. "
+        if len(shape) > 2 and shape[0] == K and shape[-1] == layer.num_features:
+            found.extend([sentence] if sentence not in found else [])
+
+    handles = []
+    for role, program in (("model", model), ("guide", guide)):
+        owner = module_of(program)
+        for name, layer in owner.named_modules() if owner is not None else ():
+            if isinstance(layer, nn.BatchNorm1d):
+                hook = functools.partial(note, name=f"{role}.{name}")
+                handles.append(layer.register_forward_pre_hook(hook))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 _FOLD = (

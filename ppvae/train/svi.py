@@ -119,7 +119,8 @@ class SVI(pyro.infer.SVI):
         Returns:
             What :func:`ppvae.check.pair.check_batch` returns.
         """
-        checks = check_batch(self.model, self.guide, *args, **kwargs)
+        K = self.particles_at_once
+        checks = check_batch(self.model, self.guide, *args, num_particles=K, **kwargs)
         if self.optimizer is None:
             self._build()
         return checks
