@@ -271,6 +271,17 @@ def test_what_is_replaced_or_added_is_trained_from_the_next_step_on(loss, optim)
     other.load_state_dict(svi.state_dict())  # it has the groups of a new one
 
 
+def test_a_copy_follows_its_own_pair():
+    svi = ppvae.SVI(*vae(), ADAM)
+    svi.step(X)
+    other = copy.deepcopy(svi)
+    for each in (svi, other):
+        each.model.likelihood.net = nn.Linear(2, 4)
+        before = each.model.likelihood.net.weight.detach().clone()
+        each.step(X)
+        assert not torch.equal(each.model.likelihood.net.weight, before)
+
+
 def test_a_network_that_a_function_takes_from_outside_may_be_replaced():
     torch.manual_seed(0)
     net = nn.Linear(2, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FunctionType, MethodType, ModuleType
@@ -45,6 +46,10 @@ class Fixed:
     def __init__(self, module: nn.Module, programs: Sequence[Any] = ()) -> None:
         self.module, self.programs = module, programs
         self._look()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fixed:
+        """Of a copy's own modules."""
+        return Fixed(*copy.deepcopy((self.module, self.programs), memo))
 
     def _look(self) -> None:
         state = getattr(self.module, "state", None)
@@ -114,7 +119,9 @@ class Fixed:
         """What a key knows by its address, which is no other's as long as this list is kept."""
         places = (*self._attributes, *self._buffers, *self._outside)
         values = [*(mapping.get(name) for mapping, name in places), *map(_content, self._cells)]
-        return [*self._structure, *values, *(list(v) for v in values if isinstance(v, list))]
+        inside = [list(v) for v in values if isinstance(v, list)]
+        inside += [list(v.values()) for v in values if isinstance(v, dict)]
+        return [*self._structure, *values, *inside]
 
 
 def _places(values: Iterable[Any]) -> tuple[list[Place], list[Any]]:

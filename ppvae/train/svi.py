@@ -275,7 +275,7 @@ class SVI(pyro.infer.SVI):
         """What a captured step depends on besides the values of tensors; None: do not capture."""
         assert self.optimizer is not None
         groups = self.optimizer.param_groups
-        first = groups[0]["params"][0]
+        first = next(p for group in groups for p in group["params"] if p.requires_grad)
         if not (first.is_cuda and self.synchronize is None):
             return None
         if not all(group.get("fused") and "capturable" in group for group in groups):
