@@ -525,15 +525,17 @@ def test_what_is_frozen_at_first_is_trained_later(traced):
     assert len(traced) == 2
 
 
-@pytest.mark.parametrize("what", ["parameter", "network", "buffer", "hook", "function", "method"])
+@pytest.mark.parametrize(
+    "what", ["parameter", "network", "buffer", "hook", "function", "method", "settings"]
+)
 def test_what_is_replaced_is_seen(traced, what):
     def body(self, x):
         with pyro.plate("data", len(x)):
-            observe(x, self.link(self.net(standard(x))) * self.factor)
+            observe(x, self.link(self.net(standard(x))) * self.factor * self.settings.scale)
 
     def make():
         torch.manual_seed(0)
-        model, guide = with_model(body, link=torch.tanh)
+        model, guide = with_model(body, link=torch.tanh, settings=types.SimpleNamespace(scale=1))
         model.register_buffer("factor", torch.ones(()))
         return model, guide
 
@@ -552,6 +554,8 @@ def test_what_is_replaced_is_seen(traced, what):
             net.register_forward_hook(lambda module, inputs, output: 2 * output)
         elif what == "function":
             svi.model.link = torch.sin
+        elif what == "settings":
+            svi.model.settings.scale = 2
         else:
             svi.model.body = lambda self, x: body(self, 2 * x)
 

@@ -63,6 +63,15 @@ class Fixed:
             for name, value in getattr(o, "__dict__", {}).items()
             if name not in INTERNAL and _is_looked_at(value)
         ]
+        attributes += [
+            (mapping, name)
+            for o in objects
+            for key, value in getattr(o, "__dict__", {}).items()
+            if key not in INTERNAL
+            for mapping in _namespaces(value)  # as self.settings.scale
+            for name, held in mapping.items()
+            if isinstance(held, _PLAIN) and not name.startswith("__")
+        ]
         classes = {kind for o in objects for kind in type(o).__mro__ if _is_own(kind)}
         # What an object has not itself is that of its class, until it is given its own.
         self._defaults = [
