@@ -341,7 +341,7 @@ X = np.ones((10, 4))
         ((np.ones((2, 4)),), {}, ValueError, "train needs at least 1"),
         ((np.array([[None, 1]] * 5),), {}, TypeError, "object"),
         (([[1.0, 2.0], [1.0]] * 5,), {}, ValueError, "x has rows of different lengths"),
-        ((np.array([["a", "b"]] * 5),), {}, TypeError, "x holds words .*number them"),
+        ((np.array([["a", "b"]] * 5),), {}, TypeError, "x holds words .*code them as numbers"),
         (
             (pd.DataFrame({"a": pd.array([1, None] * 5, dtype="Int64"), "b": 1.0, "c": "d"}),),
             {},

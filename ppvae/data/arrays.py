@@ -277,10 +277,9 @@ def _no_numbers(array: np.ndarray, name: str, columns: Any) -> str:
             "they are numbers with missing ones (and fill these in), pandas.get_dummies for words"
         )
     if array.dtype.kind in "US":
-        return (
-            f"holds words ({array.dtype}): number them, np.unique({name}, return_inverse=True)[1]"
-        )
-    return f"holds {array.dtype}: give real numbers, dense; code words as such"
+        how = f"as np.unique({name}, return_inverse=True)[1] does"
+        return f"holds words ({array.dtype}): code them as numbers, {how}"
+    return f"holds {array.dtype}: give real numbers, dense"
 
 
 def _finite(array: np.ndarray, name: str) -> Tensor:
