@@ -804,7 +804,7 @@ AT_THE_END = torch.cat([GREY, torch.full((1, 4), math.nan)])
 @pytest.mark.parametrize("how", ["mask", "rows"])
 def test_missing_values_as_nan_are_those_that_a_mask_hides(how):
     """The oracle is the same pair, given numbers in their place and which are missing."""
-    rows, evidence = [], []
+    rows, evidence, reports = [], [], []
     for args in ((WITH_HOLES,), (WITH_HOLES.nan_to_num(0.0), ~WITH_HOLES.isnan())):
         svi = ppvae.SVI(*holes(how), ADAM)
         torch.manual_seed(1)
@@ -814,9 +814,12 @@ def test_missing_values_as_nan_are_those_that_a_mask_hides(how):
             svi.model, svi.guide, *args, num_particles=20, seed=1, max_rows=200
         )
         evidence.append(found.log_evidence)
+        report = ppvae.diagnose(svi.model, svi.guide, *args, num_particles=30, seed=1)
+        reports.append(repr(report))
     for row, expected in zip(*rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(*evidence)
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize("x", [WITH_HOLES, AT_THE_END])
