@@ -190,7 +190,7 @@ def _of(name: str, statistic: Statistic, values: Tensor) -> Tensor:
         )
     if (missing := found.isnan()).any():
         raise ValueError(
-            f"statistic {name!r} is NaN for {int(missing.sum())} of {len(found)} rows, the first is "
+            f"statistic {name!r} is NaN for {int(missing.sum())} of {len(found)} rows, first in "
             f"row {int(missing.nonzero()[0])}, so it cannot be ranked; choose one that is a number "
             "for every row, or leave out rows with missing values"
         )
