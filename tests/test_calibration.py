@@ -405,6 +405,8 @@ def test_bad_predictive_checks():
         check(statistics={})
     with pytest.raises(ValueError, match=r"statistic 'mean' must give one value per row, \(6,\)"):
         check(statistics={"mean": lambda x: x.mean()})
+    with pytest.raises(ValueError, match=r"statistic 'log' is NaN for 6 of 6 rows, first in row 0"):
+        check(statistics={"log": lambda x: (x.sum(-1) - 9.0).log()})
     with pytest.raises(ValueError, match=r"site='y': name one of the observed sites \['x'\]"):
         check(site="y")
 

@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 import weakref
 
@@ -26,6 +27,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import ppvae
 from compiling import (
@@ -341,6 +343,51 @@ def test_dropout_that_is_switched_off_is_seen(traced):
     assert_compiled_is_eager(PROGRAMS["batch_norm_and_dropout"][0], [(X,)] * 4, between=between)
 
 
+def averaging(average):
+    """A pair whose guide keeps a moving average of a matrix product in a buffer."""
+
+    def body(self, x):
+        if self.training:
+            with torch.no_grad():
+                average(self.average, self.net(x).T @ x)
+        encode(self, x)
+
+    torch.manual_seed(0)
+    guide = Free(body, net=nn.Linear(D, 2 * Z))
+    guide.register_buffer("average", torch.ones(2 * Z, D))
+    return Free(decode, net=nn.Linear(Z, D)), guide
+
+
+@inductor
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda s, new: s.copy_(torch.add(0.99 * s, new, alpha=0.01)),
+        pytest.param(lambda s, new: s.mul_(0.99).add_(new, alpha=0.01), marks=pytest.mark.slow),
+        pytest.param(lambda s, new: s.copy_(torch.add(new, s, alpha=0.5)), marks=pytest.mark.slow),
+    ],
+)
+def test_moving_averages_by_a_factor(average):
+    """Inductor of torch 2.13 drops the factor ``alpha`` beside a matrix product."""
+    assert_compiled_is_eager(lambda: averaging(average), [(X,)] * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.long])
+def test_a_graph_that_writes_something_else_on_a_buffer_is_refused(traced, dtype):
+    def body(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.count.add_(3 if isinstance(x, FakeTensor) else 2)
+        encode(self, x)
+
+    model, guide = averaging(torch.add)
+    guide.body = body
+    guide.register_buffer("count", torch.full((), 100, dtype=dtype))
+    with pytest.raises(NotCompiled, match=r"changes the tensor 'count' .* another way"):
+        ppvae.SVI(model, guide, SGD, compile=True).step(X)
+    assert guide.count == 100
+
+
 def test_moving_averages_kept_by_a_program(traced):
     """State in a buffer or an attribute, changed in place by the program itself."""
 
@@ -469,6 +516,130 @@ def test_freezing_in_the_middle(traced):
     assert len(traced) == 2
 
 
+def test_what_is_frozen_at_first_is_trained_later(traced):
+    def between(step, svi):
+        svi.guide.requires_grad_(step >= 2)
+
+    svi = assert_compiled_is_eager(plain, [(X,)] * 4, between=between, optim=ADAM, rtol=1e-3)
+    assert all(svi.optimizer.state[p]["step"] == 2 for p in svi.guide.parameters())
+    assert len(traced) == 2
+
+
+@pytest.mark.parametrize(
+    "what", ["parameter", "network", "buffer", "hook", "function", "method", "settings"]
+)
+def test_what_is_replaced_is_seen(traced, what):
+    def body(self, x):
+        with pyro.plate("data", len(x)):
+            observe(x, self.link(self.net(standard(x))) * self.factor * self.settings.scale)
+
+    def make():
+        torch.manual_seed(0)
+        model, guide = with_model(body, link=torch.tanh, settings=types.SimpleNamespace(scale=1))
+        model.register_buffer("factor", torch.ones(()))
+        return model, guide
+
+    def between(step, svi):
+        if step != 2:
+            return
+        torch.manual_seed(5)
+        net = svi.model.net
+        if what == "parameter":
+            net.weight = nn.Parameter(torch.randn(D, Z))
+        elif what == "network":
+            svi.model.net = nn.Sequential(nn.Linear(Z, 3), nn.ReLU(), nn.Linear(3, D))
+        elif what == "buffer":
+            svi.model.factor = torch.full((), 2.0)
+        elif what == "hook":
+            net.register_forward_hook(lambda module, inputs, output: 2 * output)
+        elif what == "function":
+            svi.model.link = torch.sin
+        elif what == "settings":
+            svi.model.settings.scale = 2
+        else:
+            svi.model.body = lambda self, x: body(self, 2 * x)
+
+    assert_compiled_is_eager(make, [(X,)] * 4, between=between, rtol=1e-3)
+    assert len(traced) == 2
+
+
+SETTINGS = types.SimpleNamespace(scale=1.0)
+SCALE, TENSOR, NUMBERS, LINK = 1.0, torch.ones(()), {"scale": 1.0}, torch.tanh
+
+
+def _scaled(value):
+    return SCALE * value
+
+
+class Outside(ppvae.Program):
+    """A program whose value depends on names from outside, one on each path."""
+
+    of_class = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(Z, D)
+
+    def _helper(self, value):
+        return _scaled(value) * self.of_class * SETTINGS.scale
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            observe(x, LINK(self._helper(self.net(standard(x)))) * TENSOR * NUMBERS["scale"])
+
+
+def change_outside(what, monkeypatch):
+    if what == "class":
+        monkeypatch.setattr(Outside, "of_class", 2.0)
+    elif what == "settings":
+        monkeypatch.setattr(SETTINGS, "scale", 2.0)
+    elif what == "numbers":
+        monkeypatch.setitem(NUMBERS, "scale", 2.0)
+    else:
+        new = {"SCALE": 2.0, "TENSOR": torch.full((), 2.0), "LINK": torch.sin, "_scaled": torch.exp}
+        monkeypatch.setattr(sys.modules[__name__], what, new[what])
+
+
+FROM_OUTSIDE = ["SCALE", "TENSOR", "LINK", "_scaled", "class", "settings", "numbers"]
+
+
+@pytest.mark.parametrize("what", FROM_OUTSIDE)
+def test_names_from_outside_are_seen(traced, what):
+    def make():
+        torch.manual_seed(0)
+        return Outside(), Free(encode, net=nn.Linear(D, 2 * Z))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        expected = []
+        for compile in (False, True):
+            with monkeypatch.context() as changed:
+                svi = ppvae.SVI(*make(), ADAM, compile=compile)
+                change = lambda i, svi: change_outside(what, changed) if i == 2 else None  # noqa: E731
+                expected.append(run(svi, [(X,)] * 4, between=change))
+    assert_equal_runs(*expected)
+    assert len(traced) == 2
+
+
+def test_a_closure_is_seen_and_one_that_returns_keeps_its_graph(traced):
+    scale = 1.0
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            observe(x, scale * standard(x)[:, :1].expand(-1, D))
+
+    ends = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        svi = ppvae.SVI(model, Free(encode, net=nn.Linear(D, 2 * Z)), ADAM, compile=compile)
+        losses = []
+        for scale in (1.0, 2.0, 1.0, 2.0):  # noqa: B007
+            torch.manual_seed(1)
+            losses.append(svi.step(X))
+        ends.append(losses)
+    assert ends[1] == pytest.approx(ends[0], rel=1e-4)
+    assert len(traced) == 2
+
+
 def test_unused_parameters_have_no_gradient_and_do_not_decay(traced):
     def make():
         model, guide = plain()
@@ -496,6 +667,8 @@ def test_an_optimiser_of_some_parameters(traced, clip_norm):
         model, guide = plain()
         optimizer = torch.optim.SGD(guide.parameters(), lr=1e-3)
         svi = ppvae.SVI(model, guide, optimizer, clip_norm=clip_norm, compile=compile)
+        with pytest.warns(UserWarning, match="does not hold model"):
+            svi.prepare(X)
         before = tensors(model)
         ends.append(run(svi, [(X,)] * 4))
         assert all(torch.equal(before[k], v) for k, v in tensors(model).items())

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from compiling import D, X, inductor, looks_at_a_value, observe, standard
 from ppvae import diagnostics, guides
@@ -76,6 +77,41 @@ def test_what_is_replaced_is_seen(traced, what):
     found, expected = (evidence((model, guide, args), compile) for compile in (True, False))
     torch.testing.assert_close(found.elbo, expected.elbo, rtol=1e-4, atol=1e-4)
     assert len(traced) == 2
+
+
+def test_a_number_from_outside_is_seen(traced):
+    scale = 1.0
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / (1 + scale**2), 0.8))
+
+    x = X[:, :1].flatten()
+    for scale in (1.0, 0.3, 1.0):  # noqa: B007
+        found, expected = (evidence((model, guide, (x,)), compile) for compile in (True, False))
+        torch.testing.assert_close(found.elbo, expected.elbo, rtol=1e-4, atol=1e-4)
+    assert len(traced) == 2
+
+
+def test_a_graph_that_writes_something_else_on_a_buffer_is_refused(traced):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count.add_(3 if isinstance(x, FakeTensor) else 2)
+            return x
+
+    model, guide, args = build("vae_bernoulli")
+    guide.conditional.net = nn.Sequential(Counts(), guide.conditional.net)
+    with pytest.raises(NotCompiled, match="changes the tensor 'count'"):
+        evidence((model, guide, args), True)
 
 
 @inductor

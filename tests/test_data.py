@@ -11,6 +11,7 @@ import threading
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse
 import torch
@@ -340,7 +341,13 @@ X = np.ones((10, 4))
         ((np.ones((2, 4)),), {}, ValueError, "train needs at least 1"),
         ((np.array([[None, 1]] * 5),), {}, TypeError, "object"),
         (([[1.0, 2.0], [1.0]] * 5,), {}, ValueError, "x has rows of different lengths"),
-        ((np.array([["a", "b"]] * 5),), {}, TypeError, "code words"),
+        ((np.array([["a", "b"]] * 5),), {}, TypeError, "x holds words .*code them as numbers"),
+        (
+            (pd.DataFrame({"a": pd.array([1, None] * 5, dtype="Int64"), "b": 1.0, "c": "d"}),),
+            {},
+            TypeError,
+            r"^x has columns .*'a': Int64, 'c': (object|str).* x.astype\(float\).*dummies",
+        ),
         ((X * 1j,), {}, TypeError, "complex"),
         ((np.full((5, 3), 200, dtype=np.uint8),), {}, ValueError, "x / 255"),
         ((X,), {"shape": (1, 3, 3)}, ValueError, r"shape=\(1, 3, 3\) has 9 .* 4"),

@@ -245,7 +245,7 @@ def test_own_table_with_a_label_column(tmp_path):
         ({"x": np.arange(840).reshape(120, 7)}, [], "whole numbers"),
         ({"x": np.full((120, 7), 2.5)}, [], "constant"),
         ({"x": np.zeros((0, 7))}, [], "empty"),
-        ({"x": np.array(["a"] * 120)}, [], "real numbers"),
+        ({"x": np.array(["a"] * 120)}, [], "holds words"),
         ({}, ["--task", "quadrant"], "not images"),
         ({}, ["--shape", "3", "3"], "make them agree"),
         ({}, ["--lr", "-1"], "--lr"),

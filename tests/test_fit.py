@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning_fabric import loggers
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ppvae
@@ -208,11 +209,118 @@ def test_validation_bound_is_the_estimators(loss):
     svi = vae(loss=loss)
     history = fit(svi, X, valid=X[:20], epochs=1, seed=4, batch_size=20)
     torch.manual_seed(4)
-    if isinstance(loss, pyro.infer.Trace_ELBO):
-        expected = -svi.evaluate_loss(X[:20]) / 20
-    else:
-        expected = loss.evaluate(svi.model, svi.guide, X[:20]).mean().item()
+    estimator = elbo.ELBO() if isinstance(loss, pyro.infer.Trace_ELBO) else loss
+    expected = estimator.evaluate(svi.model, svi.guide, X[:20]).mean().item()
     assert history.rows[0]["valid_bound"] == pytest.approx(expected, rel=1e-6)
+
+
+def scaled(svi, factor):
+    """The pair with a weight on all its terms, and the terms of its latent."""
+    model, guide = (pyro.poutine.scale(program, scale=factor) for program in (svi.model, svi.guide))
+    return ppvae.SVI(model, guide, svi.optim, svi.elbo)
+
+
+STOCK = [
+    pyro.infer.Trace_ELBO(num_particles=4),
+    pyro.infer.Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+    pyro.infer.TraceMeanField_ELBO(),
+    pyro.infer.TraceEnum_ELBO(max_plate_nesting=1),
+]
+
+
+@pytest.mark.parametrize("loss", [elbo.ELBO(), *STOCK])
+def test_no_scale_is_in_the_validation_bound(loss):
+    """The parameters stand still, so the bound is that of the pair without the scale."""
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    rows = []
+    for factor in (1.0, 100.0):
+        svi = scaled(vae(loss=loss, optim=still), factor)
+        rows.append(fit(svi, X, valid=X[:20], epochs=1, batch_size=50).rows[0])
+    assert rows[1]["valid_bound"] == pytest.approx(rows[0]["valid_bound"], rel=1e-6)
+
+
+class Sized(ppvae.Program):
+    """A pair's program, in a data plate that may have a size, or take rows by itself."""
+
+    def __init__(self, net, size=None, subsample_size=None, inner=None):
+        super().__init__()
+        self.net, self.size, self.subsample_size, self.inner = net, size, subsample_size, inner
+
+    def plate(self, x):
+        if self.subsample_size is not None:
+            return pyro.plate("data", len(x), subsample_size=self.subsample_size, dim=-2)
+        return pyro.plate("data", self.size or len(x), subsample=x, dim=-2)
+
+
+class SizedModel(Sized):
+    def forward(self, x):
+        with self.plate(x) as rows:
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, 2), 1.0).to_event(1))
+            x = x if self.subsample_size is None else x[rows]
+            with pyro.plate("pixels", 4, subsample_size=self.inner, dim=-1) as i:
+                logits = self.net(z.squeeze(-2))[..., i]
+                pyro.sample("x", dist.Bernoulli(logits=logits), obs=x[..., i])
+
+
+class SizedGuide(Sized):
+    def forward(self, x):
+        with self.plate(x) as rows:
+            x = x if self.subsample_size is None else x[rows]
+            loc, raw = self.net(x).unsqueeze(-2).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+def sized(loss=None, optim=ADAM, **plates):
+    torch.manual_seed(0)
+    model, guide = SizedModel(nn.Linear(2, 4), **plates), SizedGuide(nn.Linear(4, 4), **plates)
+    return ppvae.SVI(model, guide, optim, loss)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        elbo.ELBO(num_particles=2),
+        elbo.IWELBO(num_particles=3),
+        pyro.infer.Trace_ELBO(max_plate_nesting=2),
+        pyro.infer.TraceEnum_ELBO(max_plate_nesting=2),
+    ],
+)
+def test_the_size_of_a_data_plate_is_not_in_the_history(loss):
+    """50 rows in batches of 16, so the last one is scaled by 25, the others by 3.125."""
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    histories = []
+    for size in (None, 50):
+        torch.manual_seed(1)
+        svi = sized(loss, still, size=size)
+        torch.manual_seed(1)
+        histories.append(numbers(fit(svi, X, valid=X[:20])))
+    for row, expected in zip(*reversed(histories), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_objective_of_a_plate_that_takes_rows_by_itself_is_per_datapoint():
+    """All rows are alike and the draws too, so that any ten give the mean over all."""
+    x, still = X[:1].repeat(40, 1), functools.partial(torch.optim.SGD, lr=0.0)
+    found = []
+    for part in (None, 10):
+        svi = sized(optim=still, subsample_size=part)
+        for module in (svi.model, svi.guide):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)  # a decoder without z, and q = p
+        found.append(fit(svi, x, epochs=1, batch_size=40).rows[0]["train_objective"])
+    assert found == pytest.approx([4 * math.log(0.5)] * 2)
+
+
+@pytest.mark.parametrize("loss", [elbo.ELBO(), pyro.infer.Trace_ELBO(max_plate_nesting=2)])
+@pytest.mark.parametrize("plates", [{"subsample_size": 10}, {"inner": 2}])
+def test_validation_of_part_of_the_rows_is_refused_before_the_first_step(plates, loss):
+    svi = sized(loss, **plates)
+    before = tensors(svi.objective)
+    with pytest.raises(ppvae.PairError, match=r"(?s)no validation bound: .*by itself.* valid="):
+        fit(svi, X, valid=X[:20])
+    assert svi.num_steps == 0
+    assert all(torch.equal(before[k], v) for k, v in tensors(svi.objective).items())
+    fit(svi, X, epochs=1, batch_size=50)  # without validation it trains
 
 
 def test_train_objective_is_the_mean_over_datapoints():
@@ -453,6 +561,8 @@ def test_on_epoch_end():
 
 # -- arguments ---------------------------------------------------------------------------------
 
+SGD0 = torch.optim.SGD([torch.zeros(1)], lr=0.0)
+
 
 @pytest.mark.parametrize(
     ("options", "error", "match"),
@@ -461,6 +571,11 @@ def test_on_epoch_end():
         ({"batch_size": 0}, ValueError, "epochs and batch_size"),
         ({"patience": 3}, ValueError, "patience needs a validation bound"),
         ({"patience": 0, "valid": X}, ValueError, "patience must be at least 1"),
+        ({"batch_size": 16.0}, TypeError, "batch_size must be a whole number, got 16.0"),
+        ({"epochs": "3"}, TypeError, "epochs must be a whole number"),
+        ({"lr_scheduler": StepLR(SGD0, 1)}, TypeError, r"got a StepLR: give lambda optimizer: Ste"),
+        ({"device": "mps"}, ValueError, "device='mps', but this PyTorch sees no such device"),
+        ({"valid": X.to_sparse()}, ppvae.PairError, "'x' is sparse"),
         ({"device": "gpu"}, ValueError, "device='gpu' is unknown: use \"auto\""),
         ({"valid": "x"}, TypeError, "valid must be .* got str"),
         ({"valid": torch.ones(5, 3)}, ppvae.PairError, r"\(5, 3\)"),
@@ -496,22 +611,26 @@ def far(row, value):
         (X.numpy(), TypeError, r"data must be .* got ndarray; .*from_arrays"),
         ((), TypeError, "data must be"),
         ((X, "y"), TypeError, "data must be"),
-        (TensorDataset(X), TypeError, "DataLoader, got TensorDataset"),
+        (TensorDataset(X), TypeError, r"DataLoader, got TensorDataset; give DataLoader\(it\)"),
         (X[:0], ppvae.PairError, r"'x' is empty: shape \(0, 4\)"),
         (far(90, math.nan), ppvae.PairError, "4 NaN or infinite values in 1 rows.*row 90"),
         (far(90, -math.inf), ppvae.PairError, "NaN or infinite"),
         (far(90, 0.5), ppvae.PairError, r"'x' in data: 4 of 400 .*\{0, 1\}, e\.g\. \[0\.5\]"),
         (far(90, 255.0), ppvae.PairError, r"\[255\.0\]"),
         (DataLoader(X[:3], batch_size=5, drop_last=True), ValueError, "yields no batch"),
-        (DataLoader([{"x": x} for x in X]), TypeError, "tuple of tensors"),
+        (DataLoader([{"x": x} for x in X]), TypeError, "got dict of 'x'; give it a collate_fn"),
+        (DataLoader([x.to_sparse() for x in X], collate_fn=torch.stack), ppvae.PairError, "sparse"),
+        (X.to_sparse(), ppvae.PairError, r"'x' is sparse .*x\.to_dense\(\)"),
+        (torch.tensor(2.0), ppvae.PairError, "'x' is a single number"),
         (DataLoader([(x, "a") for x in X]), TypeError, "tuple of tensors"),
     ],
 )
 def test_bad_data(train, error, match):
     svi = vae()
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=match) as caught:
         fit(svi, train)
     assert svi.num_steps == 0
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -522,6 +641,7 @@ def test_bad_data(train, error, match):
         (lambda y: y + 1, r"'y': labels must lie in 0 \.\. 2, got 1 \.\. 3"),
         (lambda y: y.float(), r"'y': labels must be integers.*y\.long\(\)"),
         (lambda y: y[:, None], r"'y': labels must be integers of shape \(N,\)"),
+        (lambda y: y[0], "'y' is a single number.*Python number"),
         (lambda y: y[:20], r"differ in length \(x: \(50, 4\), y: \(20,\)\)"),
     ],
 )
@@ -543,7 +663,7 @@ def test_bad_labels_in_validation():
 @pytest.mark.parametrize(
     ("x", "y", "match"),
     [
-        (far(90, math.nan), FAR[:, 0].long(), "'x' has 4 NaN"),
+        (far(90, math.nan), FAR[:, 0].long(), "'x' in data has 4 NaN"),
         (far(90, 3.0), FAR[:, 0].long(), "'x' in data: 4 of 64 values lie outside"),
         (FAR, torch.arange(100) // 30, "'y' in data: labels must lie in 0 .. 2, got 2 .. 3"),
     ],
@@ -634,6 +754,110 @@ def test_a_last_batch_of_one_row_where_batch_norm_has_enough_values():
     pooled = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.BatchNorm2d(1), nn.Flatten())
     guide = guides.Normal(nn.Sequential(nets.flat_batch(pooled), nn.Linear(4, 4)))
     fit(ppvae.SVI(vae().model, guide, ADAM), X[:33])  # four pixels
+
+
+class Holes(ppvae.Program):
+    """A model that leaves out missing values: those that are NaN, or those of a second argument."""
+
+    def __init__(self, how="mask"):
+        super().__init__()
+        self.net, self.how = nn.Linear(2, 4), how
+
+    def forward(self, x, seen=None):
+        seen = ~x.isnan() if seen is None else seen
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            fn = dist.Normal(self.net(z), 1.0)
+            if self.how == "mask":
+                pyro.sample("x", fn.mask(seen).to_event(1), obs=x)
+            elif self.how == "rows":
+                with pyro.poutine.mask(mask=seen.all(-1)):
+                    pyro.sample("x", fn.to_event(1), obs=x)
+            elif self.how == "where":  # whose gradient is NaN all the same
+                terms = torch.where(seen, fn.log_prob(x), torch.zeros(()))
+                pyro.factor("x", terms.sum(-1))
+            else:
+                pyro.sample("x", fn.to_event(1), obs=x)
+
+
+class FillsHoles(ppvae.Program):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 2)
+
+    def forward(self, x, seen=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(x.nan_to_num(0.0)), 1.0).to_event(1))
+
+
+def holes(how="mask"):
+    torch.manual_seed(0)
+    return Holes(how), FillsHoles()
+
+
+WITH_HOLES = torch.where(
+    torch.rand(50, 4, generator=torch.Generator().manual_seed(9)) < 0.1, math.nan, GREY
+)
+AT_THE_END = torch.cat([GREY, torch.full((1, 4), math.nan)])
+
+
+@pytest.mark.parametrize("how", ["mask", "rows"])
+def test_missing_values_as_nan_are_those_that_a_mask_hides(how):
+    """The oracle is the same pair, given numbers in their place and which are missing."""
+    rows, evidence, reports = [], [], []
+    for args in ((WITH_HOLES,), (WITH_HOLES.nan_to_num(0.0), ~WITH_HOLES.isnan())):
+        svi = ppvae.SVI(*holes(how), ADAM)
+        torch.manual_seed(1)
+        valid = tuple(t[:20] for t in args)
+        rows.append(numbers(fit(svi, args, valid=valid)))
+        found = ppvae.diagnostics.log_evidence(
+            svi.model, svi.guide, *args, num_particles=20, seed=1, max_rows=200
+        )
+        evidence.append(found.log_evidence)
+        report = ppvae.diagnose(svi.model, svi.guide, *args, num_particles=30, seed=1)
+        reports.append(repr(report))
+    for row, expected in zip(*rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(*evidence)
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("x", [WITH_HOLES, AT_THE_END])
+@pytest.mark.parametrize(
+    ("how", "why"), [("not", "'x' of the model"), ("where", "gradient that is not")]
+)
+def test_missing_values_without_a_mask_are_refused_before_the_first_step(how, why, x):
+    svi = ppvae.SVI(*holes(how), ADAM)
+    with pytest.raises(ppvae.PairError, match=f"NaN or infinite values in .*{why}"):
+        fit(svi, x)
+    assert svi.num_steps == 0
+    if how == "not":
+        with pytest.raises(ppvae.PairError, match=r"NaN or infinite values in .*mask them"):
+            ppvae.diagnostics.log_evidence(svi.model, svi.guide, x)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        elbo.IWELBO(num_particles=4),
+        pyro.infer.Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+    ],
+)
+@pytest.mark.parametrize("channels", [16, 8])  # as many as rows, which runs, and others
+def test_batch_norm_over_the_rows_is_refused_by_name_before_the_first_step(channels, loss):
+    def pair(wrap):
+        net = nn.Sequential(
+            nn.Linear(2, channels), nn.BatchNorm1d(channels), nn.Linear(channels, 4)
+        )
+        svi = vae(loss=loss)
+        svi.model.likelihood.net = wrap(net)
+        return svi
+
+    svi = pair(nn.Identity().forward)
+    with pytest.raises(ppvae.PairError, match=r"Layer 'model\.likelihood\.net\.1' .*flat_batch"):
+        fit(svi, X)
+    assert svi.num_steps == 0
+    assert math.isfinite(fit(pair(nets.flat_batch), X).rows[-1]["train_objective"])
 
 
 def test_whole_numbers_where_floats_are_needed():
@@ -860,7 +1084,7 @@ def test_the_support_of_pieces_is_that_of_the_whole(pieces, support, tmp_path, m
     ("value", "binarize", "match"),
     [
         (0.5, None, r"argument 'x' in data: 4 of 64 values lie outside"),
-        (math.nan, None, "'x' has 4 NaN"),
+        (math.nan, None, "'x' in data has 4 NaN"),
         (255.0, "dynamic", r"data \(binarize='dynamic'\) must lie in \[0, 1\], and range from"),
     ],
 )

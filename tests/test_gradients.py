@@ -12,8 +12,11 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel, assert_mean, gradients, trainable
 from ppvae import elbo
+from ppvae.compile.graph import unmoved
 from ppvae.elbo.gradients import through_draws
+from ppvae.pairs import seeded
 from ppvae.program import data_plate
+from registry import ALL_PAIRS, build
 
 DRAWS, ROWS = 40, 100  # 40 independent gradients, each of 100 copies of the data
 
@@ -409,6 +412,23 @@ def test_a_guide_without_parameters_leaves_the_models_gradient(estimator: elbo.E
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("pair", ALL_PAIRS)
+@pytest.mark.parametrize(
+    "estimator", [elbo.ELBO(gradient="stl"), elbo.IWELBO(num_particles=3, gradient="dreg")]
+)
+def test_the_first_gradient_is_that_of_every_later_one(pair: str, estimator) -> None:
+    """What is looked at once for a pair leaves nothing behind, as in the cache of a flow."""
+    model, guide, args = build(pair)
+    objective = estimator(model, guide)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    found = []
+    for _ in range(2):
+        with unmoved(objective), seeded(0):
+            slopes = torch.autograd.grad(objective(*args), parameters, allow_unused=True)
+        found.append([torch.zeros(()) if slope is None else slope for slope in slopes])
+    torch.testing.assert_close(*found)
+
+
 def test_dreg_and_pathwise_give_the_model_the_same_gradient() -> None:
     model = LinearModel(2, 4)
     guide = LinearGuide(model, scale=1.3, shift=0.2)

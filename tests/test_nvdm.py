@@ -109,6 +109,7 @@ def run(optimizer_of, steps):
     return [p.detach().clone() for p in trainable(model, guide)]
 
 
+@pytest.mark.filterwarnings("ignore:the optimiser does not hold")
 def test_alternating_equals_two_optimisers_used_in_turn():
     def ours(model, guide):
         svi = ppvae.SVI(model, guide, ppvae.alternate(adam, model, guide, steps=3))

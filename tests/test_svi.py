@@ -199,7 +199,127 @@ def test_frozen_parameters_are_left_out():
     before = tensors(model)
     svi.step(X)
     assert all(torch.equal(before[k], v) for k, v in tensors(model).items())
-    assert sum(len(group["params"]) for group in svi.optimizer.param_groups) == 4
+    assert all(not svi.optimizer.state.get(p) for p in model.parameters())
+
+
+def freeze_and_thaw(i, model, guide):
+    """Before step i of eight: the guide is frozen, then not, then the model is."""
+    guide.requires_grad_(i >= 2)
+    model.requires_grad_(not 4 <= i < 6)
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        torch.optim.Adam,
+        functools.partial(torch.optim.AdamW, weight_decay=0.5),  # would move what it should not
+        functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+        functools.partial(torch.optim.Adagrad, lr=1e-2),  # has a state before its first step
+    ],
+)
+def test_freezing_and_thawing_is_that_of_torch(optim):
+    """The oracle is a loop written by hand, over an optimiser of all parameters."""
+    model, guide = vae()
+    by_hand = copy.deepcopy((model, guide))
+    svi = ppvae.SVI(model, guide, optim, clip_norm=5.0)
+    torch.manual_seed(3)
+    moved = []
+    for i in range(8):
+        freeze_and_thaw(i, model, guide)
+        before = [next(program.parameters()).clone() for program in (model, guide)]
+        svi.step(X)
+        after = [next(program.parameters()) for program in (model, guide)]
+        moved.append(tuple(not torch.equal(*pair) for pair in zip(before, after, strict=True)))
+    assert moved == 2 * [(True, False)] + 2 * [(True, True)] + 2 * [(False, True)] + 2 * [
+        (True, True)
+    ]
+
+    parameters = [p for program in by_hand for p in program.parameters()]
+    optimizer, loss = optim(parameters), elbo.ELBO()(*by_hand)
+    torch.manual_seed(3)
+    for i in range(8):
+        freeze_and_thaw(i, *by_hand)
+        optimizer.zero_grad()
+        loss(X).backward()
+        nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+    for one, other in zip((model, guide), by_hand, strict=True):
+        for (name, value), expected in zip(one.named_parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(value, expected, msg=name)
+
+
+@pytest.mark.parametrize("optim", [torch.optim.Adam, torch.optim.Adagrad])
+@pytest.mark.parametrize("loss", [elbo.ELBO(), pyro.infer.Trace_ELBO()])
+def test_what_is_replaced_or_added_is_trained_from_the_next_step_on(loss, optim):
+    model, guide = vae()
+    svi = ppvae.SVI(model, guide, optim, loss)
+    for _ in range(3):
+        svi.step(X)
+    model.likelihood.net = nn.Linear(2, 4)
+    first = guide.conditional.net.layers[0]
+    first.weight = nn.Parameter(torch.randn(8, 4))
+    new = [*model.likelihood.net.parameters(), first.weight]
+    before = [p.detach().clone() for p in new]
+    svi.step(X)
+    assert not any(map(torch.equal, before, new))
+    state = svi.optimizer.state
+    assert all(state[p]["step"] == 1 for p in new)
+    kept = [p for p in guide.parameters() if p is not first.weight]
+    assert all(state[p]["step"] == 4 for p in kept)
+    assert set(map(id, state)) == set(map(id, svi.objective.parameters()))
+    other = ppvae.SVI(copy.deepcopy(model), copy.deepcopy(guide), optim, loss)
+    other.load_state_dict(svi.state_dict())  # it has the groups of a new one
+
+
+def test_a_copy_follows_its_own_pair():
+    svi = ppvae.SVI(*vae(), ADAM)
+    svi.step(X)
+    other = copy.deepcopy(svi)
+    for each in (svi, other):
+        each.model.likelihood.net = nn.Linear(2, 4)
+        before = each.model.likelihood.net.weight.detach().clone()
+        each.step(X)
+        assert not torch.equal(each.model.likelihood.net.weight, before)
+
+
+def test_a_network_that_a_function_takes_from_outside_may_be_replaced():
+    torch.manual_seed(0)
+    net = nn.Linear(2, 4)
+
+    def model(x):
+        decoder = pyro.module("decoder", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    svi = ppvae.SVI(model, vae()[1], ADAM)
+    svi.step(X)
+    net = nn.Linear(2, 4)
+    before = net.weight.detach().clone()
+    svi.step(X)
+    assert not torch.equal(net.weight, before)
+
+
+def test_a_parameter_from_outside_is_refused_at_a_later_step_too():
+    model, guide = vae()
+    other = nn.Linear(2, 4)
+    svi = ppvae.SVI(model, guide, ADAM)
+    svi.step(X)
+    model.likelihood.net = nn.Identity()
+    model.likelihood.net.forward = lambda z: other(z)
+    with pytest.raises(ValueError, match="neither model nor guide owns"):
+        svi.step(X)
+
+
+def test_parameters_that_an_optimiser_does_not_hold_are_named_once():
+    model, guide = vae()
+    guide.requires_grad_(False)
+    svi = ppvae.SVI(model, guide, torch.optim.Adam(model.parameters()))
+    svi.step(X)  # frozen ones are left out on purpose
+    guide.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"does not hold guide\.cond.* and 1 more"):
+        svi.step(X)
+    svi.step(X)  # and a second warning would be an error
 
 
 def test_shared_parameters_are_counted_once():
@@ -285,12 +405,19 @@ def test_clip_norm_ignores_what_the_optimiser_does_not_hold():
     for steps in (1, 20):  # gradients of the model, never set to zero, must not add up
         model, guide = vae()
         svi = ppvae.SVI(model, guide, torch.optim.SGD(guide.parameters(), 1e-3), clip_norm=0.1)
+        with pytest.warns(UserWarning, match="does not hold model"):
+            svi.prepare(X)
         for _ in range(steps):
             before = tensors(guide)
             svi.step(X)
         change = torch.cat([(before[k] - v).flatten() for k, v in tensors(guide).items()])
         moves.append(change.norm().item())
     assert moves == pytest.approx([1e-4, 1e-4], rel=1e-3)
+
+
+def test_a_word_is_no_optimiser():
+    with pytest.raises(TypeError, match=r"optim takes a torch\.optim class.* got 'adam'"):
+        ppvae.SVI(*vae(), "adam")
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan")])

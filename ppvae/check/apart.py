@@ -11,7 +11,7 @@ import torch
 from pyro.poutine import Trace
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppvae.check.behaviour import point_masses
 from ppvae.pairs import (
@@ -29,7 +29,7 @@ from ppvae.pairs import (
     sample_sites,
     seeded,
 )
-from ppvae.program import all_modules
+from ppvae.program import all_modules, module_of
 from ppvae.terms import NoInverse, log_density
 from ppvae.weights import LogWeights, log_weights
 from ppvae.wrapped import argument_names
@@ -200,10 +200,14 @@ def particle_faults(again: _Replays) -> list[str]:
     """Sites at which 3 particles at once are not weighed as one by one."""
     _, _, args, kwargs = again.weights.pair
     K, joint = 3, again.weights.joint
-    try:
-        many = log_weights(again.model, again.guide, *args, num_particles=K, joint=joint, **kwargs)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        return [f"the pair runs with one particle but not with {K}: {reason(error)}. {_FOLD}"]
+    with _misled_layers(*again.weights.pair[:2], K) as misled:
+        try:
+            many = log_weights(
+                again.model, again.guide, *args, num_particles=K, joint=joint, **kwargs
+            )
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            seen = "".join(misled) or f"{reason(error)}. "
+            return [f"the pair runs with one particle but not with {K}: {seen}{_FOLD}"]
     faults: dict[tuple[str, str], None] = {}
     together = _terms(many)
     for k in range(K):
@@ -214,7 +218,7 @@ def particle_faults(again: _Replays) -> list[str]:
                 faults[key] = None
     return [
         f"site {name!r} of the {role}: {K} particles at once have other log-probabilities than "
-        f"one by one at the same draws. {_FOLD}"
+        f"one by one at the same draws. {''.join(misled)}{_FOLD}"
         for role, name in faults
     ]
 
@@ -267,6 +271,35 @@ def _value_of_all(tensor: Tensor, dims: int, i: int) -> Tensor:
     while tensor.dim() > dims:
         tensor = tensor[i]
     return tensor
+
+
+@contextmanager
+def _misled_layers(model: Program, guide: Program, K: int) -> Iterator[list[str]]:
+    """Layers of batch norm that take another dimension for their channels, as parts of a message.
+
+    Yields:
+        One sentence for each that is called so inside.
+    """
+    found: list[str] = []
+
+    def note(layer: Any, inputs: tuple[Any, ...], name: str) -> None:
+        shape = tuple(inputs[0].shape)
+        sentence = f"Layer {name!r} (batch norm) gets (K, N, C), and takes dim 1 for channels. "
+        if len(shape) > 2 and shape[0] == K and shape[-1] == layer.num_features:
+            found.extend([sentence] if sentence not in found else [])
+
+    handles = []
+    for role, program in (("model", model), ("guide", guide)):
+        owner = module_of(program)
+        for name, layer in owner.named_modules() if owner is not None else ():
+            if isinstance(layer, nn.BatchNorm1d):
+                hook = functools.partial(note, name=f"{role}.{name}")
+                handles.append(layer.register_forward_pre_hook(hook))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 _DIMS = (

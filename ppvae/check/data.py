@@ -29,14 +29,15 @@ def shape_fault(tensors: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def number_fault(tensors: Mapping[str, Tensor]) -> str:
-    """Which tensor holds NaN or infinite values, and where; "" if none does."""
+def number_fault(tensors: Mapping[str, Tensor], where: str = "") -> str:
+    """Which tensor, of the data that ``where`` names, holds NaN or infinite values; "": none."""
     for label, tensor in tensors.items():
         rows = rows_without_numbers(tensor).nonzero()
         if len(rows):
+            count = int((~torch.isfinite(tensor)).sum())
             return (
-                f"argument {label!r} has {int((~torch.isfinite(tensor)).sum())} NaN or infinite "
-                f"values in {len(rows)} rows, the first is row {int(rows[0])}"
+                f"argument {label!r}{where} has {count} NaN or infinite values in "
+                f"{len(rows)} rows, the first is row {int(rows[0])}"
             )
     return ""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ppvae.check.apart import Apart, keeps_apart
 from ppvae.check.behaviour import possible_gradients
 from ppvae.check.data import number_fault, refused_rows, rows_without_numbers, shape_fault
+from ppvae.check.nonfinite import blame
 from ppvae.check.report import PairReport, RowCheck, answer
 from ppvae.check.sites import (
     check_support,
@@ -136,7 +137,13 @@ def check_batch(
 
 
 def check_values(
-    model: Callable[..., Any], guide: Callable[..., Any], args: Sequence[Any], checks: Checks
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: Sequence[Any],
+    checks: Checks,
+    *,
+    where: str = "",
+    trains: bool = False,
 ) -> None:
     """Raise :class:`PairError` unless a pair takes all rows of the data, as it took a batch.
 
@@ -147,18 +154,21 @@ def check_values(
         model, guide: Pyro programs that :func:`check_batch` has approved of.
         args: all data, as both are called.
         checks: what :func:`check_batch` has returned.
+        where: which data these are, as in ``" in valid"``.
+        trains: whether gradients of these rows have to be finite, too.
     """
     tensors = check_shapes(model, args)
     doubtful: dict[int, str] = {}  # by row, why
-    for tensor in tensors.values():
-        rows = rows_without_numbers(tensor).nonzero().flatten().tolist()
-        doubtful |= dict.fromkeys(rows, number_fault(tensors))
+    for label, tensor in tensors.items():
+        if (found := rows_without_numbers(tensor)).any():
+            fault = number_fault({label: tensor}, where)
+            doubtful |= dict.fromkeys(found.nonzero().flatten().tolist(), fault)
     for position, check in checks:
-        label, values = names(model, args)[position], args[position]
+        values = args[position]
         try:
             check(values)
         except ValueError as error:
-            fault = f"argument {label!r}: {error}"
+            fault = f"argument {names(model, args)[position]!r}{where}: {error}"
             if getattr(check, "func", None) is not check_support:
                 raise PairError(fault) from error
             doubtful |= {row: fault for row in refused_rows(check, values) if row not in doubtful}
@@ -169,6 +179,10 @@ def check_values(
         with own_path(), unnoticed(model, guide), pyro.validation_enabled(False):
             try:
                 _weigh(model, guide, batch, {}, joint=False)
+                with torch.enable_grad():
+                    why = blame(model, guide, *batch) if trains else ""
+                if why:
+                    raise PairError(why)
             except PairError as error:
                 raise PairError(_with_cure(doubtful[rows[start]], error)) from error
 

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ppvae.compile.cuda_graph import CudaGraph
+from ppvae.compile.fixed import Fixed
 from ppvae.compile.graph import (
-    INTERNAL,
     Graph,
     attributes,
     copies,
@@ -36,7 +36,6 @@ from ppvae.program import local_parameters, require_own_parameters
 from ppvae.weights import log_weights
 
 _UNKNOWN = object()
-_PLAIN = (int, float, str, type(None))
 
 
 class Compiled:
@@ -50,6 +49,7 @@ class Compiled:
         build: ``build(module, args, kwargs, progress)`` makes what is called with ``args``:
             :class:`CompiledGradients` or :class:`CompiledWeights`.
         required: raise where no graph can be built, instead of running eagerly.
+        programs: model and guide, whose functions may read names from outside.
 
     Attributes:
         build_seconds: time spent building graphs.
@@ -60,28 +60,27 @@ class Compiled:
 
     max_graphs = 8
 
-    def __init__(self, module: nn.Module, build: Callable[..., Any], required: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        build: Callable[..., Any],
+        required: bool,
+        programs: Sequence[Program] = (),
+    ) -> None:
         self.module, self.build, self.required = module, build, required
+        self.programs = programs
         self.build_seconds = 0.0
         self.reason: str | None = None
         self.latest: Any = None
         self.replays: dict[Any, CudaGraph] = {}
         self._graphs: dict[Any, Any] = {}
-        self._parameters = list(module.parameters())
-        state = getattr(module, "state", None)  # it changes, so a graph asks it by at_step
-        self._modules = modules = [part for part in module.modules() if part is not state]
-        # Numbers and tensors in attributes: a graph has them as they were when it was built.
-        kept = [(p, n, v) for p in modules for n, v in vars(p).items() if n not in INTERNAL]
-        self._numbers = [(p, n) for p, n, v in kept if isinstance(v, _PLAIN)]
-        self._lists = [(p, n) for p, n, v in kept if isinstance(v, (list, tuple, dict))]
-        self._tensors = [(p, n) for p, n, v in kept if isinstance(v, Tensor)]
-        self._buffers = [(p, n) for p in modules for n in p._buffers]
+        self._fixed = Fixed(module, programs)
+        self._alive: list[Any] = []  # what keys know by its address
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         """A copy has its own modules, so it builds graphs of its own."""
-        return Compiled(
-            copy.deepcopy(self.module, memo), copy.deepcopy(self.build, memo), self.required
-        )
+        module, build, programs = copy.deepcopy((self.module, self.build, self.programs), memo)
+        return Compiled(module, build, self.required, programs)
 
     def __call__(self, args: tuple, kwargs: dict) -> Tensor | None:
         """What the graph computes; None: run eagerly.
@@ -100,11 +99,12 @@ class Compiled:
             if len(self._graphs) >= self.max_graphs:
                 self._refuse(
                     f"{self.max_graphs} graphs were tried, and this step differs from all in the "
-                    "shape of an argument or in a number or mode of a module; give batches one "
-                    "size, and make a number that changes a tensor, filled in place"
+                    "shape of an argument, in a number or mode, or in what has been replaced; give "
+                    "batches one size, and make a number that changes a tensor, filled in place"
                 )
                 return None
             graph = self._graphs[key] = self._build(args, kwargs)
+            self._alive.append(self._fixed.objects())
         self.latest = graph
         return graph(args) if graph is not None else None
 
@@ -118,18 +118,15 @@ class Compiled:
 
     def key(self, args: tuple, kwargs: dict) -> Any:
         """What a graph depends on besides the values of tensors."""
-        tensors = [*self._parameters[:1], *(arg for arg in args if isinstance(arg, Tensor))]
+        self._fixed.renew()
+        parameter = next(self.module.parameters(), None)
+        tensors = [t for t in (parameter, *args) if isinstance(t, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
         return (
             tuple(_kind(arg) for arg in args),
             tuple((name, _kind(arg)) for name, arg in kwargs.items()),
-            tuple([part.training for part in self._modules]),
-            tuple([parameter.requires_grad for parameter in self._parameters]),
-            tuple([part.__dict__.get(name) for part, name in self._numbers]),
-            tuple([_frozen(part.__dict__.get(name)) for part, name in self._lists]),
-            tuple([id(part.__dict__.get(name)) for part, name in self._tensors]),
-            tuple([id(part._buffers.get(name)) for part, name in self._buffers]),
-            tuple((parameter.dtype, parameter.device) for parameter in self._parameters[:1]),
+            self._fixed.key(),
+            None if parameter is None else (parameter.dtype, parameter.device),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
 
@@ -221,7 +218,7 @@ class CompiledGradients:
             progress()
             again = self._eager(args, kwargs)  # modules with a cache, as an LSTM, notice a trace
         self.used, self.has_weight = used, has_weight[0]
-        if _difference(first, again) is not None:
+        if _difference(first.values, again.values) is not None:
             raise NotCompiled("the program changes from call to call, at the same draws")
         self._compare(again, args, kwargs)
         progress()
@@ -244,35 +241,45 @@ class CompiledGradients:
         if self.state is not None and self.state.training:
             self.state.count()
 
-    def _eager(self, args: tuple, kwargs: dict) -> list[Tensor | None]:
-        """Loss and gradients, with a seed."""
+    def _eager(self, args: tuple, kwargs: dict) -> _Outcome:
+        """What an eager step gives, with a seed."""
         with unmoved(self.objective), seeded(0, *self.parameters), torch.enable_grad():
+            kept = _Kept(self.objective)
             with local_parameters(), pyro.validation_enabled(False):
                 loss = self.objective(*args, **kwargs)
                 require_own_parameters(loss, self.objective)
                 gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        return [loss.detach(), *gradients]
+            return _Outcome([loss.detach(), *gradients], kept.changes())
 
-    def _compare(self, expected: list[Tensor | None], args: tuple, kwargs: dict) -> None:
-        """Compare the graph with the eager loss and gradient at the same draws.
+    def _compare(self, expected: _Outcome, args: tuple, kwargs: dict) -> None:
+        """Compare the graph with the eager step at the same draws.
 
         Raises:
-            NotCompiled: they differ by more than rounding.
+            NotCompiled: loss, gradients or buffers differ by more than rounding.
         """
         with unmoved(self.objective), seeded(0, *self.parameters):
-            found = [self(args), *(parameter.grad for parameter in self.parameters)]
+            kept = _Kept(self.objective)
+            values = [self(args), *(parameter.grad for parameter in self.parameters)]
+            found = _Outcome(values, kept.changes())
         for parameter in self.parameters:
             parameter.grad = None
-        different = _difference(expected, found)
-        if different is not None and not self._is_a_kink(found, args, kwargs):
-            raise NotCompiled(
-                f"at the same draws the compiled loss is {found[0]}, the eager one "
-                f"{expected[0]}, and they or a gradient differ by {different:.2g} of its norm, "
-                "which is more than rounding"
+        different = self._apart(expected, found)
+        if different and not self._is_a_kink(found, args, kwargs):
+            raise NotCompiled(f"at the same draws {different}, which is more than rounding")
+
+    @staticmethod
+    def _apart(expected: _Outcome, found: _Outcome) -> str:
+        """How the outcome of a graph differs from that of an eager step; "": not."""
+        different = _difference(expected.values, found.values)
+        if different is not None:
+            return (
+                f"the compiled loss is {found.values[0]}, the eager one {expected.values[0]}, and "
+                f"they or a gradient differ by {different:.2g} of its norm"
             )
+        return _different_changes(expected.changes, found.changes)
 
     @torch.no_grad()
-    def _is_a_kink(self, found: list[Tensor | None], args: tuple, kwargs: dict) -> bool:
+    def _is_a_kink(self, found: _Outcome, args: tuple, kwargs: dict) -> bool:
         """Whether the graph computes what the eager step does at parameters a last bit away.
 
         Where a unit is at the kink of its ReLU, the last bit decides which slope it has.
@@ -283,7 +290,7 @@ class CompiledGradients:
                 for parameter, value in zip(self.parameters, kept, strict=True):
                     sign = 2 * torch.randint(2, value.shape, generator=generator) - 1
                     parameter.copy_(value * (1 + sign.to(value) * torch.finfo(value.dtype).eps))
-                if _difference(self._eager(args, kwargs), found) is None:
+                if not self._apart(self._eager(args, kwargs), found):
                     return True
         finally:
             for parameter, value in zip(self.parameters, kept, strict=True):
@@ -326,21 +333,74 @@ class CompiledWeights:
 
         tensors = [args[i] for i in self.positions]
         with unmoved(module), seeded(0, *self.inputs, *tensors):
+            kept = _Kept(module)
             eager = weigh(*self.inputs, *tensors)  # also finds what is remembered of a pair
+            changes = kept.changes()
         with unmoved(module):
             self.graph = Graph(weigh, [*self.inputs, *tensors], differentiates=False)
         progress()
         with unmoved(module), seeded(0, *self.inputs, *tensors):
+            kept = _Kept(module)
             found = [self(args)]
+            different = _different_changes(changes, kept.changes())
         if _difference(eager, found) is not None:
-            raise NotCompiled(
-                "at the same draws the compiled log-weights differ from the eager ones"
-            )
+            different = "the compiled log-weights differ from the eager ones"
+        if different:
+            raise NotCompiled(f"at the same draws {different}")
         progress()
 
     def __call__(self, args: tuple) -> Tensor:
         (log_w,) = self.graph(*self.inputs, *(args[i] for i in self.positions))
         return log_w
+
+
+class _Change(NamedTuple):
+    """A tensor that a module holds besides its parameters, before and after a step."""
+
+    name: str
+    before: Tensor
+    after: Tensor
+
+
+class _Outcome(NamedTuple):
+    """Loss and gradients of a step, and what it has written."""
+
+    values: list[Tensor | None]
+    changes: list[_Change]
+
+
+class _Kept:
+    """The buffers and other tensors of a module as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._tensors = [
+            (name, tensor, tensor.detach().clone()) for _, name, tensor in attributes(module)
+        ]
+
+    def changes(self) -> list[_Change]:
+        """What has been written on them since; one that was assigned anew is not looked at."""
+        return [_Change(name, before, t.detach().clone()) for name, t, before in self._tensors]
+
+
+def _different_changes(expected: Sequence[_Change], found: Sequence[_Change]) -> str:
+    """Which buffer a graph changes in another way than an eager step, beyond rounding; "": none."""
+    numbers = [c for c in expected if c.after.is_floating_point()]
+    total = math.hypot(*(float((c.after - c.before).nan_to_num().norm()) for c in numbers))
+    for one, other in zip(expected, found, strict=True):
+        name, before, after = one
+        if not after.is_floating_point():
+            different = not torch.equal(after, other.after)
+        else:
+            half = torch.is_autocast_enabled(after.device.type)
+            tolerance = 0.1 if half else 1e-9 if after.dtype == torch.float64 else 1e-3
+            change = float((after - before).nan_to_num().norm()) + 0.03 * total
+            rounding = 16 * torch.finfo(after.dtype).eps * float(after.nan_to_num().norm())
+            error = float((after - other.after).nan_to_num().norm())
+            same = torch.equal(after.isfinite(), other.after.isfinite())
+            different = not same or error > tolerance * change + rounding
+        if different:
+            return f"the graph changes the tensor {name!r} of a module in another way than the step"
+    return ""
 
 
 def _in_own_memory(gradient: Tensor, parameter: Tensor, taken: set[int]) -> Tensor:
@@ -374,13 +434,6 @@ def _difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None
         if error > tolerance * scale + 1e-30:
             return error / (scale + 1e-30)
     return None
-
-
-def _frozen(value: Any) -> Any:
-    """The plain values in a list, tuple or dictionary."""
-    if isinstance(value, dict):
-        return tuple([(name, v) for name, v in value.items() if isinstance(v, _PLAIN)])
-    return tuple([v for v in value or () if isinstance(v, _PLAIN)])
 
 
 def _kind(arg: Any) -> Any:

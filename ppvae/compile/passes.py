@@ -25,8 +25,19 @@ def _softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: floa
     return slope if threshold >= enough else torch.where(x * beta > threshold, gradient, slope)
 
 
+def _add(x: Tensor, y: Any, *, alpha: Any = 1) -> Any:
+    """With the factor as a product: inductor of torch 2.13 drops it where y is a matrix product."""
+    return NotImplemented if alpha == 1 else x + alpha * y
+
+
+def _add_(x: Tensor, y: Any, *, alpha: Any = 1) -> Any:
+    return NotImplemented if alpha == 1 else x.add_(alpha * y)
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.softplus_backward.default: _softplus_backward
+    torch.ops.aten.softplus_backward.default: _softplus_backward,
+    torch.ops.aten.add.Tensor: _add,
+    torch.ops.aten.add_.Tensor: _add_,
 }
 
 

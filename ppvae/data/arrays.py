@@ -248,6 +248,7 @@ def _size(name: str, share: float | int, num: int) -> int:
 
 def _numbers(array: Any, name: str) -> np.ndarray:
     """``array`` as numpy numbers, not yet of a float type."""
+    columns = getattr(array, "dtypes", None)  # of a data frame
     if isinstance(array, Tensor):
         array = array.detach().cpu()
         array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has none
@@ -256,10 +257,29 @@ def _numbers(array: Any, name: str) -> np.ndarray:
     except ValueError as error:  # numpy's "inhomogeneous shape"
         raise ValueError(f"{name} has rows of different lengths: pad or cut them") from error
     if array.dtype.kind not in "biuf":
-        raise TypeError(f"{name} holds {array.dtype}: give real numbers, dense; code words as such")
+        raise TypeError(f"{name} {_no_numbers(array, name, columns)}")
     if array.size == 0:
         raise ValueError(f"{name} is empty, shape {array.shape}: give at least 3 rows")
     return array
+
+
+def _no_numbers(array: np.ndarray, name: str, columns: Any) -> str:
+    """What an array holds in the place of numbers, and how to get them."""
+    if hasattr(columns, "items"):
+        odd = [
+            f"{c!r}: {kind}"
+            for c, kind in columns.items()
+            if not isinstance(kind, np.dtype) or kind.kind not in "biuf"
+        ]
+        shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        return (
+            f"has columns that are no numbers of numpy, {shown}: give {name}.astype(float) where "
+            "they are numbers with missing ones (and fill these in), pandas.get_dummies for words"
+        )
+    if array.dtype.kind in "US":
+        how = f"as np.unique({name}, return_inverse=True)[1] does"
+        return f"holds words ({array.dtype}): code them as numbers, {how}"
+    return f"holds {array.dtype}: give real numbers, dense"
 
 
 def _finite(array: np.ndarray, name: str) -> Tensor:

@@ -238,7 +238,7 @@ def _compiled(model: Program, guide: Program, required: bool) -> Compiled:
 @functools.lru_cache(maxsize=4)
 def _kept(model: Program, guide: Program, required: bool, identity: tuple[int, ...]) -> Compiled:
     build = functools.partial(CompiledWeights, model, guide)
-    return Compiled(modules_of(model, guide), build, required)
+    return Compiled(modules_of(model, guide), build, required, (model, guide))
 
 
 def _refuse_point_masses(weights: LogWeights) -> None:

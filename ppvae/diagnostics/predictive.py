@@ -116,7 +116,7 @@ def predictive_check(
         :class:`PredictiveCheck`.
 
     Raises:
-        ValueError: bad arguments; x cannot be drawn; a statistic has another shape.
+        ValueError: bad arguments; x cannot be drawn; a statistic has another shape, or is NaN.
 
     Source: Gelman, Meng & Stern, Posterior predictive assessment of model fitness via realized
     discrepancies, 1996.
@@ -187,6 +187,12 @@ def _of(name: str, statistic: Statistic, values: Tensor) -> Tensor:
         raise ValueError(
             f"statistic {name!r} must give one value per row, ({len(values)},), of data "
             f"{tuple(values.shape)}, got {tuple(found.shape)}"
+        )
+    if (missing := found.isnan()).any():
+        raise ValueError(
+            f"statistic {name!r} is NaN for {int(missing.sum())} of {len(found)} rows, first in "
+            f"row {int(missing.nonzero()[0])}, so it cannot be ranked; choose one that is a number "
+            "for every row, or leave out rows with missing values"
         )
     return found
 

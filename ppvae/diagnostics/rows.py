@@ -12,7 +12,14 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.check.pair import PairError, check_batch, check_tensors, names
+from ppvae.check.pair import (
+    PairError,
+    check_batch,
+    check_shapes,
+    check_tensors,
+    check_values,
+    names,
+)
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, evaluation_mode, own_path, seeded
 from ppvae.program import module_of
 from ppvae.weights import LogWeights
@@ -31,11 +38,18 @@ def check_data(program: Program, args: Sequence[Any]) -> int:
         PairError: an argument is an array of another library; a tensor is empty, NaN or infinite,
             or has another number of rows.
     """
+    rows = _check_rows(program, args)
+    check_tensors(program, args)
+    return rows
+
+
+def _check_rows(program: Program, args: Sequence[Any]) -> int:
+    """N; the same errors but for what the tensors hold."""
     for name, arg in zip(names(program, args), args, strict=True):
         if not isinstance(arg, Tensor) and hasattr(arg, "__array__") and np.ndim(arg) > 0:
             seen = type(arg).__name__
             raise PairError(f"argument {name!r} must be a tensor, got {seen}: torch.as_tensor(...)")
-    check_tensors(program, args)
+    check_shapes(program, args)
     rows = count_rows(args)
     if not rows:
         raise ValueError("no data: pass tensors with one row per datapoint, e.g. (model, guide, x)")
@@ -48,16 +62,14 @@ def count_rows(args: Sequence[Any]) -> int:
 
 
 def check_pair_and_data(model: Program, guide: Program, args: Sequence[Any]) -> int:
-    """:func:`check_data`, and raise ``PairError`` unless the pair fits and accepts every row.
+    """N; raise as :func:`check_data` does, and ``PairError`` unless the pair takes every row.
 
-    For passes over the weights, which run with Pyro's validation off.
+    It may mask values that are NaN. For passes over the weights, which run with Pyro's validation
+    off.
     """
-    rows = check_data(model, args)
-    for position, check in check_batch(model, guide, *take(args, slice(_CHECKED_ROWS))):
-        try:
-            check(args[position])
-        except ValueError as error:
-            raise PairError(f"argument {names(model, args)[position]!r}: {error}") from error
+    rows = _check_rows(model, args)
+    checks = check_batch(model, guide, *take(args, slice(_CHECKED_ROWS)))
+    check_values(model, guide, args, checks)
     return rows
 
 

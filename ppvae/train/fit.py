@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from ppvae.check.pair import check_batch
-from ppvae.elbo import Estimator
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.train import refusals
 from ppvae.train.callbacks import Callback, all_callbacks, all_loggers, log, overridden
@@ -99,10 +98,12 @@ def fit(
         :class:`History`, whose repr is a table; ``history.plot()`` draws it.
 
     Raises:
-        PairError, ValueError: before the first step: bad data, values outside the likelihood's
-            support, a pair that does not fit together, a last batch too small for batch norm, fewer
-            points than a mixture has components, CUDA asked for but absent. The batches of a
-            ``DataLoader`` or a file are checked in the first epoch, each before its step.
+        PairError, ValueError, TypeError: before the first step: bad data, values outside the
+            likelihood's support or NaN (unless model and guide mask them), a pair that does not fit
+            together, or that has no bound per datapoint to validate it by, a last batch too small
+            for batch norm, fewer points than a mixture has components, a device that is not there.
+            The batches of a ``DataLoader`` or a file are checked in the first epoch, each before
+            its step.
         NonFiniteError: a loss or gradient became NaN or infinite; see :class:`ppvae.SVI`. The
             checkpoints written before stay.
         CollapsedComponent: after an epoch, by ``models.GaussianMixture``; checkpoints stay, too.
@@ -121,7 +122,7 @@ def fit(
         [1, 2]
     """
     valid = getattr(data if valid is None else valid, "valid", valid)
-    refusals.check_arguments(epochs, batch_size, patience, valid, device, fabric)
+    refusals.check_arguments(epochs, batch_size, patience, valid, lr_scheduler, device, fabric)
     files = checkpoints_for(checkpoint, resume)
     callbacks = all_callbacks(on_epoch_end, callbacks)
     loggers = all_loggers(loggers, fabric)
@@ -130,18 +131,24 @@ def fit(
     if fabric is not None:
         target = fabric.device
     common = (batch_size, target, processes, files is not None)
-    train_data = source("data", getattr(data, "train", data), *common)
+    data = getattr(data, "train", data)
+    for given in (data, valid):
+        refusals.check_tensors(svi.model, given)
+    train_data = source("data", data, *common)
     valid_data = None if valid is None else source("valid", valid, *common)
     train_data.check_processes()
     refusals.require_whole(svi.guide, train_data)
     if target is not None:
         _move(svi, target)
     first = train_data.first()
-    train_data.check(svi.model, refusals.prepare(svi, first))
+    train_data.check(svi.model, svi.guide, refusals.prepare(svi, first))
     refusals.require_two_rows(svi, train_data, first)
     check_model = refusals.before_fit(svi.model, train_data, first)
     if valid_data is not None:
-        valid_data.check(svi.model, check_batch(svi.model, svi.guide, *valid_data.first()))
+        first = valid_data.first()
+        pair = svi.model, svi.guide
+        valid_data.check(*pair, check_batch(*pair, *first))
+        refusals.require_bound(svi, first)
 
     processes.copy_from_first(svi.objective)
     processes.own_draws()
@@ -211,7 +218,7 @@ def _epoch(run: Run, interrupt: Interrupt) -> bool:
         for batch, rows in batches:
             processes.contributes = rows > 0
             loss = svi.update(*batch)
-            progress.add(loss, rows, svi.skip_nonfinite)
+            progress.add(run.of_its_rows(loss, batch), rows, svi.skip_nonfinite)
             for call in after_step:
                 call(svi, loss)
             is_due = every_steps is not None and svi.num_steps % every_steps == 0
@@ -268,13 +275,11 @@ def mean_bound(
     svi: SVI, batches: Iterable[Batch], seed: int, processes: Processes | None = None
 ) -> float:
     """The bound on log p(x) over batches, nats per datapoint, in evaluation mode, same draws."""
+    estimator = svi.evaluator
     with evaluation_mode(svi.objective), seeded(seed, *svi.objective.parameters()):
         total, count = 0.0, 0.0
         for batch in batches:
-            if isinstance(svi.elbo, Estimator):
-                total += svi.elbo.evaluate(svi.model, svi.guide, *batch).sum().item()
-            else:
-                total -= svi.evaluate_loss(*batch)
+            total += estimator.evaluate(svi.model, svi.guide, *batch).sum().item()
             count += len(batch[0])
     if processes is not None:
         total, count = processes.sum(total, count)

@@ -27,8 +27,8 @@ Lists = tuple[list[dict[str, Any]], list[Tensor], list[Tensor], list[Tensor], Te
 class Adam(optim.Adam):
     """``torch.optim.Adam`` whose fused steps on the CPU cost less, and are the same to the bit.
 
-    State, hooks and schedulers are those of torch. Where no lists can be kept (the first step, a
-    parameter without gradient, amsgrad, another device) the step is torch's own.
+    State, hooks and schedulers are those of torch. Where no lists can be kept (the first step,
+    amsgrad, another device) the step is torch's own. A parameter without gradient is passed over.
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.ones(2))
@@ -51,40 +51,41 @@ class Adam(optim.Adam):
     step.hooked = True  # type: ignore[attr-defined]  # it calls hooks itself, so torch need not add them
 
     def _step(self, closure: Any = None) -> Any:
-        if closure is not None or not self._keep_lists():
+        groups = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
+        if closure is not None or not self._keep_lists(groups):
             return _without_hooks(optim.Adam.step)(self, closure)
         with torch.no_grad():
-            for group, (_, averages, squares, steps, counts) in zip(
-                self.param_groups, self._kept, strict=True
+            for group, params, (_, averages, squares, steps, counts) in zip(
+                self.param_groups, groups, self._kept, strict=True
             ):
                 counts.add_(1)
                 decoupled = group["decoupled_weight_decay"]
                 update: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
-                tensors: Any = [p.grad for p in group["params"]], averages, squares, [], steps
+                tensors: Any = [p.grad for p in params], averages, squares, [], steps
                 rest = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
                 beta1, beta2 = group["betas"]
-                update(group["params"], *tensors, beta1=beta1, beta2=beta2, amsgrad=False, **rest)
+                update(params, *tensors, beta1=beta1, beta2=beta2, amsgrad=False, **rest)
         return None
 
     # With what torch puts around every step: the user's hooks, which may change everything.
     _hooked_step = Optimizer.profile_hook_step(_step)
 
-    def _keep_lists(self) -> bool:
-        """Whether a step may use lists of all groups; where they are out of date, make them."""
-        if not all(self._is_plain(group) for group in self.param_groups):
+    def _keep_lists(self, groups: list[list[Tensor]]) -> bool:
+        """Whether a step may use lists of all groups; where they are out of date, make them.
+
+        Args:
+            groups: what has a gradient in each.
+        """
+        if not all(map(self._is_plain, self.param_groups, groups)):
             return False
-        current = len(self._kept) == len(self.param_groups) and all(
-            self._are_of(lists, group["params"])
-            for lists, group in zip(self._kept, self.param_groups, strict=True)
-        )
+        current = len(self._kept) == len(groups) and all(map(self._are_of, self._kept, groups))
         if not current:
-            groups = [group["params"] for group in self.param_groups]
             if not all(map(self._can_keep, groups)):
                 return False
             self._kept = list(map(self._lists, groups))
         return True
 
-    def _is_plain(self, group: dict[str, Any]) -> bool:
+    def _is_plain(self, group: dict[str, Any], params: list[Tensor]) -> bool:
         """Whether a group needs no more than the update itself."""
         unusual = group["amsgrad"] or group["differentiable"] or group["capturable"]
         scaled = getattr(self, "found_inf", None) is not None
@@ -92,7 +93,7 @@ class Adam(optim.Adam):
         return (
             group["fused"]
             and not (unusual or scaled or any(map(torch.is_tensor, numbers)))
-            and all(p.grad is not None and not p.grad.is_sparse for p in group["params"])
+            and not any(p.grad.is_sparse for p in params)  # type: ignore[union-attr]
         )
 
     def _are_of(self, lists: Lists, params: list[Tensor]) -> bool:

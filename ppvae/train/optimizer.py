@@ -17,28 +17,72 @@ from ppvae.train import fused_adam
 _CHEAPER: dict[Any, Any] = {Adam: fused_adam.Adam, AdamW: fused_adam.AdamW}
 
 
+def check_optim(optim: Any) -> None:
+    """Raise ``TypeError`` for what is no optimiser and makes none."""
+    if not callable(optim) and not isinstance(optim, torch.optim.Optimizer):
+        raise TypeError(f"optim takes a torch.optim class, a factory or a PyroOptim, got {optim!r}")
+
+
 def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
-    """A torch optimiser over a module's trainable parameters; ``optim``: see :class:`ppvae.SVI`."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters:
+    """A torch optimiser over a module's parameters; ``optim``: see :class:`ppvae.SVI`.
+
+    It holds frozen ones too: they have no gradient, so it passes over them until they have one.
+    """
+    parameters = [p for p in module.parameters() if p.is_floating_point() or p.is_complex()]
+    if not any(p.requires_grad for p in parameters):
         raise ValueError(
             "model and guide have no trainable parameters: make the networks attributes of them"
         )
     if isinstance(optim, torch.optim.Optimizer):
         held = {id(p) for group in optim.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in parameters):
+        if not any(id(p) in held and p.requires_grad for p in parameters):
             raise ValueError("the optimiser holds none of the pair's parameters: pass its class")
         return optim
     if isinstance(optim, pyro.optim.PyroOptim):
         optim = _from_pyro(optim)
-    if not callable(optim):
-        raise TypeError(f"optim takes a torch.optim class, a factory or a PyroOptim, got {optim!r}")
     made = functools.partial(optim)  # equal to ``optim``, if that is a partial already
     _check_first_order(made.func)
-    if {"fused", "foreach"} & made.keywords.keys() or not _can_fuse(made.func, parameters):
+    # torch's fused momentum fails where a parameter gets its first gradient after the others
+    settled = {"fused", "foreach"} & made.keywords.keys() or made.keywords.get("momentum")
+    if settled or not _can_fuse(made.func, parameters):
         return optim(parameters)
     factory = _CHEAPER.get(made.func, made.func)
     return factory(*made.args, parameters, **made.keywords, fused=True)
+
+
+def take_up(optimizer: torch.optim.Optimizer, optim: Any, module: nn.Module) -> None:
+    """Let an optimiser hold the parameters that a module has now, as one made for it would.
+
+    What it remembers of those that stay is kept, and new ones start without. An optimiser that was
+    given as such holds what its owner has put into it.
+
+    Raises:
+        ValueError: the factory now makes other groups.
+    """
+    if isinstance(optim, torch.optim.Optimizer):
+        return
+    now = build_optimizer(optim, module)
+    if now is optimizer:  # a factory that has made it before
+        return
+    if len(now.param_groups) != len(optimizer.param_groups):
+        raise ValueError(
+            "the pair has other parameters than before, and of these optim makes "
+            f"{len(now.param_groups)} groups in the place of {len(optimizer.param_groups)}: make a "
+            "new SVI"
+        )
+    for group, other in zip(optimizer.param_groups, now.param_groups, strict=True):
+        group["params"] = other["params"]
+    held = {id(p) for group in now.param_groups for p in group["params"]}
+    for gone in [p for p in optimizer.state if id(p) not in held]:
+        del optimizer.state[gone]
+    for p, state in now.state.items():  # of an optimiser that has one before its first step
+        optimizer.state.setdefault(p, state)
+
+
+def left_out(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module, by name, that an optimiser does not hold."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in module.named_parameters() if id(p) not in held}
 
 
 def _check_first_order(factory: Any) -> None:

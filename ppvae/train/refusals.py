@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ppvae.check.pair import Checks, PairError, check_batch, names
-from ppvae.elbo import Estimator
+from ppvae.check.pair import Checks, PairError, check_batch, check_shapes, names
 from ppvae.pairs import unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.train.sources import Batch, Source
@@ -21,15 +22,30 @@ from ppvae.weights import log_weights
 
 
 def check_arguments(
-    epochs: int, batch_size: int, patience: int | None, valid: Any, device: Any, fabric: Any
+    epochs: int,
+    batch_size: int,
+    patience: int | None,
+    valid: Any,
+    lr_scheduler: Any,
+    device: Any,
+    fabric: Any,
 ) -> None:
-    """Raise ``ValueError`` for arguments of ``fit`` that mean nothing, alone or together."""
+    """Raise for arguments of ``fit`` that mean nothing, alone or together."""
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
+        if value is not None and not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}: give {name}=int(...)")
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
     if patience is not None and patience < 1:
         raise ValueError(f"patience must be at least 1, or None for no early stopping: {patience}")
     if patience is not None and valid is None:
         raise ValueError("patience needs a validation bound: pass valid=..., or a data.Dataset")
+    if lr_scheduler is not None and not callable(lr_scheduler):
+        kind = type(lr_scheduler).__name__
+        raise TypeError(
+            f"lr_scheduler takes a function from the optimiser to a scheduler, got a {kind}: give "
+            f"lambda optimizer: {kind}(optimizer, ...)"
+        )
     if fabric is not None and device is not None:
         raise ValueError(f"the Fabric says where to train: leave out device={str(device)!r}")
 
@@ -38,7 +54,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """``"auto"`` is CUDA if there is one, else the CPU.
 
     Raises:
-        ValueError: an unknown device, or CUDA is asked for but absent.
+        ValueError: an unknown device, or one that is not there.
 
     Example:
         >>> from ppvae.train.fit import resolve_device
@@ -55,7 +71,20 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(
             f"device={str(device)!r}, but this PyTorch sees no CUDA device: use 'cpu' or 'auto'"
         )
+    try:
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise ValueError(
+            f"device={str(device)!r}, but this PyTorch sees no such device: use 'cpu' or 'auto'"
+        ) from error
     return resolved
+
+
+def check_tensors(model: Any, data: Any) -> None:
+    """Raise ``PairError`` for tensors that cannot be cut into batches; leave other data alone."""
+    tensors = (data,) if isinstance(data, Tensor) else data
+    if isinstance(tensors, (tuple, list)):
+        check_shapes(model, tensors)
 
 
 def require_whole(guide: Any, data: Source) -> None:
@@ -107,6 +136,18 @@ def prepare(svi: SVI, batch: Batch) -> Checks:
         raise
 
 
+def require_bound(svi: SVI, batch: Batch) -> None:
+    """Refuse validation of a pair that has no bound per datapoint, before it is trained."""
+    with unnoticed(svi.model, svi.guide), pyro.validation_enabled(False):
+        try:
+            svi.evaluator.evaluate(svi.model, svi.guide, *batch)
+        except ValueError as error:
+            raise PairError(
+                f"no validation bound: {error}, or train without valid= (of a Dataset: pass its "
+                "train)"
+            ) from error
+
+
 def require_two_rows(svi: SVI, data: Source, batch: Batch) -> None:
     """Refuse a last batch of one row where batch norm would have one value per channel."""
     single = data.single_row()
@@ -143,14 +184,10 @@ def _layer_of_single_values(svi: SVI, batch: Batch) -> str | None:
             found.append(layers[layer])
 
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    if isinstance(svi.elbo, Estimator):
-        K = svi.elbo.num_draws
-    else:  # Pyro's own estimators run particles one by one, unless they are told to vectorise
-        K = svi.elbo.num_particles if svi.elbo.vectorize_particles else 1
     row = [tensor[:1] for tensor in batch]
     try:
         with unnoticed(svi.model, svi.guide), local_parameters(), pyro.validation_enabled(False):
-            log_weights(svi.model, svi.guide, *row, num_particles=K)
+            log_weights(svi.model, svi.guide, *row, num_particles=svi.particles_at_once)
     except ValueError:  # from a layer without running statistics, which needs two values
         if not found:
             raise

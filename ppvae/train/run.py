@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ppvae.train.callbacks import Callback, overridden
 from ppvae.train.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
 from ppvae.train.history import History
 from ppvae.train.processes import Processes
-from ppvae.train.sources import Source
+from ppvae.train.sources import Batch, Source
 from ppvae.train.svi import SVI
 
 
@@ -98,6 +98,21 @@ class Run:
     epochs: int
     seed: int
     patience: int | None
+    _shares: dict[int, float] = field(default_factory=dict)
+
+    def of_its_rows(self, loss: Tensor, batch: Batch) -> Tensor:
+        """The loss of a batch as a sum over its rows, and not over the data set it is part of.
+
+        A data plate with a size scales it. Which share of that the rows are follows from their
+        number, so it is found once for each.
+        """
+        rows = len(batch[0])
+        if rows not in self._shares:
+            if not loss.isfinite():  # a draw may have failed, and would again
+                return loss
+            self._shares[rows] = rows / self.svi.full_size(*batch)
+        share = self._shares[rows]
+        return loss if share == 1 else loss * share
 
     @property
     def stateful(self) -> list[Callback]:

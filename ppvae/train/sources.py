@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from ppvae.check.pair import Checks, PairError, check_tensors, names
+from ppvae.check.pair import Checks, check_values
 from ppvae.data.split import check_unit_interval
 from ppvae.train.checkpoint import CheckpointError, rng_state, set_rng_state
 from ppvae.train.processes import Processes
@@ -54,9 +54,11 @@ def source(
         return Kept(split.batch, _stored(split), *common)
     tensors = (data,) if isinstance(data, Tensor) else data
     if not isinstance(tensors, (tuple, list)) or not _are_tensors(tensors):
+        of_torch = isinstance(data, torch.utils.data.Dataset)
+        cure = "give DataLoader(it)" if of_torch else "wrap arrays with data.from_arrays(x, y)"
         raise TypeError(
             f"{label} must be a data.Dataset or a split of one, a tensor, a tuple of tensors or a "
-            f"DataLoader, got {type(data).__name__}; wrap arrays with data.from_arrays(x, y)"
+            f"DataLoader, got {_kind(data)}; {cure}"
         )
     placed = _placed(tensors, device)
     return Kept(lambda epoch: placed, (placed, ""), *common)
@@ -79,7 +81,7 @@ class Source(ABC):
     def __init__(self, label: str, batch_size: int, device: Device, processes: Processes) -> None:
         self.label, self.batch_size = label, batch_size
         self.device, self.processes = device, processes
-        self._to_check: tuple[Any, Checks] | None = None  # the model, and its checks of rows
+        self._to_check: tuple[Any, Any, Checks] | None = None  # the pair, and its checks of rows
 
     # -- batches ---------------------------------------------------------------------------------
     @abstractmethod
@@ -116,28 +118,22 @@ class Source(ABC):
         """Rows of an epoch and of a batch, if the last batch is known to have only one row."""
         return None if self.num_rows is None else _single_row(self.num_rows, self.batch_size)
 
-    def check(self, model: Any, checks: Checks) -> None:
-        """Check all rows: finite, of one length, in the likelihood's support.
+    def check(self, model: Any, guide: Any, checks: Checks) -> None:
+        """Check all rows: of one length, and numbers in the likelihood's support, unless masked.
 
         Rows in memory are checked now, others when they are read, until all have been seen.
         """
-        self._to_check = model, checks
+        self._to_check = model, guide, checks
         whole = self.whole()
         if whole is not None:
             self._check_rows(whole)
             self._to_check = None
 
     def _check_rows(self, batch: Batch) -> None:
-        if self._to_check is None:
-            return
-        model, checks = self._to_check
-        check_tensors(model, batch)
-        for position, check in checks:
-            try:
-                check(batch[position])
-            except ValueError as error:
-                label = names(model, batch)[position]
-                raise PairError(f"argument {label!r} in {self.label}: {error}") from error
+        if self._to_check is not None:
+            model, guide, checks = self._to_check
+            trains = self.label == "data"
+            check_values(model, guide, batch, checks, where=f" in {self.label}", trains=trains)
 
     def check_processes(self) -> None:  # noqa: B027
         """Raise if the processes would train on the same rows; here each gets its own."""
@@ -347,7 +343,8 @@ class Loaded(Source):
         if not isinstance(batch, (tuple, list)) or not _are_tensors(batch):
             raise TypeError(
                 f"{self.label}: the DataLoader must yield a tensor or a tuple of tensors, as model "
-                f"and guide are called, got {loaded!r:.200}; give it a collate_fn"
+                f"and guide are called, got {_kind(loaded)}; give it a collate_fn, such as lambda "
+                "rows: torch.stack([row['x'] for row in rows])"
             )
         return tuple(batch)
 
@@ -419,6 +416,17 @@ def _rows(whole: Batch, index: Tensor) -> Batch:
 
 def _single_row(rows: int, size: int) -> tuple[int, int] | None:
     return (rows, size) if size == 1 or rows % size == 1 else None
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in a word or two for messages."""
+    name = type(value).__name__
+    if isinstance(value, dict):
+        return f"{name} of {', '.join(map(repr, list(value)[:3]))}"
+    if isinstance(value, (tuple, list)):
+        kinds = dict.fromkeys(type(part).__name__ for part in value)
+        return f"{name} of {', '.join(list(kinds)[:3]) or 'nothing'}"
+    return name
 
 
 def _are_tensors(values: Sequence[Any]) -> bool:

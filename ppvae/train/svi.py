@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,11 +18,13 @@ from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.check.pair import Checks, check_batch
 from ppvae.compile.compiled import Compiled, CompiledGradients
 from ppvae.compile.cuda_graph import CudaGraph
+from ppvae.compile.fixed import Fixed
 from ppvae.compile.graph import unmoved
 from ppvae.elbo import ELBO, Estimator
-from ppvae.pairs import NotCompiled
+from ppvae.pairs import NotCompiled, seeded
 from ppvae.program import local_parameters, method_owners, require_own_parameters
-from ppvae.train.optimizer import build_optimizer
+from ppvae.train.optimizer import build_optimizer, check_optim, left_out, take_up
+from ppvae.weights import log_weights
 
 _CURES = "Lower the learning rate, clip (SVI(clip_norm=...)), bound the predicted scale"
 
@@ -29,7 +32,10 @@ _CURES = "Lower the learning rate, clip (SVI(clip_norm=...)), bound the predicte
 class SVI(pyro.infer.SVI):
     r"""Stochastic variational inference with parameters in modules and one fused optimiser.
 
-    Used like ``pyro.infer.SVI``; Pyro's global parameter store is not touched.
+    Used like ``pyro.infer.SVI``; Pyro's global parameter store is not touched. What is frozen
+    (``requires_grad_(False)``) is not trained until it is frozen no more; networks and parameters
+    that are put in the place of others, or added, are trained from the next step on, each with a
+    fresh state of the optimiser.
 
     Args:
         model, guide: Pyro programs: ``ppvae.Program``, any ``nn.Module`` or ``PyroModule``, or a
@@ -37,7 +43,8 @@ class SVI(pyro.infer.SVI):
         optim: a ``torch.optim`` class or a factory ``parameters -> optimiser`` such as
             ``functools.partial(torch.optim.Adam, lr=1e-3)``; a torch optimiser; or a ``PyroOptim``
             with one dictionary of arguments. Where torch has a fused implementation it is used,
-            unless ``fused`` is set.
+            unless ``fused`` is set. An optimiser trains what it holds; if that is not all, a
+            warning names the rest.
         loss: an estimator from :mod:`ppvae.elbo`; or a Pyro ELBO that is differentiable
             (``Trace_ELBO``, ``TraceMeanField_ELBO``, ``TraceEnum_ELBO``).
         clip_norm: largest allowed global 2-norm of the gradient of the loss (summed over the
@@ -85,6 +92,7 @@ class SVI(pyro.infer.SVI):
         skip_nonfinite: bool = False,
     ) -> None:
         loss = loss if loss is not None else ELBO()
+        check_optim(optim)
         _check_arguments(loss, clip_norm, compile)
         self.model, self.guide, self.elbo, self.clip_norm = model, guide, loss, clip_norm
         self.objective: nn.Module = loss(model, guide)
@@ -97,6 +105,10 @@ class SVI(pyro.infer.SVI):
         self.synchronize: Callable[[list[Tensor]], None] | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._compiled: Compiled | None = None
+        self._fixed: Fixed | None = None  # what the optimiser was made for
+        self._foreign_refused = False  # whether a loss has been looked through for parameters
+        self._left_out: dict[str, nn.Parameter] = {}  # not held by the optimiser
+        self._warned: set[str] = set()  # names of those, once a warning has been given
         self._buffers: list[dict[str, Tensor | None]] = []  # of modules: a move replaces tensors
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
         self._reported = (0, 0)  # steps and skipped steps when check_finite was last called
@@ -107,14 +119,43 @@ class SVI(pyro.infer.SVI):
         Returns:
             What :func:`ppvae.check.pair.check_batch` returns.
         """
-        checks = check_batch(self.model, self.guide, *args, **kwargs)
+        K = self.particles_at_once
+        checks = check_batch(self.model, self.guide, *args, num_particles=K, **kwargs)
         if self.optimizer is None:
             self._build()
         return checks
 
     def _build(self) -> None:
         self.optimizer = build_optimizer(self.optim, self.objective)
+        self._look_at_pair()
+
+    def _take_up(self) -> None:
+        """Train what the pair consists of by now: networks and parameters have been replaced."""
+        assert self.optimizer is not None
+        self.objective.owners = method_owners(self.model, self.guide)
+        take_up(self.optimizer, self.optim, self.objective)
+        self._look_at_pair()
+
+    def _look_at_pair(self) -> None:
+        self._fixed = Fixed(self.objective, (self.model, self.guide))
+        self._foreign_refused = False
         self._buffers = [m._buffers for m in self.objective.modules() if m._buffers]
+        assert self.optimizer is not None
+        self._left_out = left_out(self.optimizer, self.objective)
+        self._warn_of_left_out()
+
+    def _warn_of_left_out(self) -> None:
+        """Warn once of each parameter that requires a gradient and that nobody updates."""
+        names = [name for name, p in self._left_out.items() if p.requires_grad]
+        names = [name for name in names if name not in self._warned]
+        self._warned.update(names)
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            warnings.warn(
+                f"the optimiser does not hold {', '.join(names[:3])}{more}, so they stay as they "
+                "are; give it all parameters of the pair, or freeze these: requires_grad_(False)",
+                stacklevel=5,
+            )
 
     @property
     def build_seconds(self) -> float:
@@ -130,6 +171,10 @@ class SVI(pyro.infer.SVI):
         """One step; the loss as a 0-d tensor, so that nothing waits for the device."""
         if self.optimizer is None:
             self.prepare(*args, **kwargs)
+        elif self._fixed is not None and self._fixed.renew():
+            self._take_up()
+        elif self._left_out:
+            self._warn_of_left_out()
         key = self._capture_key(args, kwargs) if self.compile else None
         loss = self._step(args, kwargs) if key is None else self._replay(key, args, kwargs)
         self.num_steps += 1
@@ -146,6 +191,7 @@ class SVI(pyro.infer.SVI):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             parameter.grad = None
+        parameters = [p for p in parameters if p.requires_grad]
         try:
             loss = self._loss(args, kwargs)
         except (RuntimeError, ValueError) as error:
@@ -185,15 +231,17 @@ class SVI(pyro.infer.SVI):
             self.autocast(),
         ):
             loss: Tensor = self.objective(*args, **kwargs)
-        if self.num_steps == 0:
+        if not self._foreign_refused:
             require_own_parameters(loss, self.objective)
+            self._foreign_refused = True
         loss.backward()
         return loss.detach()
 
     def _compiled_loss(self, args: tuple, kwargs: dict) -> Tensor | None:
         """The same by a compiled graph; None if there is none for these arguments."""
         if self._compiled is None:
-            self._compiled = Compiled(self.objective, CompiledGradients, self.compile is True)
+            programs, required = (self.model, self.guide), self.compile is True
+            self._compiled = Compiled(self.objective, CompiledGradients, required, programs)
         with self.autocast():
             return self._compiled(args, kwargs)
 
@@ -227,7 +275,7 @@ class SVI(pyro.infer.SVI):
         """What a captured step depends on besides the values of tensors; None: do not capture."""
         assert self.optimizer is not None
         groups = self.optimizer.param_groups
-        first = groups[0]["params"][0]
+        first = next(p for group in groups for p in group["params"] if p.requires_grad)
         if not (first.is_cuda and self.synchronize is None):
             return None
         if not all(group.get("fused") and "capturable" in group for group in groups):
@@ -304,6 +352,32 @@ class SVI(pyro.infer.SVI):
         )
 
     # -- evaluation and state --------------------------------------------------------------------
+    @property
+    def evaluator(self) -> Estimator:
+        """The estimator whose bound is reported; for an ELBO of Pyro's, which scales, this one."""
+        if isinstance(self.elbo, Estimator):
+            return self.elbo
+        return ELBO(num_particles=self.elbo.num_particles)
+
+    def full_size(self, *args: Any, **kwargs: Any) -> float:
+        """How many datapoints the loss of a batch sums over: N, or that of a plate with a size."""
+        with (
+            unmoved(self.objective),
+            seeded(0, *args),
+            torch.no_grad(),
+            local_parameters(),
+            pyro.validation_enabled(False),
+        ):
+            K = self.particles_at_once
+            return log_weights(self.model, self.guide, *args, num_particles=K, **kwargs).full_size
+
+    @property
+    def particles_at_once(self) -> int:
+        """How many particles a program is run with; Pyro's ELBOs take one by one unless told."""
+        if isinstance(self.elbo, Estimator):
+            return self.elbo.num_draws
+        return self.elbo.num_particles if self.elbo.vectorize_particles else 1
+
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss on a batch, without a step."""
         with torch.no_grad(), local_parameters():
