@@ -15,14 +15,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Transform
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ppvae.check.behaviour import same_support, support_of
+from ppvae.check.behaviour import coordinates, is_real, same_support
+from ppvae.check.sites import describe, latent_support
 from ppvae.diagnostics.rows import check_data, rows_per_piece, take
 from ppvae.enumeration import sum_out, total
 from ppvae.latents import check_latents
@@ -32,7 +32,9 @@ from ppvae.pairs import (
     Enumerate,
     Site,
     evaluation_mode,
+    is_discrete,
     is_enumerated,
+    kind,
     own_path,
     replay,
     sample_sites,
@@ -266,8 +268,8 @@ class Joint:
     def _pack(self, drawn: Trace) -> Tensor:
         sites, parts = sample_sites(drawn), []
         for name, layout in self.layouts.items():
-            value, support = _value(sites[name], self._leftmost), support_of(sites[name]["fn"])
-            value = value if _is_real(support) else biject_to(support).inv(value)
+            fn, value = sites[name]["fn"], _value(sites[name], self._leftmost)
+            value = value if is_real(latent_support(fn)) else coordinates(fn).inv(value)
             parts.append(layout.pack(value))
         return torch.cat(parts, -1)
 
@@ -343,11 +345,10 @@ class _Given(Messenger):
         u = self.unconstrained.get(msg["name"])
         if u is None or msg["is_observed"]:
             return
-        support = support_of(msg["fn"])
-        if _is_real(support):
+        if is_real(latent_support(msg["fn"])):
             msg["value"] = u
         else:
-            transform = biject_to(support)
+            transform = coordinates(msg["fn"])
             msg["value"] = transform(u)
             log_det = transform.log_abs_det_jacobian(u, msg["value"])
             extra = transform.codomain.event_dim - msg["fn"].event_dim
@@ -365,10 +366,24 @@ def _value(site: Site, leftmost: int) -> Tensor:
     return value
 
 
+def require_coordinates(name: str, fn: Any) -> Transform:
+    """:func:`~ppvae.check.behaviour.coordinates`; ``ValueError`` if a latent has none."""
+    try:
+        return coordinates(fn)
+    except NotImplementedError as error:
+        support = latent_support(fn)
+        where = "unknown support" if support is None else describe(support)
+        raise ValueError(
+            f"latent {name!r} ({kind(fn)}, {where}) has no unconstrained coordinates to sample or "
+            "integrate in; use diagnostics.log_evidence, or draw real numbers in model and guide "
+            "and map them onto the support there"
+        ) from error
+
+
 def _layout(site: Site, leftmost: int) -> Layout:
     """The layout of a latent of a trace with a plate of chains."""
     name, fn = site["name"], site["fn"]
-    if fn.support.is_discrete:
+    if is_discrete(fn):
         raise ValueError(
             f"latent {name!r} is discrete ({type(fn).__name__}), so it has no gradient; sum it "
             'out: mark it infer={"enumerate": "parallel"} in the model'
@@ -380,14 +395,8 @@ def _layout(site: Site, leftmost: int) -> Layout:
             f'datapoint; put it inside `with pyro.plate("{DATA_PLATE}", len(x)):`'
         )
     value, data_dim = _value(site, leftmost), frames[0].dim
-    event = tuple(biject_to(support_of(fn)).inv(value).shape[-leftmost:])
+    event = tuple(require_coordinates(name, fn).inv(value).shape[-leftmost:])
     plates = tuple(value.shape[1:-leftmost])
     inside = {f.dim for f in site["cond_indep_stack"]} - {data_dim}
     inner = tuple(size for i, size in enumerate(plates) if i - len(plates) in inside)
     return Layout(plates, data_dim, inner, event, math.prod(inner + event))
-
-
-def _is_real(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.real

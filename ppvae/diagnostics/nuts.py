@@ -13,10 +13,21 @@ from pyro.infer import MCMC
 from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
+from ppvae.check.sites import is_angle
 from ppvae.diagnostics.arviz_bridge import require_arviz
 from ppvae.diagnostics.chains import PosteriorDraws, convergence, joined
+from ppvae.diagnostics.joint import require_coordinates
 from ppvae.diagnostics.rows import check_at_least, check_data, take
-from ppvae.pairs import DATA_PLATE, evaluation_mode, own_path, sample_sites, seeded, trace
+from ppvae.pairs import (
+    DATA_PLATE,
+    evaluation_mode,
+    is_discrete,
+    kind,
+    own_path,
+    sample_sites,
+    seeded,
+    trace,
+)
 
 
 def nuts(
@@ -46,7 +57,8 @@ def nuts(
 
     Raises:
         PairError: empty, NaN or infinite data.
-        ValueError: too few chains or draws for the gates; a discrete latent.
+        ValueError: too few chains or draws for the gates; a discrete latent, an angle, a latent on a
+            sphere.
 
     Source: Hoffman & Gelman, The No-U-Turn Sampler, 2014; Pyro's implementation.
 
@@ -66,7 +78,7 @@ def nuts(
     check_at_least(8, num_draws=num_draws)  # for R-hat and ESS
     rows = check_data(model, args)
     require_arviz()
-    _refuse_discrete(model, args)
+    _refuse_others(model, args)
     started = time.perf_counter()
     with seeded(seed, *args), own_path(), evaluation_mode(model):
         parts = [
@@ -76,17 +88,30 @@ def nuts(
     return replace(joined(parts), seconds=time.perf_counter() - started)
 
 
-def _refuse_discrete(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Raise ``ValueError``: NUTS sums discrete latents out, and draws then have no log p(x, z)."""
+def _refuse_others(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Raise ``ValueError`` for latents that Pyro's NUTS does not draw, or not from the posterior.
+
+    It sums discrete ones out, and draws then have no log p(x, z); it takes an angle for a real
+    number, over which its density has no integral.
+    """
     with own_path(), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         sites = sample_sites(trace(model, args, {}))
     for name, site in sites.items():
-        if not site["is_observed"] and site["fn"].support.is_discrete:
+        if site["is_observed"]:
+            continue
+        fn = site["fn"]
+        if is_discrete(fn):
             raise ValueError(
-                f"latent {name!r} is discrete ({type(site['fn']).__name__}); mark it "
+                f"latent {name!r} is discrete ({kind(fn)}); mark it "
                 'infer={"enumerate": "parallel"} in the model and use diagnostics.hmc, which sums '
                 "it out"
             )
+        if is_angle(fn):
+            raise ValueError(
+                f"latent {name!r} is an angle ({kind(fn)}), which Pyro's NUTS takes for a real "
+                "number; use diagnostics.hmc, which stays in (-pi, pi]"
+            )
+        require_coordinates(name, fn)
 
 
 def _one_datapoint(
