@@ -795,13 +795,17 @@ def test_non_finite_start_names_site_and_datapoint():
             pyro.sample("z", dist.Normal(x, 1.0))
 
     x = torch.tensor([0.0, 1.0, 5.0, 6.0])
-    message = (
-        r"site 'x' is NaN or infinite at draws of the guide for 2 of 4 datapoints, the first is "
-        r"datapoint 2; .* or begin at draws of the prior"
+    message = "'x' of the model: .* NaN or infinite for 2 of 4 datapoints, the first is row 2"
+    far = torch.cat([torch.zeros(200), x])  # beyond the rows that the pair is tried on
+    far_message = (
+        r"site 'x' is NaN or infinite at draws of the guide for 2 of 204 datapoints, the first is "
+        r"datapoint 202; .* or begin at draws of the prior"
     )
     for call in (diagnostics.hmc, diagnostics.ais, diagnostics.metropolis):
         with pytest.raises(ValueError, match=message):
             call(model, guide, x)
+        with pytest.raises(ValueError, match=far_message):
+            call(model, guide, far, max_rows=10_000)
 
 
 def test_supports_agree_if_their_coordinates_do(float64):

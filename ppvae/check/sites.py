@@ -143,7 +143,8 @@ def weight_faults(weights: LogWeights) -> list[str]:
     """Sites whose log-probability is not finite."""
     return [
         f"site {name!r} of the {role}: its log-probability is NaN or infinite for "
-        f"{int(bad.sum())} of {bad.numel()} datapoints; scale the data to about unit size, and "
+        f"{int(bad.sum())} of {bad.numel()} datapoints, the first is row "
+        f"{int(bad.flatten(0, -2).any(0).nonzero()[0])}; scale the data to about unit size, and "
         "check the initial values and that no predicted scale over- or underflows"
         for role, terms in (("model", weights.log_p), ("guide", weights.log_q))
         for name, term in terms.items()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.diagnostics.annealing import AnnealedEvidence, Annealing, annealed_evidence
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.joint import Joint
-from ppvae.diagnostics.rows import check_data, standard_error
+from ppvae.diagnostics.rows import check_pair_and_data, standard_error
 from ppvae.pairs import evaluation_mode, own_path, seeded, simulate
 
 
@@ -250,7 +250,7 @@ def bdmc(
         True
     """
     annealing = Annealing(start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows)
-    check_data(model, args)
+    check_pair_and_data(model, guide, args)
     lower, upper = [], []
     with seeded(seed, *args):
         with own_path(), evaluation_mode(model):

@@ -27,7 +27,7 @@ from ppvae.enumeration import total
 from ppvae.pairs import Program, replay, sample_sites, simulate
 from ppvae.plots import diagnostics as plots
 from ppvae.terms import leftmost_plate, term
-from ppvae.weights import log_weights
+from ppvae.weights import whole_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -257,7 +257,7 @@ def _ranks(
     absent: dict[str, str],
 ) -> dict[str, Tensor]:
     """By quantity ``(n, D)``, on the CPU; ``truth`` is the trace that the data came from."""
-    weights = log_weights(model, guide, *args, num_particles=num_draws)
+    weights = whole_weights(model, guide, args, {}, num_draws)
     require_numbers(weights, where="on data drawn from the model, ")
     true_sites, n, found = sample_sites(truth), count_rows(args), {}
     z_true, z_drawn = {}, {}

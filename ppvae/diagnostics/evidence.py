@@ -27,7 +27,7 @@ from ppvae.diagnostics.rows import (
     take,
 )
 from ppvae.pairs import Program
-from ppvae.weights import LogWeights, log_weights
+from ppvae.weights import LogWeights, whole_weights
 
 _BLOCK = 256  # datapoints whose weights are summarised at once
 
@@ -204,7 +204,7 @@ def weigh(
             if log_w is not None and (log_w < math.inf).all():
                 return log_w
             torch.set_rng_state(random)  # draw the same again, to name the site
-        weights = log_weights(model, guide, *batch, num_particles=particles)
+        weights = whole_weights(model, guide, batch, {}, particles)
         require_numbers(weights, part.start)
         if part.start == 0:
             _refuse_point_masses(weights)

@@ -14,8 +14,8 @@ from ppvae.diagnostics.ais import ais, reverse_ais
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.rows import (
     check_at_least,
-    check_data,
     check_log_evidence,
+    check_pair_and_data,
     count_rows,
     rows_per_piece,
     standard_error,
@@ -23,7 +23,7 @@ from ppvae.diagnostics.rows import (
 )
 from ppvae.local import Indexed, fit_local
 from ppvae.pairs import evaluation_mode, seeded
-from ppvae.weights import log_weights
+from ppvae.weights import whole_weights
 
 OWN = "own family"
 
@@ -199,7 +199,7 @@ def gaps(
         True
     """
     check_at_least(2, num_particles=num_particles)
-    rows = check_data(model, args)
+    rows = check_pair_and_data(model, guide, args)
     _check_given(rows, log_evidence, reference, local)
     families = {OWN: own_family(guide, *args)} if local is None else local
     indexed = Indexed(model)
@@ -276,7 +276,7 @@ def _elbo(
     with torch.no_grad(), evaluation_mode(model, guide):
         for part in torch.arange(count_rows(args)).split(rows_per_piece(num_particles, max_rows)):
             batch = take(args, part)
-            log_w = log_weights(model, guide, *batch, num_particles=num_particles).log_w.double()
+            log_w = whole_weights(model, guide, batch, {}, num_particles).log_w.double()
             means.append(log_w.mean(0).cpu())
             errors.append((log_w.std(0) / math.sqrt(num_particles)).cpu())
     return torch.cat(means), torch.cat(errors)

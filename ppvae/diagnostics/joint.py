@@ -6,6 +6,7 @@ here and nowhere else.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.check.behaviour import coordinates, is_real, same_support
 from ppvae.check.sites import describe, latent_support
-from ppvae.diagnostics.rows import check_data, rows_per_piece, take
+from ppvae.diagnostics.rows import check_data, check_pair_and_data, rows_per_piece, take
 from ppvae.enumeration import sum_out, total
 from ppvae.latents import check_latents
 from ppvae.pairs import (
@@ -43,6 +44,7 @@ from ppvae.pairs import (
     unnoticed,
 )
 from ppvae.terms import Letters, NoInverse, Term, log_density, masked, term, unmasked
+from ppvae.weights import require_whole
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,19 @@ class Joint:
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> None:
         check_data(model, args)
         self.model, self.guide, self.args = model, guide, args
+        self._look()
+        if not self.auxiliary:  # else there are no log-weights, and the guide gives draws only
+            check_pair_and_data(model, guide, args)
+
+    def _look(self) -> None:
+        """Find the latents and where they lie, for these rows."""
+        model, guide, args = self.model, self.guide, self.args
         with own_path(), unnoticed(model, guide):
             self._structure = structure(model, guide, args, {})
             with self._chains(2):
                 drawn = trace(guide, args, {})
                 scored = replay(model, drawn, args, {})
+        require_whole({"model": scored, "guide": drawn}, args, {})
         sites, guide_sites = sample_sites(scored), sample_sites(drawn)
         check_latents(sites, guide_sites)
         self._enumerated = {
@@ -150,7 +160,10 @@ class Joint:
 
     def rows(self, index: Tensor | slice) -> Joint:
         """The same pair on some datapoints."""
-        return Joint(self.model, self.guide, *take(self.args, index))
+        part = copy.copy(self)
+        part.args = take(self.args, index)
+        part._look()
+        return part
 
     def blocks(self, num_chains: int, max_rows: int) -> Iterator[tuple[slice, Joint]]:
         """Slices of datapoints with the pair on each, as large as ``max_rows`` allows."""

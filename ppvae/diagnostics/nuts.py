@@ -28,6 +28,7 @@ from ppvae.pairs import (
     seeded,
     trace,
 )
+from ppvae.weights import require_whole
 
 
 def nuts(
@@ -57,8 +58,8 @@ def nuts(
 
     Raises:
         PairError: empty, NaN or infinite data.
-        ValueError: too few chains or draws for the gates; a discrete latent, an angle, a latent on a
-            sphere.
+        ValueError: too few chains or draws for the gates; a discrete latent, an angle, or
+            one on a sphere.
 
     Source: Hoffman & Gelman, The No-U-Turn Sampler, 2014; Pyro's implementation.
 
@@ -78,7 +79,7 @@ def nuts(
     check_at_least(8, num_draws=num_draws)  # for R-hat and ESS
     rows = check_data(model, args)
     require_arviz()
-    _refuse_others(model, args)
+    _refuse_others(model, take(args, slice(1)))
     started = time.perf_counter()
     with seeded(seed, *args), own_path(), evaluation_mode(model):
         parts = [
@@ -95,8 +96,9 @@ def _refuse_others(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
     number, over which its density has no integral.
     """
     with own_path(), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        sites = sample_sites(trace(model, args, {}))
-    for name, site in sites.items():
+        drawn = trace(model, args, {})
+    require_whole({"model": drawn}, args, {})
+    for name, site in sample_sites(drawn).items():
         if site["is_observed"]:
             continue
         fn = site["fn"]

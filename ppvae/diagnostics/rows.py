@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.check.pair import PairError, check_batch, check_tensors, names
-from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, evaluation_mode, own_path, seeded
+from ppvae.pairs import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Program,
+    Site,
+    by_position,
+    evaluation_mode,
+    own_path,
+    seeded,
+)
 from ppvae.program import module_of
 from ppvae.weights import LogWeights
 
@@ -47,13 +56,17 @@ def count_rows(args: Sequence[Any]) -> int:
     return next((len(arg) for arg in args if isinstance(arg, Tensor)), 0)
 
 
-def check_pair_and_data(model: Program, guide: Program, args: Sequence[Any]) -> int:
+def check_pair_and_data(
+    model: Program, guide: Program, args: Sequence[Any], joint: bool = False
+) -> int:
     """:func:`check_data`, and raise ``PairError`` unless the pair fits and accepts every row.
 
-    For passes over the weights, which run with Pyro's validation off.
+    Its plates must be whole. For passes that run with Pyro's validation off.
     """
     rows = check_data(model, args)
-    for position, check in check_batch(model, guide, *take(args, slice(_CHECKED_ROWS))):
+    # an autoguide's parameters may belong to all positions
+    some = args if by_position(guide) or joint else take(args, slice(_CHECKED_ROWS))
+    for position, check in check_batch(model, guide, *some, joint=joint, whole=True):
         try:
             check(args[position])
         except ValueError as error:

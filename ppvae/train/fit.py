@@ -141,7 +141,8 @@ def fit(
     refusals.require_two_rows(svi, train_data, first)
     check_model = refusals.before_fit(svi.model, train_data, first)
     if valid_data is not None:
-        valid_data.check(svi.model, check_batch(svi.model, svi.guide, *valid_data.first()))
+        checks = check_batch(svi.model, svi.guide, *valid_data.first(), whole=True)
+        valid_data.check(svi.model, checks)
 
     processes.copy_from_first(svi.objective)
     processes.own_draws()
