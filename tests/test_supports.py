@@ -134,13 +134,13 @@ def test_annealing_from_above(name, x):
     assert diagnostics.bdmc(model, guide, x, num_temperatures=50, seed=0).gap.abs().max() < 0.3
 
 
-def moments_are_right(name, draws, x):
+def moments_are_right(name, draws, x, rhat=1.01):
     z = draws.draws["z"]
     if name == "Dirichlet":
         assert torch.allclose(z.sum(-1), torch.ones(()))
     z = z[..., 1, 0] if name == "LKJCholesky" else z
     z, mean = z.reshape(*z.shape[:3], -1), exact(name, x)[1].reshape(len(x), -1)
-    assert draws.converged.all()
+    assert (draws.rhat <= rhat).all()
     flat = z.flatten(0, 1)
     error = (flat.mean(0) - mean).abs()
     assert (error < 5 * flat.std(0) / draws.ess.sqrt()[:, None] + 1e-3).all(), error
@@ -158,7 +158,7 @@ def test_chains(method, name, x):
 @pytest.mark.parametrize("name", [n for n in SCALARS + VECTORS if n != "VonMises"])
 def test_nuts(name, x):
     draws = diagnostics.nuts(pair(name)[0], x[:1], num_draws=700, seed=0)
-    moments_are_right(name, draws, x[:1])
+    moments_are_right(name, draws, x[:1], rhat=1.05)
 
 
 @pytest.mark.parametrize("name", ["VonMises", "ProjectedNormal"])

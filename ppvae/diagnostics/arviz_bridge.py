@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppvae.check.pair import names
 from ppvae.diagnostics.evidence import Evidence, summarise
-from ppvae.diagnostics.rows import check_at_least, check_pair_and_data, take
+from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data, take
 from ppvae.enumeration import draw
 from ppvae.pairs import (
     DATA_PLATE,
@@ -57,6 +57,7 @@ def to_arviz(
     joint: bool = False,
     predictive: bool = True,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> Any:
     """Draws of the guide, the prior and the predictive distribution in ArviZ's format.
 
@@ -83,6 +84,7 @@ def to_arviz(
             batch.
         predictive: draw x too; False where the likelihood cannot be drawn from.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         ``arviz.InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (1.x); latents have dims
@@ -101,6 +103,7 @@ def to_arviz(
         >>> dict(idata.posterior["z"].sizes)
         {'chain': 1, 'draw': 10, 'datapoint': 5, 'latent': 2}
     """
+    model, guide = bound(model, guide, kwargs)
     require_arviz()
     check_at_least(1, num_draws=num_draws)
     check_pair_and_data(model, guide, args, joint=joint)

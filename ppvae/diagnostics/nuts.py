@@ -17,7 +17,7 @@ from ppvae.check.sites import is_angle
 from ppvae.diagnostics.arviz_bridge import require_arviz
 from ppvae.diagnostics.chains import PosteriorDraws, convergence, joined
 from ppvae.diagnostics.joint import require_coordinates
-from ppvae.diagnostics.rows import check_at_least, check_data, take
+from ppvae.diagnostics.rows import bound, check_at_least, check_data, take
 from ppvae.pairs import (
     DATA_PLATE,
     evaluation_mode,
@@ -38,6 +38,7 @@ def nuts(
     num_warmup: int = 300,
     num_draws: int = 500,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> PosteriorDraws:
     """Draw from p(z | x) with Pyro's NUTS, one datapoint and one chain after the other.
 
@@ -50,6 +51,7 @@ def nuts(
         *args: data, as it is called.
         num_chains, num_warmup, num_draws: as in :func:`~ppvae.diagnostics.hmc`.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to the model whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`~ppvae.diagnostics.PosteriorDraws`; ``unconstrained`` holds the latents side by
@@ -75,6 +77,7 @@ def nuts(
         >>> draws.draws["z"].shape
         torch.Size([2, 50, 1])
     """
+    model, _ = bound(model, model, kwargs)
     check_at_least(2, num_chains=num_chains)  # which R-hat compares
     check_at_least(8, num_draws=num_draws)  # for R-hat and ESS
     rows = check_data(model, args)

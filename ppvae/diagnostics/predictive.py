@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.diagnostics.rows import (
+    bound,
     check_at_least,
     check_pair_and_data,
     evaluating,
@@ -93,6 +94,7 @@ def predictive_check(
     site: str | None = None,
     max_rows: int = 10_000,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> PredictiveCheck:
     r"""Posterior predictive check: draw new data at the guide's draws and compare statistics.
 
@@ -111,6 +113,7 @@ def predictive_check(
         site: the observed site, if there are several.
         max_rows: largest number of (draw, datapoint) rows computed at once.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`PredictiveCheck`.
@@ -131,6 +134,7 @@ def predictive_check(
         >>> check.p_value["pixels on"]  # nets as initialised never draw only ones
         0.0
     """
+    model, guide = bound(model, guide, kwargs)
     check_at_least(20, num_draws=num_draws)
     check_at_least(1, max_rows=max_rows)
     if not statistics:

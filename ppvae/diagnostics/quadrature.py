@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.diagnostics.joint import Joint
+from ppvae.diagnostics.rows import bound
 from ppvae.pairs import seeded
 
 COARSE, ROUNDS, EDGE = 48, 8, 36.0  # nats below the mode at which a density is cut: 2e-16
@@ -61,6 +62,7 @@ def quadrature(
     tolerance: float = 1e-3,
     max_rows: int = 20_000,
     seed: int | None = 0,
+    **kwargs: Any,
 ) -> Quadrature:
     r"""log p(x) and the moments of p(z | x) by the trapezoidal rule, for one or two latents.
 
@@ -78,6 +80,7 @@ def quadrature(
         tolerance: largest ``error`` allowed, nats.
         max_rows: largest number of evaluations at once.
         seed: of the draws that say where to look first.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`~ppvae.diagnostics.Quadrature`.
@@ -106,6 +109,7 @@ def quadrature(
         >>> result.mean[1]
         tensor([1.0000], dtype=torch.float64)
     """
+    model, guide = bound(model, guide, kwargs)
     if num_points < 33 or num_points % 2 == 0:
         raise ValueError(f"num_points must be odd and at least 33, got {num_points}")
     joint = Joint(model, guide, *args)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,6 +96,13 @@ def check_start(start: str) -> None:
     """Raise ``ValueError`` unless chains start at draws of the guide or the prior."""
     if start not in ("guide", "prior"):
         raise ValueError(f'start must be "guide" or "prior", got {start!r}')
+
+
+def bound(model: Program, guide: Program, kwargs: Mapping[str, Any]) -> tuple[Program, Program]:
+    """Both programs with what is passed by keyword: it is no row of the data, and never cut."""
+    if not kwargs:
+        return model, guide
+    return functools.partial(model, **kwargs), functools.partial(guide, **kwargs)
 
 
 # -- datapoints in pieces ----------------------------------------------------------------------
