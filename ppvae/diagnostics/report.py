@@ -125,10 +125,10 @@ class Report(Evidence):
         r"""KL(q(z) || p(z)) of the aggregated posterior, nats: mean rate less mutual information.
 
         Of these N datapoints; for the distribution they come from an upper bound in expectation.
-        NaN where the prior differs by datapoint, as p(z | y) does.
+        NaN where the prior differs by datapoint, as p(z | y) does, or a latent is masked.
         """
         rate, found = self.rate, self.aggregate
-        if rate is None or found is None or found.prior_differs:
+        if rate is None or found is None or found.prior_differs or found.masked:
             return math.nan
         return rate.mean().item() - found.mutual_information
 
@@ -501,6 +501,10 @@ def _aggregate(
         return None
     if found is None:
         absent["activity and mutual information"] = "the guide draws no latents"
+    elif found.masked:
+        absent["KL(q(z) || p(z))"] = (
+            "a mask hides some of the latents, so the mean KL is not of all that the guide draws"
+        )
     elif found.prior_differs:
         absent["KL(q(z) || p(z))"] = "the prior differs by datapoint, so there is no one p(z)"
     return found
