@@ -237,3 +237,22 @@ def test_evidence_with_a_table_is_exact():
 def test_a_table_by_position_is_refused_with_the_cure(name):
     with pytest.raises(PairError, match=r"'table' has 4 rows, and is not used row by row.*keyword"):
         FURTHER[name](with_table, with_table_guide, DATA, TABLE)
+
+
+def test_an_autoguide_of_all_positions_is_evaluated_on_all_rows_at_once():
+    """More of them than a pair is tried on; in pieces it is refused, with this cure."""
+    x = torch.linspace(-1, 1, 150)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = pyro.infer.autoguide.AutoNormal(model, init_scale=0.8)
+    guide(x)
+    guide.locs.z.data.copy_(x / 2)
+    found = diagnostics.log_evidence(model, guide, x, num_particles=400, max_rows=10**6, seed=0)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    assert abs(found.mean - exact.mean()) < 5 * found.mean_mc_se
+    with pytest.raises(ValueError, match=r"150 positions.*max_rows >= num_particles"):
+        diagnostics.log_evidence(model, guide, x, num_particles=400, max_rows=1000)
