@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.program import Program, module_of
-from ppvae.weights import log_weights
+from ppvae.weights import whole_weights
 
 
 class Indexed(Program):
@@ -106,7 +106,7 @@ def fit_local(
     with evaluation_mode(model, guide), seeded(seed, *args), torch.enable_grad():
         for step in range(steps):
             optimiser.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-            elbo = log_weights(model, guide, *args, num_particles=num_particles).log_w.mean(0)
+            elbo = whole_weights(model, guide, args, {}, num_particles).log_w.mean(0)
             grads = torch.autograd.grad(-elbo.sum(), moving)  # the model's are not computed
             for parameter, gradient in zip(moving, grads, strict=True):
                 parameter.grad = gradient

@@ -316,15 +316,21 @@ def whole_weights(
         ValueError: a plate subsamples itself.
     """
     weights = weigh(model, guide, args, kwargs, num_particles)
-    require_whole(weights)
+    require_whole({"model": weights.model_trace, "guide": weights.guide_trace}, args, kwargs)
     return weights
 
 
-def require_whole(weights: LogWeights) -> None:
-    """Raise ``ValueError`` if a plate of the pair subsamples itself: see :func:`whole_weights`."""
-    _, _, args, kwargs = weights.pair
+def require_whole(
+    traces: Mapping[str, Trace], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise ``ValueError`` if a plate of a program subsamples itself: see :func:`whole_weights`.
+
+    Args:
+        traces: of the ``"model"``, the ``"guide"``, or both.
+        args, kwargs: what they were called with.
+    """
     given = {len(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()}
-    for program, drawn in (("model", weights.model_trace), ("guide", weights.guide_trace)):
+    for program, drawn in traces.items():
         for name, site in sample_sites(drawn).items():
             for frame in site["cond_indep_stack"]:
                 # a data plate of the size of an argument was given its rows

@@ -1,6 +1,7 @@
 """`to_arviz`: named dimensions, the right draws, and a file ArviZ can read."""
 
 import dataclasses
+import itertools
 import warnings
 
 import matplotlib.pyplot
@@ -320,6 +321,40 @@ def test_a_latent_that_is_summed_out_is_drawn_from_its_conditional(summed_in, on
     error = (classes - exact).mean(0)
     se = ((exact * (1 - exact)).sum(0)).sqrt() / num_draws
     assert (error.abs() < 4.5 * se + 1e-4).all() or num_draws == 1
+
+
+def test_latents_that_are_summed_out_in_an_inner_plate():
+    """Nothing is drawn by the guide; c of a row and d of its pixels, against all 16 states."""
+    states = list(itertools.product((0, 1), repeat=4))
+    x = torch.tensor([[0.0, 1.0, 0.6], [2.0, 1.5, 3.0]])
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.4, 0.6])), infer=MARK)
+            with pyro.plate("pixels", 3, dim=-2):
+                d = pyro.sample("d", dist.Bernoulli(0.3 + 0.4 * c), infer=MARK)
+                pyro.sample("x", dist.Normal(d + c, 1.0), obs=x.T)
+
+    log_p = torch.stack([
+        dist.Categorical(torch.tensor([0.4, 0.6])).log_prob(torch.tensor(c))
+        + (dist.Bernoulli(0.3 + 0.4 * c).log_prob(torch.tensor(d).float())
+           + dist.Normal(torch.tensor(d) + c, 1.0).log_prob(x)).sum(-1)
+        for c, *d in states
+    ])  # fmt: skip
+    exact = log_p.softmax(0).T @ torch.tensor(states).float()  # (row, c and d of each pixel)
+    draws = 4000
+    idata = to_arviz(model, lambda x: None, x, num_draws=draws, seed=0)
+    assert idata.posterior["d"].dims == ("chain", "draw", "pixels", "datapoint")
+    c, d = (torch.tensor(idata.posterior[name].values[0]).float().mean(0) for name in "cd")
+    found = torch.cat([c[:, None], d.T], 1)
+    assert ((found - exact).abs() < 4.5 * (exact * (1 - exact) / draws).sqrt()).all()
+
+
+def test_chains_have_no_draws_of_latents_that_are_summed_out():
+    x = torch.tensor([[0.0, 1.0], [-3.0, 0.5]])
+    pair = clusters("model")
+    draws = diagnostics.hmc(*pair, x, num_draws=20, num_warmup=20, max_reruns=0, seed=0)
+    assert list(diagnostics.chains_to_arviz(draws).posterior.data_vars) == ["z"]
 
 
 def test_a_draw_that_depends_on_a_latent_that_is_summed_out():

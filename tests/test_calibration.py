@@ -392,6 +392,40 @@ def test_predictive_check_of_every_pair(name):
     assert found.replicated["sum"].shape == (30, len(args[0]))
 
 
+@pytest.mark.parametrize(("of_data", "of_model"), [
+    (torch.float64, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.float32, torch.float64),
+    (torch.uint8, torch.float32),
+])  # fmt: skip
+def test_ties_count_half_in_every_precision(of_data, of_model):
+    """A mean of ten pixels is a multiple of 0.1, of the data as of the draws: mid-p values."""
+    pixels, rows, draws = 10, 300, 300
+    p = torch.full((pixels,), 0.3, dtype=of_model)
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=of_model), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(p + 0 * z).to_event(1), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(torch.zeros(1, dtype=of_model), 1.0).to_event(1))
+
+    x = torch.bernoulli(p.expand(rows, pixels)).to(of_data)
+    mean = {"mean": lambda v: v.mean(-1)}
+    found = diagnostics.predictive_check(
+        model, guide, x, statistics=mean, num_draws=draws, max_rows=4000, seed=1
+    )
+    ones = x.sum(-1).numpy()
+    exact = torch.as_tensor(
+        stats.binom.sf(ones, pixels, 0.3) + 0.5 * stats.binom.pmf(ones, pixels, 0.3)
+    )
+    # of one row by itself, p is a mean of draws that are 0, 1/2 or 1
+    z = (found.p_values["mean"] - exact).sum() / (exact * (1 - exact) / draws).sum().sqrt()
+    assert z.abs() < 4.5, z
+
+
 def test_bad_predictive_checks():
     model, guide, args = build("vae_bernoulli")
 

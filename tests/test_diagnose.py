@@ -120,6 +120,40 @@ def test_mutual_information_and_aggregated_posterior(float64, scale, seed):
     assert ((report.marginal_sd["z"] - expected).abs() < 4 * expected / 4000**0.5).all()
 
 
+@pytest.mark.parametrize("how", ["poutine", "distribution"])
+def test_mutual_information_is_of_what_is_drawn_whatever_is_masked(float64, how):
+    """Five datapoints of one latent: I by quadrature, and the same with half of them masked."""
+    means = torch.tensor([-2.0, -0.5, 0.0, 1.0, 3.0])
+    seen = torch.tensor([True, False, True, False, True])
+    rows = torch.arange(5.0)
+
+    def masked(x, site, inside):
+        hidden = seen[x.long()]
+        with data_plate(x):
+            if how == "distribution":
+                return pyro.sample(site, inside.mask(hidden))
+            with poutine.mask(mask=hidden):
+                return pyro.sample(site, inside)
+
+    def model(x):
+        z = masked(x, "z", dist.Normal(torch.zeros_like(x), 2.0))
+        with data_plate(x):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        masked(x, "z", dist.Normal(means[x.long()], 0.7))
+
+    z = torch.linspace(-8, 9, 20_001)
+    log_q = dist.Normal(means[:, None], 0.7).log_prob(z)
+    ratio = log_q - (log_q.logsumexp(0) - math.log(5))
+    exact = ((log_q.exp() * ratio).sum(1) * (z[1] - z[0])).mean().item()
+    report = diagnose(model, guide, rows, num_particles=21, num_aggregate=20_000, seed=0)
+    draws_se = 1 / math.sqrt(20_000)  # log q(z | x) / q(z) has a standard deviation below 1
+    assert abs(report.mutual_information - exact) < 4.5 * draws_se
+    assert report.aggregate.masked and math.isnan(report.marginal_kl)
+    assert "a mask hides" in report.absent["KL(q(z) || p(z))"]
+
+
 def test_mutual_information_of_far_datapoints_is_its_ceiling(float64):
     model, guide, _ = linear()
     x = 1000.0 * torch.arange(5)[:, None] * torch.ones(5, 4)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import sys
 import warnings
 from statistics import NormalDist
@@ -714,7 +715,85 @@ def test_quadrature_finds_a_narrow_posterior(float64):
     exact = dist.Normal(0.0, math.sqrt(1 + 1e-6)).log_prob(x)
     torch.testing.assert_close(found.log_evidence, exact, atol=1e-8, rtol=0)
     with pytest.raises(ValueError, match=r"does not resolve the posterior of 2 datapoints"):
-        diagnostics.quadrature(model, guide, x, tolerance=1e-18)
+        diagnostics.quadrature(model, guide, x, num_points=33, tolerance=1e-14)
+
+
+def several_modes(locs, sds, latent=1):
+    """A mixture of normals as prior, data that hardly move it, and log p(x) of each datapoint."""
+    locs, sds = torch.tensor(locs)[:, None].expand(-1, latent), torch.tensor(sds)
+    weights = torch.ones(len(sds)) / len(sds)
+
+    def model(x):
+        with data_plate(x):
+            parts = dist.Normal(locs, sds[:, None].expand(-1, latent)).to_event(1)
+            z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(weights), parts))
+            pyro.sample("x", dist.Normal(z.sum(-1), 2.0), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x), latent), 1.0).to_event(1))
+
+    x = torch.tensor([-0.7, 0.4, 1.9])
+    sd = (4 + latent * sds**2).sqrt()
+    exact = dist.Normal(locs.sum(-1), sd).log_prob(x[:, None]) + weights.log()
+    return model, guide, x, exact.logsumexp(-1)
+
+
+@pytest.mark.parametrize(("locs", "sds", "points"), [
+    ([-2.0, 2.0], [0.02, 0.02], 1201),
+    ([-2.0, 2.0], [0.001, 0.001], 20_001),
+    ([-2.0, 0.3, 2.5], [0.01, 0.01, 0.01], 3201),
+    ([-2.0, 0.3, 2.5], [0.01, 0.04, 0.02], 3201),
+    ([-1.0, 0.3], [1.0, 0.002], 12_001),  # in the middle of a wide one
+    ([-1.0, 0.3, 0.9], [1.0, 0.002, 0.01], 12_001),
+])  # fmt: skip
+def test_quadrature_finds_all_modes_or_says_that_it_cannot(float64, locs, sds, points):
+    model, guide, x, exact = several_modes(locs, sds)
+    with pytest.raises(ValueError, match="does not resolve the posterior of 3") as refused:
+        diagnostics.quadrature(model, guide, x)
+    found = diagnostics.quadrature(model, guide, x, num_points=points)
+    torch.testing.assert_close(found.log_evidence, exact, atol=1e-8, rtol=0)
+    if max(sds) == 1:  # one mode in another: it is told to double the points until they do
+        return
+    needed = int(re.search(r"num_points=161 to (\d+)", str(refused.value))[1])
+    assert needed < 10 * points
+    found = diagnostics.quadrature(model, guide, x, num_points=needed)
+    torch.testing.assert_close(found.log_evidence, exact, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("locs", [[-1.0, 1.0], [-1.0, 0.2, 1.3]])
+def test_quadrature_finds_all_modes_of_two_latents(float64, locs):
+    model, guide, x, exact = several_modes(locs, [0.1] * len(locs), latent=2)
+    found = diagnostics.quadrature(model, guide, x[:2], num_points=161)
+    torch.testing.assert_close(found.log_evidence, exact[:2], atol=1e-8, rtol=0)
+    model, guide, x, exact = several_modes(locs, [0.004] * len(locs), latent=2)
+    with pytest.raises(ValueError, match="does not resolve the posterior of 2"):
+        diagnostics.quadrature(model, guide, x[:2])
+
+
+@pytest.mark.parametrize("sd", [0.1, 0.004, 0.001])
+def test_quadrature_finds_both_signs(float64, sd):
+    """x is the square of z: two narrow modes of the likelihood, far from most draws."""
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z**2, sd), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+
+    x = torch.tensor([0.5, 1.0, 1.7])
+    z = torch.linspace(-4, 4, 1_000_001)
+    joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z**2, sd).log_prob(x[:, None])
+    exact = joint.logsumexp(1) + math.log(8e-6)
+    found = diagnostics.quadrature(model, guide, x, num_points=161 if sd == 0.1 else 20_001)
+    torch.testing.assert_close(found.log_evidence, exact, atol=1e-7, rtol=0)
+    assert found.mean.abs().max() < 1e-8
+    if sd < 0.1:
+        with pytest.raises(ValueError, match="does not resolve the posterior of 3"):
+            diagnostics.quadrature(model, guide, x)
 
 
 @pytest.mark.slow
@@ -796,13 +875,17 @@ def test_non_finite_start_names_site_and_datapoint():
             pyro.sample("z", dist.Normal(x, 1.0))
 
     x = torch.tensor([0.0, 1.0, 5.0, 6.0])
-    message = (
-        r"site 'x' is NaN or infinite at draws of the guide for 2 of 4 datapoints, the first is "
-        r"datapoint 2; .* or begin at draws of the prior"
+    message = "'x' of the model: .* NaN or infinite for 2 of 4 datapoints, the first is row 2"
+    far = torch.cat([torch.zeros(200), x])  # beyond the rows that the pair is tried on
+    far_message = (
+        r"site 'x' is NaN or infinite at draws of the guide for 2 of 204 datapoints, the first is "
+        r"datapoint 202; .* or begin at draws of the prior"
     )
     for call in (diagnostics.hmc, diagnostics.ais, diagnostics.metropolis):
         with pytest.raises(ValueError, match=message):
             call(model, guide, x)
+        with pytest.raises(ValueError, match=far_message):
+            call(model, guide, far, max_rows=10_000)
 
 
 def test_supports_agree_if_their_coordinates_do(float64):

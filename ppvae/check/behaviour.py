@@ -5,13 +5,14 @@ Each function asks one question of the log-weights of a pair.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import IndependentTransform, Transform, biject_to, constraints
 
-from ppvae.check.sites import innermost, is_point, known_support
+from ppvae.check.sites import CIRCLE, describe, innermost, is_angle, is_point, latent_support
 from ppvae.pairs import (
     Leaves,
     NotAtCopies,
@@ -31,20 +32,55 @@ NO_INVERSE = "a flow of the guide has no inverse, so it can only weigh its own d
 # ------------------------------------------------------------------------------ supports
 
 
-def support_of(fn: Any) -> Any:
-    """A distribution's support; a mixture's is that of its components, for which there is a map."""
-    support, mixture = fn.support, getattr(constraints, "MixtureSameFamilyConstraint", ())
-    while isinstance(support, mixture):
-        support = support.base_constraint
-    return support
+class Turn(Transform):
+    """From the real line onto the angles in (-pi, pi], by the normal distribution function.
+
+    An entire function with light tails, so that a sum over few points is an integral.
+    """
+
+    domain, codomain = constraints.real, CIRCLE
+    bijective, sign = True, +1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Turn)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return math.pi * torch.erf(x / math.sqrt(2))
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        end = 1 - torch.finfo(y.dtype).eps
+        return math.sqrt(2) * torch.erfinv((y / math.pi).clamp(-end, end))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log |dy / dx|, elementwise."""
+        return 0.5 * math.log(2 * math.pi) - 0.5 * x.square()
+
+
+def coordinates(fn: Any) -> Transform:
+    """The map from unconstrained coordinates onto the support of a latent.
+
+    Raises:
+        NotImplementedError: there is none, as for a sphere, or the support is not known.
+    """
+    support = latent_support(fn)
+    if support is None:
+        raise NotImplementedError(f"{kind(fn)} does not say its support")
+    if is_angle(fn):
+        return IndependentTransform(Turn(), fn.event_dim) if fn.event_dim else Turn()
+    return biject_to(support)
 
 
 def same_support(q: Any, p: Any) -> bool:
-    """Whether two distributions' supports have the same unconstrained coordinates."""
-    first, second = support_of(q), support_of(p)
+    """Whether two distributions' supports have the same unconstrained coordinates, or none."""
+    first, second = latent_support(q), latent_support(p)
+    if first is None or second is None:
+        return False
     if first.is_discrete or second.is_discrete:
         return bool(first.is_discrete and second.is_discrete)
-    one, other = (_elementwise(biject_to(support)) for support in (first, second))
+    try:
+        one, other = _elementwise(coordinates(q)), _elementwise(coordinates(p))
+    except NotImplementedError:
+        return type(first) is type(second)
     if type(one) is not type(other) or type(one).__eq__ is Transform.__eq__:
         return type(one) is type(other)  # one that has no parameters, and no comparison
     return bool(one == other)
@@ -56,16 +92,56 @@ def _elementwise(transform: Transform) -> Transform:
     return transform
 
 
-def uncovered_latents(weights: LogWeights) -> dict[str, str]:
-    """Latents of whose support the guide does not cover all, or does not say, and what is known."""
+def different_supports(weights: LogWeights) -> dict[str, str]:
+    """Latents of which the guide has not the model's support, or does not say, and what follows."""
     found = {}
     for name in weights.q.keys() & weights.p.keys() - weights.enumerated.keys():
         q, p = (t.nodes[name]["fn"] for t in (weights.guide_trace, weights.model_trace))
-        if known_support(q) is None or known_support(p) is None:
-            found[name] = f"{kind(q)} does not say its support"
-        elif not same_support(q, p):
-            found[name] = "the guide's support is not all of the model's"
+        has, wanted = latent_support(q), latent_support(p)
+        if has is None or wanted is None:
+            which = q if has is None else p
+            found[name] = f"{kind(which)} does not say its support, and {_SMALLER}"
+        elif not same_support(q, p) and (what := _consequence(q, p)):
+            where = f"{describe(has)} in the guide and {describe(wanted)} in the model"
+            found[name] = f"the support is {where}: {what}"
     return found
+
+
+_LARGER = (
+    "a draw of the guide that the model does not allow has log-weight -inf, and the ELBO is then "
+    "-inf; log p(x) and IWELBO take it as weight 0"
+)
+_SMALLER = (
+    "of what the guide does not draw, the ELBO stays a lower bound, but log p(x), IWELBO and k-hat "
+    "know nothing"
+)
+
+
+def _consequence(q: Any, p: Any) -> str:
+    """What it means that the guide's support has not the model's coordinates; "": nothing."""
+    try:
+        larger, smaller = _exceeds(q, p), _exceeds(p, q)
+    except NotImplementedError:  # nothing is known of one of the two
+        return _SMALLER
+    return "; ".join([_LARGER] * larger + [_SMALLER] * smaller)
+
+
+def _exceeds(one: Any, other: Any) -> bool:
+    """Whether points spread over the support of one distribution leave that of the other."""
+    transform, support = coordinates(one), latent_support(other)
+    free = torch.Size(transform.inverse_shape(one.batch_shape + one.event_shape))
+    reach = 1e6 if is_real(latent_support(one)) else 8.0  # a sigmoid is exactly 1 from 17 on
+    return any(
+        not support.check(transform(torch.full(free, reach * share))).all()
+        for share in (-1.0, -0.1, 0.0, 0.1, 1.0)
+    )
+
+
+def is_real(support: Any) -> bool:
+    """Whether a support is the real line, or a space of vectors or matrices."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
 
 
 def point_masses(weights: LogWeights) -> list[str]:

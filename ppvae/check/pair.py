@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
 from torch import Tensor
 
 from ppvae.check.apart import Apart, keeps_apart
@@ -27,7 +28,7 @@ from ppvae.check.sites import (
 )
 from ppvae.pairs import Site, own_path, position_fault, reason, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
-from ppvae.weights import LogWeights, log_weights
+from ppvae.weights import LogWeights, log_weights, weigh, whole_weights
 from ppvae.wrapped import argument_names, title
 
 __all__ = ["Checks", "PairError", "PairReport", "RowCheck", "check_batch", "check_pair"]
@@ -105,6 +106,7 @@ def check_batch(
     *args: Any,
     joint: bool = False,
     num_particles: int = 1,
+    whole: bool = False,
     **kwargs: Any,
 ) -> list[RowCheck]:
     """What every pair has to fulfil, for training and for evaluation alike.
@@ -122,6 +124,7 @@ def check_batch(
     Args:
         model, guide, args, joint, kwargs: as in :func:`check_pair`.
         num_particles: how many particles the pair is to be run with.
+        whole: refuse plates that subsample themselves, for numbers that are to be reported.
 
     Returns:
         The checks of single arguments that also hold beyond this batch (support, labels), by
@@ -130,7 +133,7 @@ def check_batch(
     Raises:
         PairError: with one line per fault, naming the site or argument, what was seen, the cure.
     """
-    seen = _examine(model, guide, args, kwargs, joint, num_particles)
+    seen = _examine(model, guide, args, kwargs, joint, num_particles, whole=whole)
     if seen.apart.faults:
         raise PairError("\n".join(seen.apart.faults))
     return seen.row_checks
@@ -218,6 +221,7 @@ def _examine(
     joint: bool,
     num_particles: int,
     keywords: bool = False,
+    whole: bool = False,
 ) -> _Seen:
     """What every entry point asks of a pair, whether it trains or evaluates.
 
@@ -234,7 +238,7 @@ def _examine(
         _module_checks(model, guide, args) as checks,
     ):
         try:
-            weights, more = _weigh(model, guide, args, kwargs, joint)
+            weights, more = _weigh(model, guide, args, kwargs, joint, whole)
         except PairError as error:
             if fault := number_fault(tensors):
                 raise PairError(_with_cure(fault, error)) from error
@@ -256,6 +260,7 @@ def _weigh(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     joint: bool,
+    whole: bool = False,
 ) -> tuple[LogWeights, list[RowCheck]]:
     """Log-weights of one draw, and the checks of arguments that hold for other rows."""
     faults: list[str] = []
@@ -268,14 +273,15 @@ def _weigh(
             faults += _data_faults(model, args, model_sites, checks)
         raise PairError("\n".join([*faults, str(error)])) from error
     model_sites = _run("model", model, args, kwargs)  # from its own prior
-    faults += latent_faults(model_sites, guide_sites)
+    faults += latent_faults(_at_draws(model, args, kwargs, guide_sites) or model_sites, guide_sites)
     if not joint:
         faults += plate_faults("model", model_sites) + plate_faults("guide", guide_sites)
     faults += _data_faults(model, args, model_sites, checks)
     if faults:
         raise PairError("\n".join(faults))
+    make = whole_weights if whole else weigh
     try:
-        weights = log_weights(model, guide, *args, joint=joint, **kwargs)
+        weights = make(model, guide, tuple(args), {**kwargs, "joint": joint}, 1)
     except ValueError as error:
         raise PairError(reason(error)) from error
     if faults := weight_faults(weights):
@@ -314,6 +320,24 @@ def _run(
                 "distribution; put a network into a conditional, as conditionals.Normal(net)"
             )
     return drawn
+
+
+def _at_draws(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    guide_sites: dict[str, Site],
+) -> dict[str, Site] | None:
+    """The model's sites at the guide's draws, where a support may depend on them; None: it fails.
+
+    It does so at draws of another shape, say.
+    """
+    drawn = Trace()
+    drawn.nodes.update(guide_sites)
+    try:
+        return _run("model", poutine.replay(model, trace=drawn), args, kwargs)
+    except PairError:
+        return None
 
 
 @contextmanager

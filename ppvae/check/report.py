@@ -11,13 +11,12 @@ from torch import Tensor
 from ppvae.check.apart import Apart
 from ppvae.check.behaviour import (
     detached_latents,
+    different_supports,
     foreign_parameter,
     parameters_without_gradient,
     point_masses,
     trainable_parameters,
-    uncovered_latents,
 )
-from ppvae.check.sites import describe, known_support
 from ppvae.pairs import by_position, is_discrete, is_rounded
 from ppvae.weights import LogWeights
 
@@ -88,14 +87,9 @@ def answer(weights: LogWeights, apart: Apart) -> Iterator[Answer]:
 def _latents(weights: LogWeights) -> Answer:
     """Whether the guide's latents are the model's, and cover them."""
     latents = [name for name in weights.latents if name in weights.p]
-    uncovered = {} if point_masses(weights) else uncovered_latents(weights)
-    equal = "equal event shapes" if uncovered else "equal event shapes and support"
-    model = weights.model_trace.nodes
-    notes = [
-        f"latent {name!r}: {why}, {describe(known_support(model[name]['fn']))}: the ELBO stays a "
-        "lower bound, but log p(x), IWELBO and k-hat know nothing of the rest"
-        for name, why in uncovered.items()
-    ]
+    different = {} if point_masses(weights) else different_supports(weights)
+    equal = "equal event shapes" if different else "equal event shapes and support"
+    notes = [f"latent {name!r}: {why}" for name, why in different.items()]
     guide = weights.guide_trace.nodes
     for name in (n for n in latents if n not in weights.enumerated and is_rounded(guide[n])):
         also = ", and a sampled KL has none" if is_discrete(guide[name]["fn"]) else ""

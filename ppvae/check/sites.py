@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent
@@ -28,17 +30,30 @@ def latent_faults(model_sites: dict[str, Site], guide_sites: dict[str, Site]) ->
         if name not in model_sites:
             continue  # auxiliary
         p = model_sites[name]
-        support = known_support(p["fn"])
+        support = latent_support(p["fn"])
         if q["fn"].event_shape != p["fn"].event_shape:
             faults.append(
                 f"latent {name!r}: event shape {tuple(q['fn'].event_shape)} in the guide, "
                 f"{tuple(p['fn'].event_shape)} in the model; make the guide's last layer fit, and "
                 "declare event dimensions with .to_event(1) in both"
             )
+        elif q["value"].isnan().any():
+            faults.append(
+                f"latent {name!r}: the guide draws {int(q['value'].isnan().sum())} NaN of "
+                f"{q['value'].numel()} values; look for NaN in the data or in what its network "
+                "makes of them"
+            )
+        elif is_angle(p["fn"]) and not _stays_on_circle(q, guide_sites):
+            faults.append(
+                f"latent {name!r}: {kind(p['fn'])} of the model is an angle in (-pi, pi], and "
+                f"{kind(q['fn'])} of the guide may draw each angle many times over, so that a "
+                "bound may exceed log p(x); use dist.VonMises, or another law within (-pi, pi]"
+            )
         elif support is not None and not support.check(q["value"]).all():
             faults.append(
                 f"latent {name!r}: the guide draws values outside the model's support, "
-                f"{describe(support)}; use a guide distribution with that support"
+                f"{describe(support)}: the prior is 0 there, log p - log q is -inf and so is the "
+                "ELBO; use a guide distribution whose support is the model's, or within it"
             )
         elif is_discrete(q["fn"]) != is_discrete(p["fn"]) and not is_point(q["fn"]):
             faults.append(
@@ -53,6 +68,17 @@ def latent_faults(model_sites: dict[str, Site], guide_sites: dict[str, Site]) ->
                 f"{kind(q['fn'])} in both"
             )
     return faults
+
+
+def _stays_on_circle(q: Site, guide_sites: dict[str, Site]) -> bool:
+    """Whether a guide's draws of an angle lie in one turn, whatever is drawn."""
+    if is_point(q["fn"]):  # of an autoguide it is a function of noise that may be anything
+        return not any(site["infer"].get("is_auxiliary") for site in guide_sites.values())
+    support = latent_support(q["fn"])
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    ends = (getattr(support, end, math.inf) for end in ("lower_bound", "upper_bound"))
+    return all((torch.as_tensor(end).abs() <= math.pi * (1 + 1e-6)).all() for end in ends)
 
 
 def _is_weighed_rounded(q: Site, p: Site) -> bool:
@@ -117,7 +143,8 @@ def weight_faults(weights: LogWeights) -> list[str]:
     """Sites whose log-probability is not finite."""
     return [
         f"site {name!r} of the {role}: its log-probability is NaN or infinite for "
-        f"{int(bad.sum())} of {bad.numel()} datapoints; scale the data to about unit size, and "
+        f"{int(bad.sum())} of {bad.numel()} datapoints, the first is row "
+        f"{int(bad.flatten(0, -2).any(0).nonzero()[0])}; scale the data to about unit size, and "
         "check the initial values and that no predicted scale over- or underflows"
         for role, terms in (("model", weights.log_p), ("guide", weights.log_q))
         for name, term in terms.items()
@@ -134,6 +161,32 @@ def known_support(fn: Any) -> Any:
         return fn.support
     except (NotImplementedError, AttributeError):
         return None
+
+
+ANGLES = (dist.VonMises, dist.SineSkewed, dist.SineBivariateVonMises)
+CIRCLE = constraints.interval(-math.pi, math.pi)
+
+
+def is_angle(fn: Any) -> bool:
+    """Whether a distribution is of angles: its density is periodic, its draws lie in one turn."""
+    inside = innermost(fn)
+    if isinstance(inside, torch.distributions.MixtureSameFamily):
+        return is_angle(inside.component_distribution)
+    return isinstance(inside, ANGLES)
+
+
+def latent_support(fn: Any) -> Any:
+    """The support of a latent; None where it is not known.
+
+    Of an angle it is one turn, though torch and Pyro call it the real line: over that a periodic
+    density has no integral. A mixture's is that of its components, for which there is a map.
+    """
+    if is_angle(fn):
+        return constraints.independent(CIRCLE, fn.event_dim) if fn.event_dim else CIRCLE
+    support, mixture = known_support(fn), getattr(constraints, "MixtureSameFamilyConstraint", ())
+    while isinstance(support, mixture):
+        support = support.base_constraint
+    return support
 
 
 def check_support(values: Tensor, support: Any, hidden: Tensor | None = None) -> None:
@@ -182,6 +235,8 @@ def describe(support: Any) -> str:
     """A support as a text for messages."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
+    if support is CIRCLE:
+        return "(-pi, pi]"
     name = str(support)
     return {"Boolean()": "{0, 1}", "Interval(lower_bound=0.0, upper_bound=1.0)": "[0, 1]"}.get(
         name, name

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppvae.diagnostics.annealing import AnnealedEvidence, Annealing, annealed_evidence
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.joint import Joint
-from ppvae.diagnostics.rows import check_data, standard_error
+from ppvae.diagnostics.rows import bound, check_pair_and_data, standard_error
 from ppvae.pairs import evaluation_mode, own_path, seeded, simulate
 
 
@@ -56,6 +56,7 @@ def ais(
     temperatures: Tensor | None = None,
     max_rows: int = 2_000,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> AnnealedEvidence:
     r"""A stochastic lower bound on log p(x) by annealing from the guide, or from the prior.
 
@@ -81,6 +82,7 @@ def ais(
         temperatures: from 0 to 1, ``(T + 1,)``, in place of the sigmoid schedule.
         max_rows: largest C x N run together.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`~ppvae.diagnostics.AnnealedEvidence`, ``side="lower"``.
@@ -108,6 +110,7 @@ def ais(
         >>> bool(((result.log_evidence - exact).abs() < 0.2).all())
         True
     """
+    model, guide = bound(model, guide, kwargs)
     annealing = Annealing(start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows)
     joint = Joint(model, guide, *args)
     with seeded(seed, *args):
@@ -129,6 +132,7 @@ def reverse_ais(
     temperatures: Tensor | None = None,
     max_rows: int = 2_000,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> AnnealedEvidence:
     r"""Anneal from posterior draws down to the guide or the prior: log p(x) from above.
 
@@ -144,6 +148,7 @@ def reverse_ais(
         draws: of the same datapoints; C of them are used for each.
         start: what is annealed down to, as in :func:`~ppvae.diagnostics.ais`.
         num_chains, num_temperatures, num_leapfrog, temperatures, max_rows, seed: as there.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`~ppvae.diagnostics.AnnealedEvidence`, ``side="upper"``; NaN where ``draws`` did not
@@ -173,6 +178,7 @@ def reverse_ais(
         >>> bool(((upper.log_evidence - exact).abs() < 0.1).all())
         True
     """
+    model, guide = bound(model, guide, kwargs)
     annealing = Annealing(start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows)
     joint = Joint(model, guide, *args)
     chains, kept, N, D = draws.unconstrained.shape
@@ -207,6 +213,7 @@ def bdmc(
     temperatures: Tensor | None = None,
     max_rows: int = 2_000,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> Sandwich:
     r"""Bidirectional Monte Carlo: how wrong annealing is, on data simulated from the model.
 
@@ -225,6 +232,7 @@ def bdmc(
         *args: data that say how many rows to draw; arguments that are not observed (a condition
             y) are kept.
         start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows, seed: as there.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`~ppvae.diagnostics.Sandwich`.
@@ -249,8 +257,9 @@ def bdmc(
         >>> abs(both.gap.mean().item()) < 0.05
         True
     """
+    model, guide = bound(model, guide, kwargs)
     annealing = Annealing(start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows)
-    check_data(model, args)
+    check_pair_and_data(model, guide, args)
     lower, upper = [], []
     with seeded(seed, *args):
         with own_path(), evaluation_mode(model):

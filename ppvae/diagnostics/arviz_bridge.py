@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppvae.check.pair import names
 from ppvae.diagnostics.evidence import Evidence, summarise
-from ppvae.diagnostics.rows import check_at_least, check_data, take
+from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data, take
 from ppvae.enumeration import draw
 from ppvae.pairs import (
     DATA_PLATE,
@@ -32,7 +32,7 @@ from ppvae.pairs import (
     trace,
 )
 from ppvae.terms import laid_out, unmasked
-from ppvae.weights import LogWeights, drawn_log_q, log_weights
+from ppvae.weights import LogWeights, drawn_log_q, whole_weights
 
 _LARGEST = 125_000_000  # values in one export of a report: half a gigabyte in float32
 _LABELS = {DATA_PLATE: "datapoint", PARTICLE_PLATE: "draw"}  # of plates; others keep their name
@@ -57,6 +57,7 @@ def to_arviz(
     joint: bool = False,
     predictive: bool = True,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> Any:
     """Draws of the guide, the prior and the predictive distribution in ArviZ's format.
 
@@ -83,6 +84,7 @@ def to_arviz(
             batch.
         predictive: draw x too; False where the likelihood cannot be drawn from.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         ``arviz.InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (1.x); latents have dims
@@ -101,9 +103,10 @@ def to_arviz(
         >>> dict(idata.posterior["z"].sizes)
         {'chain': 1, 'draw': 10, 'datapoint': 5, 'latent': 2}
     """
+    model, guide = bound(model, guide, kwargs)
     require_arviz()
     check_at_least(1, num_draws=num_draws)
-    check_data(model, args)
+    check_pair_and_data(model, guide, args, joint=joint)
     weights, traces = _draw(model, guide, args, num_draws, joint, predictive, seed)
     numbers = summarise(weights.log_w) if num_draws > 1 else {}
     return _export(weights, traces, numbers, _constants(model, args, weights), coords, dims)
@@ -176,7 +179,7 @@ def _draw(
     free = poutine.uncondition(model)
     traces: dict[str, Trace] = {}
     with torch.no_grad(), evaluation_mode(model, guide), own_path(), seeded(seed, *args):
-        weights = log_weights(model, guide, *args, num_particles=num_draws, joint=joint)
+        weights = whole_weights(model, guide, args, {"joint": joint}, num_draws)
         traces["posterior"] = _with_summed_out(weights)
         with particle_plate(structure(model, guide, args, {}), num_draws):
             if not predictive:

@@ -13,6 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from ppvae.diagnostics.rows import (
+    bound,
     check_at_least,
     check_pair_and_data,
     count_rows,
@@ -27,7 +28,7 @@ from ppvae.enumeration import total
 from ppvae.pairs import Program, replay, sample_sites, simulate
 from ppvae.plots import diagnostics as plots
 from ppvae.terms import leftmost_plate, term
-from ppvae.weights import log_weights
+from ppvae.weights import whole_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -180,6 +181,7 @@ def sbc(
     test_quantities: Mapping[str, TestQuantity] | None = None,
     max_rows: int = 10_000,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> Calibration:
     r"""Simulation-based calibration of an amortised guide, all simulations in one batched pass.
 
@@ -203,6 +205,7 @@ def sbc(
             ``(..., S, *event)``, gives ``(..., S)``.
         max_rows: largest number of (draw, simulation) rows computed at once.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`Calibration`.
@@ -231,6 +234,7 @@ def sbc(
         >>> bool(diagnostics.sbc(model, narrow, torch.zeros(1), seed=0).p_value < 1e-4)
         True
     """
+    model, guide = bound(model, guide, kwargs)
     check_at_least(100, num_simulations=num_simulations)
     check_at_least(19, num_draws=num_draws)
     check_at_least(1, max_rows=max_rows)
@@ -257,7 +261,7 @@ def _ranks(
     absent: dict[str, str],
 ) -> dict[str, Tensor]:
     """By quantity ``(n, D)``, on the CPU; ``truth`` is the trace that the data came from."""
-    weights = log_weights(model, guide, *args, num_particles=num_draws)
+    weights = whole_weights(model, guide, args, {}, num_draws)
     require_numbers(weights, where="on data drawn from the model, ")
     true_sites, n, found = sample_sites(truth), count_rows(args), {}
     z_true, z_drawn = {}, {}

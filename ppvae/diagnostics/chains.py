@@ -33,7 +33,8 @@ class PosteriorDraws:
     All tensors are on the CPU.
 
     Attributes:
-        draws: by site, ``(chain, draw, datapoint, ...)``: inner plates, then the event.
+        draws: by site, ``(chain, draw, datapoint, ...)``: inner plates, then the event. Latents
+            that are summed out are left out.
         unconstrained: ``(chain, draw, datapoint, D)``, the coordinates that were sampled.
         log_joint: ``(chain, draw, datapoint)``, the log-density of ``unconstrained`` with x, nats.
         rhat: ``(N,)``, worst; NaN where a chain did not move.

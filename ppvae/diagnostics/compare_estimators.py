@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppvae.diagnostics.evidence import log_evidence as importance_log_evidence
 from ppvae.diagnostics.rows import (
+    bound,
     check_at_least,
     check_log_evidence,
     check_pair_and_data,
@@ -38,6 +39,7 @@ def compare(
     evidence_particles: int = 5000,
     timing_rounds: int = 20,
     seed: int = 0,
+    **kwargs: Any,
 ) -> Any:
     r"""Measure estimators side by side, at the pair's present parameters.
 
@@ -59,6 +61,7 @@ def compare(
         timing_rounds: rounds of loss and gradient that are timed, all estimators in turn in each,
             in alternating order; the median is reported. 0 leaves time out.
         seed: of all draws; the random stream is left as it was.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         A ``pandas.DataFrame``, one row per estimator: ``estimator`` (its repr), ``family`` (bound
@@ -85,6 +88,7 @@ def compare(
         >>> bool(table.loc["IWELBO-8", "bound"] > table.loc["ELBO-1", "bound"])
         True
     """
+    model, guide = bound(model, guide, kwargs)
     import pandas
 
     check_at_least(2, repeats=repeats)

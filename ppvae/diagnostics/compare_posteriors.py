@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.joint import Joint
-from ppvae.diagnostics.rows import check_at_least
+from ppvae.diagnostics.rows import bound, check_at_least
 from ppvae.pairs import seeded
 
 
@@ -124,6 +124,7 @@ def compare_posteriors(
     reference: PosteriorDraws,
     num_directions: int = 50,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> PosteriorComparison:
     r"""Compare the guide's q(z | x) with reference draws of p(z | x), per datapoint.
 
@@ -141,6 +142,7 @@ def compare_posteriors(
         reference: of :func:`~ppvae.diagnostics.hmc`, ``metropolis`` or ``nuts``.
         num_directions: random directions of the sliced distance.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`~ppvae.diagnostics.PosteriorComparison`.
@@ -166,6 +168,7 @@ def compare_posteriors(
         >>> bool(((result.sd_ratio - 0.5).abs() < 0.05).all())
         True
     """
+    model, guide = bound(model, guide, kwargs)
     joint = Joint(model, guide, *args)
     chains, kept, N = reference.unconstrained.shape[:3]
     if joint.num_datapoints != N or reference.draws.keys() != joint.layouts.keys():

@@ -15,6 +15,7 @@ from ppvae.check.behaviour import point_masses
 from ppvae.compile.compiled import Compiled, CompiledWeights
 from ppvae.diagnostics.psis import khat
 from ppvae.diagnostics.rows import (
+    bound,
     check_at_least,
     check_pair_and_data,
     count_rows,
@@ -27,7 +28,7 @@ from ppvae.diagnostics.rows import (
     take,
 )
 from ppvae.pairs import Program
-from ppvae.weights import LogWeights, log_weights
+from ppvae.weights import LogWeights, whole_weights
 
 _BLOCK = 256  # datapoints whose weights are summarised at once
 
@@ -118,6 +119,7 @@ def log_evidence(
     max_rows: int = 2_500,
     seed: int | None = None,
     compile: bool | str = False,
+    **kwargs: Any,
 ) -> Evidence:
     r"""Estimate log p(x) of every datapoint by importance sampling from the guide.
 
@@ -138,6 +140,7 @@ def log_evidence(
         compile: compile the log-weights of a piece of the data, see :mod:`ppvae.compiled`; worth
             its seconds where there are many pieces, and not done where there is one. ``"auto"``
             warns and runs eagerly where that is not possible, True raises.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`Evidence`.
@@ -165,6 +168,7 @@ def log_evidence(
         >>> bool(((result.log_evidence - exact).abs() < 4 * result.log_evidence_se).all())
         True
     """
+    model, guide = bound(model, guide, kwargs)
     check_at_least(2, num_particles=num_particles)
     check_pair_and_data(model, guide, args)
     return weigh(model, guide, args, num_particles, max_rows, seed, compile=compile)
@@ -204,7 +208,7 @@ def weigh(
             if log_w is not None and (log_w < math.inf).all():
                 return log_w
             torch.set_rng_state(random)  # draw the same again, to name the site
-        weights = log_weights(model, guide, *batch, num_particles=particles)
+        weights = whole_weights(model, guide, batch, {}, particles)
         require_numbers(weights, part.start)
         if part.start == 0:
             _refuse_point_masses(weights)

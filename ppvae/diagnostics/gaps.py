@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ppvae.diagnostics.ais import ais, reverse_ais
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.rows import (
+    bound,
     check_at_least,
-    check_data,
     check_log_evidence,
+    check_pair_and_data,
     count_rows,
     rows_per_piece,
     standard_error,
@@ -23,7 +24,7 @@ from ppvae.diagnostics.rows import (
 )
 from ppvae.local import Indexed, fit_local
 from ppvae.pairs import evaluation_mode, seeded
-from ppvae.weights import log_weights
+from ppvae.weights import whole_weights
 
 OWN = "own family"
 
@@ -152,6 +153,7 @@ def gaps(
     start: Literal["guide", "prior"] = "guide",
     max_rows: int = 10_000,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> Gaps:
     r"""Split log p(x) - ELBO into an approximation gap and an amortisation gap.
 
@@ -177,6 +179,7 @@ def gaps(
             latents.
         max_rows: largest number of (particle, datapoint) rows computed at once.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`~ppvae.diagnostics.Gaps`.
@@ -198,10 +201,12 @@ def gaps(
         >>> bool((result.amortisation > result.approximation).all())
         True
     """
+    amortised = guide
+    model, guide = bound(model, guide, kwargs)
     check_at_least(2, num_particles=num_particles)
-    rows = check_data(model, args)
+    rows = check_pair_and_data(model, guide, args)
     _check_given(rows, log_evidence, reference, local)
-    families = {OWN: own_family(guide, *args)} if local is None else local
+    families = {OWN: own_family(amortised, *args)} if local is None else local
     indexed = Indexed(model)
     index = torch.arange(rows, device=next(a.device for a in args if isinstance(a, Tensor)))
     annealing: dict[str, Any] = {
@@ -276,7 +281,7 @@ def _elbo(
     with torch.no_grad(), evaluation_mode(model, guide):
         for part in torch.arange(count_rows(args)).split(rows_per_piece(num_particles, max_rows)):
             batch = take(args, part)
-            log_w = log_weights(model, guide, *batch, num_particles=num_particles).log_w.double()
+            log_w = whole_weights(model, guide, batch, {}, num_particles).log_w.double()
             means.append(log_w.mean(0).cpu())
             errors.append((log_w.std(0) / math.sqrt(num_particles)).cpu())
     return torch.cat(means), torch.cat(errors)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppvae.diagnostics.chains import Point, PosteriorDraws, Settings, Transition, sample
 from ppvae.diagnostics.joint import Joint, traced
-from ppvae.diagnostics.rows import check_at_least
+from ppvae.diagnostics.rows import bound, check_at_least
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 JITTER = (0.3, 1.2)  # wide: a narrow one lets the variances mix slowly (periodic trajectories)
@@ -30,6 +30,7 @@ def hmc(
     max_rows: int = 2_000,
     max_reruns: int = 2,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> PosteriorDraws:
     r"""Draw from the exact posterior p(z | x) of every datapoint: a reference for the guide.
 
@@ -64,6 +65,7 @@ def hmc(
         max_rows: largest C x N run together, which bounds the memory.
         max_reruns: how often datapoints that fail are run again.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`~ppvae.diagnostics.PosteriorDraws`.
@@ -92,6 +94,7 @@ def hmc(
         >>> bool(((draws.mean("z") - torch.tensor([0., 1.])).abs() < 0.1).all())
         True
     """
+    model, guide = bound(model, guide, kwargs)
     check_at_least(1, num_leapfrog=num_leapfrog)
     settings = Settings(num_chains, num_warmup, num_draws, 1, target_accept, step_size, start)
 

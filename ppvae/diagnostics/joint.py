@@ -6,6 +6,7 @@ here and nowhere else.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,15 +16,15 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Transform
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ppvae.check.behaviour import same_support, support_of
-from ppvae.diagnostics.rows import check_data, rows_per_piece, take
+from ppvae.check.behaviour import coordinates, is_real, same_support
+from ppvae.check.sites import describe, latent_support
+from ppvae.diagnostics.rows import check_data, check_pair_and_data, rows_per_piece, take
 from ppvae.enumeration import sum_out, total
 from ppvae.latents import check_latents
 from ppvae.pairs import (
@@ -32,7 +33,9 @@ from ppvae.pairs import (
     Enumerate,
     Site,
     evaluation_mode,
+    is_discrete,
     is_enumerated,
+    kind,
     own_path,
     replay,
     sample_sites,
@@ -41,6 +44,7 @@ from ppvae.pairs import (
     unnoticed,
 )
 from ppvae.terms import Letters, NoInverse, Term, log_density, masked, term, unmasked
+from ppvae.weights import require_whole
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,19 @@ class Joint:
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> None:
         check_data(model, args)
         self.model, self.guide, self.args = model, guide, args
+        self._look()
+        if not self.auxiliary:  # else there are no log-weights, and the guide gives draws only
+            check_pair_and_data(model, guide, args)
+
+    def _look(self) -> None:
+        """Find the latents and where they lie, for these rows."""
+        model, guide, args = self.model, self.guide, self.args
         with own_path(), unnoticed(model, guide):
             self._structure = structure(model, guide, args, {})
             with self._chains(2):
                 drawn = trace(guide, args, {})
                 scored = replay(model, drawn, args, {})
+        require_whole({"model": scored, "guide": drawn}, args, {})
         sites, guide_sites = sample_sites(scored), sample_sites(drawn)
         check_latents(sites, guide_sites)
         self._enumerated = {
@@ -148,7 +160,10 @@ class Joint:
 
     def rows(self, index: Tensor | slice) -> Joint:
         """The same pair on some datapoints."""
-        return Joint(self.model, self.guide, *take(self.args, index))
+        part = copy.copy(self)
+        part.args = take(self.args, index)
+        part._look()
+        return part
 
     def blocks(self, num_chains: int, max_rows: int) -> Iterator[tuple[slice, Joint]]:
         """Slices of datapoints with the pair on each, as large as ``max_rows`` allows."""
@@ -266,8 +281,8 @@ class Joint:
     def _pack(self, drawn: Trace) -> Tensor:
         sites, parts = sample_sites(drawn), []
         for name, layout in self.layouts.items():
-            value, support = _value(sites[name], self._leftmost), support_of(sites[name]["fn"])
-            value = value if _is_real(support) else biject_to(support).inv(value)
+            fn, value = sites[name]["fn"], _value(sites[name], self._leftmost)
+            value = value if is_real(latent_support(fn)) else coordinates(fn).inv(value)
             parts.append(layout.pack(value))
         return torch.cat(parts, -1)
 
@@ -343,11 +358,10 @@ class _Given(Messenger):
         u = self.unconstrained.get(msg["name"])
         if u is None or msg["is_observed"]:
             return
-        support = support_of(msg["fn"])
-        if _is_real(support):
+        if is_real(latent_support(msg["fn"])):
             msg["value"] = u
         else:
-            transform = biject_to(support)
+            transform = coordinates(msg["fn"])
             msg["value"] = transform(u)
             log_det = transform.log_abs_det_jacobian(u, msg["value"])
             extra = transform.codomain.event_dim - msg["fn"].event_dim
@@ -365,10 +379,24 @@ def _value(site: Site, leftmost: int) -> Tensor:
     return value
 
 
+def require_coordinates(name: str, fn: Any) -> Transform:
+    """:func:`~ppvae.check.behaviour.coordinates`; ``ValueError`` if a latent has none."""
+    try:
+        return coordinates(fn)
+    except NotImplementedError as error:
+        support = latent_support(fn)
+        where = "unknown support" if support is None else describe(support)
+        raise ValueError(
+            f"latent {name!r} ({kind(fn)}, {where}) has no unconstrained coordinates to sample or "
+            "integrate in; use diagnostics.log_evidence, or draw real numbers in model and guide "
+            "and map them onto the support there"
+        ) from error
+
+
 def _layout(site: Site, leftmost: int) -> Layout:
     """The layout of a latent of a trace with a plate of chains."""
     name, fn = site["name"], site["fn"]
-    if fn.support.is_discrete:
+    if is_discrete(fn):
         raise ValueError(
             f"latent {name!r} is discrete ({type(fn).__name__}), so it has no gradient; sum it "
             'out: mark it infer={"enumerate": "parallel"} in the model'
@@ -380,14 +408,8 @@ def _layout(site: Site, leftmost: int) -> Layout:
             f'datapoint; put it inside `with pyro.plate("{DATA_PLATE}", len(x)):`'
         )
     value, data_dim = _value(site, leftmost), frames[0].dim
-    event = tuple(biject_to(support_of(fn)).inv(value).shape[-leftmost:])
+    event = tuple(require_coordinates(name, fn).inv(value).shape[-leftmost:])
     plates = tuple(value.shape[1:-leftmost])
     inside = {f.dim for f in site["cond_indep_stack"]} - {data_dim}
     inner = tuple(size for i, size in enumerate(plates) if i - len(plates) in inside)
     return Layout(plates, data_dim, inner, event, math.prod(inner + event))
-
-
-def _is_real(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.real

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppvae.diagnostics.chains import Point, PosteriorDraws, Settings, Transition, sample
 from ppvae.diagnostics.joint import Joint, traced
+from ppvae.diagnostics.rows import bound
 
 
 def metropolis(
@@ -25,6 +26,7 @@ def metropolis(
     max_rows: int = 2_000,
     max_reruns: int = 0,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> PosteriorDraws:
     r"""Draw from p(z | x) of every datapoint by a random walk.
 
@@ -40,6 +42,7 @@ def metropolis(
         num_chains, num_warmup, num_draws, step_size, start: as there.
         thin: transitions per draw that is kept.
         max_rows, max_reruns, seed: as there.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`~ppvae.diagnostics.PosteriorDraws`.
@@ -63,6 +66,7 @@ def metropolis(
         >>> bool(((draws.mean("z") - torch.tensor([0., 1.])).abs() < 0.15).all())
         True
     """
+    model, guide = bound(model, guide, kwargs)
     settings = Settings(num_chains, num_warmup, num_draws, thin, 0.3, step_size, start)
 
     def transition(joint: Joint, u: Tensor) -> Transition:

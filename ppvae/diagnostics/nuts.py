@@ -13,10 +13,22 @@ from pyro.infer import MCMC
 from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
+from ppvae.check.sites import is_angle
 from ppvae.diagnostics.arviz_bridge import require_arviz
 from ppvae.diagnostics.chains import PosteriorDraws, convergence, joined
-from ppvae.diagnostics.rows import check_at_least, check_data, take
-from ppvae.pairs import DATA_PLATE, evaluation_mode, own_path, sample_sites, seeded, trace
+from ppvae.diagnostics.joint import require_coordinates
+from ppvae.diagnostics.rows import bound, check_at_least, check_data, take
+from ppvae.pairs import (
+    DATA_PLATE,
+    evaluation_mode,
+    is_discrete,
+    kind,
+    own_path,
+    sample_sites,
+    seeded,
+    trace,
+)
+from ppvae.weights import require_whole
 
 
 def nuts(
@@ -26,6 +38,7 @@ def nuts(
     num_warmup: int = 300,
     num_draws: int = 500,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> PosteriorDraws:
     """Draw from p(z | x) with Pyro's NUTS, one datapoint and one chain after the other.
 
@@ -38,6 +51,7 @@ def nuts(
         *args: data, as it is called.
         num_chains, num_warmup, num_draws: as in :func:`~ppvae.diagnostics.hmc`.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to the model whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`~ppvae.diagnostics.PosteriorDraws`; ``unconstrained`` holds the latents side by
@@ -46,7 +60,8 @@ def nuts(
 
     Raises:
         PairError: empty, NaN or infinite data.
-        ValueError: too few chains or draws for the gates; a discrete latent.
+        ValueError: too few chains or draws for the gates; a discrete latent, an angle, or
+            one on a sphere.
 
     Source: Hoffman & Gelman, The No-U-Turn Sampler, 2014; Pyro's implementation.
 
@@ -62,11 +77,12 @@ def nuts(
         >>> draws.draws["z"].shape
         torch.Size([2, 50, 1])
     """
+    model, _ = bound(model, model, kwargs)
     check_at_least(2, num_chains=num_chains)  # which R-hat compares
     check_at_least(8, num_draws=num_draws)  # for R-hat and ESS
     rows = check_data(model, args)
     require_arviz()
-    _refuse_discrete(model, args)
+    _refuse_others(model, take(args, slice(1)))
     started = time.perf_counter()
     with seeded(seed, *args), own_path(), evaluation_mode(model):
         parts = [
@@ -76,17 +92,31 @@ def nuts(
     return replace(joined(parts), seconds=time.perf_counter() - started)
 
 
-def _refuse_discrete(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Raise ``ValueError``: NUTS sums discrete latents out, and draws then have no log p(x, z)."""
+def _refuse_others(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Raise ``ValueError`` for latents that Pyro's NUTS does not draw, or not from the posterior.
+
+    It sums discrete ones out, and draws then have no log p(x, z); it takes an angle for a real
+    number, over which its density has no integral.
+    """
     with own_path(), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        sites = sample_sites(trace(model, args, {}))
-    for name, site in sites.items():
-        if not site["is_observed"] and site["fn"].support.is_discrete:
+        drawn = trace(model, args, {})
+    require_whole({"model": drawn}, args, {})
+    for name, site in sample_sites(drawn).items():
+        if site["is_observed"]:
+            continue
+        fn = site["fn"]
+        if is_discrete(fn):
             raise ValueError(
-                f"latent {name!r} is discrete ({type(site['fn']).__name__}); mark it "
+                f"latent {name!r} is discrete ({kind(fn)}); mark it "
                 'infer={"enumerate": "parallel"} in the model and use diagnostics.hmc, which sums '
                 "it out"
             )
+        if is_angle(fn):
+            raise ValueError(
+                f"latent {name!r} is an angle ({kind(fn)}), which Pyro's NUTS takes for a real "
+                "number; use diagnostics.hmc, which stays in (-pi, pi]"
+            )
+        require_coordinates(name, fn)
 
 
 def _one_datapoint(

@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.diagnostics.rows import (
+    bound,
     check_at_least,
     check_pair_and_data,
     evaluating,
@@ -93,6 +94,7 @@ def predictive_check(
     site: str | None = None,
     max_rows: int = 10_000,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> PredictiveCheck:
     r"""Posterior predictive check: draw new data at the guide's draws and compare statistics.
 
@@ -111,6 +113,7 @@ def predictive_check(
         site: the observed site, if there are several.
         max_rows: largest number of (draw, datapoint) rows computed at once.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`PredictiveCheck`.
@@ -131,30 +134,35 @@ def predictive_check(
         >>> check.p_value["pixels on"]  # nets as initialised never draw only ones
         0.0
     """
+    model, guide = bound(model, guide, kwargs)
     check_at_least(20, num_draws=num_draws)
     check_at_least(1, max_rows=max_rows)
     if not statistics:
         raise ValueError('statistics is empty: give functions, e.g. {"mean": lambda x: x.mean(-1)}')
     rows = check_pair_and_data(model, guide, args)
     free = poutine.uncondition(model)
-    replicated = {label: torch.empty(num_draws, rows) for label in statistics}
+    replicated = {label: torch.empty(num_draws, rows, dtype=torch.float64) for label in statistics}
     with evaluating(model, guide, args, seed):
         sites = sample_sites(trace(model, args, {}))
         name = _choose(site, [n for n, found in sites.items() if found["is_observed"]])
-        data = rows_first(sites[name])
-        observed = {label: _of(label, f, data) for label, f in statistics.items()}
+        data, observed = rows_first(sites[name]), dict[str, Tensor]()
         shape = structure(model, guide, args, {})
         for part, sizes in pieces(rows, num_draws, max_rows):
             batch, start = take(args, part), 0
             for size in sizes:
                 drawn = _draw(free, guide, batch, shape, size, name)  # (size, n, *event)
+                dtype = _common(data.dtype, drawn.dtype)
+                data, drawn = data.to(dtype), drawn.to(dtype)
+                observed = observed or {
+                    label: _of(label, f, data) for label, f in statistics.items()
+                }
                 for label, f in statistics.items():
                     flat = _of(label, f, drawn.flatten(0, 1)).reshape(size, -1)
-                    replicated[label][start : start + size, part] = flat.float()
+                    replicated[label][start : start + size, part] = flat.double()
                 start += size
     return PredictiveCheck(
         {label: values.double() for label, values in observed.items()},
-        {label: values.double() for label, values in replicated.items()},
+        replicated,
         name,
     )
 
@@ -171,6 +179,14 @@ def _draw(
             raise ValueError(f"site {site!r} cannot be drawn: {reason(error)}") from error
     value = rows_first(sample_sites(predictive)[site])
     return value if count > 1 else value[None]
+
+
+def _common(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """The coarser of two precisions: T of equal values is equal in one precision only."""
+    floats = [dtype for dtype in (one, other) if dtype.is_floating_point]
+    if floats:
+        return max(floats, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.promote_types(one, other)
 
 
 def _choose(site: str | None, observed: list[str]) -> str:

@@ -15,7 +15,7 @@ from ppvae.diagnostics import html
 from ppvae.diagnostics.arviz_bridge import elpd, export_rows
 from ppvae.diagnostics.evidence import Evidence, weigh
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
-from ppvae.diagnostics.rows import check_pair_and_data, spread
+from ppvae.diagnostics.rows import bound, check_pair_and_data, spread
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
 from ppvae.pairs import Program
 
@@ -125,10 +125,10 @@ class Report(Evidence):
         r"""KL(q(z) || p(z)) of the aggregated posterior, nats: mean rate less mutual information.
 
         Of these N datapoints; for the distribution they come from an upper bound in expectation.
-        NaN where the prior differs by datapoint, as p(z | y) does.
+        NaN where the prior differs by datapoint, as p(z | y) does, or a latent is masked.
         """
         rate, found = self.rate, self.aggregate
-        if rate is None or found is None or found.prior_differs:
+        if rate is None or found is None or found.prior_differs or found.masked:
             return math.nan
         return rate.mean().item() - found.mutual_information
 
@@ -383,6 +383,7 @@ def diagnose(
     threshold: float = 0.01,
     num_aggregate: int = 1000,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> Report:
     r"""Ask whether a pair's posterior can be trusted, datapoint by datapoint and unit by unit.
 
@@ -410,6 +411,7 @@ def diagnose(
         num_aggregate: about so many draws of z, of datapoints spread over the data, for the mutual
             information, which takes ``num_aggregate * N`` densities q(z | x); 0 leaves it out.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
         :class:`~ppvae.diagnostics.Report`; print it.
@@ -438,6 +440,7 @@ def diagnose(
         >>> print(report.verdict[0])
         k-hat <= 0.7 on all points: log p(x) and its standard errors can be trusted at K = 200.
     """
+    model, guide = bound(model, guide, kwargs)
     if tail_length(num_particles) < MIN_TAIL:
         raise ValueError(
             f"num_particles={num_particles} is too few for k-hat: pass 21 or more, 1000 for "
@@ -498,6 +501,10 @@ def _aggregate(
         return None
     if found is None:
         absent["activity and mutual information"] = "the guide draws no latents"
+    elif found.masked:
+        absent["KL(q(z) || p(z))"] = (
+            "a mask hides some of the latents, so the mean KL is not of all that the guide draws"
+        )
     elif found.prior_differs:
         absent["KL(q(z) || p(z))"] = "the prior differs by datapoint, so there is no one p(z)"
     return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +21,16 @@ from ppvae.check.pair import (
     check_values,
     names,
 )
-from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, evaluation_mode, own_path, seeded
+from ppvae.pairs import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Program,
+    Site,
+    by_position,
+    evaluation_mode,
+    own_path,
+    seeded,
+)
 from ppvae.program import module_of
 from ppvae.weights import LogWeights
 
@@ -61,14 +71,18 @@ def count_rows(args: Sequence[Any]) -> int:
     return next((len(arg) for arg in args if isinstance(arg, Tensor)), 0)
 
 
-def check_pair_and_data(model: Program, guide: Program, args: Sequence[Any]) -> int:
+def check_pair_and_data(
+    model: Program, guide: Program, args: Sequence[Any], joint: bool = False
+) -> int:
     """N; raise as :func:`check_data` does, and ``PairError`` unless the pair takes every row.
 
-    It may mask values that are NaN. For passes over the weights, which run with Pyro's validation
-    off.
+    Its plates must be whole. It may mask values that are NaN. For passes over the weights, which
+    run with Pyro's validation off.
     """
     rows = _check_rows(model, args)
-    checks = check_batch(model, guide, *take(args, slice(_CHECKED_ROWS)))
+    # an autoguide's parameters may belong to all positions
+    some = args if by_position(guide) or joint else take(args, slice(_CHECKED_ROWS))
+    checks = check_batch(model, guide, *some, joint=joint, whole=True)
     check_values(model, guide, args, checks)
     return rows
 
@@ -94,6 +108,13 @@ def check_start(start: str) -> None:
     """Raise ``ValueError`` unless chains start at draws of the guide or the prior."""
     if start not in ("guide", "prior"):
         raise ValueError(f'start must be "guide" or "prior", got {start!r}')
+
+
+def bound(model: Program, guide: Program, kwargs: Mapping[str, Any]) -> tuple[Program, Program]:
+    """Both programs with what is passed by keyword: it is no row of the data, and never cut."""
+    if not kwargs:
+        return model, guide
+    return functools.partial(model, **kwargs), functools.partial(guide, **kwargs)
 
 
 # -- datapoints in pieces ----------------------------------------------------------------------

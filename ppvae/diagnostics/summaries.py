@@ -18,7 +18,7 @@ from ppvae.diagnostics.rows import count_rows, evaluating, rows_first, standard_
 from ppvae.elbo.standard import ELBO, closed_form_kl, dimension_rates
 from ppvae.enumeration import total
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, sample_sites, structure, trace
-from ppvae.terms import sum_plates, term
+from ppvae.terms import distribution_mask, sum_plates, term, unmasked
 from ppvae.weights import LogWeights
 
 _CLOSED = ELBO(kl="mixed")  # closed forms where they are valid, draws elsewhere
@@ -170,6 +170,8 @@ class Aggregate:
             expectation an upper bound for the distribution the datapoints come from (NaN for one).
         ceiling: log N, the largest value that N datapoints can show.
         prior_differs: whether p(z) depends on the datapoint, as p(z | y) does.
+        masked: whether a mask hides a latent's density. The information is that of what the guide
+            draws, whatever is masked, as activity is; the KL of every latent counts the rest.
         ks: by site and unit, the largest distance between the distribution functions of q(z) and
             of the prior, from the same number of draws of each, ``(D,)``.
         num_draws: M, how many draws of z all this was estimated from.
@@ -180,6 +182,7 @@ class Aggregate:
     mutual_information_upper: float
     ceiling: float
     prior_differs: bool
+    masked: bool
     ks: dict[str, Tensor]
     num_draws: int
 
@@ -218,10 +221,13 @@ def aggregate(
     nesting = structure(model, guide, args, {}).nesting
     with evaluating(model, guide, args, seed):
         some = take(args, chosen)
-        z = _draws(guide, some)
+        drawn, from_prior = _latents(guide, some), _latents(model, some)
+        z, prior = (
+            {name: rows_first(site) for name, site in sites.items()}
+            for sites in (drawn, from_prior)
+        )
         if not z:
             return None
-        prior = _draws(model, some)
         at_one = _log_density(model, some, {n: v[:1] for n, v in prior.items()}, nesting)
         own, among_all, among_others = _densities(guide, args, z, chosen, max_pairs, nesting)
     by_datapoint = (own - among_all).reshape(-1, repeats).mean(1)
@@ -231,6 +237,7 @@ def aggregate(
         mutual_information_upper=(own - among_others).mean().item() if rows > 1 else math.nan,
         ceiling=math.log(rows),
         prior_differs=bool(at_one.max() - at_one.min() > 1e-4 * (1 + at_one.abs().max())),
+        masked=any(_is_masked(site) for site in (*drawn.values(), *from_prior.values())),
         ks={n: _distance(z[n], prior[n]) for n in z if n in prior},
         num_draws=len(chosen),
     )
@@ -261,21 +268,31 @@ def _densities(
     return own, among_all, among_others
 
 
-def _draws(program: Program, args: tuple[Any, ...]) -> dict[str, Tensor]:
-    """A draw of every latent for every datapoint, ``(N, *other batch dims, *event)``."""
+def _latents(program: Program, args: tuple[Any, ...]) -> dict[str, Site]:
+    """The sites of a program that it draws."""
     sites = sample_sites(trace(program, args, {}))
-    return {name: rows_first(site) for name, site in sites.items() if not site["is_observed"]}
+    return {name: site for name, site in sites.items() if not site["is_observed"]}
+
+
+def _is_masked(site: Site) -> bool:
+    masks = site["mask"], distribution_mask(site["fn"])
+    return any(not torch.as_tensor(mask).all() for mask in masks if mask is not None)
 
 
 def _log_density(
     program: Program, args: tuple[Any, ...], z: dict[str, Tensor], nesting: int
 ) -> Tensor:
-    """Log-density of the latents at draws m given the datapoints n, ``(m, n)``."""
+    """Log-density of the latents at draws m given the datapoints n, ``(m, n)``, unmasked."""
     count = len(next(iter(z.values())))
     plate = pyro.plate(PARTICLE_PLATE, count, dim=-1 - nesting)
     with plate, AtDraws(z, nesting):
         sites = sample_sites(trace(program, args, {}))
-    terms = [term(site, -1 - nesting) for name, site in sites.items() if name in z]
+    shown = [
+        {**site, "fn": unmasked(site["fn"]), "mask": None}
+        for name, site in sites.items()
+        if name in z
+    ]
+    terms = [term(site, -1 - nesting) for site in shown]
     return total(terms).expand(count, count_rows(args))
 
 
