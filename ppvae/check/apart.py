@@ -184,7 +184,8 @@ def _leaks(again: _Replays, terms: Terms, cut: set[int | str]) -> list[tuple[str
 
 def _changed_by_size(again: _Replays) -> list[tuple[str, str]]:
     """Terms of the two rows that are others in the whole batch, at the same draws."""
-    if again.index is None:
+    # a point is not the same to the last digit in a batch of another size
+    if again.index is None or point_masses(again.whole):
         return []
     drawn, cut = again.whole.guide_trace, functools.partial(_rows_of, index=again.index)
     few = again.terms(_with_values(drawn, cut))
