@@ -75,8 +75,6 @@ def take_up(optimizer: torch.optim.Optimizer, optim: Any, module: nn.Module) -> 
     held = {id(p) for group in now.param_groups for p in group["params"]}
     for gone in [p for p in optimizer.state if id(p) not in held]:
         del optimizer.state[gone]
-    for p, state in now.state.items():  # of an optimiser that has one before its first step
-        optimizer.state.setdefault(p, state)
 
 
 def left_out(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, nn.Parameter]:
