@@ -498,6 +498,7 @@ def test_errors_say_what_to_do(call, match):
         (lambda: conditionals.Scale(torch.ones(12)), "shape="),
         (lambda: conditionals.Normal(nets.mlp(Z, 12), 12), r"Normal\(12\): .*12\.0"),
         (lambda: conditionals.Normal(nets.mlp(Z, 12), "learned"), "Normal: .* got str"),
+        (lambda: conditionals.Normal(nets.mlp(Z, 12), True), "Normal: .* got bool"),
     ],
 )
 def test_a_size_is_no_standard_deviation(call, match):

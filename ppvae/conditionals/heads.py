@@ -108,7 +108,7 @@ class Scale(nn.Module):
 
 def _check_sigma(sigma: Any, owner: str, meaning: str) -> None:
     """Raise unless a number can be meant as a standard deviation."""
-    if not isinstance(sigma, Real):
+    if not isinstance(sigma, Real) or isinstance(sigma, bool):
         cure = "give a number, and shape=... for one per dimension"
         raise TypeError(f"{owner}: {meaning}, got {type(sigma).__name__}; {cure}")
     if not 0 < float(sigma) < math.inf:

@@ -62,7 +62,10 @@ def _check_rows(program: Program, args: Sequence[Any]) -> int:
     check_shapes(program, args)
     rows = count_rows(args)
     if not rows:
-        raise ValueError("no data: pass tensors with one row per datapoint, e.g. (model, guide, x)")
+        held = next((" such as its .x" for arg in args if hasattr(arg, "x")), "")
+        raise ValueError(
+            f"no data: pass tensors with one row per datapoint{held}, e.g. (model, guide, x)"
+        )
     return rows
 
 
