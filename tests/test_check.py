@@ -311,6 +311,7 @@ def test_leakage_in_the_model():
 
     message = refused(Mixing(), Toy(), X)
     assert "site 'x' of the model" in message and "of the guide" not in message
+    assert "changes with the data or draws of the others" in message
 
 
 def test_leakage_by_labels_and_keywords():
@@ -1077,11 +1078,44 @@ def test_values_of_an_enumerated_latent_are_weighed_as_one_by_one():
     x = torch.randn(5)
     report = check_pair(MixtureOf(lambda loc, rows: loc), Nothing(), x)
     assert "enumerated values at once are weighed as one by one" in report.holds
-    with pytest.raises(PairError, match=r"^site 'x' of the model: the values of enumerated"):
-        check_pair(MixtureOf(lambda loc, rows: loc - loc.mean(0)), Nothing(), x)
+    for mixing in (
+        lambda loc, rows: loc - loc.mean(0),
+        lambda loc, rows: loc - loc[0],  # at the last value wrong
+        lambda loc, rows: loc - loc[-1],  # at the first
+    ):
+        with pytest.raises(PairError, match=r"^site 'x' of the model: the values of enumerated"):
+            check_pair(MixtureOf(mixing), Nothing(), x)
 
 
 def test_a_term_that_depends_on_the_number_of_rows_is_refused():
     x = torch.randn(5)
     with pytest.raises(PairError, match=r"'x' of the model: .* how many there are: .* 2 .* 5"):
         check_pair(MixtureOf(lambda loc, rows: loc / rows), Nothing(), x)
+
+
+def test_an_infinite_density_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Gamma(0.5, torch.exp(z)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    x = torch.tensor([1.0, 0.0, 2.0])
+    with pytest.raises(PairError, match="site 'x' of the model: its log-probability is NaN or inf"):
+        check_batch(model, guide, x)
+
+
+def test_a_dim_of_size_one_needs_no_plate():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[None])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(1, len(x)), 1.0))
+
+    assert check_batch(model, guide, torch.randn(3)) == []

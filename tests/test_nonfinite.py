@@ -335,3 +335,16 @@ def test_skipped_steps_on_a_gpu():
         svi.update(x.cuda())
     svi.check_finite()
     assert (svi.num_steps, svi.num_skipped) == (6, 2)
+
+
+def test_a_prior_that_is_not_finite_is_of_the_model():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(math.nan), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    assert blame(model, guide, X[:, 0]).startswith("site 'z' of the model: loc not finite")

@@ -9,7 +9,7 @@ import torch
 
 import ppvae
 from oracles import LinearGuide, LinearModel
-from ppvae import diagnostics, elbo, guides
+from ppvae import conditionals, diagnostics, elbo, guides, models, nets
 from ppvae.check.pair import PairError
 from ppvae.diagnostics.rows import check_data
 
@@ -256,3 +256,13 @@ def test_an_autoguide_of_all_positions_is_evaluated_on_all_rows_at_once():
     assert abs(found.mean - exact.mean()) < 5 * found.mean_mc_se
     with pytest.raises(ValueError, match=r"150 positions.*max_rows >= num_particles"):
         diagnostics.log_evidence(model, guide, x, num_particles=400, max_rows=1000)
+
+
+def test_every_row_is_looked_at():
+    """Those beyond the first ones, on which the pair is tried, too."""
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
+    guide = guides.Normal(nets.mlp(4, 8, 4))
+    x = torch.bernoulli(torch.full((150, 4), 0.5))
+    x[140, 1] = 0.5
+    with pytest.raises(PairError, match="1 of 600 values lie outside the likelihood's support"):
+        diagnostics.log_evidence(model, guide, x, num_particles=2)

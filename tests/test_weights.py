@@ -626,6 +626,17 @@ def test_an_auxiliary_site_that_is_the_noise_of_a_latent_enters_log_q() -> None:
     torch.testing.assert_close(log_q, dist.Normal(0.0, 2.0).log_prob(z))
 
 
+def test_more_noise_than_the_latents_have_coordinates_is_refused() -> None:
+    def auxiliary(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            noise = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+            u = pyro.sample("u", noise, infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(u.sum(-1), log_density=-math.log(2.0)))
+
+    with pytest.raises(ValueError, match=r"draws \['u'\] beside .* integral"):
+        ppvae.log_weights(pixel_model, auxiliary, torch.randn(4, 3), num_particles=2)
+
+
 def test_num_particles_is_checked() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         ppvae.log_weights(pixel_model, guide, torch.randn(4, 3), num_particles=0)
