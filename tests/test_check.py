@@ -837,7 +837,7 @@ def test_a_table_is_passed_by_keyword():
     refused(model, guide, x, torch.arange(4.0), match=("argument 'table' has 4 rows", "by keyword"))
 
 
-@pytest.mark.parametrize("rows", [3, 4, 5])
+@pytest.mark.parametrize("rows", [2, 3, 4, 5])
 def test_batch_norm_over_another_axis_is_found_while_it_is_fresh(rows):
     """With particles it would normalise rows by the statistics of channels; as many, it runs."""
 
