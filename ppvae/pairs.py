@@ -454,14 +454,20 @@ def closed_form_kl_valid(
 
 
 def _parents(drawn: Trace) -> dict[str, frozenset[str]]:
-    """The latent sites that each latent's distribution is directly computed from."""
+    """The latent sites that each latent's term is directly computed from."""
     sites = sample_sites(drawn)
     latents = {name for name, site in sites.items() if not site["is_observed"]}
     return {
-        name: (get_provenance(site["fn"].log_prob(site["value"])) & latents) - {name}
+        name: (_provenance(site) & latents) - {name}
         for name, site in sites.items()
         if name in latents
     }
+
+
+def _provenance(site: Site) -> frozenset[str]:
+    """What a site's term is computed from: its distribution, and the mask of the program."""
+    provenance: frozenset[str] = get_provenance(site["fn"].log_prob(site["value"]))
+    return provenance | get_provenance(site["mask"])
 
 
 def by_position(program: Program) -> AutoGuide | None:

@@ -40,8 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.enumeration import total
-from ppvae.weights import LogWeights
+from ppvae.weights import LogWeights, log_q_of_draws
 
 Bound = Callable[[Tensor], Tensor]  # log-weights (K, N) to (N,)
 
@@ -101,23 +100,18 @@ def through_draws(c: Tensor, log_w: Tensor, pairs: list[tuple[Tensor, Tensor]]) 
 
 
 def scored_log_q(weights: LogWeights) -> Tensor | None:
-    """log q of the drawn latents that have no reparameterised sampler, ``(K, N)``, or None.
+    """log q of the draws that have no reparameterised sampler, unmasked, ``(K, N)``, or None.
 
     Raises:
         ValueError: one of them depends on an enumerated latent.
     """
     sites = weights.guide_trace.nodes
     scored = [
-        term
-        for name, term in weights.q.items()
+        name
+        for name in weights.q
         if name not in weights.enumerated and not sites[name]["fn"].has_rsample
     ]
-    if any(term.letters for term in scored):
-        raise ValueError(
-            "a guide's site that is drawn by the score function depends on an enumerated one; "
-            "enumerate both, or draw both"
-        )
-    return total(scored) if scored else None
+    return log_q_of_draws(weights, scored) if scored else None
 
 
 def score(
