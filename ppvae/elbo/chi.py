@@ -86,7 +86,8 @@ class ChiUpperBound(Estimator):
         share = normalised(centred_powers(log_w.detach(), self.order)[1])
         if self.gradient == "dreg":
             self.require_reparameterised(weights)
-            gradient = (1 - self.order) * through_draws(share - share.square(), log_w, leaves.pairs)
+            c = (1 - self.order) * (share - share.square())
+            gradient = through_draws(c, log_w, leaves, hidden=share)
         else:
             drawn = log_q_of_draws(weights, weights.q.keys() - weights.enumerated.keys())
             gradient = (share * (drawn / self.order - drawn_log_q(weights))).sum()
