@@ -24,7 +24,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.check.behaviour import coordinates, is_real, same_support
 from ppvae.check.sites import describe, latent_support
-from ppvae.diagnostics.rows import check_data, check_pair_and_data, rows_per_piece, take
+from ppvae.diagnostics.rows import (
+    check_data,
+    check_pair_and_data,
+    check_rows,
+    rows_per_piece,
+    take,
+)
 from ppvae.enumeration import sum_out, total
 from ppvae.latents import check_latents
 from ppvae.pairs import (
@@ -130,10 +136,16 @@ class Joint:
     """
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> None:
-        check_data(model, args)
+        check_rows(model, args)
         self.model, self.guide, self.args = model, guide, args
-        self._look()
-        if not self.auxiliary:  # else there are no log-weights, and the guide gives draws only
+        try:
+            self._look()
+        except (ValueError, RuntimeError):
+            check_data(model, args)  # NaN that no mask hides is the reason, if there is any
+            raise
+        if self.auxiliary:  # there are no log-weights, and the guide gives draws only
+            check_data(model, args)
+        else:
             check_pair_and_data(model, guide, args)
 
     def _look(self) -> None:
