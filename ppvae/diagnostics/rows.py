@@ -85,7 +85,8 @@ def check_pair_and_data(
     rows = check_rows(model, args)
     # an autoguide's parameters may belong to all positions
     some = args if by_position(guide) or joint else take(args, slice(_CHECKED_ROWS))
-    checks = check_batch(model, guide, *some, joint=joint, whole=True)
+    # several particles, draws or chains are computed at once
+    checks = check_batch(model, guide, *some, joint=joint, num_particles=2, whole=True)
     check_values(model, guide, args, checks)
     return rows
 
