@@ -112,13 +112,9 @@ def test_bad_arrays(codes, factors, message):
 
 def test_bad_splits_and_bins():
     v = GRID
-    with pytest.raises(
-        ValueError, match="factor 0 has the values .1. in none of the rows that tea"
-    ):
+    with pytest.raises(ValueError, match=r"factor 0 has the values .1. in none .* that teach"):
         metrics.sap(v, v, 12)
-    with pytest.raises(
-        ValueError, match="factor 0 has the values .0. in none of the rows that test"
-    ):
+    with pytest.raises(ValueError, match=r"factor 0 has the values .0. in none .* that test"):
         metrics.explicitness(v, v, 20)
     with pytest.raises(ValueError, match="num_train=24 of 24 rows: leave 1"):
         metrics.dci(v, v, 24)
@@ -200,9 +196,7 @@ def test_bad_representations():
     score = metrics.factor_vae_score
     with pytest.raises(ValueError, match="other codes at each call: give the mean"):
         score(lambda x: torch.randn(len(x), 2), SPRITES, **VOTES)
-    with pytest.raises(
-        ValueError, match=r"represent gives shape \(108, 1, 16, 16\) for 108 images"
-    ):
+    with pytest.raises(ValueError, match=r"gives shape \(108, 1, 16, 16\) for 108 images"):
         score(lambda x: x, SPRITES, **VOTES)
     with pytest.raises(ValueError, match="give finite codes"):
         score(lambda x: x.flatten(1) / 0, SPRITES, **VOTES)

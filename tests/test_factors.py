@@ -55,9 +55,9 @@ def test_areas_of_sprites():
     found = data.sprites(256, sizes=(3, 3, 4, 1, 1))
     areas = torch.as_tensor(found.images).reshape(3, 3, 4, -1).sum(-1, dtype=torch.float64) / 80**2
     scales = torch.tensor([0.5, 0.75, 1]).double()[:, None] ** 2
-    assert torch.allclose(areas[0], 4 * 0.68**2 * scales, rtol=0.02)
-    assert torch.allclose(areas[1], np.pi * 0.95 * 0.5 * scales.expand(3, 4), rtol=0.02)
-    assert torch.allclose(areas[2], 3.66 / 1.25**2 * scales.expand(3, 4), rtol=0.02)  # the heart
+    assert torch.allclose(areas[0], 4 * 0.68**2 * scales, rtol=0.03)
+    assert torch.allclose(areas[1], np.pi * 0.95 * 0.5 * scales.expand(3, 4), rtol=0.03)
+    assert torch.allclose(areas[2], 3.66 / 1.32**2 * scales.expand(3, 4), rtol=0.03)  # the heart
 
 
 def test_orientations():

@@ -190,8 +190,8 @@ def sprites(
         size: of an image, pixels.
         sizes: how many values shape (at most 3), scale, orientation, x and y have.
         full_turn: orientations in [0, 2 pi), as dSprites has them: a square then looks the same in
-            four of them, an ellipse in two, and no code can tell these apart. Else in [0, pi/2): then
-        every combination is another image, so far as pixels allow (by default, all are).
+            four of them, an ellipse in two, and no code can tell these apart. Else in [0, pi/2):
+            every combination is another image, so far as pixels allow (by default, all are).
 
     Raises:
         ValueError: sizes that are not five numbers >= 1, more than three shapes, an image too
@@ -237,7 +237,7 @@ def _patches(radius: int, scales: np.ndarray, turns: np.ndarray) -> np.ndarray:
     scales, turns = scales[:, None, None, None], turns[:, None, None]
     u = (x * np.cos(turns) + y * np.sin(turns)) / scales
     v = (y * np.cos(turns) - x * np.sin(turns)) / scales
-    p, q = 1.25 * u, 1.25 * v + 0.15  # the heart's middle in the circle
+    p, q = 1.32 * u, 1.32 * v + 0.15  # the heart's middle in the circle
     inside = np.stack(
         [
             np.maximum(abs(u), abs(v)) <= 0.68,

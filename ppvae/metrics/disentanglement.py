@@ -1,7 +1,7 @@
 """How well single codes stand for single factors of variation: seven scores of the literature.
 
-Codes are means of q(z | x), factors whole numbers. Where a score is learned, the first ``num_train``
-rows teach and the others test, so rows must come in random order.
+Codes are means of q(z | x), factors whole numbers. Where a score is learned, the first
+``num_train`` rows teach and the others test, so rows must come in random order.
 """
 
 from __future__ import annotations
@@ -244,8 +244,8 @@ def dci(
               C = \sum_k \rho_k \left(1 - H_D(R_{\cdot k})\right)
 
     :math:`R_{ik}` is the importance of code i for predicting factor k, H the entropy of what it is
-    as shares, to the base of their number, and :math:`\rho` the share of all importance. Trees choose
-    among equal splits by the order of the codes, which moves the scores in their third digit.
+    as shares, to the base of their number, and :math:`\rho` the share of all importance. Trees
+    choose among equal splits by the order of the codes: that moves scores in the third digit.
 
     Args:
         codes: ``(N, D)`` real numbers, D >= 2. The papers take 10,000 rows to teach and 5,000 to
