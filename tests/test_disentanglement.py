@@ -124,7 +124,7 @@ def test_bad_splits_and_bins():
 
 # ------------------------------------------------------------------------------ interventions
 
-SPRITES = data.sprites(16, sizes=(3, 2, 2, 3, 3))
+SPRITES = data.sprites(24, sizes=(3, 2, 2, 3, 3))
 VOTES = {"num_train": 300, "num_test": 200, "batch_size": 32, "num_variance": 500}
 FEW = {"num_train": 300, "num_test": 200, "batch_size": 32}
 
@@ -134,6 +134,7 @@ class Codes:
 
     def __init__(self, mixing):
         self.rows = {SPRITES[i].numpy().tobytes(): i for i in range(len(SPRITES))}
+        assert len(self.rows) == len(SPRITES)
         factors = SPRITES.factors(torch.arange(len(SPRITES))).double()
         self.codes = (factors / torch.tensor(SPRITES.sizes)) @ torch.as_tensor(mixing).double()
         self.seen = 0
@@ -196,7 +197,7 @@ def test_bad_representations():
     score = metrics.factor_vae_score
     with pytest.raises(ValueError, match="other codes at each call: give the mean"):
         score(lambda x: torch.randn(len(x), 2), SPRITES, **VOTES)
-    with pytest.raises(ValueError, match=r"gives shape \(108, 1, 16, 16\) for 108 images"):
+    with pytest.raises(ValueError, match=r"gives shape \(108, 1, 24, 24\) for 108 images"):
         score(lambda x: x, SPRITES, **VOTES)
     with pytest.raises(ValueError, match="give finite codes"):
         score(lambda x: x.flatten(1) / 0, SPRITES, **VOTES)

@@ -216,11 +216,11 @@ def sprites(
     images = np.zeros((*sizes, size, size), np.uint8)
     for i, left in enumerate(_places(size - 2 * radius, sizes[3])):
         for j, top in enumerate(_places(size - 2 * radius, sizes[4])):
-            rows, columns = slice(top, top + 2 * radius), slice(left, left + 2 * radius)
-            images[:, :, :, i, j, rows, columns] = patches
+            down, right = slice(top, top + 2 * radius), slice(left, left + 2 * radius)
+            images[:, :, :, i, j, down, right] = patches
     source = "drawn by ppvae.data.sprites, after Matthey et al. (2017), dSprites"
-    images = images.reshape(-1, 1, size, size)
-    return Factors(torch.from_numpy(images), tuple(sizes), NAMES, name="sprites", source=source)
+    rows = torch.from_numpy(images).reshape(-1, 1, size, size)
+    return Factors(rows, tuple(sizes), NAMES, name="sprites", source=source)
 
 
 def _places(room: int, num: int) -> list[int]:
@@ -282,8 +282,7 @@ def dsprites(path: str | Path) -> Factors:
                 classes = np.lib.format.read_array(file, allow_pickle=False)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is no .npz file: give the file of dSprites") from error
-    names = ("color", "shape", "scale", "orientation", "x", "y")
-    names, sizes = _grid(path, classes, names)
+    names, sizes = _grid(path, classes, ("color", *NAMES))
     images = np.load(unpacked, mmap_mode="r")[:, None]
     return Factors(images, sizes, names, "binary", "dsprites", "Matthey et al. (2017), dSprites")
 
@@ -314,8 +313,8 @@ def shapes3d(path: str | Path) -> Factors:
     except OSError as error:
         raise ValueError(f"{path} is no HDF5 file: give the file of 3D Shapes") from error
     classes = np.stack([np.unique(c, return_inverse=True)[1] for c in labels.T], 1)
-    names = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
-    names, sizes = _grid(path, classes, names)
+    own = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
+    names, sizes = _grid(path, classes, own)
     images = _ChannelsFirst(path, shape, dtype)
     source = "Burgess and Kim (2018), 3D Shapes"
     return Factors(images, sizes, names, "unit_interval", "shapes3d", source)
