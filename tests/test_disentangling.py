@@ -251,7 +251,7 @@ def test_schedules_change_in_a_compiled_step(traced, estimator):
     assert len(traced) == 1
     first, later = State(), State()
     later.count()
-    weights, one = terms(estimator, *pair()[:2], x)
+    weights, _ = terms(estimator, *pair()[:2], x)
     assert not torch.equal(estimator.effective(weights, first), estimator.effective(weights, later))
 
 
@@ -281,10 +281,10 @@ def test_pairs_that_are_refused(make):
     with pytest.raises(ValueError, match=r"is of one latent, .* not of \['z1', 'z2'\]"):
         make()(deep, guides.BottomUp(deep, up))(x)
     scaled = [pyro.poutine.scale(program, scale=0.5) for program in (model, guide)]
-    with pytest.raises(ValueError, match="'z' has a mask or a poutine.scale"):
+    with pytest.raises(ValueError, match=r"'z' has a mask or a poutine\.scale"):
         make()(*scaled)(x)
     masked = [pyro.poutine.mask(p, mask=torch.arange(N) < 4) for p in (model, guide)]
-    with pytest.raises(ValueError, match="'z' has a mask or a poutine.scale"):
+    with pytest.raises(ValueError, match=r"'z' has a mask or a poutine\.scale"):
         make()(*masked)(x)
 
 

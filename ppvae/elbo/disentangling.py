@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ppvae.elbo.penalties import Penalty
-from ppvae.elbo.standard import ELBO, Weight, independent_units
-from ppvae.elbo.state import State
+from ppvae.elbo.standard import ELBO, independent_units
+from ppvae.elbo.state import Schedule, State
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site
 from ppvae.weights import LogWeights
 
@@ -63,8 +63,8 @@ class TCELBO(ELBO):
         torch.Size([])
     """
 
-    alpha: Weight = 1.0
-    gamma: Weight = 1.0
+    alpha: float | Tensor | Schedule = 1.0
+    gamma: float | Tensor | Schedule = 1.0
     size: int = field(kw_only=True)
 
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "score")
@@ -79,9 +79,9 @@ class TCELBO(ELBO):
             raise ValueError(f"size is the number of training datapoints, >= 2: got {self.size!r}")
 
     def effective(self, weights: LogWeights, state: State) -> Tensor:
-        alpha, beta, gamma = (state.at_step(w) for w in (self.alpha, self.beta, self.gamma))
+        given: tuple[Any, ...] = (self.alpha, self.beta, self.gamma)
         plain = ELBO(self.num_particles).effective(weights, state)
-        if all(isinstance(w, (int, float)) and w == 1 for w in (alpha, beta, gamma)):
+        if all(isinstance(weight, (int, float)) and weight == 1 for weight in given):
             return plain
         name, site, units = latent_units(self, weights)
         rows = weights.log_w.shape[1]
@@ -91,8 +91,8 @@ class TCELBO(ELBO):
         joint, marginals = log_aggregate(units, site["value"], self.size)
         log_q, log_p = weights.log_q[name], weights.log_p[name]
         parts = (log_q - joint, joint - marginals, marginals - log_p)
-        for weight, part in zip((alpha, beta, gamma), parts, strict=True):
-            plain = plain - (weight - 1) * part
+        for weight, part in zip(given, parts, strict=True):
+            plain = plain - (state.at_step(weight) - 1) * part
         return plain
 
 
@@ -155,8 +155,8 @@ class DIPELBO(ELBO):
     """
 
     kind: str = "I"
-    diagonal: Weight = field(kw_only=True)
-    off_diagonal: Weight = field(kw_only=True)
+    diagonal: float | Tensor | Schedule = field(kw_only=True)
+    off_diagonal: float | Tensor | Schedule = field(kw_only=True)
 
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "score")
 
@@ -218,9 +218,9 @@ def latent_units(estimator: ELBO, weights: LogWeights) -> tuple[str, Site, Any]:
 
 
 def _require_weight(estimator: ELBO, name: str, weight: Any) -> None:
-    known = isinstance(weight, (Real, Tensor)) or callable(weight)
+    known = isinstance(weight, (int, float, Tensor)) or callable(weight)
     if not known or isinstance(weight, Penalty):
         seen = f"{type(estimator).__name__}: {name} must be a number or a schedule of the step"
         raise TypeError(f"{seen}, got {weight!r}")
-    if isinstance(weight, Real) and not weight >= 0:
+    if isinstance(weight, (int, float)) and not weight >= 0:
         raise ValueError(f"{type(estimator).__name__}: {name} must be >= 0, got {weight}")
