@@ -5,6 +5,7 @@ and as a module: ``elbo.IWELBO(num_particles=8)(model, guide)(x)``.
 """
 
 from ppvae.elbo.chi import ChiUpperBound
+from ppvae.elbo.disentangling import DIPELBO, TCELBO
 from ppvae.elbo.estimator import Estimator, Objective
 from ppvae.elbo.importance import CIWELBO, IWELBO, MIWELBO, PIWELBO, RenyiELBO
 from ppvae.elbo.penalties import Capacity, Constraint, FreeBits, Penalty, Tilt
@@ -16,10 +17,12 @@ from ppvae.elbo.wake_sleep import ReweightedWakeSleep
 
 __all__ = [
     "CIWELBO",
+    "DIPELBO",
     "ELBO",
     "IWELBO",
     "MIWELBO",
     "PIWELBO",
+    "TCELBO",
     "Capacity",
     "ChiUpperBound",
     "Constraint",
