@@ -253,7 +253,8 @@ class Enumerate(EnumMessenger):
             if not getattr(msg["fn"], "has_enumerate_support", False):
                 raise ValueError(
                     f"site {msg['name']!r} is marked to be enumerated, and "
-                    f"{type(msg['fn']).__name__} has no finite support; draw it"
+                    f"{kind(msg['fn'])} of event shape {tuple(msg['fn'].event_shape)} has no "
+                    "finite support that is listed; draw it, or put its dimensions into a plate"
                 )
         super()._pyro_sample(msg)
 

@@ -800,3 +800,29 @@ def test_a_rate_of_weight_zero_counts_nothing_even_if_infinite() -> None:
 
     loss = elbo.ELBO(beta=0.0).loss(model, zed, X)
     assert loss == pytest.approx(-dist.Normal(0.0, 1.0).log_prob(X).sum().item())
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_equal_tensors_scale_a_sum_over_a_latent(shape):
+    """Each site makes its own product of the scale, so it is the numbers that are compared."""
+    weight = torch.rand(shape) + 0.5
+
+    def model(x, other=None):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=weight):
+                logits = torch.tensor([0.3, -0.2])
+                c = pyro.sample("c", dist.Categorical(logits=logits), infer=SUMMED)
+            with poutine.scale(scale=weight if other is None else other):
+                pyro.sample("x", dist.Normal(2.0 * c, 1.0), obs=x)
+
+    def guide(x, other=None):
+        pass
+
+    x = torch.tensor([0.5, -1.0, 2.0])
+    found = elbo.ELBO().effective(ppvae.log_weights(model, guide, x), elbo.State())
+    prior = torch.tensor([0.3, -0.2]).log_softmax(-1)
+    fit = dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(x[:, None])
+    torch.testing.assert_close(found[0], weight * (prior + fit).logsumexp(-1))
+    unequal = ppvae.log_weights(model, guide, x, 2 * weight)
+    with pytest.raises(ValueError, match="a scale inside that sum has no meaning"):
+        elbo.ELBO().effective(unequal, elbo.State())

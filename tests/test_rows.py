@@ -289,3 +289,30 @@ def test_particles_that_see_each_other_are_refused(name):
     }
     with pytest.raises(PairError, match="site 'x' of the model: 3 particles at once"):
         call.get(name, EVALUATORS[name])(model, guide, ROWS[:, 0])
+
+
+@pytest.mark.parametrize("rows", [6, 130])
+@pytest.mark.parametrize("name", ["log_evidence", "diagnose", "ais", "hmc"])
+def test_a_pair_that_has_all_rows_of_its_own_is_told_so(name, rows):
+    x = torch.randn(rows)
+
+    def free(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    model = pyro.poutine.condition(free, data={"x": x})
+    run = {
+        "log_evidence": lambda: diagnostics.log_evidence(
+            model, guide, x, num_particles=40, max_rows=100
+        ),
+        "diagnose": lambda: ppvae.diagnose(model, guide, x, num_particles=40, max_rows=100),
+        "ais": lambda: diagnostics.ais(model, guide, x, num_chains=8, max_rows=24),
+        "hmc": lambda: diagnostics.hmc(model, guide, x, num_chains=4, max_rows=12),
+    }[name]
+    with pytest.raises(PairError, match=f"the pair runs on all {rows} rows and not on a part"):
+        run()

@@ -28,6 +28,7 @@ from ppvae.diagnostics.rows import (
     check_data,
     check_pair_and_data,
     check_rows,
+    naming_positions,
     rows_per_piece,
     take,
 )
@@ -138,6 +139,7 @@ class Joint:
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> None:
         check_rows(model, args)
         self.model, self.guide, self.args = model, guide, args
+        self._all_args = args
         try:
             self._look()
         except (ValueError, RuntimeError):
@@ -309,8 +311,8 @@ class Joint:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with own_path(), evaluation_mode(self.model, self.guide):
-            with pyro.validation_enabled(False):
+        with own_path(), evaluation_mode(self.model, self.guide), pyro.validation_enabled(False):
+            with naming_positions(self.model, self.guide, self._all_args):
                 yield
 
     def _pack(self, drawn: Trace) -> Tensor:

@@ -30,9 +30,10 @@ from ppvae.pairs import (
     evaluation_mode,
     own_path,
     seeded,
+    unnoticed,
 )
 from ppvae.program import module_of
-from ppvae.weights import LogWeights
+from ppvae.weights import LogWeights, log_weights
 
 _CHECKED_ROWS = 100  # on which the pair is tried before all of them
 
@@ -86,9 +87,38 @@ def check_pair_and_data(
     # an autoguide's parameters may belong to all positions
     some = args if by_position(guide) or joint else take(args, slice(_CHECKED_ROWS))
     # several particles, draws or chains are computed at once
-    checks = check_batch(model, guide, *some, joint=joint, num_particles=2, whole=True)
+    with naming_positions(model, guide, args):
+        checks = check_batch(model, guide, *some, joint=joint, num_particles=2, whole=True)
     check_values(model, guide, args, checks)
     return rows
+
+
+@contextmanager
+def naming_positions(model: Program, guide: Program, args: Sequence[Any]) -> Iterator[None]:
+    """Say so where a pair fails inside since it runs on all rows only, not on a part of them."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        rows = count_rows(args)
+        if by_position(guide) or not _runs(model, guide, args):
+            raise
+        if rows < 2 or _runs(model, guide, take(args, slice(rows - 1))):
+            raise
+        raise PairError(
+            f"the pair runs on all {rows} rows and not on a part of them, so data or parameters of "
+            "its own belong to rows. Give these as an argument beside the data, or evaluate all "
+            "rows at once, with max_rows >= num_particles * rows"
+        ) from error
+
+
+def _runs(model: Program, guide: Program, args: Sequence[Any]) -> bool:
+    """Whether a pair can be weighed at some rows."""
+    with torch.no_grad(), own_path(), unnoticed(model, guide), pyro.validation_enabled(False):
+        try:
+            log_weights(model, guide, *args)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+    return True
 
 
 def check_at_least(least: int, **arguments: int) -> None:
@@ -166,6 +196,7 @@ def evaluating(
         own_path(),
         pyro.validation_enabled(False),
         seeded(seed, *args),
+        naming_positions(model, guide, args),
     ):
         yield
 

@@ -206,18 +206,26 @@ def _marginal(weights: LogWeights, names: Sequence[str]) -> Term:
                     "a sum over a latent that is outside of it; draw one of the two"
                 )
     scales = [weights.site_scales.get(("model", name), 1.0) for name in names]
-    if not all(scale is scales[0] or _equal_numbers(scale, scales[0]) for scale in scales):
+    if not all(_equal_scales(scale, scales[0]) for scale in scales):
         raise ValueError(
             f"a poutine.scale weighs some of the sites {sorted(names)}, and a latent is summed out "
             "of their product: a scale inside that sum has no meaning. Scale all of them alike, or "
             "for a weight on the KL use elbo.ELBO(beta=...)"
         )
+    if isinstance(scales[0], Tensor) and scales[0].dim() > (0 if weights.joint else 1):
+        raise ValueError(
+            f"a poutine.scale on sites {sorted(names)}, out of which a latent is summed, has the "
+            f"shape {tuple(scales[0].shape)}; scale datapoints by a number or by (N,) numbers"
+        )
     (marginal,) = sum_out(terms, summed)
     return marginal._replace(values=marginal.values * scales[0])
 
 
-def _equal_numbers(a: Any, b: Any) -> bool:
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+def _equal_scales(a: Any, b: Any) -> bool:
+    """Whether two scales are the same; of tensors the values are compared, so no graph has them."""
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return bool(a == b)
+    return torch.equal(*torch.broadcast_tensors(torch.as_tensor(a), torch.as_tensor(b)))
 
 
 # ------------------------------------------------------------------------------ closed forms
