@@ -194,6 +194,8 @@ def _train(run: Run, bar: Any, interrupt: Interrupt) -> History:
         progress.stopped = run.processes.any(any(stops))
         improved = run.keep_best(row.get("valid_bound"))
         progress.begin_epoch()
+        if svi.turns is not None:
+            svi.turns.reported = {}
         log(run.loggers, [row])
         if files is not None:
             is_over, asked = run.is_over(), run.processes.any(interrupt.asked)
@@ -248,6 +250,9 @@ def _row(run: Run) -> dict[str, float]:
     weight = getattr(state_of(svi), "weight", None)
     if weight is not None:
         row["kl_weight"] = processes.sum(float(weight))[0] / processes.size
+    for column, (value, steps) in (svi.turns.reported if svi.turns is not None else {}).items():
+        value, steps = processes.sum(float(value), float(steps))
+        row[column] = value / steps
     if svi.skip_nonfinite:
         row["skipped"] = progress.skipped
     assert svi.optimizer is not None
@@ -290,6 +295,8 @@ def _move(svi: SVI, device: torch.device) -> None:
     svi.objective.to(device)
     if svi.optimizer is not None:  # loading casts the optimiser's state to the parameters' device
         svi.optimizer.load_state_dict(svi.optimizer.state_dict())
+    if svi.turns is not None:
+        svi.turns.load_state_dict(svi.turns.state_dict())
 
 
 def _name(elbo: Any) -> str:
