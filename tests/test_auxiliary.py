@@ -1,4 +1,4 @@
-"""Networks beside a pair: what they learn, when, and that neither side's gradient reaches the other.
+"""Networks beside a pair: what they learn, when, and whose gradient reaches whom.
 
 The oracle of a ratio is log N(z; m, s^2) - log N(z; 0, 1), which is linear in (1, z, z^2).
 """
@@ -444,3 +444,180 @@ def test_from_zero_it_converges_to_the_closed_form():
         optimiser.step()
     for name, value in ratio.net.named_parameters():  # the noise of some 100 averaged steps
         torch.testing.assert_close(value, dict(target.named_parameters())[name], atol=0.05, rtol=0)
+
+
+# -- FactorVAE -----------------------------------------------------------------------------------
+
+RHO = 0.8
+TC = -0.5 * math.log(1 - RHO**2)  # of two normals of variance 1 and correlation rho
+
+
+class Correlation(nn.Module):
+    """T* = TC - z' (S^-1 - I) z / 2 of z ~ N(0, S), S the correlation matrix."""
+
+    def forward(self, z):
+        x, y = z[..., :1], z[..., 1:]
+        form = (RHO**2 * (x.square() + y.square()) - 2 * RHO * x * y) / (1 - RHO**2)
+        return TC - form / 2
+
+
+class Aggregate(ppvae.Program):
+    """A guide whose aggregate posterior over many x ~ N(0, S - I / 10) is N(0, S)."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        with ppvae.program.data_plate(x):
+            return pyro.sample("z", dist.Normal(x + self.shift, 0.1**0.5).to_event(1))
+
+
+def aggregate(size):
+    covariance = torch.tensor([[1.0, RHO], [RHO, 1.0]]) - 0.1 * torch.eye(2)
+    x = dist.MultivariateNormal(torch.zeros(2), covariance).sample((size,))
+    likelihood = conditionals.Normal(nn.Identity(), scale=1.0)
+    return models.VAE(likelihood, latent_dim=2), Aggregate(), x
+
+
+def test_total_correlation_of_a_normal_aggregate():
+    assert pytest.approx(0.5108, abs=1e-4) == TC
+    torch.manual_seed(2)
+    model, guide, x = aggregate(200000)
+    z = ppvae.log_weights(model, guide, x).guide_trace.nodes["z"]["value"]
+    t = Correlation()(z).squeeze(-1)
+    marginals = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    joint = dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1, RHO], [RHO, 1]]))
+    torch.testing.assert_close(t, joint.log_prob(z) - marginals, rtol=1e-4, atol=1e-4)
+    assert abs(t.mean() - TC) < 4 * t.std() / len(t) ** 0.5
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"kl": "mixed"}, {"beta": 2.0}], ids=str)
+def test_the_loss_is_the_elbo_less_gamma_times_the_mean_of_t(particles, options):
+    model, guide, x = aggregate(7)
+    losses = []
+    for loss in (
+        elbo.FactorELBO(particles, gamma=3.0, ratio=Correlation(), **options),
+        elbo.ELBO(particles, **options),
+    ):
+        torch.manual_seed(6)
+        losses.append(float(loss(model, guide)(x).detach()))
+    torch.manual_seed(6)
+    drawn = ppvae.log_weights(model, guide, x, num_particles=particles)
+    t = Correlation()(drawn.guide_trace.nodes["z"]["value"]).reshape(particles, 7)
+    assert losses[0] == pytest.approx(losses[1] + 3.0 * float(t.detach().mean(0).sum()), rel=1e-5)
+
+
+def test_what_is_reported_is_the_elbo():
+    model, guide, x = aggregate(7)
+    bounds = []
+    for loss in (elbo.FactorELBO(2, gamma=3.0, ratio=Correlation(), beta=4.0), elbo.ELBO(2)):
+        torch.manual_seed(6)
+        bounds.append(loss.evaluate(model, guide, x))
+    assert torch.equal(*bounds)
+
+
+@pytest.mark.parametrize("gradient", elbo.FactorELBO.gradients)
+def test_the_gradient_is_that_of_the_expectation(gradient):
+    """q(z) = N(s, S) for a guide shifted by s: E T has a slope that is known in closed form."""
+    torch.manual_seed(7)
+    model, guide, x = aggregate(500)
+    shift = torch.tensor([0.5, -0.2])
+    guide.shift.data.copy_(shift)
+    loss = elbo.FactorELBO(gamma=2.0, ratio=Correlation(), gradient=gradient)
+    objective, found = loss(model, guide), []
+    for _ in range(400):
+        (slope,) = torch.autograd.grad(objective(x), [guide.shift])
+        found.append(slope)
+    found = torch.stack(found)
+    mean = x + shift
+    # -E log p(x | z) - E log p(z): (z - x) + z; gamma times the slope of T at the mean of z
+    form = (torch.tensor([[RHO**2, -RHO], [-RHO, RHO**2]]) / (1 - RHO**2)) @ mean.T
+    expected = ((mean - x) + mean - 2.0 * form.T).sum(0)
+    error = found.std(0) / len(found) ** 0.5
+    assert ((found.mean(0) - expected).abs() < 4.5 * error).all()
+
+
+def test_the_denominator_has_the_marginals_and_no_two_coordinates_of_a_row():
+    torch.manual_seed(8)
+    rows = torch.arange(6.0).unsqueeze(1).expand(6, 4)
+    for _ in range(50):
+        mixed = elbo.factor.shifted(rows)
+        assert all(sorted(column.tolist()) == list(range(6)) for column in mixed.T)
+        assert all(len(set(row.tolist())) == 4 for row in mixed)
+
+
+def test_a_critic_finds_the_total_correlation():
+    torch.manual_seed(9)
+    model, guide, x = aggregate(2000)
+
+    class Quadratic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 1)
+
+        def forward(self, z):
+            x, y = z[..., :1], z[..., 1:]
+            return self.linear(torch.cat([x.square(), y.square(), x * y], -1))
+
+    loss = elbo.FactorELBO(gamma=0.0, ratio=Quadratic())
+    rest = functools.partial(torch.optim.SGD, lr=0.0)
+    svi = ppvae.SVI(model, guide, rest, loss, beside=Beside(ADAM, 300, 300))
+    svi.step(x)
+    z = ppvae.log_weights(model, guide, aggregate(50000)[2]).guide_trace.nodes["z"]["value"]
+    assert float(ratio_of(svi)(z).mean()) == pytest.approx(TC, abs=0.08)  # of 2000 rows' noise
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"ratio": None}, TypeError, "needs ratio="),
+        ({"gamma": -1.0}, ValueError, "gamma weighs the total correlation"),
+        ({"gamma": "much"}, TypeError, "gamma must be a number"),
+    ],
+)
+def test_bad_arguments(options, error, match):
+    with pytest.raises(error, match=match):
+        elbo.FactorELBO(**{"ratio": Correlation(), **options})
+
+
+class Scalar(ppvae.Program):
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        with ppvae.program.data_plate(x):
+            return pyro.sample("z", dist.Normal(self.shift, 1.0))
+
+
+def test_a_latent_that_is_no_vector():
+    def model(x):
+        with ppvae.program.data_plate(x):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    loss = elbo.FactorELBO(ratio=Correlation())
+    with pytest.raises(ValueError, match="one per row: latent 'z' is drawn as"):
+        ppvae.SVI(model, Scalar(), ADAM, loss).step(torch.zeros(5))
+    with pytest.raises(ValueError, match="event shape"):
+        loss(model, Scalar())(torch.zeros(5))
+
+
+def test_a_latent_of_another_name():
+    loss = elbo.FactorELBO(ratio=critic(), latent="code")
+    with pytest.raises(ValueError, match="asks for site 'code' of the guide"):
+        ppvae.SVI(*pair(), ADAM, loss).step(X)
+    with pytest.raises(ValueError, match="the guide has no such latent"):
+        loss(*pair())(X)
+
+
+def test_fewer_rows_than_coordinates():
+    svi = factor()
+    with pytest.raises(ValueError, match=r"has 2 coordinates.*this batch has 1"):
+        svi.step(X[:1])
+    with pytest.raises(ValueError, match="this batch has 1"):  # before any step
+        ppvae.fit(svi, X[:33], epochs=1, batch_size=16, progress=False)
+    assert svi.num_steps == 0
+    loader = torch.utils.data.DataLoader(X[:33], batch_size=16, drop_last=True)
+    ppvae.fit(svi, loader, epochs=1, progress=False)

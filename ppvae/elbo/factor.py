@@ -86,6 +86,7 @@ class FactorELBO(ELBO):
             )
 
     def new_state(self) -> State:
+        assert self.ratio is not None
         state = super().new_state()
         state.ratio = Ratio(copy.deepcopy(self.ratio), Factors(self.latent))
         return state

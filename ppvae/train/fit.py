@@ -143,6 +143,7 @@ def fit(
     first = train_data.first()
     train_data.check(svi.model, svi.guide, refusals.prepare(svi, first))
     refusals.require_two_rows(svi, train_data, first)
+    refusals.require_rows_beside(svi, train_data, first)
     check_model = refusals.before_fit(svi.model, train_data, first)
     if valid_data is not None:
         first = valid_data.first()
@@ -251,8 +252,8 @@ def _row(run: Run) -> dict[str, float]:
     if weight is not None:
         row["kl_weight"] = processes.sum(float(weight))[0] / processes.size
     for column, (value, steps) in (svi.turns.reported if svi.turns is not None else {}).items():
-        value, steps = processes.sum(float(value), float(steps))
-        row[column] = value / steps
+        summed, number = processes.sum(float(value), float(steps))
+        row[column] = summed / number
     if svi.skip_nonfinite:
         row["skipped"] = progress.skipped
     assert svi.optimizer is not None
