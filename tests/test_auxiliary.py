@@ -566,7 +566,9 @@ def test_a_critic_finds_the_total_correlation():
     svi = ppvae.SVI(model, guide, rest, loss, beside=Beside(ADAM, 300, 300))
     svi.step(x)
     z = ppvae.log_weights(model, guide, aggregate(50000)[2]).guide_trace.nodes["z"]["value"]
-    assert float(ratio_of(svi)(z.detach()).mean()) == pytest.approx(TC, abs=0.08)  # of 2000 rows' noise
+    assert float(ratio_of(svi)(z.detach()).mean()) == pytest.approx(
+        TC, abs=0.08
+    )  # of 2000 rows' noise
 
 
 @pytest.mark.parametrize(
@@ -621,3 +623,32 @@ def test_fewer_rows_than_coordinates():
     assert svi.num_steps == 0
     loader = torch.utils.data.DataLoader(X[:33], batch_size=16, drop_last=True)
     ppvae.fit(svi, loader, epochs=1, progress=False)
+
+
+# -- one inside a pair ---------------------------------------------------------------------------
+
+
+def tilted(**options):
+    torch.manual_seed(0)
+    return ppvae.SVI(Tilted(critic()), pair()[1], ADAM, elbo.ELBO(), **options)
+
+
+def test_a_ratio_in_a_model_is_no_parameter_of_the_pair():
+    svi = tilted(beside=Beside(steps=2))
+    report = ppvae.check_pair(svi.model, svi.guide, X)
+    assert "ratio" not in str(report)
+    before = tensors(svi)
+    svi.step(X)
+    assert moved(before, tensors(svi)) == {n for n in before if not n.endswith("seen")}
+
+
+@inductor
+def test_a_compiled_pair_sees_the_ratio_move():
+    runs = []
+    for compile in (False, True):
+        svi = tilted(compile=compile)
+        svi.prepare(X)
+        torch.manual_seed(3)
+        runs.append([svi.step(X) for _ in range(5)])
+        assert svi._compiled is None or svi._compiled.latest is not None
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
