@@ -26,7 +26,8 @@ class Auxiliary(nn.Module):
     them for a gradient. After each step of the pair :class:`ppvae.SVI` takes ``steps`` times a
     draw, its loss and a step of its own optimiser (:class:`ppvae.Beside`), and then calls
     :meth:`update`. A subclass has whichever of the four methods it needs. What it computes for the
-    pair must not depend on its parameters: detach them, as :class:`Ratio` does.
+    pair must not depend on its parameters: detach them, as :class:`Ratio` does. What it remembers
+    are buffers, filled in place; what is frozen when ``SVI`` meets it is not trained.
 
     Raises:
         RuntimeError: one of Pyro's own engines runs it, which would never train it.
@@ -36,9 +37,10 @@ class Auxiliary(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.register_buffer("sums", torch.zeros(2))
+        ...         self.register_buffer("seen", torch.zeros(2))
         ...     def draw(self, draws):
         ...         z = draws.guide("z")
-        ...         self.seen = torch.stack([z.sum(), torch.tensor(float(z.numel()))])
+        ...         self.seen.copy_(torch.stack([z.sum(), torch.tensor(float(z.numel()))]))
         ...         return ()
         ...     def update(self, total):
         ...         total([self.seen])

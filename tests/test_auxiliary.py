@@ -652,3 +652,50 @@ def test_a_compiled_pair_sees_the_ratio_move():
         runs.append([svi.step(X) for _ in range(5)])
         assert svi._compiled is None or svi._compiled.latest is not None
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+
+
+class Mean(Auxiliary):
+    """The mean of a latent's draws over all steps: buffers, and no loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(2))
+        self.register_buffer("seen", torch.zeros(2))
+
+    def draw(self, draws):
+        z = draws.guide("z")
+        self.seen.copy_(torch.stack([z.sum(), torch.tensor(float(z.numel()))]))
+        return ()
+
+    def update(self, total):
+        total([self.seen])
+        self.sums += self.seen
+
+    def report(self):
+        return {"mean_code": self.sums[0] / self.sums[1]}
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=[inductor, pytest.mark.slow])])
+def test_one_with_buffers_alone_beside_another(compile):
+    svi = factor(compile=compile)
+    svi.guide.mean = Mean()
+    (row,) = run(svi, epochs=1).rows
+    assert svi.guide.mean.sums[1] == 50 * 2
+    assert {"guide.mean.mean_code", "state.ratio.ratio_loss"} <= row.keys()
+    if compile:
+        assert svi._compiled.latest is not None and svi._compiled.reason is None
+
+
+def test_a_frozen_critic_stays_as_it_is():
+    net = critic()
+    net.requires_grad_(False)
+    svi = factor(net=net)
+    before = tensors(svi)
+    svi.step(X)
+    assert not any(n.startswith("state.ratio.net") for n in moved(before, tensors(svi)))
+    svi = factor()
+    svi.step(X)
+    ratio_of(svi).requires_grad_(False)
+    before = tensors(svi)
+    svi.step(X)
+    assert not any(n.startswith("state.ratio.net") for n in moved(before, tensors(svi)))

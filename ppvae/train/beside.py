@@ -131,12 +131,16 @@ class Turn:
         self.name, self.auxiliary, self.optim = name, auxiliary, optim
         self.objective = AuxiliaryObjective(svi.model, svi.guide, auxiliary)
         self.optimizer: torch.optim.Optimizer | None = None
-        if own_parameters(auxiliary):
+        if self.trained():
             self.optimizer = build_optimizer(optim, auxiliary)
         self.compiled: Compiled | None = None
         if svi.compile and self.optimizer is not None:
             programs, required = (svi.model, svi.guide), svi.compile is True
             self.compiled = Compiled(self.objective, CompiledGradients, required, programs)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that its loss trains."""
+        return [p for p in own_parameters(self.auxiliary).values() if p.requires_grad]
 
     def take_up(self) -> None:
         """Train what the auxiliary consists of by now."""
@@ -145,14 +149,18 @@ class Turn:
             take_up(self.optimizer, self.optim, self.auxiliary)
 
     def loss(self, args: tuple, kwargs: dict) -> Tensor | None:
-        """The loss, detached, with the gradient in the auxiliary's own parameters."""
+        """The loss, detached, with the gradient in its own parameters; None: nothing to train."""
+        parameters = self.trained()
+        if self.optimizer is None or not parameters:
+            with local_parameters(), pyro.validation_enabled(False), torch.no_grad():
+                self.objective(*args, **kwargs)
+            return None
         if self.compiled is not None and (loss := self.compiled(args, kwargs)) is not None:
             return loss
         with local_parameters(), pyro.validation_enabled(False), torch.enable_grad():
             loss = self.objective(*args, **kwargs)
-            if loss is None or self.optimizer is None:
+            if loss is None:
                 return None
-            parameters = [p for p in own_parameters(self.auxiliary).values() if p.requires_grad]
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -165,7 +173,7 @@ class Turn:
         if loss is None:
             return 0
         assert self.optimizer is not None
-        parameters = [p for p in own_parameters(self.auxiliary).values() if p.requires_grad]
+        parameters = self.trained()
         if svi.synchronize is not None:
             for parameter in parameters:
                 if parameter.grad is None:
