@@ -20,6 +20,8 @@ from ppvae import Auxiliary, Beside, Ratio, conditionals, elbo, guides, models, 
 from ppvae.auxiliary import own_parameters
 from ppvae.check.nonfinite import NonFiniteError
 from ppvae.train.beside import Draws
+from ppvae.train.processes import Processes
+from ppvae.train.sources import source
 
 pytestmark = pytest.mark.forks
 
@@ -699,3 +701,33 @@ def test_a_frozen_critic_stays_as_it_is():
     before = tensors(svi)
     svi.step(X)
     assert not any(n.startswith("state.ratio.net") for n in moved(before, tensors(svi)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("rows", [5, 7, 12, 13, 16, 20, 33])
+def test_the_fewest_rows_are_those_of_the_smallest_batch_of_any_process(rows, size):
+    seen = []
+    for rank in range(size):
+        processes = Processes()
+        processes.size, processes.rank = size, rank
+        data = source("data", X[:rows], 8, None, processes, False)
+        seen += [len(batch[0]) for batch, _ in data.epoch(0, 1)]
+        assert data.fewest_rows() <= min(seen)
+    assert data.fewest_rows() == min(seen)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("rows", [5, 8, 13, 16])
+def test_the_fewest_rows_of_a_loader(rows, drop_last):
+    loader = torch.utils.data.DataLoader(X[:rows], batch_size=8, drop_last=drop_last)
+    data = source("data", loader, 8, None, Processes(), False)
+    seen = [len(batch) for batch in loader]
+    assert data.fewest_rows() == min(seen, default=data.fewest_rows())
+
+
+def test_the_history_is_of_the_steps_of_its_epoch():
+    svi = factor()
+    svi.prepare(X)
+    svi.turns.reported = {"ratio_loss": (torch.tensor(1e6), 1)}  # of steps by hand
+    first, second = run(svi, epochs=2).rows
+    assert first["ratio_loss"] < 2 and second["ratio_loss"] < 2

@@ -154,6 +154,8 @@ def fit(
     processes.copy_from_first(svi.objective)
     processes.own_draws()
     assert svi.optimizer is not None
+    if svi.turns is not None:
+        svi.turns.reported = {}  # of steps before this call
     run = Run(
         svi=svi,
         progress=Progress(History(_name(svi.elbo)), torch.zeros((), device=target)),

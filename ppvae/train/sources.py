@@ -124,7 +124,7 @@ class Source(ABC):
             return None
         last = self.num_rows % self.batch_size or min(self.num_rows, self.batch_size)
         size = self.processes.size
-        return min(2, self.num_rows) if size > 1 and last < 2 * size else last // size
+        return min(2, last) if size > 1 and last < 2 * size else last // size
 
     def check(self, model: Any, guide: Any, checks: Checks) -> None:
         """Check all rows: of one length, and numbers in the likelihood's support, unless masked.
