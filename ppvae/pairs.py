@@ -197,6 +197,7 @@ def run(
                 return traces
         if leaves is not None:
             leaves.pairs.clear()
+            leaves.shown.clear()
     found = known[call] = _find_structure(model, guide, args, kwargs)
     return _run(model, guide, args, kwargs, num_particles, leaves, found)
 
@@ -258,11 +259,13 @@ class Enumerate(EnumMessenger):
 
 
 class Leaves(Messenger):
-    """Cuts each draw z from the guide's parameters; ``pairs`` holds (z, z.detach()).
+    """Cuts each draw z from the guide's parameters.
 
     A straight-through draw is cut where it is smooth: before it is rounded.
 
     Attributes:
+        pairs: (z, z.detach()) of each draw.
+        shown: of each draw the mask of its density, that broadcasts to z; None: nothing is hidden.
         weighed: names of sites whose density is known to be that of the value, whatever tensor
             holds it.
 
@@ -273,6 +276,7 @@ class Leaves(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.shown: list[Tensor | None] = []
         self.weighed: set[str] = set()
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -281,6 +285,7 @@ class Leaves(Messenger):
             smooth = unrounded(value)
             leaf = smooth.detach().requires_grad_()
             self.pairs.append((smooth, leaf))
+            self.shown.append(_shown(msg, smooth))
             msg["value"] = leaf
             if smooth is not value:
                 msg["value"] = value.detach() + (leaf - leaf.detach())
@@ -296,6 +301,23 @@ class Leaves(Messenger):
                 'gradient="pathwise", or a log_prob that is a function of the value'
             )
         self.weighed.add(msg["name"])
+
+
+def _shown(site: Site, value: Tensor) -> Tensor | None:
+    """What no mask hides of a value: those of the program, and those its distribution carries."""
+    fn = site["fn"]
+    masks = [(site["mask"], fn.event_dim)]
+    while isinstance(fn, (MaskedDistribution, Independent)):
+        if isinstance(fn, MaskedDistribution):
+            masks.append((fn._mask, fn.event_dim))
+        fn = fn.base_dist
+    shown: Tensor | None = None
+    for mask, event_dim in masks:
+        if mask is not None and mask is not True:
+            mask = torch.as_tensor(mask, device=value.device)
+            mask = mask.reshape(*mask.shape, *(1,) * event_dim)
+            shown = mask if shown is None else shown & mask
+    return shown
 
 
 def weighs_alike(site: Site, value: Tensor, other: Tensor) -> bool:
@@ -454,14 +476,20 @@ def closed_form_kl_valid(
 
 
 def _parents(drawn: Trace) -> dict[str, frozenset[str]]:
-    """The latent sites that each latent's distribution is directly computed from."""
+    """The latent sites that each latent's term is directly computed from."""
     sites = sample_sites(drawn)
     latents = {name for name, site in sites.items() if not site["is_observed"]}
     return {
-        name: (get_provenance(site["fn"].log_prob(site["value"])) & latents) - {name}
+        name: (_provenance(site) & latents) - {name}
         for name, site in sites.items()
         if name in latents
     }
+
+
+def _provenance(site: Site) -> frozenset[str]:
+    """What a site's term is computed from: its distribution, and the mask of the program."""
+    provenance: frozenset[str] = get_provenance(site["fn"].log_prob(site["value"]))
+    return provenance | get_provenance(site["mask"])
 
 
 def by_position(program: Program) -> AutoGuide | None:

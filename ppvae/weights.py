@@ -6,7 +6,7 @@ Every bound and gradient estimator, and every diagnostic, is a function of what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,7 @@ from ppvae.pairs import (
 from ppvae.terms import (
     Letters,
     Term,
+    distribution_mask,
     leftmost_plate,
     log_density,
     term,
@@ -206,6 +207,29 @@ def drawn_log_q(weights: LogWeights) -> Tensor:
             "enumerate the discrete one in the model only"
         )
     return total([Term(torch.zeros_like(weights.log_w)), *drawn])
+
+
+def log_q_of_draws(weights: LogWeights, names: Collection[str]) -> Tensor:
+    """log q by which some latents were drawn, summed over them, ``(K, N)``.
+
+    A mask hides a term of log q, and the latent is drawn from the same distribution still: what
+    is a score function has no masks.
+
+    Raises:
+        ValueError: one of them depends on an enumerated latent.
+    """
+    terms = []
+    for name in names:
+        site, shown = weights.guide_trace.nodes[name], weights.q[name]
+        if site["mask"] is not None or distribution_mask(site["fn"]) is not None:
+            shown = term(_unhidden(site), weights.leftmost, weights.joint, weights.letters)
+        terms.append(shown)
+    if any(t.letters for t in terms):
+        raise ValueError(
+            "a guide's site that is drawn by the score function depends on an enumerated one; "
+            "enumerate both, or draw both"
+        )
+    return total([Term(torch.zeros_like(weights.log_w)), *terms])
 
 
 def dream_log_q(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:

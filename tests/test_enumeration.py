@@ -248,6 +248,26 @@ def test_a_setting_that_no_argument_shows() -> None:
     torch.testing.assert_close(weights.log_w, right + each.logsumexp(0))
 
 
+def test_a_mask_that_another_latent_decides_is_a_parent() -> None:
+    """The guide draws b before a, and in the model a decides whether b counts."""
+
+    def model(x: Tensor) -> None:
+        with data_plate(x):
+            a = pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))
+            with pyro.poutine.mask(mask=a > 0):
+                pyro.sample("b", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with data_plate(x):
+            b = pyro.sample("b", dist.Normal(0.5 * torch.ones(()), 1.0))
+            pyro.sample("a", dist.Normal(2 * b, 0.3))
+
+    assert ppvae.log_weights(model, guide, X).kl_valid() == {"a"}
+    with pytest.raises(ValueError, match=r"'b'.* depends on a latent"):
+        elbo.ELBO(kl="analytic")(model, guide)(X)
+
+
 @pytest.mark.parametrize("how", ["argument", "attribute", "global", "closure"])
 def test_where_a_closed_form_is_valid_is_asked_anew(how: str, monkeypatch: Any) -> None:
     up = [False]

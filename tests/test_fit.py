@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ppvae
 from ppvae import conditionals, data, elbo, guides, models, nets
+from ppvae.program import data_plate
 from ppvae.train.fit import mean_bound
 from ppvae.train.processes import Processes
 
@@ -1264,3 +1265,62 @@ def test_what_stops_one_process_stops_all(monkeypatch):
     monkeypatch.setattr(alone, "any", lambda flag: True)  # as where another one has failed
     with pytest.raises(RuntimeError, match="another process has stopped"):
         alone.together(lambda: None)
+
+
+# ------------------------------------------------------------------------------ positions
+
+
+@pytest.mark.parametrize("how", ["parameters", "autoguide", "condition"])
+def test_all_rows_at_once_stay_in_their_order(how):
+    """What belongs to the n-th row of the data meets that row, in every epoch."""
+    x = torch.tensor([-8.0, -4.0, 0.0, 4.0, 8.0, 12.0])
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=None if how == "condition" else x)
+
+    class MeanField(ppvae.Program):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(x / 2 + 1.0)
+
+        def forward(self, x):
+            with data_plate(x):
+                pyro.sample("z", dist.Normal(self.loc, 0.5**0.5))
+
+    guide = MeanField()
+    if how == "autoguide":
+        guide = pyro.infer.autoguide.AutoNormal(model, init_scale=0.5**0.5)
+        guide(x)
+    if how == "condition":
+        model = pyro.poutine.condition(model, data={"x": x})
+    svi = ppvae.SVI(model, guide, lambda p: torch.optim.Adam(p, lr=0.1), elbo.ELBO(gradient="stl"))
+    ppvae.fit(svi, x, epochs=300, progress=False)
+    loc = guide.locs.z if how == "autoguide" else guide.loc
+    assert (loc - x / 2).abs().max() < 0.1  # the posterior's mean; without noise there
+
+
+@pytest.mark.parametrize("how", ["loader", "batches"])
+def test_positions_are_refused_where_rows_come_in_another_order(how):
+    """Of 8 rows, 4 at a time, each would meet the parameters of some other one."""
+    x = torch.linspace(-4.0, 4.0, 8)
+
+    class MeanField(ppvae.Program):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 8 if how == "loader" else 4))
+
+        def forward(self, x):
+            with data_plate(x):
+                pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = MeanField()
+    given = DataLoader(TensorDataset(x), 8, shuffle=True) if how == "loader" else x
+    with pytest.raises(ppvae.PairError, match=r"site 'z' of the guide: .* positions in the batch"):
+        ppvae.fit(ppvae.SVI(model, guide), given, epochs=1, batch_size=4, progress=False)

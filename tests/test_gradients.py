@@ -1,6 +1,9 @@
 """Gradients against exact ones: quadrature, enumeration, closed forms."""
 
+import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -14,7 +17,7 @@ from oracles import LinearGuide, LinearModel, assert_mean, gradients, trainable
 from ppvae import elbo
 from ppvae.compile.graph import unmoved
 from ppvae.elbo.gradients import through_draws
-from ppvae.pairs import seeded
+from ppvae.pairs import Leaves, seeded
 from ppvae.program import data_plate
 from registry import ALL_PAIRS, build
 
@@ -510,16 +513,125 @@ def test_the_path_through_a_chain_of_draws() -> None:
     """The third draw sees the first by way of the second alone: slopes go back draw by draw."""
     theta = torch.tensor([0.3, -0.7, 1.1], requires_grad=True)
 
-    def draws(cut: bool) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        pairs, z = [], torch.ones(())
+    def draws(cut: bool) -> tuple[Leaves, Tensor]:
+        leaves, z = Leaves(), torch.ones(())
         for t in theta:
             drawn = torch.sin(t * z)
             z = drawn.detach().requires_grad_() if cut else drawn
-            pairs.append((drawn, z))
-        return pairs, torch.stack([pair[1] for pair in pairs])
+            leaves.pairs.append((drawn, z))
+        return leaves, torch.stack([pair[1] for pair in leaves.pairs])
 
     slopes = torch.tensor([0.5, 2.0, -3.0])
-    pairs, leaves = draws(cut=True)
-    found = torch.autograd.grad(through_draws(slopes, leaves.square(), pairs), theta)[0]
+    leaves, values = draws(cut=True)
+    found = torch.autograd.grad(through_draws(slopes, values.square(), leaves), theta)[0]
     whole = (slopes * draws(cut=False)[1].square()).sum()
     torch.testing.assert_close(found, torch.autograd.grad(whole, theta)[0])
+
+
+# ------------------------------------------------------------------------------ masked latents
+
+
+class _Hidden(ppvae.Program):
+    """A latent whose density is masked in every second row, while the data depend on it in all."""
+
+    def __init__(self, draw: Callable[[Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.draw = draw
+        self.theta = torch.nn.Parameter(torch.tensor([0.4, -0.3]))
+
+    def forward(self, x: Tensor) -> None:
+        shown = torch.arange(len(x)) % 2 == 0
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.mask(mask=shown):
+                if self.draw is not None:
+                    pyro.sample("z", self.draw(self.theta))
+                    return
+                z = pyro.sample("z", self.prior)
+            pyro.sample("x", dist.Normal(3 * z, 1.0), obs=x)
+
+
+def _gradients(estimator: elbo.Estimator, prior: Any, draw: Any, rows: int = 1000) -> Tensor:
+    """The gradient per row, ascending, of 40 batches, ``(40, 2)``."""
+    model, guide, found = _Hidden(), _Hidden(draw), []
+    model.prior = prior
+    for _ in range(40):
+        guide.theta.grad = None
+        (estimator(model, guide)(torch.full((rows,), 1.2)) / rows).backward()
+        found.append(-estimator.sign * guide.theta.grad)
+    return torch.stack(found).double()
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        elbo.ELBO(gradient="score"),
+        elbo.IWELBO(num_particles=3, gradient="score"),
+        elbo.IWELBO(num_particles=3, gradient="vimco"),
+        elbo.RenyiELBO(num_particles=3, alpha=0.5, gradient="vimco"),
+        elbo.ThermodynamicELBO(num_particles=3, gradient="vimco"),
+    ],
+    ids=str,
+)
+def test_a_mask_hides_a_density_and_not_that_the_latent_is_drawn(estimator: elbo.Estimator) -> None:
+    """All that the K draws of a Bernoulli can be, weighed by how probable the guide makes them."""
+    log_p, likelihood = dist.Bernoulli(0.3).log_prob, dist.Normal(torch.tensor([0.0, 3.0]), 1.0)
+    theta = torch.tensor([0.4, -0.3], dtype=torch.float64, requires_grad=True)
+    q = dist.Bernoulli(logits=theta[0])
+    choices = torch.tensor(list(itertools.product((0, 1), repeat=estimator.num_draws)))
+    log_q = q.log_prob(choices.double())  # (2 ** K, K)
+    log_x = likelihood.log_prob(torch.tensor(1.2))[choices].double()
+    shown = estimator.bound((log_x + log_p(choices.double()) - log_q).T)
+    hidden = estimator.bound(log_x.T)
+    (log_q.sum(1).exp() * (shown + hidden) / 2).sum().backward()
+    torch.manual_seed(0)
+    drawn = _gradients(estimator, dist.Bernoulli(0.3), lambda t: dist.Bernoulli(logits=t[0]))[:, 0]
+    assert (drawn.mean() - theta.grad[0]).abs() < 5 * drawn.std() / 40**0.5
+
+
+@pytest.mark.parametrize(
+    ("estimator", "other"),
+    [
+        (elbo.IWELBO(3, "dreg"), elbo.IWELBO(3)),
+        (elbo.PIWELBO(2, "dreg", num_groups=2), elbo.PIWELBO(2, num_groups=2)),
+        (elbo.CIWELBO(3, "dreg"), elbo.CIWELBO(3)),
+        (elbo.ELBO(3, "stl"), elbo.ELBO(3)),
+        (elbo.ChiUpperBound(2000, "dreg"), elbo.ChiUpperBound(2000)),
+    ],
+    ids=str,
+)
+def test_a_masked_draw_has_no_score_to_reparameterise(
+    estimator: elbo.Estimator, other: elbo.Estimator
+) -> None:
+    """The same gradient as by automatic differentiation of the bound, or by score functions."""
+
+    def draw(theta: Tensor) -> Any:
+        return dist.Normal(0.2 * theta[0], (theta[1] - 0.7).exp())
+
+    torch.manual_seed(0)
+    rows = 20 if estimator.num_particles > 3 else 1000
+    one, two = (_gradients(e, dist.Normal(0.0, 1.0), draw, rows) for e in (estimator, other))
+    error = ((one.var(0) + two.var(0)) / 40).sqrt()
+    assert ((one.mean(0) - two.mean(0)).abs() < 5 * error).all()
+
+
+def test_the_thermodynamic_covariance_and_the_chi_bound_know_masked_draws() -> None:
+    """With many draws they are the slopes of integrals over a Bernoulli latent."""
+    theta = torch.tensor([0.4, -0.3], dtype=torch.float64, requires_grad=True)
+    q = dist.Bernoulli(logits=theta[0]).log_prob(torch.tensor([0.0, 1.0]).double())
+    log_x = dist.Normal(torch.tensor([0.0, 3.0]), 1.0).log_prob(torch.tensor(1.2)).double()
+    prior = dist.Bernoulli(0.3)
+    weights = log_x + prior.log_prob(torch.tensor([0.0, 1.0])) - q, log_x
+    tvo, chi = elbo.ThermodynamicELBO(400), elbo.ChiUpperBound(400)
+    points = (0.0, *tvo.partition, 1.0)
+    along = [
+        (b - a) * ((q + a * w).softmax(0) * w).sum() / 2
+        for w in weights
+        for a, b in itertools.pairwise(points)
+    ]
+    above = [(q + chi.order * w).logsumexp(0) / chi.order / 2 for w in weights]
+    for estimator, exact in ((tvo, sum(along)), (chi, sum(above))):
+        (slope,) = torch.autograd.grad(exact, theta, retain_graph=True)
+        torch.manual_seed(0)
+        drawn = _gradients(estimator, prior, lambda t: dist.Bernoulli(logits=t[0]), 50)[:, 0]
+        # at finite K both are biased, by a few parts in a thousand here
+        assert (drawn.mean() - slope[0]).abs() < 5 * drawn.std() / 40**0.5 + 0.005

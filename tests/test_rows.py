@@ -266,3 +266,26 @@ def test_every_row_is_looked_at():
     x[140, 1] = 0.5
     with pytest.raises(PairError, match="1 of 600 values lie outside the likelihood's support"):
         diagnostics.log_evidence(model, guide, x, num_particles=2)
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATORS.keys() - {"nuts", "compare"}))
+def test_particles_that_see_each_other_are_refused(name):
+    """One particle at a time the pair is right, so rows alone do not show it."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            others = z.mean(0) if z.dim() > 1 else 0.0
+            pyro.sample("x", dist.Normal(z + others, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.8))
+
+    call = {
+        "predictive_check": lambda *pair: diagnostics.predictive_check(
+            *pair, statistics={"x": lambda x: x}
+        )
+    }
+    with pytest.raises(PairError, match="site 'x' of the model: 3 particles at once"):
+        call.get(name, EVALUATORS[name])(model, guide, ROWS[:, 0])

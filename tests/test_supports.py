@@ -324,3 +324,76 @@ def test_every_support_of_torch_has_what_is_said():
             assert isinstance(there, Turn)
         else:
             assert type(there) is type(biject_to(fn.support))
+
+
+# ------------------------------------------------------------------------------ masked latents
+
+ROWS = torch.tensor([0.3, -1.2, 2.0])
+SHOWN = torch.tensor([True, False, True])
+
+
+def masked_pair(data_too, in_guide):
+    """z ~ N(0, 1), x ~ N(z, 1) under a guide N(x / 2, 0.8); a mask hides z in the second row."""
+
+    def model(x, shown):
+        with data_plate(x):
+            with pyro.poutine.mask(mask=shown):
+                z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            with pyro.poutine.mask(mask=shown if data_too else True):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, shown):
+        with data_plate(x), pyro.poutine.mask(mask=shown if in_guide else True):
+            pyro.sample("z", dist.Normal(x / 2, 0.8))
+
+    return model, guide
+
+
+@pytest.mark.parametrize(
+    ("data_too", "in_guide"), [(True, True), (False, True), (False, False)], ids=str
+)
+def test_where_a_latent_is_masked_all_evaluators_mean_what_a_log_weight_means(data_too, in_guide):
+    """Of a hidden row: the guide's draws count as the prior's; or, hidden in the model, a flat one.
+
+    So log p(x) there is 0, the log of the mean of N(x; z, 1) over the guide, or over the line.
+    """
+    model, guide = masked_pair(data_too, in_guide)
+    hidden = torch.zeros(3)
+    if in_guide and not data_too:
+        hidden = dist.Normal(ROWS / 2, (1 + 0.8**2) ** 0.5).log_prob(ROWS)
+    exact = torch.where(SHOWN, dist.Normal(0.0, 2**0.5).log_prob(ROWS), hidden).double()
+    grid = diagnostics.quadrature(model, guide, ROWS, SHOWN)
+    torch.testing.assert_close(grid.log_evidence, exact, atol=1e-4, rtol=0)
+    sampled = diagnostics.log_evidence(model, guide, ROWS, SHOWN, num_particles=20_000, seed=0)
+    assert ((sampled.log_evidence - exact).abs() < 5 * sampled.log_evidence_se + 1e-5).all()
+    for start in ("guide", "prior"):
+        found = diagnostics.ais(model, guide, ROWS, SHOWN, num_chains=64, start=start, seed=0)
+        error = (found.log_evidence - exact).abs()
+        assert (error < 5 * found.log_evidence_se + 0.02).all(), start
+
+
+@pytest.mark.slow
+def test_chains_where_a_latent_is_masked():
+    """A hidden latent has the guide's law."""
+    draws = diagnostics.hmc(*masked_pair(True, True), ROWS, SHOWN, seed=0)
+    assert draws.converged.all()
+    scale = torch.where(SHOWN, 0.5**0.5, 0.8)
+    assert ((draws.mean("z") - ROWS / 2).abs() < 0.1).all()
+    assert ((draws.sd("z") - scale).abs() < 0.1).all()
+
+
+def test_a_density_that_does_not_fall_is_no_density():
+    """However many points the grid has: it reaches where it reaches."""
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.factor("undone", -dist.Normal(0.0, 1.0).log_prob(z))
+            pyro.sample("x", dist.Normal(torch.zeros(()), 1.0), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    with pytest.raises(ValueError, match="of datapoint 0 lacks a part"):
+        diagnostics.quadrature(model, guide, ROWS, num_points=2001)

@@ -197,6 +197,30 @@ def _changed_by_size(again: _Replays) -> list[tuple[str, str]]:
     ]
 
 
+def position_faults(weights: LogWeights) -> list[str]:
+    """Sites at which the log-probability of a datapoint belongs to its place in the batch.
+
+    That is right as long as all rows are given in their order, so it is asked where they are not.
+    """
+    again = _Replays(weights, keywords=False)
+    backwards = torch.arange(again.weights.log_w.shape[1]).flip(0)
+    try:
+        terms = again.terms(again.drawn)
+        if point_masses(weights) or _different(terms, again.terms(again.drawn, seed=1)):
+            return []
+        drawn = _with_values(again.drawn, functools.partial(_rows_of, index=backwards))
+        after = again.terms(drawn, again.cut, backwards)
+    except _ONE_WAY:
+        return []
+    expected = {key: t[..., backwards] if t.shape[-1] > 1 else t for key, t in terms.items()}
+    return [
+        f"site {name!r} of the {role}: parameters or data of its own belong to positions in the "
+        "batch, and rows come in another order in each epoch. Give what belongs to rows as an "
+        "argument beside the data, or train on all rows at once: fit(svi, tensors, batch_size=N)"
+        for role, name in _different(expected, after)
+    ]
+
+
 def particle_faults(again: _Replays) -> list[str]:
     """Sites at which 3 particles at once are not weighed as one by one."""
     _, _, args, kwargs = again.weights.pair

@@ -9,6 +9,7 @@ Example:
 from ppvae.data.arrays import from_arrays
 from ppvae.data.catalogue import NAMES, load
 from ppvae.data.dataset import Dataset
+from ppvae.data.factors import Factors, dsprites, shapes3d, sprites
 from ppvae.data.fetch import cache_folder
 from ppvae.data.files import from_csv, from_images, from_npz
 from ppvae.data.precision import PrecisionWarning
@@ -26,11 +27,13 @@ __all__ = [
     "NAMES",
     "Dataset",
     "EmptyDocumentWarning",
+    "Factors",
     "GaussianMixture",
     "LinearGaussian",
     "PrecisionWarning",
     "Split",
     "cache_folder",
+    "dsprites",
     "from_arrays",
     "from_counts",
     "from_csv",
@@ -40,4 +43,6 @@ __all__ = [
     "linear_gaussian_parameters",
     "load",
     "quadrants",
+    "shapes3d",
+    "sprites",
 ]

@@ -35,7 +35,7 @@ def from_npz(path: str | Path, x: str = "x", y: str | None = "y", **options: Any
         >>> from_npz(path).support
         'binary'
     """
-    path = _existing(path)
+    path = existing(path)
     if path.suffix != ".npz":
         raise ValueError(f"{path} is not an .npz file: save one with np.savez(path, x=x, y=y)")
     try:
@@ -78,7 +78,7 @@ def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -
     """
     import pandas
 
-    path = _existing(path)
+    path = existing(path)
     try:  # cells as text, so that a word stays what it was
         table = pandas.read_csv(
             path, header=None, dtype=object, keep_default_na=False, encoding="utf-8-sig"
@@ -188,7 +188,8 @@ def _with_named_labels(x: Any, words: np.ndarray, **options: Any) -> Dataset:
     return replace(dataset, source=f"{dataset.source}; labels {named}")
 
 
-def _existing(path: str | Path) -> Path:
+def existing(path: str | Path) -> Path:
+    """The path, if there is a file."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}: check the path")

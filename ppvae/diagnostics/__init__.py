@@ -16,6 +16,7 @@ from ppvae.diagnostics.psis import khat
 from ppvae.diagnostics.quadrature import Quadrature, quadrature
 from ppvae.diagnostics.report import Report, diagnose
 from ppvae.diagnostics.summaries import Aggregate
+from ppvae.diagnostics.total_correlation import TotalCorrelation, total_correlation
 
 __all__ = [
     "Aggregate",
@@ -29,6 +30,7 @@ __all__ = [
     "Quadrature",
     "Report",
     "Sandwich",
+    "TotalCorrelation",
     "ais",
     "bdmc",
     "chains_to_arviz",
@@ -46,4 +48,5 @@ __all__ = [
     "sbc",
     "sigmoid_schedule",
     "to_arviz",
+    "total_correlation",
 ]

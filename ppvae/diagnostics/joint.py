@@ -24,7 +24,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.check.behaviour import coordinates, is_real, same_support
 from ppvae.check.sites import describe, latent_support
-from ppvae.diagnostics.rows import check_data, check_pair_and_data, rows_per_piece, take
+from ppvae.diagnostics.rows import (
+    check_data,
+    check_pair_and_data,
+    check_rows,
+    rows_per_piece,
+    take,
+)
 from ppvae.enumeration import sum_out, total
 from ppvae.latents import check_latents
 from ppvae.pairs import (
@@ -43,7 +49,16 @@ from ppvae.pairs import (
     trace,
     unnoticed,
 )
-from ppvae.terms import Letters, NoInverse, Term, log_density, masked, term, unmasked
+from ppvae.terms import (
+    Letters,
+    NoInverse,
+    Term,
+    distribution_mask,
+    log_density,
+    masked,
+    term,
+    unmasked,
+)
 from ppvae.weights import require_whole
 
 
@@ -121,10 +136,16 @@ class Joint:
     """
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> None:
-        check_data(model, args)
+        check_rows(model, args)
         self.model, self.guide, self.args = model, guide, args
-        self._look()
-        if not self.auxiliary:  # else there are no log-weights, and the guide gives draws only
+        try:
+            self._look()
+        except (ValueError, RuntimeError):
+            check_data(model, args)  # NaN that no mask hides is the reason, if there is any
+            raise
+        if self.auxiliary:  # there are no log-weights, and the guide gives draws only
+            check_data(model, args)
+        else:
             check_pair_and_data(model, guide, args)
 
     def _look(self) -> None:
@@ -149,6 +170,9 @@ class Joint:
                 self.layouts[name] = _layout(site, self._leftmost)
         if not self.layouts:
             raise ValueError("the model has no continuous latent, so there is nothing to sample")
+        self._masked = any(map(_hides, sites.values()))
+        hidden = [] if self.auxiliary else [n for n in self.layouts if _hides(guide_sites[n])]
+        self._hidden = sorted(hidden)
         example = sites[next(iter(self.layouts))]["value"]
         self.dtype, self.device = example.dtype, example.device
         self.dim = sum(layout.size for layout in self.layouts.values())
@@ -181,13 +205,16 @@ class Joint:
         return self._sum(self.terms(u).values(), u)
 
     def prior_and_joint(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(u) and log p(x, u), each ``(C, N)``, from one run of the model."""
+        """log p(u), unmasked, and log p(x, u), each ``(C, N)``."""
         terms = self.terms(u)
-        prior = self._sum([term for name, term in terms.items() if name not in self.observed], u)
+        latents = terms
+        if self._masked or self._hidden:
+            latents = self._terms(self.model, u, masks=False)
+        prior = self._sum([term for name, term in latents.items() if name not in self.observed], u)
         return prior, self._sum(terms.values(), u)
 
     def log_q(self, u: Tensor) -> Tensor:
-        """log q(u | x) of the guide, ``(C, N)``.
+        """log q(u | x) of the guide, unmasked, ``(C, N)``.
 
         Raises:
             ValueError: the guide cannot be evaluated at given latents: a flow without inverse,
@@ -198,7 +225,7 @@ class Joint:
         if not self._same_support:
             raise _no_density("its support is not the model's")
         try:
-            return self._sum(self._terms(self.guide, u).values(), u)
+            return self._sum(self._terms(self.guide, u, masks=False).values(), u)
         except NoInverse as error:
             raise _no_density(str(error)) from error
 
@@ -211,8 +238,16 @@ class Joint:
         return value.detach(), gradient
 
     def terms(self, u: Tensor) -> dict[str, Term]:
-        """The model's terms by site, each broadcastable to ``(..., C, N)``."""
-        return self._terms(self.model, u)
+        """The model's terms by site, each broadcastable to ``(..., C, N)``.
+
+        What a mask hides in the guide has the guide's own density, as in a log-weight: one more
+        term.
+        """
+        terms = self._terms(self.model, u)
+        if self._hidden:
+            shown = self._sum(self._terms(self.guide, u).values(), u)
+            terms[f"{', '.join(self._hidden)} where masked"] = Term(self.log_q(u) - shown)
+        return terms
 
     # -- draws and coordinates -------------------------------------------------------------------
     @torch.no_grad()
@@ -293,21 +328,22 @@ class Joint:
             for (name, layout), part in zip(self.layouts.items(), parts, strict=True)
         }
 
-    def _terms(self, program: Callable[..., Any], u: Tensor) -> dict[str, Term]:
-        """Log-density of each site of a program at u, Jacobian included."""
+    def _terms(self, program: Callable[..., Any], u: Tensor, masks: bool = True) -> dict[str, Term]:
+        """Log-density of each site at u, Jacobian included; that of latents masked, or not."""
         if self._enumerated:
             marked = poutine.infer_config(program, self._mark)
             program = Enumerate(False, first_available_dim=self._leftmost - 1)(marked)
         with self._running(), _Given(self._unpack(u)) as given, self._chains(len(u)):
             sites = sample_sites(trace(program, self.args, {}))
             letters = Letters()
-            return {name: self._term(site, given, letters) for name, site in sites.items()}
+            return {name: self._term(site, given, letters, masks) for name, site in sites.items()}
 
     def _mark(self, site: Site) -> dict[str, Any]:
         return {"enumerate": "parallel"} if site["name"] in self._enumerated else {}
 
-    def _term(self, site: Site, given: _Given, letters: Letters) -> Term:
-        if site["name"] in self._enumerated:  # a mask does not hide how it is summed out
+    def _term(self, site: Site, given: _Given, letters: Letters, masks: bool) -> Term:
+        # a mask does not hide how a latent is summed out
+        if site["name"] in self._enumerated or (not masks and not site["is_observed"]):
             site = {**site, "fn": unmasked(site["fn"]), "mask": None}
         values = log_density(site)
         if site["name"] in given.log_det:
@@ -340,6 +376,12 @@ def traced(function: Callable[..., Any], *example: Tensor) -> Callable[..., Any]
         return graph(*(tensor.contiguous() for tensor in tensors))  # strides are in it as well
 
     return call
+
+
+def _hides(site: Site) -> bool:
+    """Whether a latent's term is masked."""
+    masks = site["mask"], distribution_mask(site["fn"])
+    return not site["is_observed"] and any(mask is not None for mask in masks)
 
 
 def _no_density(why: str) -> ValueError:

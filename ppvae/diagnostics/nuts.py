@@ -146,11 +146,15 @@ def _one_datapoint(
         draws[name] = stacked.movedim(data - sites[name]["fn"].event_dim, 2)
     flat = torch.cat([value.reshape(*value.shape[:3], -1) for value in draws.values()], -1)
     log_joint = torch.stack(values).unsqueeze(-1)
+    # A support may fix some numbers (the first of a Cholesky factor of correlations is 1); chains
+    # that are stuck are so at different values.
+    fixed = (flat == flat[:1, :1]).all(0).all(0).all(0)
+    free = torch.cat([flat[..., ~fixed], log_joint.unsqueeze(-1)], -1)
     return PosteriorDraws(
         draws,
         flat,
         log_joint,
-        *convergence(torch.cat([flat, log_joint.unsqueeze(-1)], -1)),
+        *convergence(free),
         accept=torch.tensor([sum(accept) / len(accept)]),
         divergences=torch.tensor([divergences]),
         step_size=torch.tensor([float(kernel.step_size)]),

@@ -30,7 +30,7 @@ class Quadrature:
         log_evidence: ``(N,)``, log p(x), nats.
         error: ``(N,)``, how far it moved when every second point was left out, nats: the true
             error is far smaller while this is small. Infinite where a mode that was found lies
-            between the points.
+            between the points, or where the density does not fall off.
         mean: ``(N, D)``, posterior mean of the unconstrained latents (of the latents themselves
             where their support is the real line).
         covariance: ``(N, D, D)``.
@@ -134,7 +134,7 @@ def quadrature(
     bad = (~(result.error <= tolerance)).nonzero().flatten().tolist()
     if bad:
         moved = result.error[bad[0]].item()
-        seen = f"moved by {moved:.2g} nats on refining" if moved < math.inf else "lacks a mode"
+        seen = f"moved by {moved:.2g} nats on refining" if moved < math.inf else "lacks a part"
         points = max(round(num_points / narrow[bad].min().item()), 2 * num_points) // 2 * 2 + 1
         raise ValueError(
             f"the grid does not resolve the posterior of {len(bad)} datapoints: log p(x) of "
@@ -151,7 +151,7 @@ def _integrate(joint: Joint, num_points: int, max_rows: int) -> tuple[Tensor, ..
     middle, half, narrow = _all_modes(joint, u, height, scale, max_rows)
     axes = _axes(middle, half, num_points)
     values = _evaluate(joint, axes, max_rows)
-    missed = _between(axes, values, u, height)
+    missed = _between(axes, values, u, height) | _open(values)
     values, axes = values.double().cpu(), axes.double().cpu()
 
     log_evidence = _log_integral(axes, values)
@@ -272,6 +272,15 @@ def _between(axes: Tensor, values: Tensor, u: Tensor, height: Tensor) -> Tensor:
         corners.append(values.flatten(1).gather(1, index.T).T)
     above = height > torch.stack(corners).amax(0) + 1.0
     return ((outside | above) & (height > height.amax(0) - COUNTS)).any(0)
+
+
+def _open(values: Tensor) -> Tensor:
+    """Of which datapoints the density has not fallen at an edge of the grid, ``(N,)``."""
+    highest = values.flatten(1).amax(1)
+    edges = [values.select(d, end) for d in range(1, values.dim()) for end in (0, -1)]
+    return torch.stack([edge.reshape(len(edge), -1).amax(1) for edge in edges]).amax(0) > (
+        highest - COUNTS
+    )
 
 
 def _axes(middle: Tensor, half: Tensor, count: int) -> Tensor:

@@ -48,13 +48,13 @@ def check_data(program: Program, args: Sequence[Any]) -> int:
         PairError: an argument is an array of another library; a tensor is empty, NaN or infinite,
             or has another number of rows.
     """
-    rows = _check_rows(program, args)
+    rows = check_rows(program, args)
     check_tensors(program, args)
     return rows
 
 
-def _check_rows(program: Program, args: Sequence[Any]) -> int:
-    """N; the same errors but for what the tensors hold."""
+def check_rows(program: Program, args: Sequence[Any]) -> int:
+    """:func:`check_data`, but for what the tensors hold."""
     for name, arg in zip(names(program, args), args, strict=True):
         if not isinstance(arg, Tensor) and hasattr(arg, "__array__") and np.ndim(arg) > 0:
             seen = type(arg).__name__
@@ -82,10 +82,11 @@ def check_pair_and_data(
     Its plates must be whole. It may mask values that are NaN. For passes over the weights, which
     run with Pyro's validation off.
     """
-    rows = _check_rows(model, args)
+    rows = check_rows(model, args)
     # an autoguide's parameters may belong to all positions
     some = args if by_position(guide) or joint else take(args, slice(_CHECKED_ROWS))
-    checks = check_batch(model, guide, *some, joint=joint, whole=True)
+    # several particles, draws or chains are computed at once
+    checks = check_batch(model, guide, *some, joint=joint, num_particles=2, whole=True)
     check_values(model, guide, args, checks)
     return rows
 

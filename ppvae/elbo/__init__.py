@@ -5,6 +5,7 @@ and as a module: ``elbo.IWELBO(num_particles=8)(model, guide)(x)``.
 """
 
 from ppvae.elbo.chi import ChiUpperBound
+from ppvae.elbo.disentangling import DIPELBO, TCELBO
 from ppvae.elbo.estimator import Estimator, Objective
 from ppvae.elbo.factor import FactorELBO
 from ppvae.elbo.importance import CIWELBO, IWELBO, MIWELBO, PIWELBO, RenyiELBO
@@ -17,10 +18,12 @@ from ppvae.elbo.wake_sleep import ReweightedWakeSleep
 
 __all__ = [
     "CIWELBO",
+    "DIPELBO",
     "ELBO",
     "IWELBO",
     "MIWELBO",
     "PIWELBO",
+    "TCELBO",
     "Capacity",
     "ChiUpperBound",
     "Constraint",

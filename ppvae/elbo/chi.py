@@ -20,7 +20,7 @@ from ppvae.elbo.importance import (
 )
 from ppvae.elbo.state import State
 from ppvae.pairs import Leaves
-from ppvae.weights import drawn_log_q, weigh
+from ppvae.weights import drawn_log_q, log_q_of_draws, weigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,9 @@ class ChiUpperBound(Estimator):
         share = normalised(centred_powers(log_w.detach(), self.order)[1])
         if self.gradient == "dreg":
             self.require_reparameterised(weights)
-            gradient = (1 - self.order) * through_draws(share - share.square(), log_w, leaves.pairs)
+            c = (1 - self.order) * (share - share.square())
+            gradient = through_draws(c, log_w, leaves, hidden=share)
         else:
-            gradient = (1 - self.order) / self.order * (share * drawn_log_q(weights)).sum()
+            drawn = log_q_of_draws(weights, weights.q.keys() - weights.enumerated.keys())
+            gradient = (share * (drawn / self.order - drawn_log_q(weights))).sum()
         return weights.scale * with_gradient(value, gradient)

@@ -188,9 +188,8 @@ class Estimator(pyro.infer.ELBO):
         log_w = self.effective(weights, state)
         value, c = gradients.coefficient(self.bound, log_w)
         for_model = (c * self.effective(weights.stop_guide(), state)).sum()
-        if self.gradient == "dreg":
-            c = self.dreg_coefficient(log_w.detach())
-        for_guide = gradients.through_draws(c, log_w, leaves.pairs)
+        coefficient = self.dreg_coefficient(log_w.detach()) if self.gradient == "dreg" else c
+        for_guide = gradients.through_draws(coefficient, log_w, leaves, hidden=c)
         return gradients.with_gradient(value, for_model + for_guide)
 
     def require_reparameterised(self, weights: LogWeights) -> None:

@@ -14,7 +14,8 @@ weights):
 ``"dreg"``
     Doubly reparameterised: the score is itself reparameterised, which gives
     :math:`\sum_k (c_k - \partial c_k / \partial \ell_k)\, \partial_z \ell_k\, \partial_\phi z_k`
-    (for IWELBO :math:`\tilde w_k^2`). Unbiased. Tucker et al. 2018.
+    (for IWELBO :math:`\tilde w_k^2`). Unbiased. Tucker et al. 2018. A draw whose log q is masked
+    has no score in :math:`\ell_k`, so its coefficient stays :math:`c_k`.
 ``"score"``
     Beside the gradient of B at fixed draws, sites without a reparameterised sampler get the
     score-function term :math:`\sum_k (B - B_{-k}) \nabla_\phi \log q(z_k)`, with the bound of
@@ -40,8 +41,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.enumeration import total
-from ppvae.weights import LogWeights
+from ppvae.pairs import Leaves
+from ppvae.weights import LogWeights, log_q_of_draws
 
 Bound = Callable[[Tensor], Tensor]  # log-weights (K, N) to (N,)
 
@@ -78,46 +79,54 @@ def coefficient(bound: Bound, log_w: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), c
 
 
-def through_draws(c: Tensor, log_w: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+def through_draws(c: Tensor, log_w: Tensor, leaves: Leaves, hidden: Tensor | None = None) -> Tensor:
     """A scalar with the gradient of sum c log w along the guide's sample path only.
 
     The slope in each leaf z' goes through its draw z to the guide's parameters, and, last draw
     first, through z to the leaves drawn before it.
+
+    Args:
+        c: coefficients, ``(K, N)``.
+        log_w: a function of the leaves, ``(K, N)``.
+        leaves: of the guide's draws.
+        hidden: the coefficients for draws whose log q is masked; None: those of the others.
     """
-    if not pairs:  # nothing in the guide is trained
+    if not leaves.pairs:  # nothing in the guide is trained
         return c.new_zeros(())
-    leaves = [leaf for _, leaf in pairs]
-    slopes = list(torch.autograd.grad((c * log_w).sum(), leaves, retain_graph=True))
-    for j in reversed(range(1, len(pairs))):
-        z, _ = pairs[j]
-        upstream = torch.autograd.grad(
-            z, leaves[:j], slopes[j], retain_graph=True, allow_unused=True
-        )
-        for i, slope in enumerate(upstream):
-            slopes[i] = slopes[i] if slope is None else slopes[i] + slope
-    total = sum((slope * z).sum() for slope, (z, _) in zip(slopes, pairs, strict=True))
+    slopes = _slopes(c, log_w, leaves)
+    if hidden is not None and any(shown is not None for shown in leaves.shown):
+        chosen = zip(leaves.shown, slopes, _slopes(hidden, log_w, leaves), strict=True)
+        slopes = [one if shown is None else torch.where(shown, one, o) for shown, one, o in chosen]
+    total = sum((slope * z).sum() for slope, (z, _) in zip(slopes, leaves.pairs, strict=True))
     assert isinstance(total, Tensor)
     return total
 
 
+def _slopes(c: Tensor, log_w: Tensor, leaves: Leaves) -> list[Tensor]:
+    """The total derivative of sum c log w in each draw: through the draws after it, too."""
+    pairs, cut = leaves.pairs, [leaf for _, leaf in leaves.pairs]
+    slopes = list(torch.autograd.grad((c * log_w).sum(), cut, retain_graph=True))
+    for j in reversed(range(1, len(pairs))):
+        z, _ = pairs[j]
+        upstream = torch.autograd.grad(z, cut[:j], slopes[j], retain_graph=True, allow_unused=True)
+        for i, slope in enumerate(upstream):
+            slopes[i] = slopes[i] if slope is None else slopes[i] + slope
+    return slopes
+
+
 def scored_log_q(weights: LogWeights) -> Tensor | None:
-    """log q of the drawn latents that have no reparameterised sampler, ``(K, N)``, or None.
+    """log q of the draws that have no reparameterised sampler, unmasked, ``(K, N)``, or None.
 
     Raises:
         ValueError: one of them depends on an enumerated latent.
     """
     sites = weights.guide_trace.nodes
     scored = [
-        term
-        for name, term in weights.q.items()
+        name
+        for name in weights.q
         if name not in weights.enumerated and not sites[name]["fn"].has_rsample
     ]
-    if any(term.letters for term in scored):
-        raise ValueError(
-            "a guide's site that is drawn by the score function depends on an enumerated one; "
-            "enumerate both, or draw both"
-        )
-    return total(scored) if scored else None
+    return log_q_of_draws(weights, scored) if scored else None
 
 
 def score(

@@ -190,12 +190,13 @@ class PIWELBO(_Grouped):
             return weights.scale * value
         gradient = (c * self.effective(weights.stop_guide(), state)).sum()
         for_guide = MIWELBO(self.num_particles, self.gradient, self.num_groups)
+        _, slope = coefficient(for_guide.bound, log_w)
+        c = slope
         if self.gradient == "dreg":
             c = for_guide.dreg_coefficient(log_w.detach())
         else:
-            _, c = coefficient(for_guide.bound, log_w)
             gradient = gradient - (c * drawn_log_q(weights)).sum()  # the guide's own score
-        gradient = gradient + through_draws(c, log_w, leaves.pairs)
+        gradient = gradient + through_draws(c, log_w, leaves, hidden=slope)
         return weights.scale * with_gradient(value, gradient)
 
 

@@ -317,7 +317,7 @@ def _entropy(q: Any, p: Any) -> Tensor:
 def dimension_rates(weights: LogWeights, name: str, closed: bool) -> Tensor:
     """log q - log p (or KL) of every dimension of a latent, ``(D, K or 1, N)``."""
     sites = weights.guide_trace.nodes.get(name), weights.model_trace.nodes.get(name)
-    found = [_units(site) for site in sites if site is not None]
+    found = [independent_units(site) for site in sites if site is not None]
     units = [unit for unit in found if unit is not None]
     if len(units) < 2 or weights.enumerated:
         raise ValueError(
@@ -337,7 +337,7 @@ def dimension_rates(weights: LogWeights, name: str, closed: bool) -> Tensor:
     return rate("guide", sites[0], q, q_mask) - rate("model", sites[1], p, p_mask)
 
 
-def _units(site: Site) -> tuple[Any, Any] | None:
+def independent_units(site: Site) -> tuple[Any, Any] | None:
     """The distribution of the dimensions of a vector, and the mask of them; None: there is none."""
     fn, mask = site["fn"], site["mask"]
     while isinstance(fn, MaskedDistribution):

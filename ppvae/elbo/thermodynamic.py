@@ -15,7 +15,7 @@ from ppvae.elbo.gradients import with_gradient
 from ppvae.elbo.importance import normalised, require_number
 from ppvae.elbo.state import State
 from ppvae.pairs import Leaves
-from ppvae.weights import drawn_log_q, weigh
+from ppvae.weights import log_q_of_draws, weigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,8 @@ class ThermodynamicELBO(Estimator):
         if self.gradient != "covariance":
             return super().surrogate(model, guide, args, kwargs, state)
         weights = weigh(model, guide, args, kwargs, self.num_particles, leaves=Leaves())
-        log_w, log_q = self.effective(weights, state), drawn_log_q(weights)
+        log_w = self.effective(weights, state)
+        log_q = log_q_of_draws(weights, weights.q.keys() - weights.enumerated.keys())
         fixed = log_w.detach()
         correction = self.num_particles / (self.num_particles - 1)
         gradient = torch.zeros_like(log_w)

@@ -95,5 +95,6 @@ class ReweightedWakeSleep(Estimator):
     ) -> Tensor:
         if self.gradient == "dreg":
             self.require_reparameterised(weights)
-            return through_draws(normalised - normalised.square(), log_w, leaves.pairs)
+            c = normalised - normalised.square()
+            return through_draws(c, log_w, leaves, hidden=torch.zeros_like(c))
         return (normalised * drawn_log_q(weights)).sum()

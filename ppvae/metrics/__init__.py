@@ -1,4 +1,4 @@
-"""Numbers from the literature that are not bounds: clustering scores, perplexity of documents.
+"""Numbers from the literature that are not bounds: clustering scores, disentanglement, perplexity.
 
 They are functions of tensors or arrays, and know nothing of pairs; a room that imports no other.
 """
@@ -11,15 +11,35 @@ from ppvae.metrics.clustering import (
     clustering_accuracy,
     mutual_information,
 )
+from ppvae.metrics.disentanglement import (
+    DCI,
+    FactorData,
+    beta_vae_score,
+    dci,
+    explicitness,
+    factor_vae_score,
+    mig,
+    modularity,
+    sap,
+)
 from ppvae.metrics.perplexity import Perplexity, perplexity
 
 __all__ = [
+    "DCI",
     "Clustering",
+    "FactorData",
     "Perplexity",
     "UnusedClusterWarning",
     "adjusted_rand_index",
+    "beta_vae_score",
     "clustering",
     "clustering_accuracy",
+    "dci",
+    "explicitness",
+    "factor_vae_score",
+    "mig",
+    "modularity",
     "mutual_information",
     "perplexity",
+    "sap",
 ]

@@ -142,6 +142,7 @@ def fit(
         _move(svi, target)
     first = train_data.first()
     train_data.check(svi.model, svi.guide, refusals.prepare(svi, first))
+    refusals.require_rows(svi, train_data, first)
     refusals.require_two_rows(svi, train_data, first)
     refusals.require_rows_beside(svi, train_data, first)
     check_model = refusals.before_fit(svi.model, train_data, first)

@@ -13,8 +13,9 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ppvae.check.apart import position_faults
 from ppvae.check.pair import Checks, PairError, check_batch, check_shapes, names
-from ppvae.pairs import unnoticed
+from ppvae.pairs import own_path, unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.train.sources import Batch, Source
 from ppvae.train.svi import SVI
@@ -134,6 +135,17 @@ def prepare(svi: SVI, batch: Batch) -> Checks:
                 f"numbers: give {label}.float(). {error}"
             ) from error
         raise
+
+
+def require_rows(svi: SVI, data: Source, batch: Batch) -> None:
+    """Refuse rows in any order for a pair of which a part belongs to positions in a batch."""
+    if data.is_one_batch:
+        return
+    pair = svi.model, svi.guide
+    with own_path(), unnoticed(*pair), pyro.validation_enabled(False):
+        faults = position_faults(log_weights(*pair, *batch))
+    if faults:
+        raise PairError("\n".join(faults))
 
 
 def require_bound(svi: SVI, batch: Batch) -> None:

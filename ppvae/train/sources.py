@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, default_collate
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, default_collate
 
 from ppvae.check.pair import Checks, check_values
 from ppvae.data.split import check_unit_interval
@@ -109,6 +109,21 @@ class Source(ABC):
         """All rows in one batch, if they are in memory."""
         return None
 
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether all rows come at once, and in their order."""
+        return self.num_rows is not None and self.num_rows <= self.batch_size
+
+    def _order(self, seed: int, epoch: int) -> Tensor:
+        """The order of the rows: shuffled, unless all are one batch.
+
+        Then it tells a pair nothing, unless its parameters or data belong to positions in a batch.
+        """
+        assert self.num_rows is not None
+        if self.is_one_batch:
+            return torch.arange(self.num_rows)
+        return _shuffled(self.num_rows, seed, epoch)
+
     def _shares(self, order: Tensor, skip: int = 0) -> list[Tensor]:
         """This process's part of each batch of rows in this order; it may be empty."""
         return [self.processes.share(index) for index in order.split(self.batch_size)[skip:]]
@@ -176,7 +191,7 @@ class Kept(Source):
 
     def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
         whole = self._draw(epoch)
-        order = _shuffled(len(whole[0]), seed, epoch).to(whole[0].device)
+        order = self._order(seed, epoch).to(whole[0].device)
         for share in self._shares(order, skip):
             yield _rows(whole, share if len(share) else order[:2]), len(share)
 
@@ -211,7 +226,7 @@ class Streamed(Source):
         self._split, self.num_rows = split, len(split)
 
     def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
-        order = _shuffled(self.num_rows, seed, epoch)
+        order = self._order(seed, epoch)
         shares = self._shares(order, skip)
         parts = [share if len(share) else order[:2] for share in shares]
         with closing(self._read(parts, epoch)) as batches:
@@ -283,6 +298,12 @@ class Loaded(Source):
         self._streams_before_last: dict[str, Any] | None = None  # before the last batch was loaded
         self._last_batch: Batch = ()
         self._last_checksum: int | None = None  # of the last batch, in a checkpoint
+
+    @property
+    def is_one_batch(self) -> bool:
+        in_order = isinstance(self._loader.sampler, SequentialSampler)
+        rows, size = self.num_rows, self._loader.batch_size
+        return in_order and rows is not None and size is not None and rows <= size
 
     def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
         for batch in self._load(epoch, skip):
