@@ -16,11 +16,13 @@ from ppvae import (
     posteriors,
     program,
 )
+from ppvae.auxiliary import Auxiliary, Ratio
 from ppvae.check.pair import PairError, check_pair
 from ppvae.diagnostics import diagnose
 from ppvae.diagnostics.compare_estimators import compare
 from ppvae.program import Program
 from ppvae.train.alternate import alternate
+from ppvae.train.beside import Beside
 from ppvae.train.callbacks import Callback
 from ppvae.train.checkpoint import CheckpointError, Checkpoints
 from ppvae.train.fit import fit
@@ -31,6 +33,8 @@ from ppvae.weights import LogWeights, log_weights
 __version__ = "0.1.0"
 __all__ = [
     "SVI",
+    "Auxiliary",
+    "Beside",
     "Callback",
     "CheckpointError",
     "Checkpoints",
@@ -38,6 +42,7 @@ __all__ = [
     "LogWeights",
     "PairError",
     "Program",
+    "Ratio",
     "alternate",
     "check_pair",
     "compare",

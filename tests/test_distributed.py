@@ -59,6 +59,20 @@ class Quiet(ppvae.Program):
             return pyro.sample("z", dist.Delta(self.net(x)).to_event(1))
 
 
+class Contrast:
+    """Row by row, so that processes and one process compare alike."""
+
+    def __call__(self, draws):
+        return draws.guide("z"), draws.args[0][:, :2]
+
+
+def quiet_beside():
+    """The pair of ``quiet`` with a ratio in its guide, three steps of it to each of the pair."""
+    svi = quiet()
+    svi.guide.ratio = ppvae.Ratio(nets.mlp(2, 4, 1), Contrast())
+    return ppvae.SVI(svi.model, svi.guide, SGD, elbo.ELBO(), beside=ppvae.Beside(SGD, 3, 1))
+
+
 def quiet():
     torch.manual_seed(0)
     model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
@@ -126,6 +140,25 @@ def deterministic(fabric, batch_size):
     svi = quiet()
     history = fit(svi, valid=X[:21], batch_size=batch_size, fabric=fabric)
     return everyone(fabric, (copies(svi), numbers(history)))
+
+
+def deterministic_beside(fabric):
+    svi = quiet_beside()
+    history = fit(svi, batch_size=10, fabric=fabric)
+    return everyone(fabric, (copies(svi), numbers(history)))
+
+
+def test_processes_train_what_stands_beside_a_pair_as_one():
+    one = quiet_beside()
+    before = copies(one)
+    expected = numbers(fit(one, batch_size=10))
+    results = launch(deterministic_beside)
+    assert same([state for state, _ in results])
+    for name, value in copies(one).items():
+        torch.testing.assert_close(results[0][0][name], value, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(before[name], value), name
+    for row, other in zip(expected, results[0][1], strict=True):
+        assert other == pytest.approx(row, rel=1e-5)
 
 
 def test_no_two_of_many_processes_draw_alike():

@@ -13,11 +13,12 @@ import ppvae
 
 PACKAGE = Path(ppvae.__file__).parent
 DENSITIES = {"distributions", "conditionals"}
-PAIR = {"wrapped", "program", "pairs", "latents", "terms", "enumeration", "weights"}
+PAIR = {"auxiliary", "wrapped", "program", "pairs", "latents", "terms", "enumeration", "weights"}
 # A part may import itself and these, in functions and for types too. "ppvae", the top-level
 # package, is for nobody: its names come from everywhere.
 MAY_IMPORT: dict[str, set[str]] = {
     # what a pair is
+    "auxiliary": set(),
     "wrapped": set(),
     "program": {"wrapped"},
     "pairs": {"wrapped", "program"},

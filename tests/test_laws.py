@@ -281,7 +281,10 @@ def test_k_particles_at_once_equal_k_one_by_one(pair: str) -> None:
 def test_three_ways_to_train_agree(pair: str, estimator: elbo.Estimator) -> None:
     """ppvae.SVI, stock SVI and the module: the same loss, the same step, at the same seed."""
     results = []
+    refused = {"stock"} if isinstance(estimator, elbo.FactorELBO) else set()  # see its own tests
     for way in ("ppvae", "stock", "module"):
+        if way in refused:
+            continue
         pyro.clear_param_store()
         model, guide, args = build(pair)
         for module in owners(model, guide):

@@ -67,6 +67,7 @@ CALLS = {
     "kl_per_unit": ([torch.tensor([0.1, 2.0, 0.0]), torch.tensor([True, True, False])], {}),
     "rate_distortion": ([{"VAE": (20.0, 80.0), "beta 4": (8.0, 100.0)}], {}),
     "sbc_ecdf": ([{"z": torch.arange(40).reshape(20, 2) % 20}, 19, BAND], {}),
+    "ratio_calibration": ([torch.linspace(-1, 3, 40), torch.linspace(-3, 1, 40)], {}),
     "coverage": ([torch.tensor([0.5, 0.9]), {"z": torch.tensor([[0.4], [0.8]])}, 100], {}),
     "gap_bars": ([GAPS], {}),
     "posterior_contours": ([DRAWS, 1.3 * DRAWS.flip(0)], {}),
@@ -567,3 +568,29 @@ def test_estimator_plots_refuse_another_part(ax):
             draw(TABLE, part="decoder", ax=ax)
     with pytest.raises(ValueError, match="timing_rounds >= 1"):
         plots.variance_against_time(TABLE.drop(columns="ms"), ax=ax)
+
+
+def test_a_true_ratio_lies_on_the_diagonal_and_half_of_it_does_not():
+    generator = torch.Generator().manual_seed(0)
+    a, b = 1 + torch.randn(20000, generator=generator), torch.randn(20000, generator=generator)
+    far = []
+    for weight in (1.0, 0.5):  # T* = z - 1/2 for N(1, 1) against N(0, 1)
+        ax = plots.ratio_calibration(weight * (a - 0.5), weight * (b - 0.5), ax=Figure().subplots())
+        (said, share) = ax.lines[1].get_data()
+        far.append(np.abs(share - said) / np.sqrt(said * (1 - said) / 4000))
+    assert len(said) == 10
+    assert far[0].max() < 4.5
+    assert far[1].max() > 10
+
+
+@pytest.mark.parametrize(
+    ("values", "bins", "match"),
+    [
+        (([0.0, 1.0], [0.0]), 1, "denominator must be"),
+        (([0.0, np.nan], [0.0, 1.0]), 1, "numerator must be"),
+        (([0.0, 1.0], [0.0, 1.0]), 5, "bins must be 1 to"),
+    ],
+)
+def test_ratio_calibration_refuses(values, bins, match):
+    with pytest.raises(ValueError, match=match):
+        plots.ratio_calibration(*values, bins=bins, ax=Figure().subplots())

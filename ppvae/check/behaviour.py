@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import IndependentTransform, Transform, biject_to, constraints
 
+from ppvae.auxiliary import own_parameters
 from ppvae.check.sites import CIRCLE, describe, innermost, is_angle, is_point, latent_support
 from ppvae.pairs import (
     Leaves,
@@ -168,7 +169,7 @@ def trainable_parameters(model: Program, guide: Program) -> dict[int, tuple[str,
     found: dict[int, tuple[str, Tensor]] = {}
     for role, program in (("model", model), ("guide", guide)):
         owner = module_of(program)
-        for name, parameter in owner.named_parameters() if owner is not None else ():
+        for name, parameter in own_parameters(owner).items() if owner is not None else ():
             if parameter.requires_grad:
                 found.setdefault(id(parameter), (f"{role}.{name}", parameter))
     return found

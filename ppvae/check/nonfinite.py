@@ -11,6 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from ppvae.auxiliary import own_parameters
 from ppvae.pairs import Program, Site
 from ppvae.program import module_of
 from ppvae.weights import log_weights
@@ -50,7 +51,7 @@ def blame(model: Program, guide: Program, *args: Any, num_particles: int = 1, **
     except (ValueError, RuntimeError):  # the pair has no weights per datapoint
         return ""
     owners = [owner for owner in map(module_of, (model, guide)) if owner is not None]
-    trained = [p for owner in owners for p in owner.parameters() if p.requires_grad]
+    trained = [p for o in owners for p in own_parameters(o).values() if p.requires_grad]
     programs = (
         ("guide", weights.guide_trace, weights.log_q),
         ("model", weights.model_trace, weights.log_p),
@@ -115,7 +116,7 @@ def describe(site: Site) -> str:
 
 def bad_gradients(module: nn.Module) -> str:
     """What is wrong with the gradients of a module's parameters."""
-    known = [(n, p.grad) for n, p in module.named_parameters() if p.grad is not None]
+    known = [(n, p.grad) for n, p in own_parameters(module).items() if p.grad is not None]
     bad = [name for name, gradient in known if _bad(gradient)]
     if bad:
         return f"the gradient of {', '.join(bad[:3])} is not finite"

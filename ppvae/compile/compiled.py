@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ppvae.auxiliary import own_parameters
 from ppvae.compile.cuda_graph import CudaGraph
 from ppvae.compile.fixed import Fixed
 from ppvae.compile.graph import (
@@ -179,7 +180,8 @@ class CompiledGradients:
     ) -> None:
         self.objective = objective
         self.state: Any = getattr(objective, "state", None)  # Pyro's own objectives have none
-        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        trained = own_parameters(getattr(objective, "trains", objective))  # of a part of it
+        self.parameters = [p for p in trained.values() if p.requires_grad]
         self.inputs: list[Tensor] = [*self.parameters, *objective.buffers()]
         self.positions = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
         used: list[bool] = []

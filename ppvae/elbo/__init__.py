@@ -7,6 +7,7 @@ and as a module: ``elbo.IWELBO(num_particles=8)(model, guide)(x)``.
 from ppvae.elbo.chi import ChiUpperBound
 from ppvae.elbo.disentangling import DIPELBO, TCELBO
 from ppvae.elbo.estimator import Estimator, Objective
+from ppvae.elbo.factor import FactorELBO
 from ppvae.elbo.importance import CIWELBO, IWELBO, MIWELBO, PIWELBO, RenyiELBO
 from ppvae.elbo.penalties import Capacity, Constraint, FreeBits, Penalty, Tilt
 from ppvae.elbo.schedules import CyclicalWarmup, LinearWarmup
@@ -28,6 +29,7 @@ __all__ = [
     "Constraint",
     "CyclicalWarmup",
     "Estimator",
+    "FactorELBO",
     "FreeBits",
     "LinearWarmup",
     "Objective",

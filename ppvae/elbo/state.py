@@ -24,6 +24,7 @@ class State(nn.Module):
     log_multiplier: Tensor  # of a Constraint
     violation: Tensor
     latest_violation: Tensor  # of the last loss; not saved
+    ratio: nn.Module  # of a FactorELBO
 
     def __init__(self) -> None:
         super().__init__()

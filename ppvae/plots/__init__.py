@@ -13,6 +13,7 @@ from ppvae.plots.diagnostics import (
     kl_per_unit,
     predictive_check,
     rate_distortion,
+    ratio_calibration,
     sbc_ecdf,
     worst_points,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "predictive_check",
     "quadrant_completion",
     "rate_distortion",
+    "ratio_calibration",
     "reconstructions",
     "sbc_ecdf",
     "snr_against_particles",

@@ -273,6 +273,56 @@ def coverage(
     return ax
 
 
+def ratio_calibration(
+    numerator: Values, denominator: Values, bins: int = 10, ax: Axes | None = None
+) -> Axes:
+    """Draw what a density ratio's network says of draws against where these came from.
+
+    The network's probability that a point is of the numerator is sigmoid(T). Among points of about
+    the same one, that share should be of the numerator; bars are two binomial standard errors of
+    it. Draws should be new ones, which the network has not been trained on.
+
+    Args:
+        numerator: ``(N,)`` T, in nats, at draws from the numerator.
+        denominator: ``(N,)`` T at as many from the denominator.
+        bins: of equal numbers of points, >= 1.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes; on the diagonal T is the log-ratio, steeper than it T is too small in size.
+
+    Raises:
+        ValueError: arrays of another shape, or not finite; fewer points than bins.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> t = np.linspace(-2, 2, 50)
+        >>> ax = ratio_calibration(t + 1, t - 1, bins=5, ax=Figure().subplots())
+        >>> ax.get_ylabel()
+        'share from the numerator'
+    """
+    of_numerator = shaped("numerator", numerator, "N", finite="all")
+    of_denominator = shaped("denominator", denominator, of_numerator.size, finite="all")
+    t = np.concatenate([of_numerator, of_denominator])
+    if not 1 <= bins <= t.size:
+        raise ValueError(f"bins must be 1 to the number of points, {t.size}; got {bins}")
+    order = np.argsort(t, kind="stable")
+    said, came = 0.5 * (1 + np.tanh(t[order] / 2)), order < of_numerator.size
+    parts = list(zip(np.array_split(said, bins), np.array_split(came, bins), strict=True))
+    probability = np.array([p.mean() for p, _ in parts])
+    share = np.array([c.mean() for _, c in parts])
+    # of the share that is expected, so that a bin all of one kind has a bar, too
+    reach = 2 * np.sqrt([p.mean() * (1 - p.mean()) / p.size for p, _ in parts])
+    ax = axes(ax)
+    ax.plot([0, 1], [0, 1], color=GREY, lw=0.8)
+    ax.errorbar(probability, share, reach, color=BLUE, marker="o", ms=4, lw=1.2, elinewidth=0.8,
+                label="± 2 standard errors")  # fmt: skip
+    ax.set(xlabel="sigmoid of T", ylabel="share from the numerator", xlim=(0, 1), ylim=(0, 1),
+           aspect="equal")  # fmt: skip
+    ax.legend(frameon=False, fontsize="x-small", loc="upper left")
+    return ax
+
+
 def _units(name: str, columns: np.ndarray) -> str:
     return name if columns.shape[1] == 1 else f"{name} ({columns.shape[1]} units)"
 

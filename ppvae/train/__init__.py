@@ -3,6 +3,6 @@
 Around them: ``sources`` (where a batch is cut) and ``reader`` (ahead of time); ``run``,
 ``checkpoint`` and ``interrupt`` (how far a run is, the files it goes on from, Ctrl-C); ``refusals``
 (what is refused before the first step); ``processes``, ``optimizer``, ``fused_adam``,
-``callbacks``, ``history``; ``alternate`` (model and guide in turn). This room uses pairs,
-estimators, checks, graphs and data, but neither models nor guides.
+``callbacks``, ``history``; ``alternate`` (model and guide in turn); ``beside`` (what has a loss of
+its own). This room uses pairs, estimators, checks, graphs and data, but neither models nor guides.
 """

@@ -144,6 +144,7 @@ def fit(
     train_data.check(svi.model, svi.guide, refusals.prepare(svi, first))
     refusals.require_rows(svi, train_data, first)
     refusals.require_two_rows(svi, train_data, first)
+    refusals.require_rows_beside(svi, train_data, first)
     check_model = refusals.before_fit(svi.model, train_data, first)
     if valid_data is not None:
         first = valid_data.first()
@@ -154,6 +155,8 @@ def fit(
     processes.copy_from_first(svi.objective)
     processes.own_draws()
     assert svi.optimizer is not None
+    if svi.turns is not None:
+        svi.turns.reported = {}  # of steps before this call
     run = Run(
         svi=svi,
         progress=Progress(History(_name(svi.elbo)), torch.zeros((), device=target)),
@@ -195,6 +198,8 @@ def _train(run: Run, bar: Any, interrupt: Interrupt) -> History:
         progress.stopped = run.processes.any(any(stops))
         improved = run.keep_best(row.get("valid_bound"))
         progress.begin_epoch()
+        if svi.turns is not None:
+            svi.turns.reported = {}
         log(run.loggers, [row])
         if files is not None:
             is_over, asked = run.is_over(), run.processes.any(interrupt.asked)
@@ -249,6 +254,9 @@ def _row(run: Run) -> dict[str, float]:
     weight = getattr(state_of(svi), "weight", None)
     if weight is not None:
         row["kl_weight"] = processes.sum(float(weight))[0] / processes.size
+    for column, (value, steps) in (svi.turns.reported if svi.turns is not None else {}).items():
+        summed, number = processes.sum(float(value), float(steps))
+        row[column] = summed / number
     if svi.skip_nonfinite:
         row["skipped"] = progress.skipped
     assert svi.optimizer is not None
@@ -291,6 +299,8 @@ def _move(svi: SVI, device: torch.device) -> None:
     svi.objective.to(device)
     if svi.optimizer is not None:  # loading casts the optimiser's state to the parameters' device
         svi.optimizer.load_state_dict(svi.optimizer.state_dict())
+    if svi.turns is not None:
+        svi.turns.load_state_dict(svi.turns.state_dict())
 
 
 def _name(elbo: Any) -> str:

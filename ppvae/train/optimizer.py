@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Adam, AdamW
 
+from ppvae.auxiliary import own_parameters
 from ppvae.train import fused_adam
 
 _CHEAPER: dict[Any, Any] = {Adam: fused_adam.Adam, AdamW: fused_adam.AdamW}
@@ -26,9 +27,11 @@ def check_optim(optim: Any) -> None:
 def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
     """A torch optimiser over a module's parameters; ``optim``: see :class:`ppvae.SVI`.
 
-    It holds frozen ones too: they have no gradient, so it passes over them until they have one.
+    It holds frozen ones too: they have no gradient, so it passes over them until they have one;
+    and none of an auxiliary in the module, which has an optimiser of its own.
     """
-    parameters = [p for p in module.parameters() if p.is_floating_point() or p.is_complex()]
+    named = own_parameters(module).values()
+    parameters = [p for p in named if p.is_floating_point() or p.is_complex()]
     if not any(p.requires_grad for p in parameters):
         raise ValueError(
             "model and guide have no trainable parameters: make the networks attributes of them"
@@ -80,7 +83,7 @@ def take_up(optimizer: torch.optim.Optimizer, optim: Any, module: nn.Module) -> 
 def left_out(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a module, by name, that an optimiser does not hold."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name: p for name, p in module.named_parameters() if id(p) not in held}
+    return {name: p for name, p in own_parameters(module).items() if id(p) not in held}
 
 
 def _check_first_order(factory: Any) -> None:

@@ -177,6 +177,13 @@ def require_two_rows(svi: SVI, data: Source, batch: Batch) -> None:
     )
 
 
+def require_rows_beside(svi: SVI, data: Source, batch: Batch) -> None:
+    """Let what stands beside the pair draw from as few rows as the smallest batch will have."""
+    rows = data.fewest_rows()
+    if svi.turns is not None and rows is not None:
+        svi.turns.check(tuple(tensor[:rows] for tensor in batch), {})
+
+
 def _layer_of_single_values(svi: SVI, batch: Batch) -> str | None:
     """The batch-norm layer that has one value per channel when the pair is run on one row.
 

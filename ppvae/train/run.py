@@ -160,6 +160,7 @@ class Run:
             "optimiser": f"{type(optimizer).__name__}({given})",
             "parameters in its groups": [len(group["params"]) for group in optimizer.param_groups],
             "clip_norm": self.svi.clip_norm,
+            "beside": self.svi.turns.facts() if self.svi.turns is not None else None,
             "lr_scheduler": type(self.scheduler).__name__,
             "patience": "none" if self.patience is None else "some",  # the number may change
             "callbacks with a state": [type(callback).__name__ for callback in self.stateful],
@@ -185,6 +186,7 @@ class Run:
             "kl_weight": weight.cpu() if torch.is_tensor(weight) else weight,
             "buffers": buffers if self.processes.size > 1 else {},
             "callbacks": [callback.state_dict() for callback in self.stateful],
+            "reported": svi.turns.reported if svi.turns is not None else {},
         }
         each = self.processes.gather(own)
         if self.processes.rank == 0:
@@ -244,6 +246,11 @@ class Run:
         progress.history = History(**state["progress"]["history"])
         progress.history.interrupted = False
         progress.total, progress.count = own["total"].to(device), own["count"]
+        if svi.turns is not None:
+            svi.turns.reported = {
+                column: (value.to(device), steps)
+                for column, (value, steps) in own["reported"].items()
+            }
         self.data.load_state_dict(own["data"])
         if self.valid is not None:
             self.valid.load_state_dict(own["valid"])

@@ -133,6 +133,14 @@ class Source(ABC):
         """Rows of an epoch and of a batch, if the last batch is known to have only one row."""
         return None if self.num_rows is None else _single_row(self.num_rows, self.batch_size)
 
+    def fewest_rows(self) -> int | None:
+        """How many rows the smallest batch has, in the process that has fewest; None: not known."""
+        if self.num_rows is None:
+            return None
+        last = self.num_rows % self.batch_size or min(self.num_rows, self.batch_size)
+        size = self.processes.size
+        return min(2, last) if size > 1 and last < 2 * size else last // size
+
     def check(self, model: Any, guide: Any, checks: Checks) -> None:
         """Check all rows: of one length, and numbers in the likelihood's support, unless masked.
 
@@ -374,6 +382,13 @@ class Loaded(Source):
         if not self._counts_rows or (self._loader.drop_last and size > 1):
             return None
         return _single_row(len(self._loader.sampler), size)
+
+    def fewest_rows(self) -> int | None:
+        size = self._loader.batch_size
+        if not self._counts_rows:
+            return None
+        rows = len(self._loader.sampler)
+        return min(size, rows) if self._loader.drop_last else rows % size or min(size, rows)
 
     def check_processes(self) -> None:
         """Raise unless rows are dealt to the processes, equally many batches to each."""

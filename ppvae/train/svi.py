@@ -14,6 +14,7 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
+from ppvae.auxiliary import auxiliaries
 from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.check.pair import Checks, check_batch
 from ppvae.compile.compiled import Compiled, CompiledGradients
@@ -23,6 +24,7 @@ from ppvae.compile.graph import unmoved
 from ppvae.elbo import ELBO, Estimator
 from ppvae.pairs import NotCompiled, seeded
 from ppvae.program import local_parameters, method_owners, require_own_parameters
+from ppvae.train.beside import Beside, Turns
 from ppvae.train.optimizer import build_optimizer, check_optim, left_out, take_up
 from ppvae.weights import log_weights
 
@@ -52,6 +54,9 @@ class SVI(pyro.infer.SVI):
         compile: trace loss and gradient into one graph and compile it, at the first step with
             arguments of a shape; needs a C++ compiler on the CPU. ``True`` raises where that is
             not possible, ``"auto"`` says why once and runs eagerly. See :mod:`ppvae.compile`.
+        beside: how auxiliaries of the pair are trained, such as the ratio network of
+            :class:`ppvae.elbo.FactorELBO`; None: one step after each of the pair's, with an
+            optimiser made by ``optim``.
         skip_nonfinite: go on, without an update, after a step whose loss or gradient is not
             finite, and count it; by default it raises.
 
@@ -90,6 +95,7 @@ class SVI(pyro.infer.SVI):
         clip_norm: float | None = None,
         compile: bool | str = False,
         skip_nonfinite: bool = False,
+        beside: Beside | None = None,
     ) -> None:
         loss = loss if loss is not None else ELBO()
         check_optim(optim)
@@ -101,7 +107,8 @@ class SVI(pyro.infer.SVI):
         self.optim = optim
         self.optimizer: torch.optim.Optimizer | None = None
         self.num_steps = self.num_epochs = 0
-        self.compile, self.skip_nonfinite = compile, skip_nonfinite
+        self.compile, self.skip_nonfinite, self.beside = compile, skip_nonfinite, beside
+        self.turns: Turns | None = None  # of the auxiliaries, where the pair has some
         self.synchronize: Callable[[list[Tensor]], None] | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._compiled: Compiled | None = None
@@ -123,6 +130,8 @@ class SVI(pyro.infer.SVI):
         checks = check_batch(self.model, self.guide, *args, num_particles=K, **kwargs)
         if self.optimizer is None:
             self._build()
+        if self.turns is not None:
+            self.turns.check(args, kwargs)
         return checks
 
     def _build(self) -> None:
@@ -142,6 +151,10 @@ class SVI(pyro.infer.SVI):
         self._buffers = [m._buffers for m in self.objective.modules() if m._buffers]
         assert self.optimizer is not None
         self._left_out = left_out(self.optimizer, self.objective)
+        if self.turns is not None:
+            self.turns.take_up()
+        elif auxiliaries(self.objective):
+            self.turns = Turns(self)
         self._warn_of_left_out()
 
     def _warn_of_left_out(self) -> None:
@@ -160,7 +173,8 @@ class SVI(pyro.infer.SVI):
     @property
     def build_seconds(self) -> float:
         """Time spent compiling."""
-        return self._compiled.build_seconds if self._compiled is not None else 0.0
+        built = self._compiled.build_seconds if self._compiled is not None else 0.0
+        return built + (self.turns.build_seconds if self.turns is not None else 0.0)
 
     # -- a step ----------------------------------------------------------------------------------
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -175,8 +189,13 @@ class SVI(pyro.infer.SVI):
             self._take_up()
         elif self._left_out:
             self._warn_of_left_out()
+        if self.turns is not None and self.num_steps == 0:
+            self.turns.burn_in(args, kwargs)
         key = self._capture_key(args, kwargs) if self.compile else None
+        before = self._skipped.clone() if isinstance(self._skipped, Tensor) else self._skipped
         loss = self._step(args, kwargs) if key is None else self._replay(key, args, kwargs)
+        if self.turns is not None:
+            self.turns(args, kwargs, self._skipped - before)
         self.num_steps += 1
         return loss
 
@@ -305,6 +324,8 @@ class SVI(pyro.infer.SVI):
         On the CPU the step itself has raised. On a GPU the step has withheld its update instead of
         waiting for the device; ``fit`` calls this each epoch and before it saves.
         """
+        if self.turns is not None:
+            self.turns.check_finite()
         (steps, skipped), now = self._reported, self.num_skipped
         self._reported = (self.num_steps, now)
         if now > skipped and not self.skip_nonfinite:
@@ -388,7 +409,8 @@ class SVI(pyro.infer.SVI):
         optimizer = self.optimizer.state_dict() if self.optimizer is not None else None
         objective = self.objective.state_dict()
         counts = {k: getattr(self, k) for k in ("num_steps", "num_epochs", "num_skipped")}
-        return {"objective": objective, "optimizer": optimizer, **counts}
+        beside = self.turns.state_dict() if self.turns is not None else None
+        return {"objective": objective, "optimizer": optimizer, "auxiliary": beside, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state made by :meth:`state_dict` of an equal pair."""
@@ -403,6 +425,8 @@ class SVI(pyro.infer.SVI):
                 self._build()
             assert self.optimizer is not None
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.turns is not None:
+                self.turns.load_state_dict(state["auxiliary"])
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -1,0 +1,329 @@
+"""What ``SVI`` does with the auxiliaries of a pair after each of its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ppvae.auxiliary import Auxiliary, auxiliaries, own_parameters
+from ppvae.check.nonfinite import NonFiniteError, bad_gradients
+from ppvae.compile.compiled import Compiled, CompiledGradients
+from ppvae.compile.graph import unmoved
+from ppvae.pairs import Program, sample_sites, seeded, simulate, trace
+from ppvae.program import local_parameters, method_owners
+from ppvae.train.optimizer import build_optimizer, check_optim, take_up
+
+
+@dataclass(frozen=True)
+class Beside:
+    """How the auxiliaries of a pair are trained: ``ppvae.SVI(..., beside=ppvae.Beside(steps=4))``.
+
+    After each step of the pair, every :class:`ppvae.Auxiliary` in it, in the order of the modules,
+    takes ``steps`` steps on new draws for the same rows; then their buffers are updated. A step of
+    the pair that was not finite, and skipped, has none after it. Learning-rate schedules and
+    ``clip_norm`` are the pair's.
+
+    Args:
+        optim: a ``torch.optim`` class or a factory ``parameters -> optimiser``; None: as the pair's
+            own, which must be a class or factory then.
+        steps: of each auxiliary after each step of the pair, >= 1.
+        burn_in: further ones before the pair's first step, on its batch, >= 0.
+
+    Raises:
+        ValueError, TypeError: numbers out of range; an optimiser that was made for other
+            parameters.
+
+    Example:
+        >>> import functools
+        >>> Beside(functools.partial(torch.optim.Adam, lr=1e-4, betas=(0.5, 0.9)), steps=4).burn_in
+        0
+    """
+
+    optim: Any = None
+    steps: int = 1
+    burn_in: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optim is not None:
+            check_optim(self.optim)
+        if isinstance(self.optim, torch.optim.Optimizer):
+            raise TypeError("Beside(optim=...) takes a class or a factory: each auxiliary gets one")
+        for name, least in (("steps", 1), ("burn_in", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Beside: {name} must be a whole number >= {least}, got {value!r}")
+
+
+class Draws:
+    """What an auxiliary learns from: fresh runs of the pair, which leave its buffers unmoved.
+
+    Attributes:
+        args: the batch.
+    """
+
+    def __init__(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> None:
+        self.args = args
+        self._model, self._guide, self._kwargs = model, guide, kwargs
+
+    def guide(self, site: str) -> Tensor:
+        """A draw of one of the guide's sites, ``(N, ...)``, from a run of its own."""
+        with _buffers_kept(self._guide):
+            sites = sample_sites(trace(self._guide, self.args, self._kwargs))
+        if site not in sites:
+            raise ValueError(
+                f"an auxiliary asks for site {site!r} of the guide, which has {sorted(sites)}"
+            )
+        value: Tensor = sites[site]["value"]
+        return value
+
+    def model(self) -> dict[str, Tensor]:
+        """A draw of every site of the model, latents and data, ``(N, ...)`` each."""
+        with _buffers_kept(self._model):
+            _, dream = simulate(self._model, self.args, self._kwargs)
+        return {name: site["value"] for name, site in sample_sites(dream).items()}
+
+
+@contextmanager
+def _buffers_kept(program: Program) -> Iterator[None]:
+    modules = [program] if isinstance(program, nn.Module) else method_owners(program)
+    kept = [(b, b.clone()) for module in modules for b in module.buffers()]
+    yield
+    for buffer, value in kept:
+        buffer.copy_(value)
+
+
+class AuxiliaryObjective(nn.Module):
+    """A pair and one of its auxiliaries as a module whose ``forward(*args)`` is the latter's loss.
+
+    Attributes:
+        trains: the auxiliary, whose parameters are all that it is differentiated by.
+    """
+
+    def __init__(self, model: Program, guide: Program, auxiliary: Auxiliary) -> None:
+        super().__init__()
+        self.model, self.guide, self.trains = model, guide, auxiliary
+        self.owners = method_owners(model, guide)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        with torch.no_grad():
+            drawn = self.trains.draw(Draws(self.model, self.guide, args, kwargs))
+        return self.trains.loss(*drawn)
+
+
+class Turn:
+    """One auxiliary: its loss, its optimiser, and steps with both.
+
+    Args:
+        name: of the auxiliary, for messages.
+        svi: whose pair it stands beside.
+        auxiliary: the module.
+        optim: makes the optimiser.
+    """
+
+    def __init__(self, name: str, svi: Any, auxiliary: Auxiliary, optim: Any) -> None:
+        self.name, self.auxiliary, self.optim = name, auxiliary, optim
+        self.objective = AuxiliaryObjective(svi.model, svi.guide, auxiliary)
+        self.optimizer: torch.optim.Optimizer | None = None
+        if self.trained():
+            self.optimizer = build_optimizer(optim, auxiliary)
+        self.compiled: Compiled | None = None
+        if svi.compile and self.optimizer is not None:
+            programs, required = (svi.model, svi.guide), svi.compile is True
+            self.compiled = Compiled(self.objective, CompiledGradients, required, programs)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that its loss trains."""
+        return [p for p in own_parameters(self.auxiliary).values() if p.requires_grad]
+
+    def take_up(self) -> None:
+        """Train what the auxiliary consists of by now."""
+        self.objective.owners = method_owners(self.objective.model, self.objective.guide)
+        if self.optimizer is not None:
+            take_up(self.optimizer, self.optim, self.auxiliary)
+
+    def loss(self, args: tuple, kwargs: dict) -> Tensor | None:
+        """The loss, detached, with the gradient in its own parameters; None: nothing to train."""
+        parameters = self.trained()
+        if self.optimizer is None or not parameters:
+            with local_parameters(), pyro.validation_enabled(False), torch.no_grad():
+                self.objective(*args, **kwargs)
+            return None
+        if self.compiled is not None and (loss := self.compiled(args, kwargs)) is not None:
+            return loss
+        with local_parameters(), pyro.validation_enabled(False), torch.enable_grad():
+            loss = self.objective(*args, **kwargs)
+            if loss is None:
+                return None
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return loss.detach()
+
+    def step(self, args: tuple, kwargs: dict, svi: Any, skipped: Any) -> Any:
+        """One step of its own; returns whether it was withheld, as a number or 0-d tensor."""
+        with svi.autocast():
+            loss = self.loss(args, kwargs)
+        if loss is None:
+            return 0
+        assert self.optimizer is not None
+        parameters = self.trained()
+        if svi.synchronize is not None:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            loss = loss.clone()
+            svi.synchronize([*(p.grad for p in parameters), loss])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        bad: Any = ~torch.isfinite(loss + norm)
+        if loss.is_cuda and all(group.get("fused") for group in self.optimizer.param_groups):
+            # nothing waits for the device: the optimiser reads found_inf there, and does nothing
+            withheld = bad | torch.as_tensor(skipped, device=loss.device).bool()
+            self.optimizer.found_inf = withheld.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+            return bad.long()
+        if not bool(bad):
+            self.optimizer.step()
+            return 0
+        if not svi.skip_nonfinite:
+            seen = f"its loss is {float(loss):.6g}"
+            if math.isfinite(float(loss)):
+                seen += f", but {bad_gradients(self.auxiliary)}"
+            raise NonFiniteError(f"step {svi.num_steps + 1}: {self.blamed}; {seen}. {CURES}")
+        return 1
+
+    @property
+    def blamed(self) -> str:
+        """The auxiliary, as a message names it."""
+        return f"{type(self.auxiliary).__name__} {self.name!r} beside the pair"
+
+
+CURES = "Lower the learning rate of Beside(optim=...), or bound what its network is given"
+
+
+class Turns:
+    """All auxiliaries of a pair; see :class:`Beside`.
+
+    Args:
+        svi: the :class:`ppvae.SVI`, with its objective.
+
+    Attributes:
+        reported: sums of what each has reported, by column of the history, and of how often;
+            ``fit`` empties it at the end of an epoch.
+
+    Raises:
+        ValueError: there is no factory of optimisers.
+    """
+
+    def __init__(self, svi: Any) -> None:
+        self.svi, self.settings = svi, svi.beside or Beside()
+        self.optim = svi.optim if self.settings.optim is None else self.settings.optim
+        self.turns: dict[str, Turn] = {}
+        self.withheld: Any = 0  # steps of auxiliaries; on a GPU a tensor
+        self._raised_at = 0
+        self.reported: dict[str, tuple[Any, int]] = {}
+        self.take_up()
+
+    def take_up(self) -> None:
+        """Train the auxiliaries that the pair has by now."""
+        kept, self.turns = self.turns, {}
+        for name, auxiliary in auxiliaries(self.svi.objective).items():
+            if name in kept and kept[name].auxiliary is auxiliary:
+                kept[name].take_up()
+                self.turns[name] = kept[name]
+            else:
+                if own_parameters(auxiliary) and isinstance(self.optim, torch.optim.Optimizer):
+                    raise ValueError(
+                        f"{type(auxiliary).__name__} {name!r} beside the pair needs an optimiser of"
+                        " its own, and optim= is one that was made already: give "
+                        "SVI(beside=ppvae.Beside(optim=torch.optim.Adam))"
+                    )
+                self.turns[name] = Turn(name, self.svi, auxiliary, self.optim)
+
+    def check(self, args: tuple, kwargs: dict) -> None:
+        """Draw and take each loss once, unnoticed, so that what is wrong raises before training."""
+        with local_parameters(), pyro.validation_enabled(False), torch.no_grad():
+            for turn in self.turns.values():
+                with unmoved(self.svi.objective), seeded(0, *args):
+                    turn.objective(*args, **kwargs)
+
+    def burn_in(self, args: tuple, kwargs: dict) -> None:
+        """The steps before the pair's first."""
+        self._steps(self.settings.burn_in, args, kwargs, 0)
+
+    def __call__(self, args: tuple, kwargs: dict, skipped: Any) -> None:
+        """What follows a step of the pair.
+
+        Args:
+            args, kwargs: the batch.
+            skipped: whether that step was withheld; on a GPU a tensor.
+        """
+        if not isinstance(skipped, Tensor) and skipped:
+            return
+        self._steps(self.settings.steps, args, kwargs, skipped)
+        total = self.svi.synchronize or (lambda tensors: None)
+        several = len(self.turns) > 1
+        for name, turn in self.turns.items():
+            kept = [(b, b.clone()) for b in turn.auxiliary.buffers()]
+            with torch.no_grad():
+                turn.auxiliary.update(total)
+                if isinstance(skipped, Tensor):
+                    for buffer, value in kept:
+                        buffer.copy_(torch.where(skipped.bool(), value, buffer))
+                for key, value in turn.auxiliary.report().items():
+                    column = f"{name}.{key}" if several else key
+                    so_far, count = self.reported.get(column, (0.0, 0))
+                    self.reported[column] = so_far + value.detach().clone(), count + 1
+
+    def _steps(self, number: int, args: tuple, kwargs: dict, skipped: Any) -> None:
+        for turn in self.turns.values():
+            for _ in range(number):
+                self.withheld = self.withheld + turn.step(args, kwargs, self.svi, skipped)
+
+    def check_finite(self) -> None:
+        """Raise :class:`NonFiniteError` if a step since the last call was withheld."""
+        before, self._raised_at = self._raised_at, int(self.withheld)
+        if self._raised_at > before and not self.svi.skip_nonfinite:
+            blamed = " or ".join(turn.blamed for turn in self.turns.values())
+            raise NonFiniteError(
+                f"a loss or gradient of {blamed} was NaN or infinite in "
+                f"{self._raised_at - before} of its steps up to {self.svi.num_steps}. {CURES}"
+            )
+
+    @property
+    def build_seconds(self) -> float:
+        """Time spent compiling."""
+        compiled = [turn.compiled for turn in self.turns.values() if turn.compiled is not None]
+        return sum(graphs.build_seconds for graphs in compiled)
+
+    def facts(self) -> str:
+        """What must be the same in a resumed run."""
+        made = {
+            name: f"{type(turn.optimizer).__name__}({turn.optimizer.defaults})"
+            for name, turn in self.turns.items()
+            if turn.optimizer is not None
+        }
+        return f"steps={self.settings.steps}, burn_in={self.settings.burn_in}, {made}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimisers' states, by name, and how many steps were withheld."""
+        states = {
+            name: turn.optimizer.state_dict()
+            for name, turn in self.turns.items()
+            if turn.optimizer is not None
+        }
+        return {"optimizers": states, "withheld": int(self.withheld)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state of :meth:`state_dict`."""
+        self.withheld = self._raised_at = state["withheld"]
+        for name, saved in state["optimizers"].items():
+            optimizer = self.turns[name].optimizer
+            assert optimizer is not None
+            optimizer.load_state_dict(saved)
