@@ -192,7 +192,7 @@ class SVI(pyro.infer.SVI):
         if self.turns is not None and self.num_steps == 0:
             self.turns.burn_in(args, kwargs)
         key = self._capture_key(args, kwargs) if self.compile else None
-        before = self._skipped.clone() if isinstance(self._skipped, Tensor) else self._skipped
+        before = self._skipped + 0 if self.turns is not None else 0  # a tensor changes in place
         loss = self._step(args, kwargs) if key is None else self._replay(key, args, kwargs)
         if self.turns is not None:
             self.turns(args, kwargs, self._skipped - before)
