@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -54,6 +55,11 @@ class Fixed:
     def _look(self) -> None:
         state = getattr(self.module, "state", None)
         self._modules = [part for part in self.module.modules() if part is not state]
+        self._dicts: list[Any] = [  # looked through at every step
+            contents
+            for p in self._modules
+            for contents in (p._modules, p._parameters, p._forward_pre_hooks, p._forward_hooks)
+        ]
         found = {id(part): part for p in self.programs for part in parts(p, _is_module)}
         others = [owner_of(part) for part in found.values() if not isinstance(part, FunctionType)]
         objects = [*self._modules, *(o for o in others if not isinstance(o, nn.Module))]
@@ -94,12 +100,7 @@ class Fixed:
 
     def _made_of(self) -> list[Any]:
         """The modules, parameters, hooks, and what is called from outside."""
-        found: list[Any] = []
-        for part in self._modules:
-            found += part._modules.values()
-            found += part._parameters.values()
-            found += part._forward_pre_hooks.values()
-            found += part._forward_hooks.values()
+        found = list(chain.from_iterable(map(dict.values, self._dicts)))
         outside = [mapping.get(name) for mapping, name in self._outside]
         return found + [v for v in (*outside, *map(_content, self._cells)) if callable(v)]
 
