@@ -12,7 +12,7 @@ from scipy import stats
 import ppvae
 from oracles import LinearGuide, LinearModel
 from ppvae import conditionals, diagnostics, guides, models, nets
-from ppvae.diagnostics.uniformity import chi_square, ecdf_band
+from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
 from ppvae.program import data_plate
 from registry import ALL_PAIRS, build
 
@@ -231,6 +231,34 @@ def discrete(probs):
             pyro.sample("c", dist.Bernoulli(torch.where(x > 0, probs[1], probs[0])), infer=infer)
 
     return model, guide
+
+
+def test_each_unit_is_told_how_it_departs():
+    """Three units of 1000 ranks: at both ends, in the middle, and all high."""
+    ranks = torch.arange(1000) % 100
+    ends, middle = torch.where(ranks < 50, ranks // 5, 99 - ranks // 10), 40 + ranks // 5
+    columns = torch.stack([ends, middle, 50 + ranks // 2], 1)
+    said = diagnostics.Calibration({"z": columns}, 99, {}).verdict[1:]
+    assert len(said) == 3
+    for unit, kind in enumerate(("too narrow", "too wide", "shifted")):
+        assert any(f"unit {unit}:" in text and kind in text for text in said), said
+
+
+@pytest.mark.parametrize(("errors", "found"), [(2.9, "other"), (3.1, "narrow"), (-3.1, "wide")])
+def test_a_spread_counts_from_three_standard_errors_on(errors, found):
+    """Of S uniform u the mean of (u - 1/2)^2 is 1/12, with standard error 1 / sqrt(180 S)."""
+    S, L = 400, 10**7
+    half = (1 / 12 + errors / math.sqrt(180 * S)) ** 0.5
+    place = torch.tensor([0.5 - half, 0.5 + half], dtype=torch.float64).repeat(S // 2)
+    assert departure((place * (L + 1) - 0.5).round().long(), L) == found
+
+
+@pytest.mark.parametrize(("errors", "found"), [(2.9, "other"), (3.1, "shifted")])
+def test_a_shift_counts_from_three_standard_errors_on(errors, found):
+    """The mean of u has standard error 1 / sqrt(12 S)."""
+    S, L = 400, 10**7
+    place = (torch.arange(S, dtype=torch.float64) + 0.5) / S + errors / math.sqrt(12 * S)
+    assert departure((place * (L + 1) - 0.5).round().long(), L) == found
 
 
 def test_ties_are_broken_at_random():

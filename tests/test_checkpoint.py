@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import ppvae
 from ppvae import CheckpointError, Checkpoints, conditionals, data, elbo, guides, models, nets
 from ppvae.train.checkpoint import plain, read
+from ppvae.train.processes import Processes
+from ppvae.train.sources import source
 
 pytestmark = pytest.mark.forks
 
@@ -727,6 +730,14 @@ def test_a_folder_that_cannot_be_is_refused_before_a_step(tmp_path):
     assert svi.num_steps == 0
 
 
+def test_what_is_saved_has_no_gradient_and_keeps_its_counter():
+    theta = torch.nn.Parameter(torch.ones(2))
+    kept = plain({"leaf": theta, "product": 2 * theta, "milestones": Counter([3, 3, 5])})
+    assert not kept["leaf"].requires_grad and not kept["product"].requires_grad
+    assert torch.equal(kept["product"], torch.full((2,), 2.0))
+    assert sorted(kept["milestones"].elements()) == [3, 3, 5]  # as MultiStepLR asks for them
+
+
 def two_groups(parameters):
     return torch.optim.Adam([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.01)
 
@@ -765,6 +776,27 @@ def test_a_run_is_not_continued_by_another(pair, options, match, tmp_path):
         fit(svi, checkpoint=tmp_path, resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(before, svi.objective.parameters(), strict=True))
     assert svi.num_steps == 0
+
+
+def test_a_run_is_not_continued_with_other_validation_data(tmp_path):
+    fit(vae(), valid=X[:20], checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match=r"valid: '\(20, 4\).*' then, '\(20, 4\).*' now"):
+        fit(vae(), valid=X[20:40], checkpoint=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("rows", [3, 64, 500])
+def test_a_fingerprint_is_of_every_tensor_from_end_to_end(rows):
+    def facts(*tensors):
+        return source("data", tensors, 16, None, Processes(), False).facts()
+
+    x, y = torch.zeros(rows, 2), torch.zeros(rows, dtype=torch.long)
+    found = {facts(x, y)}
+    for row in (0, -1):
+        other, label = x.clone(), y.clone()
+        other[row, 1] = label[row] = 1
+        found |= {facts(other, y), facts(x, label)}
+    assert len(found) == 5
+    assert facts(x.clone(), y.clone()) in found
 
 
 def test_a_run_is_not_continued_with_another_clip_norm(tmp_path):

@@ -13,6 +13,7 @@ import ppvae
 from oracles import LinearGuide, LinearModel, assert_mean
 from ppvae import conditionals, data, diagnostics, guides, models, nets
 from ppvae.diagnostics import diagnose
+from ppvae.diagnostics.summaries import _densities
 from ppvae.program import data_plate
 from registry import ALL_PAIRS, build
 
@@ -118,6 +119,28 @@ def test_mutual_information_and_aggregated_posterior(float64, scale, seed):
         assert_within(mean.item(), 0.0, se.item(), 4)
     expected = (B + Q).diagonal().sqrt()
     assert ((report.marginal_sd["z"] - expected).abs() < 4 * expected / 4000**0.5).all()
+
+
+def test_mutual_information_of_three_datapoints_by_its_formulas(float64):
+    """Every density by hand; no datapoint is left out of q(z), or its own is."""
+    x = torch.tensor([-1.0, 0.5, 2.0])
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x, 0.7))
+
+    z, chosen = torch.tensor([0.3, -1.2, 1.9, 0.6]), torch.tensor([1, 0, 2, 1])
+    log_q = dist.Normal(x, 0.7).log_prob(z[:, None])
+    own = log_q[torch.arange(4), chosen]
+    others = [[q.exp() for n, q in enumerate(row) if n != m]
+              for row, m in zip(log_q, chosen, strict=True)]  # fmt: skip
+    expected = own, log_q.exp().mean(1).log(), torch.tensor(others).mean(1).log()
+    torch.testing.assert_close(_densities(guide, (x,), {"z": z}, chosen, 4, 1), expected)
 
 
 @pytest.mark.parametrize("how", ["poutine", "distribution"])

@@ -301,10 +301,11 @@ def test_enumeration_that_is_not_done_here_is_refused(site_infer: dict) -> None:
         ppvae.log_weights(model, guide, X)
 
 
-def test_a_few_drawn_values_are_no_sum() -> None:
+@pytest.mark.parametrize("few", [1, 5])
+def test_a_few_drawn_values_are_no_sum(few: int) -> None:
     def model(x: Tensor) -> None:
         with data_plate(x):
-            infer = {"enumerate": "parallel", "num_samples": 5}
+            infer = {"enumerate": "parallel", "num_samples": few}
             c = pyro.sample("c", dist.Normal(0.0, 1.0), infer=infer)
             pyro.sample("x", dist.Normal(c, 1.0), obs=x)
 

@@ -21,6 +21,7 @@ import ppvae
 from ppvae import conditionals, data, elbo, guides, models, nets
 from ppvae.train.fit import mean_bound
 from ppvae.train.processes import Processes
+from ppvae.train.sources import source
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 X = torch.bernoulli(torch.full((50, 4), 0.5), generator=torch.Generator().manual_seed(1))
@@ -570,6 +571,7 @@ SGD0 = torch.optim.SGD([torch.zeros(1)], lr=0.0)
         ({"epochs": 0}, ValueError, "epochs and batch_size"),
         ({"batch_size": 0}, ValueError, "epochs and batch_size"),
         ({"patience": 3}, ValueError, "patience needs a validation bound"),
+        ({"patience": 1}, ValueError, "patience needs a validation bound"),
         ({"patience": 0, "valid": X}, ValueError, "patience must be at least 1"),
         ({"batch_size": 16.0}, TypeError, "batch_size must be a whole number, got 16.0"),
         ({"epochs": "3"}, TypeError, "epochs must be a whole number"),
@@ -984,6 +986,18 @@ def test_a_mapped_file_trains_as_its_copy_in_memory(dtype, tmp_path):
     assert not [
         thread for thread in threading.enumerate() if thread.name.startswith("ppvae reader")
     ]
+
+
+def test_validation_of_a_file_has_draws_of_its_own(tmp_path):
+    """Each row as epoch 0 draws it, whatever its batch; training draws are others."""
+    split = data.Split(torch.full((40, 200), 0.5), binarize="dynamic", rows=torch.arange(40), seed=3)
+    streamed = source("valid", split, 16, None, Processes(), False)
+    found = [batch for (batch,) in streamed.evaluation()]
+    assert list(map(len, found)) == [16, 16, 8]
+    for first, batch in zip((0, 16, 32), found, strict=True):
+        index = torch.arange(first, first + len(batch))
+        assert torch.equal(batch, split.present(*split.read(index), 0, first)[0])
+        assert not torch.equal(batch, split.present(*split.read(index), 1, first)[0])
 
 
 def test_the_reader_leaves_the_cores_to_the_step(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -21,7 +22,8 @@ from ppvae import conditionals, diagnostics, guides, models, nets
 from ppvae.check.pair import PairError
 from ppvae.diagnostics import chains as chains_of
 from ppvae.diagnostics.annealing import Path as AnnealedPath
-from ppvae.diagnostics.chains import ESS_PER_CHAIN, RHAT, convergence
+from ppvae.diagnostics.chains import ESS_PER_CHAIN, RHAT, Point, convergence
+from ppvae.diagnostics.hmc import JITTER, leapfrog
 from ppvae.diagnostics.joint import Joint, traced
 from ppvae.local import Indexed
 from ppvae.pairs import simulate
@@ -352,6 +354,48 @@ def test_wide_jitter_mixes_the_variances(monkeypatch):
 
 
 @pytest.mark.slow
+def test_trajectories_are_jittered_over_their_range(monkeypatch):
+    """Where the density is flat, a point moves by jitter x step x scale x momentum at each step."""
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)  # momenta of 1
+    u, zero = torch.zeros(500, 2, 1), torch.zeros(500, 2)
+    step, scale = torch.tensor([0.1, 0.2]), torch.tensor([[1.0], [3.0]])
+    point, probability, _ = leapfrog(
+        lambda u: (zero, torch.zeros_like(u)), Point(u, zero, u), step, scale, 5
+    )
+    assert (probability == 1).all()
+    jitter = point.u / (5 * step.unsqueeze(-1) * scale)
+    low, high = JITTER
+    width = high - low
+    assert jitter.min() >= low and jitter.max() <= high + 1e-6
+    assert jitter.min() < low + 0.02 * width and jitter.max() > high - 0.02 * width
+    assert jitter.unique().numel() > 900  # each chain's and datapoint's own
+
+
+def test_scales_are_those_of_the_last_window():
+    """Chains whose spread is 5 in the first window of the warm-up and 0.5 in the second."""
+    joint = SimpleNamespace(
+        num_datapoints=1, dim=2, value_and_grad=lambda u: (u.sum(-1), torch.zeros_like(u))
+    )
+    settings = chains_of.Settings(4, 100, 8, 1, 0.8, None, "guide")
+    generator, drawn, seen = torch.Generator().manual_seed(0), [], []
+
+    def transition(point, step, scale):
+        seen.append(scale)
+        spread = 5.0 if len(drawn) < 40 else 0.5
+        drawn.append(spread * torch.randn(4, 1, 2, generator=generator))
+        return point._replace(u=drawn[-1]), torch.full((4, 1), 0.8), torch.zeros(4, 1)
+
+    begin = torch.full((1, 2), 7.0)
+    _, _, scale = chains_of._warm_up(joint, transition, settings, torch.zeros(4, 1, 2), begin)
+    expected = begin
+    for window in (drawn[20:40], drawn[40:80]):
+        n = 4 * len(window)
+        variance = torch.stack(window).flatten(0, 1).var(0)
+        expected = ((n * variance + 5 * 0.01 * expected.square()) / (n + 5)).sqrt()
+    torch.testing.assert_close(scale, expected)
+    assert seen[39] is begin and seen[80] is scale
+
+
 def test_hmc_with_correlated_and_unequal_scales(float64):
     """A posterior with correlation 0.8 and scales 100 apart, which unscaled HMC would not mix."""
     scales, rho = torch.tensor([0.05, 5.0]), 0.8
@@ -529,6 +573,64 @@ def test_metropolis_moments_are_exact(float64, rows, options):
     assert good.any() and draws.mean("z")[good].isfinite().all()
 
 
+class Chains:
+    """In the place of Pyro's MCMC: draws of two sites that are told from chain to chain."""
+
+    made = 0
+
+    def __init__(self, kernel, num_draws, num_warmup, **options):
+        Chains.made += 1
+        self.kernel, self.draws = kernel, num_draws
+
+    def run(self, *args):
+        self.kernel.step_size = 0.1 * Chains.made
+        self.kernel.model(*args)
+        (x,) = args
+        values = torch.linspace(0, 1, self.draws)[:, None] + 10 * Chains.made + x
+        self.samples = {"z": values, "w": torch.stack([values, -values], -1)}
+
+    def get_samples(self):
+        return self.samples
+
+    def diagnostics(self):
+        return {
+            "acceptance rate": {"chain 0": 0.2 * Chains.made},
+            "divergences": {"chain 0": list(range(Chains.made))},
+        }
+
+
+def test_what_nuts_makes_of_pyros_chains(monkeypatch):
+    """Two chains of two datapoints: whose draws they are, their sums, means and densities."""
+    module = sys.modules["ppvae.diagnostics.nuts"]
+    monkeypatch.setattr(module, "MCMC", Chains)
+    monkeypatch.setattr(module, "PyroNUTS", lambda model: SimpleNamespace(model=model))
+    monkeypatch.setattr(Chains, "made", 0)
+    modes = []
+
+    class Model(ppvae.Program):
+        def forward(self, x):
+            modes.append(self.training)
+            with data_plate(x):
+                z = pyro.sample("z", dist.Normal(0.0, 10.0))
+                w = pyro.sample("w", dist.Normal(0.0, torch.ones(2)).to_event(1))
+                pyro.sample("x", dist.Normal(z + w.sum(-1), 1.0), obs=x)
+
+    x = torch.tensor([0.5, -0.5])
+    draws = diagnostics.nuts(Model(), x, num_chains=2, num_draws=8, seed=0)
+    assert not any(modes)
+    row = torch.linspace(0, 1, 8)
+    z = torch.stack([torch.stack([row + 10 * (2 * n + c + 1) + x[n] for n in range(2)], -1)
+                     for c in range(2)])  # fmt: skip
+    w = torch.stack([z, -z], -1)
+    torch.testing.assert_close(draws.draws, {"z": z, "w": w})
+    torch.testing.assert_close(draws.unconstrained, torch.cat([z[..., None], w], -1))
+    log_p = dist.Normal(0.0, 10.0).log_prob(z) + dist.Normal(0.0, 1.0).log_prob(w).sum(-1)
+    torch.testing.assert_close(draws.log_joint, log_p + dist.Normal(z, 1.0).log_prob(x))
+    torch.testing.assert_close(draws.accept, torch.tensor([0.3, 0.7]))
+    assert draws.divergences.tolist() == [3, 7]
+    torch.testing.assert_close(draws.step_size, torch.tensor([0.2, 0.4]))
+
+
 @pytest.mark.slow
 def test_nuts_agrees_with_hmc_and_quadrature():
     model, guide, x = decoder_pair(2, rows=2, sharp=2.0)
@@ -618,6 +720,21 @@ def test_reverse_annealing_from_chains_that_have_not_converged_is_nan(far_apart)
     )
     for values in (found.log_evidence, found.log_evidence_se, found.ess):
         assert values.isnan().nonzero().flatten().tolist() == [1, 3]
+
+
+def test_chains_are_refreshed_at_the_posterior(float64):
+    """Transitions from exact draws leave these exact, however far away the guide is."""
+    model, guide, x, (mean, S), _ = linear(rows=3, scale=0.5, shift=3.0)
+    joint = Joint(model, guide, x)
+    torch.manual_seed(0)
+    path = AnnealedPath(joint, "guide", torch.tensor([0.0, 0.5, 1.0]), 3, 8)
+    u = mean + torch.randn(2000, 3, 2) @ torch.linalg.cholesky(S).T
+    moved = path.refreshed(u)
+    assert ((moved - u).abs().amax(-1) > 0).double().mean() > 0.9
+    error = (moved.mean(0) - mean).abs() / (S.diagonal() / len(u)).sqrt()
+    assert error.max() < limit(error.numel())
+    spread = (moved.std(0) / S.diagonal().sqrt() - 1).abs() * math.sqrt(2 * len(u))
+    assert spread.max() < limit(spread.numel())
 
 
 def test_bdmc_starts_each_row_at_its_own_latents(far_apart):
