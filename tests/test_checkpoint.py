@@ -620,10 +620,19 @@ def test_foreign_and_newer_files(tmp_path):
         fit(vae(), checkpoint=tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("keep", range(1, 8))
+def test_the_latest_files_are_kept_and_no_fewer(keep, tmp_path):
+    files = Checkpoints(tmp_path, keep=keep)
+    written = []
+    for step in range(1, 12):
+        written.append(files.write({}, step))
+        assert files.paths() == written[-keep:]
+
+
 def test_the_one_before_a_damaged_file_is_offered_and_taken(tmp_path):
     expected = fit(vae(), epochs=5)
-    fit(vae(), checkpoint=Checkpoints(tmp_path, keep=3))
-    *_, good, middle, last = Checkpoints(tmp_path).paths()
+    fit(vae(), checkpoint=Checkpoints(tmp_path, keep=4))
+    _, good, middle, last = Checkpoints(tmp_path).paths()  # the latest good one, not the first
     for path in (middle, last):
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError) as caught:

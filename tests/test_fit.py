@@ -560,6 +560,23 @@ def test_on_epoch_end():
     assert "1.50" in history.table()
 
 
+def test_the_function_comes_before_the_callbacks():
+    """What it adds to a row is there for them."""
+
+    class Reads(ppvae.Callback):
+        seen = None
+
+        def on_epoch_end(self, svi, history):
+            self.seen = history.rows[-1]["mine"]
+
+    def function(svi, history):
+        history.rows[-1]["mine"] = 1.5
+
+    reads = Reads()
+    fit(vae(), X, epochs=1, on_epoch_end=function, callbacks=[reads])
+    assert reads.seen == 1.5
+
+
 # -- arguments ---------------------------------------------------------------------------------
 
 SGD0 = torch.optim.SGD([torch.zeros(1)], lr=0.0)

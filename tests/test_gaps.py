@@ -14,6 +14,7 @@ from torch import nn
 from oracles import LinearGuide, LinearModel, linear_elbo
 from ppvae import conditionals, diagnostics, guides, models, nets, plots, posteriors
 from ppvae.check.pair import PairError
+from ppvae.diagnostics.compare_posteriors import _sliced
 from ppvae.diagnostics.gaps import _elbo
 from ppvae.local import Indexed
 from ppvae.program import data_plate
@@ -281,6 +282,14 @@ def test_comparison_equals_closed_forms(float64, rows):
     text = repr(found)
     assert "differs on 100%" in text and "too narrow" in text and "misses correlations" in text
     assert len(found.table()) == 2 * rows and len(found.summary()) == rows
+
+
+def test_the_sliced_distance_is_a_root_mean_square_over_directions():
+    """Of two draws each along two axes: W2 is 1 along the first, and 7 along the second."""
+    first = torch.tensor([[[0.0, 0.0]], [[2.0, 4.0]]])
+    second = torch.tensor([[[3.0, 11.0]], [[1.0, 7.0]]])
+    found = _sliced(first, second, torch.eye(2))
+    torch.testing.assert_close(found, torch.tensor([math.sqrt((1 + 49) / 2)]))
 
 
 def test_an_exact_guide_is_not_told_from_the_reference(float64):

@@ -246,6 +246,30 @@ def test_enumerated_latents_are_summed_out(float64):
     assert_within(annealed, exact)
 
 
+def test_the_prior_of_a_latent_is_over_what_is_summed_out(float64):
+    """z of either of two components: p(z) is their mixture, log p(x, z) that and log p(x | z)."""
+    loc = torch.tensor([-2.0, 1.0])
+    x = torch.tensor([0.3, -1.0])
+
+    def model(x):
+        with data_plate(x):
+            probs = torch.tensor([0.3, 0.7])
+            c = pyro.sample("c", dist.Categorical(probs), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(loc[c], 0.5))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    u = torch.randn(3, 2, 1)
+    mixture = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])),
+                                     dist.Normal(loc, 0.5))  # fmt: skip
+    prior = mixture.log_prob(u[..., 0])
+    expected = prior, prior + dist.Normal(u[..., 0], 1.0).log_prob(x)
+    torch.testing.assert_close(Joint(model, guide, x).prior_and_joint(u), expected)
+
+
 def test_latents_that_the_guide_enumerates_are_summed_out_too(float64):
     """log p(x, z) and log q(z | x), with c summed out of both."""
     model = MixtureModel()
@@ -707,6 +731,24 @@ def test_reverse_annealing_takes_the_draws_of_its_own_rows(far_apart):
     for max_rows in (16, 10**6):  # two rows, all at once
         found = diagnostics.reverse_ais(model, guide, x, max_rows=max_rows, **options)
         assert ((found.log_evidence - exact).abs() < 1.0).all(), max_rows
+
+
+def test_reverse_annealing_takes_all_chains_in_turn_spread_over_each(far_apart, monkeypatch):
+    model, guide, x, _ = far_apart
+    place = torch.arange(2.0)[:, None, None, None] * 100 + torch.arange(9.0)[:, None, None]
+    draws = given(place.expand(2, 9, 4, 2).clone())
+    seen = []
+
+    def run(self, u, reverse):
+        seen.append(u[:, 0, 0].tolist())
+        return torch.zeros(u.shape[:2]), torch.ones(u.shape[1])
+
+    monkeypatch.setattr(AnnealedPath, "run", run)
+    for count in (6, 5):
+        diagnostics.reverse_ais(
+            model, guide, x, draws=draws, num_temperatures=1, num_chains=count, seed=0
+        )
+    assert seen == [[0, 100, 4, 104, 8, 108], [0, 100, 4, 104, 8]]
 
 
 def test_reverse_annealing_from_chains_that_have_not_converged_is_nan(far_apart):

@@ -36,6 +36,29 @@ def pixel_model(x: Tensor, mask: Tensor | bool = True) -> None:
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
+def test_a_masked_flow_without_inverse_weighs_its_own_draw() -> None:
+    """A hidden latent keeps its value: this flow has the density of no other tensor."""
+    flow = dist.transforms.Planar(2)
+    mask = torch.tensor([True, False, True])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    weights = ppvae.log_weights(model, guide, torch.zeros(3), num_particles=2)
+    site = weights.guide_trace.nodes["z"]
+    log_q = site["fn"].log_prob(site["value"])
+    log_p = dist.Normal(0.0, 1.0).log_prob(site["value"]).sum(-1)
+    log_p = log_p + dist.Normal(site["value"].sum(-1), 1.0).log_prob(torch.zeros(3))
+    torch.testing.assert_close(weights.log_w, torch.where(mask, log_p - log_q, 0.0))
+
+
 def test_a_hidden_value_is_filled_with_one_that_can_be() -> None:
     """Counts of a multinomial sum to their total, so that validation lets them pass."""
     x = torch.tensor([[1.0, 2.0, 4.0], [math.nan] * 3])
