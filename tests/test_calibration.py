@@ -244,6 +244,17 @@ def test_each_unit_is_told_how_it_departs():
         assert any(f"unit {unit}:" in text and kind in text for text in said), said
 
 
+def test_a_unit_is_named_by_its_own_evidence_among_all():
+    """Of ten units one of p = 0.002 is no news; the one of 1e-9 is named alone."""
+    found = diagnostics.Calibration({"z": torch.arange(1000)[:, None].repeat(1, 10) % 100}, 99, {})
+    p = torch.full((10,), 0.5)
+    p[3], p[7] = 1e-9, 0.002
+    vars(found)["p_values"] = {"z": p}  # which is computed once
+    head, said = found.verdict
+    assert found.p_value == pytest.approx(1e-8) and "p = 1e-08" in head
+    assert "'z', unit 3:" in said
+
+
 @pytest.mark.parametrize(("errors", "found"), [(2.9, "other"), (3.1, "narrow"), (-3.1, "wide")])
 def test_a_spread_counts_from_three_standard_errors_on(errors, found):
     """Of S uniform u the mean of (u - 1/2)^2 is 1/12, with standard error 1 / sqrt(180 S)."""
@@ -386,6 +397,17 @@ def test_replicates_follow_the_posterior_predictive(float64):
     drawn = found.replicated["mean"]
     assert ((drawn.mean(0) - mean).abs() < 5 * (variance / 4000) ** 0.5).all()
     assert ((drawn.var(0) / variance - 1).abs() < 5 * (2 / 4000) ** 0.5).all()
+
+
+def test_the_table_of_a_predictive_check_by_hand():
+    """Of 200 draws of four rows: two rows out of their range, on either side."""
+    drawn = torch.arange(200.0, dtype=torch.float64)[:, None].repeat(1, 4)
+    observed = torch.tensor([-1.0, 200.0, 99.5, 50.0], dtype=torch.float64)
+    check = diagnostics.PredictiveCheck({"ink": observed}, {"ink": drawn}, "x")
+    assert check.p_values["ink"].tolist() == pytest.approx([1.0, 0.0, 0.5, 0.7475])
+    assert check.p_value["ink"] == 112 / 200  # 88 .. 199 of 200 are above 87.125
+    row = repr(check).splitlines()[-1].split()
+    assert row == ["ink", "87.12", "99.5", "58", "0.560", "50.0%"]
 
 
 def test_ties_count_half():

@@ -747,6 +747,14 @@ def test_what_is_saved_has_no_gradient_and_keeps_its_counter():
     assert sorted(kept["milestones"].elements()) == [3, 3, 5]  # as MultiStepLR asks for them
 
 
+def test_numbers_of_numpy_are_saved_as_pythons(tmp_path):
+    state = {"a": np.float64(0.5), "b": np.float32(0.25), "c": [np.int64(3)], "d": np.bool_(True),
+             "e": np.str_("word"), "f": 2}  # fmt: skip
+    files = Checkpoints(tmp_path)
+    files.write(state, 1)
+    assert files.load() == {"a": 0.5, "b": 0.25, "c": [3], "d": True, "e": "word", "f": 2}
+
+
 def two_groups(parameters):
     return torch.optim.Adam([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.01)
 

@@ -16,8 +16,9 @@ from torch.distributions import kl_divergence
 
 import ppvae
 from ppvae import elbo
-from ppvae.enumeration import draw
+from ppvae.enumeration import draw, groups
 from ppvae.program import data_plate
+from ppvae.terms import Term
 
 SUMMED = {"enumerate": "parallel"}
 pytestmark = pytest.mark.usefixtures("float64")
@@ -781,3 +782,15 @@ def test_a_rate_of_weight_zero_counts_nothing_even_if_infinite() -> None:
 
     loss = elbo.ELBO(beta=0.0).loss(model, zed, X)
     assert loss == pytest.approx(-dist.Normal(0.0, 1.0).log_prob(X).sum().item())
+
+
+def test_terms_hang_together_by_any_chain_of_latents() -> None:
+    def of(letters: str) -> Term:
+        return Term(torch.zeros((2,) * len(letters) + (1, 1)), letters)
+
+    chain = {"a": of("cd"), "b": of("d"), "x": of("e"), "c": of("c"), "none": of("")}
+    found = [sorted(names) for names in groups(chain, "cde")]
+    assert sorted(found) == [["a", "b", "c"], ["x"]]
+    bridge = {"a": of("c"), "b": of("d"), "both": of("cd"), "d": of("d")}
+    assert [sorted(names) for names in groups(bridge, "cd")] == [["a", "b", "both", "d"]]
+    assert sorted(map(sorted, groups(bridge, "c"))) == [["a", "both"]]

@@ -21,6 +21,7 @@ import ppvae
 from ppvae import conditionals, data, elbo, guides, models, nets
 from ppvae.train.fit import mean_bound
 from ppvae.train.processes import Processes
+from ppvae.train.run import Progress
 from ppvae.train.sources import source
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -560,6 +561,28 @@ def test_on_epoch_end():
     assert "1.50" in history.table()
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_sampler_is_told_the_epoch(batched):
+    """As a DistributedSampler has to be, for another order in each."""
+
+    class Sampler(torch.utils.data.DistributedSampler):
+        def set_epoch(self, epoch):
+            told.append(epoch)
+            super().set_epoch(epoch)
+
+    told = []
+    dataset = TensorDataset(torch.arange(20.0)[:, None].repeat(1, 4) % 2)
+    sampler = Sampler(dataset, num_replicas=1, rank=0)
+    if batched:
+        batches = torch.utils.data.BatchSampler(sampler, 10, drop_last=False)
+        batches.set_epoch = sampler.set_epoch
+        loader = DataLoader(dataset, batch_sampler=batches)
+    else:
+        loader = DataLoader(dataset, batch_size=10, sampler=sampler)
+    fit(vae(), loader, epochs=3)
+    assert [epoch for epoch in told if epoch] == [1, 2, 3]
+
+
 def test_the_function_comes_before_the_callbacks():
     """What it adds to a row is there for them."""
 
@@ -575,6 +598,25 @@ def test_the_function_comes_before_the_callbacks():
     reads = Reads()
     fit(vae(), X, epochs=1, on_epoch_end=function, callbacks=[reads])
     assert reads.seen == 1.5
+
+
+def test_each_epoch_has_the_seconds_of_its_own_graphs(monkeypatch):
+    seconds = property(lambda svi: 2.0 * (svi.num_steps > 0) + 3.0 * (svi.num_steps > 4))
+    monkeypatch.setattr(ppvae.SVI, "build_seconds", seconds)
+    history = fit(vae(), X, epochs=3)  # of four steps each
+    assert history.column("build_seconds")[:2] == [2.0, 3.0]
+    assert "build_seconds" not in history.rows[2]
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_only_rows_that_count_are_in_the_mean(skips):
+    """A process without rows of its own takes the step on others' rows."""
+    progress = Progress(ppvae.History("ELBO"), torch.zeros(()))
+    for loss, rows in ((6.0, 2), (5.0, 0), (3.0, 1)):
+        progress.add(torch.tensor(loss), rows, skips)
+    assert (float(progress.total), int(progress.count), progress.batch) == (-9.0, 3, 3)
+    progress.begin_epoch()
+    assert (float(progress.total), int(progress.count), progress.batch) == (0.0, 0, 0)
 
 
 # -- arguments ---------------------------------------------------------------------------------
@@ -1007,7 +1049,9 @@ def test_a_mapped_file_trains_as_its_copy_in_memory(dtype, tmp_path):
 
 def test_validation_of_a_file_has_draws_of_its_own(tmp_path):
     """Each row as epoch 0 draws it, whatever its batch; training draws are others."""
-    split = data.Split(torch.full((40, 200), 0.5), binarize="dynamic", rows=torch.arange(40), seed=3)
+    split = data.Split(
+        torch.full((40, 200), 0.5), binarize="dynamic", rows=torch.arange(40), seed=3
+    )
     streamed = source("valid", split, 16, None, Processes(), False)
     found = [batch for (batch,) in streamed.evaluation()]
     assert list(map(len, found)) == [16, 16, 8]

@@ -1,6 +1,7 @@
 """Gaps, comparisons with a reference, and their pictures, against closed forms."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -282,6 +283,30 @@ def test_comparison_equals_closed_forms(float64, rows):
     text = repr(found)
     assert "differs on 100%" in text and "too narrow" in text and "misses correlations" in text
     assert len(found.table()) == 2 * rows and len(found.summary()) == rows
+
+
+@pytest.mark.parametrize("start", ["guide", "prior"])
+def test_annealing_starts_at_the_best_of_the_first_family(monkeypatch, start):
+    model = LinearModel(2, 3)
+    guide, x, asked = LinearGuide(model), model.draw(4), {}
+    families = {
+        name: guides.PerDatapoint(conditionals.Normal(nn.Identity()), torch.zeros(4, 4))
+        for name in "ab"
+    }
+
+    def ais(model, guide, *args, **options):
+        asked.update(model=model, guide=guide, args=args, options=options)
+        zeros = torch.zeros(4, dtype=torch.float64)
+        return SimpleNamespace(log_evidence=zeros + 2.0, log_evidence_se=zeros + 0.1)
+
+    monkeypatch.setattr(sys.modules["ppvae.diagnostics.gaps"], "ais", ais)
+    found = diagnostics.gaps(model, guide, x, local=families, num_particles=2, steps=1,
+                             start=start, num_temperatures=7, num_chains=3, seed=0)  # fmt: skip
+    assert asked["guide"] is families["a"] and asked["model"].model is model
+    assert torch.equal(asked["args"][0], x) and asked["args"][1].tolist() == [0, 1, 2, 3]
+    assert asked["options"]["start"] == start and asked["options"]["num_temperatures"] == 7
+    assert (found.log_evidence == 2.0).all() and (found.log_evidence_se == 0.1).all()
+    assert f"7 temperatures from {'q*' if start == 'guide' else 'the prior'}" in found.note
 
 
 def test_the_sliced_distance_is_a_root_mean_square_over_directions():

@@ -395,6 +395,20 @@ def test_trajectories_are_jittered_over_their_range(monkeypatch):
     assert jitter.unique().numel() > 900  # each chain's and datapoint's own
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf, -5_000.0])
+def test_a_trajectory_that_diverges_is_counted_and_left(value):
+    u, zero = torch.randn(3, 2, 2), torch.zeros(3, 2)
+    broken = torch.tensor([False, True])
+    point, probability, diverged = leapfrog(
+        lambda u: (torch.where(broken, value, zero), torch.zeros_like(u)),
+        Point(u, zero, torch.zeros_like(u)), torch.tensor([0.1, 0.1]), torch.ones(2, 2), 3,
+    )  # fmt: skip
+    assert (diverged == broken).all()
+    assert (probability == torch.where(broken, 0.0, 1.0)).all()
+    assert torch.equal(point.u[:, 1], u[:, 1]) and (point.value == 0).all()
+    assert (point.u[:, 0] != u[:, 0]).all()
+
+
 def test_scales_are_those_of_the_last_window():
     """Chains whose spread is 5 in the first window of the warm-up and 0.5 in the second."""
     joint = SimpleNamespace(
@@ -595,6 +609,53 @@ def test_metropolis_moments_are_exact(float64, rows, options):
     assert_moments(draws.draws["z"], mean, S.diagonal().sqrt())
     good = draws.converged
     assert good.any() and draws.mean("z")[good].isfinite().all()
+
+
+def test_a_random_walk_moves_in_units_of_each_scale(monkeypatch):
+    """By step x scale x noise, where it is accepted; everything else stays."""
+    module = sys.modules["ppvae.diagnostics.metropolis"]
+    monkeypatch.setattr(module, "sample", lambda joint, transition, *rest: (joint, transition))
+    model, guide, x, _, _ = linear(rows=3)
+    joint, transition = diagnostics.metropolis(model, guide, x)
+    u = torch.zeros(2, 3, 2)
+    move = transition(joint, u)
+    point = Point(u, joint(u).detach(), torch.ones_like(u))
+    step, scale = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([[1.0, 5.0]] * 3)
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    proposal = u + step[:, None] * scale
+    change = joint(proposal).detach() - point.value
+    for drawn in (0.0, 1.0):  # every proposal accepted, and none
+        monkeypatch.setattr(
+            torch, "rand_like", lambda like, drawn=drawn: torch.full_like(like, drawn)
+        )
+        moved, probability, _ = move(point, step, scale)
+        torch.testing.assert_close(probability, change.clamp(max=0.0).exp())
+        torch.testing.assert_close(moved.u, u if drawn else proposal)
+        torch.testing.assert_close(moved.value, joint(moved.u).detach())
+
+
+def test_of_a_chain_every_so_many_draws_are_kept(float64):
+    """A chain that counts its transitions: 20 of warm-up, then each fifth is kept."""
+    model, guide, x, _, _ = linear(rows=3)
+
+    def make(joint, u):
+        def count(point, step, scale):
+            return point._replace(u=point.u + 1, value=point.value + 1), point.value * 0 + 0.6, (
+                torch.zeros_like(point.value)
+            )  # fmt: skip
+
+        return count
+
+    settings = chains_of.Settings(4, 20, 8, 5, 0.8, None, "guide")
+    torch.manual_seed(0)
+    draws = chains_of._run(Joint(model, guide, x), make, settings, "count", 0)
+    steps = draws.unconstrained - draws.unconstrained[:, :1]
+    expected = 5.0 * torch.arange(8.0)[:, None, None]
+    torch.testing.assert_close(steps, expected.expand_as(steps))
+    torch.testing.assert_close(draws.accept, torch.full((3,), 0.6))
+    torch.manual_seed(0)
+    start = Joint(model, guide, x).draw_q(4)
+    torch.testing.assert_close(draws.unconstrained[:, 0], start + 20 + 5)
 
 
 class Chains:
@@ -1205,6 +1266,7 @@ def test_bad_settings(options, message):
         ({"num_temperatures": 0}, "num_temperatures must be at least 1"),
         ({"temperatures": torch.tensor([0.0, 0.5])}, "from 0 to 1"),
         ({"temperatures": torch.tensor([0.0, 0.7, 0.5, 1.0])}, "must rise"),
+        ({"temperatures": torch.tensor([0.0, 0.5, 0.5, 1.0])}, "must rise"),
         ({"start": "encoder"}, 'start must be "guide" or "prior"'),
     ],
 )
