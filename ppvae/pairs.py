@@ -470,7 +470,7 @@ def closed_form_kl_valid(
         known[call] = frozenset(
             name
             for name in in_guide
-            if not any(name in ancestors.get(u, ()) or name == u for u in in_model.get(name, ()))
+            if not any(name in ancestors.get(parent, ()) for parent in in_model.get(name, ()))
         )
     valid: frozenset[str] = known[call]
     return valid

@@ -12,7 +12,7 @@ from scipy import stats
 import ppvae
 from oracles import LinearGuide, LinearModel
 from ppvae import conditionals, diagnostics, guides, models, nets
-from ppvae.diagnostics.uniformity import chi_square, ecdf_band
+from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
 from ppvae.program import data_plate
 from registry import ALL_PAIRS, build
 
@@ -233,6 +233,45 @@ def discrete(probs):
     return model, guide
 
 
+def test_each_unit_is_told_how_it_departs():
+    """Three units of 1000 ranks: at both ends, in the middle, and all high."""
+    ranks = torch.arange(1000) % 100
+    ends, middle = torch.where(ranks < 50, ranks // 5, 99 - ranks // 10), 40 + ranks // 5
+    columns = torch.stack([ends, middle, 50 + ranks // 2], 1)
+    said = diagnostics.Calibration({"z": columns}, 99, {}).verdict[1:]
+    assert len(said) == 3
+    for unit, kind in enumerate(("too narrow", "too wide", "shifted")):
+        assert any(f"unit {unit}:" in text and kind in text for text in said), said
+
+
+def test_a_unit_is_named_by_its_own_evidence_among_all():
+    """Of ten units one of p = 0.002 is no news; the one of 1e-9 is named alone."""
+    found = diagnostics.Calibration({"z": torch.arange(1000)[:, None].repeat(1, 10) % 100}, 99, {})
+    p = torch.full((10,), 0.5)
+    p[3], p[7] = 1e-9, 0.002
+    vars(found)["p_values"] = {"z": p}  # which is computed once
+    head, said = found.verdict
+    assert found.p_value == pytest.approx(1e-8) and "p = 1e-08" in head
+    assert "'z', unit 3:" in said
+
+
+@pytest.mark.parametrize(("errors", "found"), [(2.9, "other"), (3.1, "narrow"), (-3.1, "wide")])
+def test_a_spread_counts_from_three_standard_errors_on(errors, found):
+    """Of S uniform u the mean of (u - 1/2)^2 is 1/12, with standard error 1 / sqrt(180 S)."""
+    S, L = 400, 10**7
+    half = (1 / 12 + errors / math.sqrt(180 * S)) ** 0.5
+    place = torch.tensor([0.5 - half, 0.5 + half], dtype=torch.float64).repeat(S // 2)
+    assert departure((place * (L + 1) - 0.5).round().long(), L) == found
+
+
+@pytest.mark.parametrize(("errors", "found"), [(2.9, "other"), (3.1, "shifted")])
+def test_a_shift_counts_from_three_standard_errors_on(errors, found):
+    """The mean of u has standard error 1 / sqrt(12 S)."""
+    S, L = 400, 10**7
+    place = (torch.arange(S, dtype=torch.float64) + 0.5) / S + errors / math.sqrt(12 * S)
+    assert departure((place * (L + 1) - 0.5).round().long(), L) == found
+
+
 def test_ties_are_broken_at_random():
     exact = torch.tensor([0.3 * 0.2 / (0.3 * 0.2 + 0.7 * 0.8), 0.3 * 0.8 / (0.3 * 0.8 + 0.7 * 0.2)])
     x = torch.zeros(1)
@@ -358,6 +397,17 @@ def test_replicates_follow_the_posterior_predictive(float64):
     drawn = found.replicated["mean"]
     assert ((drawn.mean(0) - mean).abs() < 5 * (variance / 4000) ** 0.5).all()
     assert ((drawn.var(0) / variance - 1).abs() < 5 * (2 / 4000) ** 0.5).all()
+
+
+def test_the_table_of_a_predictive_check_by_hand():
+    """Of 200 draws of four rows: two rows out of their range, on either side."""
+    drawn = torch.arange(200.0, dtype=torch.float64)[:, None].repeat(1, 4)
+    observed = torch.tensor([-1.0, 200.0, 99.5, 50.0], dtype=torch.float64)
+    check = diagnostics.PredictiveCheck({"ink": observed}, {"ink": drawn}, "x")
+    assert check.p_values["ink"].tolist() == pytest.approx([1.0, 0.0, 0.5, 0.7475])
+    assert check.p_value["ink"] == 112 / 200  # 88 .. 199 of 200 are above 87.125
+    row = repr(check).splitlines()[-1].split()
+    assert row == ["ink", "87.12", "99.5", "58", "0.560", "50.0%"]
 
 
 def test_ties_count_half():

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import ppvae
 from ppvae import CheckpointError, Checkpoints, conditionals, data, elbo, guides, models, nets
 from ppvae.train.checkpoint import plain, read
+from ppvae.train.processes import Processes
+from ppvae.train.sources import source
 
 pytestmark = pytest.mark.forks
 
@@ -617,10 +620,19 @@ def test_foreign_and_newer_files(tmp_path):
         fit(vae(), checkpoint=tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("keep", range(1, 8))
+def test_the_latest_files_are_kept_and_no_fewer(keep, tmp_path):
+    files = Checkpoints(tmp_path, keep=keep)
+    written = []
+    for step in range(1, 12):
+        written.append(files.write({}, step))
+        assert files.paths() == written[-keep:]
+
+
 def test_the_one_before_a_damaged_file_is_offered_and_taken(tmp_path):
     expected = fit(vae(), epochs=5)
-    fit(vae(), checkpoint=Checkpoints(tmp_path, keep=3))
-    *_, good, middle, last = Checkpoints(tmp_path).paths()
+    fit(vae(), checkpoint=Checkpoints(tmp_path, keep=4))
+    _, good, middle, last = Checkpoints(tmp_path).paths()  # the latest good one, not the first
     for path in (middle, last):
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError) as caught:
@@ -727,6 +739,22 @@ def test_a_folder_that_cannot_be_is_refused_before_a_step(tmp_path):
     assert svi.num_steps == 0
 
 
+def test_what_is_saved_has_no_gradient_and_keeps_its_counter():
+    theta = torch.nn.Parameter(torch.ones(2))
+    kept = plain({"leaf": theta, "product": 2 * theta, "milestones": Counter([3, 3, 5])})
+    assert not kept["leaf"].requires_grad and not kept["product"].requires_grad
+    assert torch.equal(kept["product"], torch.full((2,), 2.0))
+    assert sorted(kept["milestones"].elements()) == [3, 3, 5]  # as MultiStepLR asks for them
+
+
+def test_numbers_of_numpy_are_saved_as_pythons(tmp_path):
+    state = {"a": np.float64(0.5), "b": np.float32(0.25), "c": [np.int64(3)], "d": np.bool_(True),
+             "e": np.str_("word"), "f": 2}  # fmt: skip
+    files = Checkpoints(tmp_path)
+    files.write(state, 1)
+    assert files.load() == {"a": 0.5, "b": 0.25, "c": [3], "d": True, "e": "word", "f": 2}
+
+
 def two_groups(parameters):
     return torch.optim.Adam([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.01)
 
@@ -765,6 +793,27 @@ def test_a_run_is_not_continued_by_another(pair, options, match, tmp_path):
         fit(svi, checkpoint=tmp_path, resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(before, svi.objective.parameters(), strict=True))
     assert svi.num_steps == 0
+
+
+def test_a_run_is_not_continued_with_other_validation_data(tmp_path):
+    fit(vae(), valid=X[:20], checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match=r"valid: '\(20, 4\).*' then, '\(20, 4\).*' now"):
+        fit(vae(), valid=X[20:40], checkpoint=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("rows", [3, 64, 500])
+def test_a_fingerprint_is_of_every_tensor_from_end_to_end(rows):
+    def facts(*tensors):
+        return source("data", tensors, 16, None, Processes(), False).facts()
+
+    x, y = torch.zeros(rows, 2), torch.zeros(rows, dtype=torch.long)
+    found = {facts(x, y)}
+    for row in (0, -1):
+        other, label = x.clone(), y.clone()
+        other[row, 1] = label[row] = 1
+        found |= {facts(other, y), facts(x, label)}
+    assert len(found) == 5
+    assert facts(x.clone(), y.clone()) in found
 
 
 def test_a_run_is_not_continued_with_another_clip_norm(tmp_path):

@@ -151,3 +151,6 @@ def test_the_signal_to_noise_ratio_by_its_formula(pair, monkeypatch) -> None:
     signal = flat.mean(0).square().sum() - total / 6
     assert found["var_guide"] == pytest.approx(total.item(), rel=1e-5)
     assert found["snr_guide"] == pytest.approx((signal / total).sqrt().item(), rel=1e-5)
+    # of normal noise alone, ||mean||^2 less its expectation has the variance 2 sum (v / repeats)^2
+    chance = math.sqrt(2 * (flat.var(0) / 6).square().sum())
+    assert found["snr_floor_guide"] == pytest.approx(math.sqrt(2 * chance / total), rel=1e-5)

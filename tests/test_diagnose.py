@@ -12,7 +12,9 @@ from pyro import poutine
 import ppvae
 from oracles import LinearGuide, LinearModel, assert_mean
 from ppvae import conditionals, data, diagnostics, guides, models, nets
-from ppvae.diagnostics import diagnose
+from ppvae.diagnostics import diagnose, summaries
+from ppvae.diagnostics.report import _share
+from ppvae.diagnostics.summaries import _densities
 from ppvae.program import data_plate
 from registry import ALL_PAIRS, build
 
@@ -118,6 +120,51 @@ def test_mutual_information_and_aggregated_posterior(float64, scale, seed):
         assert_within(mean.item(), 0.0, se.item(), 4)
     expected = (B + Q).diagonal().sqrt()
     assert ((report.marginal_sd["z"] - expected).abs() < 4 * expected / 4000**0.5).all()
+
+
+def test_mutual_information_of_three_datapoints_by_its_formulas(float64):
+    """Every density by hand; no datapoint is left out of q(z), or its own is."""
+    x = torch.tensor([-1.0, 0.5, 2.0])
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x, 0.7))
+
+    z, chosen = torch.tensor([0.3, -1.2, 1.9, 0.6]), torch.tensor([1, 0, 2, 1])
+    log_q = dist.Normal(x, 0.7).log_prob(z[:, None])
+    own = log_q[torch.arange(4), chosen]
+    others = [[q.exp() for n, q in enumerate(row) if n != m]
+              for row, m in zip(log_q, chosen, strict=True)]  # fmt: skip
+    expected = own, log_q.exp().mean(1).log(), torch.tensor(others).mean(1).log()
+    torch.testing.assert_close(_densities(guide, (x,), {"z": z}, chosen, 4, 1), expected)
+
+
+def test_the_error_of_information_is_over_datapoints(monkeypatch):
+    """Two datapoints with draws of their own: the spread of the two means, over sqrt 2."""
+    own = torch.tensor([1.0, 2.0, 6.0, 5.0, 6.0, 4.0])
+    monkeypatch.setattr(
+        summaries, "_densities", lambda *args: (own, torch.zeros(6), torch.full((6,), -1.0))
+    )
+    model, guide, x = linear(rows=2)
+    found = summaries.aggregate(model, guide, (x,), 100, 6, 0)
+    assert found.num_draws == 6
+    assert found.mutual_information == pytest.approx(4.0)
+    assert found.mutual_information_se == pytest.approx(2**0.5 / 2**0.5)  # means 3 and 5
+    assert found.mutual_information_upper == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0 %"), (1.0, "100 %"), (0.004, "0.4 %"), (0.0001, "0.01 %"), (0.996, "99.6 %"),
+     (0.9999, "100 %"), (0.5, "50 %"), (math.nan, "none")],
+)  # fmt: skip
+def test_a_share_reads_all_or_nothing_only_if_it_is(value, text):
+    assert _share(value) == text
 
 
 @pytest.mark.parametrize("how", ["poutine", "distribution"])

@@ -13,6 +13,7 @@ from torch import nn
 
 import ppvae
 from ppvae import conditionals, data, diagnostics, elbo, guides, models, nets
+from ppvae.diagnostics.evidence import summarise
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -436,3 +437,10 @@ def test_evidence_on_cuda():
     cpu = diagnostics.log_evidence(model.cpu(), guide.cpu(), X, num_particles=2000, seed=1)
     se = (a.log_evidence_se.square() + cpu.log_evidence_se.square()).sqrt()
     assert ((a.log_evidence - cpu.log_evidence).abs() < 4.5 * se).all()
+
+
+def test_a_datapoint_without_weight_is_named_by_its_place_in_the_data():
+    log_w = torch.zeros(30, 5)
+    log_w[:, 2] = -math.inf
+    with pytest.raises(ValueError, match="all 30 weights of datapoint 302 are zero"):
+        summarise(log_w, 300)

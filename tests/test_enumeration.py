@@ -16,8 +16,9 @@ from torch.distributions import kl_divergence
 
 import ppvae
 from ppvae import elbo
-from ppvae.enumeration import draw
+from ppvae.enumeration import draw, groups
 from ppvae.program import data_plate
+from ppvae.terms import Term
 
 SUMMED = {"enumerate": "parallel"}
 pytestmark = pytest.mark.usefixtures("float64")
@@ -321,10 +322,11 @@ def test_enumeration_that_is_not_done_here_is_refused(site_infer: dict) -> None:
         ppvae.log_weights(model, guide, X)
 
 
-def test_a_few_drawn_values_are_no_sum() -> None:
+@pytest.mark.parametrize("few", [1, 5])
+def test_a_few_drawn_values_are_no_sum(few: int) -> None:
     def model(x: Tensor) -> None:
         with data_plate(x):
-            infer = {"enumerate": "parallel", "num_samples": 5}
+            infer = {"enumerate": "parallel", "num_samples": few}
             c = pyro.sample("c", dist.Normal(0.0, 1.0), infer=infer)
             pyro.sample("x", dist.Normal(c, 1.0), obs=x)
 
@@ -826,3 +828,15 @@ def test_equal_tensors_scale_a_sum_over_a_latent(shape):
     unequal = ppvae.log_weights(model, guide, x, 2 * weight)
     with pytest.raises(ValueError, match="a scale inside that sum has no meaning"):
         elbo.ELBO().effective(unequal, elbo.State())
+
+
+def test_terms_hang_together_by_any_chain_of_latents() -> None:
+    def of(letters: str) -> Term:
+        return Term(torch.zeros((2,) * len(letters) + (1, 1)), letters)
+
+    chain = {"a": of("cd"), "b": of("d"), "x": of("e"), "c": of("c"), "none": of("")}
+    found = [sorted(names) for names in groups(chain, "cde")]
+    assert sorted(found) == [["a", "b", "c"], ["x"]]
+    bridge = {"a": of("c"), "b": of("d"), "both": of("cd"), "d": of("d")}
+    assert [sorted(names) for names in groups(bridge, "cd")] == [["a", "b", "both", "d"]]
+    assert sorted(map(sorted, groups(bridge, "c"))) == [["a", "both"]]

@@ -22,6 +22,8 @@ from ppvae import conditionals, data, elbo, guides, models, nets
 from ppvae.program import data_plate
 from ppvae.train.fit import mean_bound
 from ppvae.train.processes import Processes
+from ppvae.train.run import Progress
+from ppvae.train.sources import source
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 X = torch.bernoulli(torch.full((50, 4), 0.5), generator=torch.Generator().manual_seed(1))
@@ -560,6 +562,64 @@ def test_on_epoch_end():
     assert "1.50" in history.table()
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_sampler_is_told_the_epoch(batched):
+    """As a DistributedSampler has to be, for another order in each."""
+
+    class Sampler(torch.utils.data.DistributedSampler):
+        def set_epoch(self, epoch):
+            told.append(epoch)
+            super().set_epoch(epoch)
+
+    told = []
+    dataset = TensorDataset(torch.arange(20.0)[:, None].repeat(1, 4) % 2)
+    sampler = Sampler(dataset, num_replicas=1, rank=0)
+    if batched:
+        batches = torch.utils.data.BatchSampler(sampler, 10, drop_last=False)
+        batches.set_epoch = sampler.set_epoch
+        loader = DataLoader(dataset, batch_sampler=batches)
+    else:
+        loader = DataLoader(dataset, batch_size=10, sampler=sampler)
+    fit(vae(), loader, epochs=3)
+    assert [epoch for epoch in told if epoch] == [1, 2, 3]
+
+
+def test_the_function_comes_before_the_callbacks():
+    """What it adds to a row is there for them."""
+
+    class Reads(ppvae.Callback):
+        seen = None
+
+        def on_epoch_end(self, svi, history):
+            self.seen = history.rows[-1]["mine"]
+
+    def function(svi, history):
+        history.rows[-1]["mine"] = 1.5
+
+    reads = Reads()
+    fit(vae(), X, epochs=1, on_epoch_end=function, callbacks=[reads])
+    assert reads.seen == 1.5
+
+
+def test_each_epoch_has_the_seconds_of_its_own_graphs(monkeypatch):
+    seconds = property(lambda svi: 2.0 * (svi.num_steps > 0) + 3.0 * (svi.num_steps > 4))
+    monkeypatch.setattr(ppvae.SVI, "build_seconds", seconds)
+    history = fit(vae(), X, epochs=3)  # of four steps each
+    assert history.column("build_seconds")[:2] == [2.0, 3.0]
+    assert "build_seconds" not in history.rows[2]
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_only_rows_that_count_are_in_the_mean(skips):
+    """A process without rows of its own takes the step on others' rows."""
+    progress = Progress(ppvae.History("ELBO"), torch.zeros(()))
+    for loss, rows in ((6.0, 2), (5.0, 0), (3.0, 1)):
+        progress.add(torch.tensor(loss), rows, skips)
+    assert (float(progress.total), int(progress.count), progress.batch) == (-9.0, 3, 3)
+    progress.begin_epoch()
+    assert (float(progress.total), int(progress.count), progress.batch) == (0.0, 0, 0)
+
+
 # -- arguments ---------------------------------------------------------------------------------
 
 SGD0 = torch.optim.SGD([torch.zeros(1)], lr=0.0)
@@ -571,6 +631,7 @@ SGD0 = torch.optim.SGD([torch.zeros(1)], lr=0.0)
         ({"epochs": 0}, ValueError, "epochs and batch_size"),
         ({"batch_size": 0}, ValueError, "epochs and batch_size"),
         ({"patience": 3}, ValueError, "patience needs a validation bound"),
+        ({"patience": 1}, ValueError, "patience needs a validation bound"),
         ({"patience": 0, "valid": X}, ValueError, "patience must be at least 1"),
         ({"batch_size": 16.0}, TypeError, "batch_size must be a whole number, got 16.0"),
         ({"epochs": "3"}, TypeError, "epochs must be a whole number"),
@@ -985,6 +1046,20 @@ def test_a_mapped_file_trains_as_its_copy_in_memory(dtype, tmp_path):
     assert not [
         thread for thread in threading.enumerate() if thread.name.startswith("ppvae reader")
     ]
+
+
+def test_validation_of_a_file_has_draws_of_its_own(tmp_path):
+    """Each row as epoch 0 draws it, whatever its batch; training draws are others."""
+    split = data.Split(
+        torch.full((40, 200), 0.5), binarize="dynamic", rows=torch.arange(40), seed=3
+    )
+    streamed = source("valid", split, 16, None, Processes(), False)
+    found = [batch for (batch,) in streamed.evaluation()]
+    assert list(map(len, found)) == [16, 16, 8]
+    for first, batch in zip((0, 16, 32), found, strict=True):
+        index = torch.arange(first, first + len(batch))
+        assert torch.equal(batch, split.present(*split.read(index), 0, first)[0])
+        assert not torch.equal(batch, split.present(*split.read(index), 1, first)[0])
 
 
 def test_the_reader_leaves_the_cores_to_the_step(tmp_path, monkeypatch):

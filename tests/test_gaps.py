@@ -1,6 +1,7 @@
 """Gaps, comparisons with a reference, and their pictures, against closed forms."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from oracles import LinearGuide, LinearModel, linear_elbo
 from ppvae import conditionals, diagnostics, guides, models, nets, plots, posteriors
 from ppvae.check.pair import PairError
+from ppvae.diagnostics.compare_posteriors import _sliced
 from ppvae.diagnostics.gaps import _elbo
 from ppvae.local import Indexed
 from ppvae.program import data_plate
@@ -281,6 +283,38 @@ def test_comparison_equals_closed_forms(float64, rows):
     text = repr(found)
     assert "differs on 100%" in text and "too narrow" in text and "misses correlations" in text
     assert len(found.table()) == 2 * rows and len(found.summary()) == rows
+
+
+@pytest.mark.parametrize("start", ["guide", "prior"])
+def test_annealing_starts_at_the_best_of_the_first_family(monkeypatch, start):
+    model = LinearModel(2, 3)
+    guide, x, asked = LinearGuide(model), model.draw(4), {}
+    families = {
+        name: guides.PerDatapoint(conditionals.Normal(nn.Identity()), torch.zeros(4, 4))
+        for name in "ab"
+    }
+
+    def ais(model, guide, *args, **options):
+        asked.update(model=model, guide=guide, args=args, options=options)
+        zeros = torch.zeros(4, dtype=torch.float64)
+        return SimpleNamespace(log_evidence=zeros + 2.0, log_evidence_se=zeros + 0.1)
+
+    monkeypatch.setattr(sys.modules["ppvae.diagnostics.gaps"], "ais", ais)
+    found = diagnostics.gaps(model, guide, x, local=families, num_particles=2, steps=1,
+                             start=start, num_temperatures=7, num_chains=3, seed=0)  # fmt: skip
+    assert asked["guide"] is families["a"] and asked["model"].model is model
+    assert torch.equal(asked["args"][0], x) and asked["args"][1].tolist() == [0, 1, 2, 3]
+    assert asked["options"]["start"] == start and asked["options"]["num_temperatures"] == 7
+    assert (found.log_evidence == 2.0).all() and (found.log_evidence_se == 0.1).all()
+    assert f"7 temperatures from {'q*' if start == 'guide' else 'the prior'}" in found.note
+
+
+def test_the_sliced_distance_is_a_root_mean_square_over_directions():
+    """Of two draws each along two axes: W2 is 1 along the first, and 7 along the second."""
+    first = torch.tensor([[[0.0, 0.0]], [[2.0, 4.0]]])
+    second = torch.tensor([[[3.0, 11.0]], [[1.0, 7.0]]])
+    found = _sliced(first, second, torch.eye(2))
+    torch.testing.assert_close(found, torch.tensor([math.sqrt((1 + 49) / 2)]))
 
 
 def test_an_exact_guide_is_not_told_from_the_reference(float64):

@@ -263,3 +263,29 @@ def test_one_hot_check(y, cure):
 def test_one_hot_forward_refuses_floats():
     with pytest.raises(ValueError, match="one-hot already"):
         nets.OneHot(3)(torch.eye(3))
+
+
+def test_layers_by_their_formulas():
+    """Of an MLP and a residual network: every matrix, bias and activation by hand."""
+    x = torch.randn(7, 3)
+    net = nets.mlp(3, 5, 4, 2, activation=nn.Tanh)
+    (w0, b0), (w1, b1), (w2, b2) = [(m.weight, m.bias) for m in net.modules() if hasattr(m, "bias")]
+    h = torch.tanh(torch.tanh(x @ w0.T + b0) @ w1.T + b1)
+    torch.testing.assert_close(net(x), h @ w2.T + b2)
+    net = nets.residual(3, 5, 2, blocks=2, activation=nn.Tanh)
+    layers = [(m.weight, m.bias) for m in net.modules() if hasattr(m, "bias")]
+    (w, b), *inner, (w_out, b_out) = layers
+    h = x @ w.T + b
+    for (wa, ba), (wb, bb) in zip(inner[::2], inner[1::2], strict=True):
+        h = h + torch.tanh(torch.tanh(h) @ wa.T + ba) @ wb.T + bb
+    torch.testing.assert_close(net(x), torch.tanh(h) @ w_out.T + b_out)
+
+
+@pytest.mark.parametrize("make", [nets.mlp, nets.residual])
+def test_units_are_normalised_before_they_are_activated(make):
+    net = make(3, 5, 2, batch_norm=True, dropout=0.1)
+    kinds = [type(m) for m in net.modules() if not list(m.children())]
+    for i, kind in enumerate(kinds):
+        if kind is nn.ReLU:
+            assert kinds[i - 1] is nn.BatchNorm1d and kinds[i + 1] is nn.Dropout
+    assert nn.ReLU in kinds

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from ppvae import plots
-from ppvae.plots import common
+from ppvae.plots import common, posteriors
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -188,6 +188,121 @@ def test_units_are_called_active_only_if_that_is_known(ax):
     assert ax.get_legend() is None
     plots.kl_per_unit([0.1, 2.0], [False, True], ax=ax)
     assert legend(ax) == ["active: 1", "not active: 1"]
+
+
+def test_units_stand_from_the_largest_mean_kl_down(ax):
+    kl = torch.tensor([[0.0, 3.0, 0.5], [0.2, 1.0, 0.5]])
+    plots.kl_per_unit(kl, [False, True, False], ax=ax)
+    np.testing.assert_allclose([bar.get_height() for bar in ax.patches], [2.0, 0.5, 0.1])
+    assert ticks(ax.xaxis) == ["1", "2", "0"]
+    blue, grey = to_rgba(common.BLUE), to_rgba(common.GREY)
+    assert [bar.get_facecolor() for bar in ax.patches] == [blue, grey, grey]
+
+
+def test_a_khat_at_a_limit_belongs_to_the_better_band(ax):
+    plots.khat_histogram([0.2, 0.5, 0.7, 0.7 + 1e-6, 3.0, torch.nan], ax=ax)
+    assert legend(ax) == ["good: 2", "usable: 1", "unreliable: 2"]
+    assert sum(bar.get_height() for bar in ax.patches) == 5  # 3.0 in the last bar
+    assert ax.get_xlabel().endswith("(above 2 in the last bar)")
+
+
+@pytest.mark.parametrize("values", [[0.0] * 3, [-1.5, 0.3, 0.7], [-4.0, 0.1, 1.2], [0.6, 0.6, 2.0]])
+def test_every_khat_is_in_a_bar(values, ax):
+    plots.khat_histogram(values, ax=ax)
+    assert sum(bar.get_height() for bar in ax.patches) == len(values)
+
+
+def test_lines_of_rate_and_distortion_have_one_elbo(ax):
+    plots.rate_distortion({"a": (20.0, 80.0), "b": (8.0, 100.0)}, ax=ax)
+    points = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    assert [(p.get_xdata()[0], p.get_ydata()[0]) for p in points] == [(20, 80), (8, 100)]
+    sums = []
+    for line in ax.lines:
+        if len(line.get_xdata()) == 2:
+            total = np.add(*line.get_data())
+            np.testing.assert_allclose(total, total[0])
+            sums.append(total[0])
+    assert len(sums) == 5
+    for text in ax.texts:  # each above the line of its own number
+        elbo = float(text.get_text().split()[1].replace("\N{MINUS SIGN}", "-"))
+        assert abs(sum(text.xy) + elbo) <= 0.5
+        assert min(abs(total - sum(text.xy)) for total in sums) < 1e-9
+
+
+def test_an_ecdf_leaves_its_band_on_either_side(ax):
+    """Of four ranks 0 .. 3: lines by hand."""
+    points = np.array([0.25, 0.5, 0.75])
+    ranks = {"even": [[0], [1], [2], [3]], "low": [[0]] * 4, "high": [[3]] * 4}
+    plots.sbc_ecdf(ranks, 3, (points, points - 0.3, points + 0.3), ax=ax)
+    _, even, low, high = ax.lines
+    np.testing.assert_allclose(even.get_ydata(), np.zeros(5))
+    np.testing.assert_allclose(low.get_ydata(), [0, 0.75, 0.5, 0.25, 0])
+    np.testing.assert_allclose(high.get_ydata(), [0, -0.25, -0.5, -0.75, 0])
+    for line in (even, low, high):
+        np.testing.assert_allclose(line.get_xdata(), [0, 0.25, 0.5, 0.75, 1])
+    assert ax.get_title() == "2 of 3 lines leave the band"
+
+
+def test_coverage_has_a_band_of_two_standard_errors(ax):
+    plots.coverage([0.2, 0.5], {"z": [[0.1, 0.3], [0.4, 0.6]]}, 100, ax=ax)
+    edges = ax.collections[0].get_paths()[0].vertices
+    at_half = edges[np.isclose(edges[:, 0], 0.5), 1]
+    np.testing.assert_allclose([at_half.min(), at_half.max()], [0.4, 0.6])  # 0.5 / sqrt(100) twice
+    at_fifth = edges[np.isclose(edges[:, 0], 0.2), 1]
+    np.testing.assert_allclose([at_fifth.min(), at_fifth.max()], [0.12, 0.28])
+    diagonal, *units = ax.lines
+    np.testing.assert_allclose(diagonal.get_ydata(), [0, 1])
+    np.testing.assert_allclose([unit.get_ydata() for unit in units], [[0.1, 0.4], [0.3, 0.6]])
+
+
+def test_a_predictive_check_shows_means_over_datapoints_and_half_of_ties(ax):
+    drawn = torch.tensor([[0.0, 2.0], [1.0, 3.0], [0.0, 0.0], [2.0, 4.0]])  # means 1, 2, 0, 3
+    plots.predictive_check([1.0, 3.0], drawn, "ink", ax=ax)  # mean 2
+    (line,) = ax.lines
+    assert line.get_xdata()[0] == 2
+    assert ax.get_title() == f"p = {(1 + 0.5) / 4:.3f}"
+    assert sum(bar.get_height() for bar in ax.patches) == 4
+
+
+def test_intervals_are_the_quantiles_of_each_latent(ax):
+    q, p = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)), DRAWS
+    plots.posterior_intervals(q, p, ax=ax)
+    wide_p, narrow_p, wide_q, narrow_q = ax.collections
+    for draws, wide, narrow, median in ((p, wide_p, narrow_p, 0), (q, wide_q, narrow_q, 1)):
+        for levels, lines in (((0.025, 0.975), wide), ((0.25, 0.75), narrow)):
+            ends = np.array(lines.get_segments())[:, :, 0]
+            np.testing.assert_allclose(ends, np.quantile(draws, levels, axis=0).T, rtol=1e-6)
+        np.testing.assert_allclose(ax.lines[median].get_xdata(), draws.quantile(0.5, 0), rtol=1e-6)
+        np.testing.assert_allclose(np.diff(ax.lines[median].get_ydata()), 1)  # latents in order
+
+
+def test_contours_enclose_their_share_of_the_mass_where_the_draws_are():
+    """Of an oblong normal: the heights by their definition, and x along the columns."""
+    draws = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(1))
+    draws = (draws * torch.tensor([3.0, 1.0]) + torch.tensor([10.0, 0.0])).numpy()
+    x, y, density = posteriors._density(draws, [(-5.0, 25.0), (-5.0, 5.0)])
+    along_x, along_y = density.sum(0) / density.sum(), density.sum(1) / density.sum()
+    mean = along_x @ x, along_y @ y
+    np.testing.assert_allclose(mean, draws.mean(0), atol=0.1)
+    spread = np.sqrt([along_x @ (x - mean[0]) ** 2, along_y @ (y - mean[1]) ** 2])
+    np.testing.assert_allclose(spread, [3.0, 1.0], rtol=0.1)
+    low, high = posteriors._levels(density, [0.5, 0.9])
+    for level, share in ((high, 0.5), (low, 0.9)):
+        assert density[density >= level].sum() / density.sum() == pytest.approx(share, abs=0.01)
+        assert density[density >= level].min() > density[density < level].max()  # the densest
+
+
+def test_bars_of_gaps_are_means_and_two_standard_errors(ax):
+    plots.gap_bars(GAPS, ax=ax)
+    heights = [bar.get_height() for bar in ax.patches]
+    np.testing.assert_allclose(heights, [0.3, 0.3, 1.5, -0.05], rtol=1e-5)
+    assert [bar.get_y() for bar in ax.patches] == pytest.approx([0, 0, 0.3, 0])
+    for i, gaps in enumerate(GAPS.values()):
+        total = gaps.approximation + gaps.amortisation
+        reach = 2 * total.std().item() / 2**0.5
+        (segment,) = ax.containers[2 + i].lines[2][0].get_segments()
+        ends = total.mean().item() + np.array([-reach, reach])
+        np.testing.assert_allclose(segment[:, 1], ends, rtol=1e-5)
 
 
 class TestTrainingCurve:
@@ -560,6 +675,22 @@ def test_estimator_plots_show_every_row_of_the_table(ax):
     drawn = {tuple(line.get_ydata()) for line in ax.lines}
     assert {(-5.0, -4.5), (-5.1, -4.4), (-4.2, -4.2)} <= drawn
     assert ticks(ax.xaxis) == ["1", "8"]
+
+
+def test_bounds_have_bars_of_two_standard_errors(ax):
+    plots.bound_against_particles(TABLE, ax=ax)
+    for bars, rows in zip(ax.containers, (TABLE[:2], TABLE[2:]), strict=True):
+        for segment, (_, row) in zip(bars.lines[2][0].get_segments(), rows.iterrows(), strict=True):
+            ends = row["bound"] + 2 * row["bound_se"] * np.array([-1, 1])
+            np.testing.assert_allclose(segment[:, 1], ends)
+
+
+def test_averaging_trades_variance_for_time(ax):
+    """Of n estimates the mean has 1/n of the variance and takes n times as long."""
+    plots.variance_against_time(TABLE, ax=ax)
+    (dotted,) = [line for line in ax.lines if line.get_label().startswith("averaging")]
+    np.testing.assert_allclose(dotted.get_xdata(), [1.0, 6.0])
+    np.testing.assert_allclose(np.multiply(*dotted.get_data()), 2.0 * 1.0)
 
 
 def test_estimator_plots_refuse_another_part(ax):

@@ -343,3 +343,10 @@ def test_no_warning_reaches_the_user() -> None:
         model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 4)), latent_dim=2)
         guide = guides.Normal(nets.mlp(4, 4))
         ppvae.SVI(model, guide, torch.optim.Adam, elbo.IWELBO(2)).step(torch.ones(3, 4))
+
+
+def test_the_rows_of_a_plate_are_those_of_the_first_tensor() -> None:
+    x, y = torch.zeros(3, 2), torch.zeros(5)
+    for data, rows in (((x, y), 3), ((None, y, x), 5), ((y,), 5)):
+        assert ppvae.program.data_plate(*data).size == rows
+        assert ppvae.program.data_plate(*data, size=30).subsample_size == rows

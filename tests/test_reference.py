@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -21,7 +22,8 @@ from ppvae import conditionals, diagnostics, guides, models, nets
 from ppvae.check.pair import PairError
 from ppvae.diagnostics import chains as chains_of
 from ppvae.diagnostics.annealing import Path as AnnealedPath
-from ppvae.diagnostics.chains import ESS_PER_CHAIN, RHAT, convergence
+from ppvae.diagnostics.chains import ESS_PER_CHAIN, RHAT, Point, convergence
+from ppvae.diagnostics.hmc import JITTER, leapfrog
 from ppvae.diagnostics.joint import Joint, traced
 from ppvae.local import Indexed
 from ppvae.pairs import simulate
@@ -244,6 +246,30 @@ def test_enumerated_latents_are_summed_out(float64):
     assert_within(annealed, exact)
 
 
+def test_the_prior_of_a_latent_is_over_what_is_summed_out(float64):
+    """z of either of two components: p(z) is their mixture, log p(x, z) that and log p(x | z)."""
+    loc = torch.tensor([-2.0, 1.0])
+    x = torch.tensor([0.3, -1.0])
+
+    def model(x):
+        with data_plate(x):
+            probs = torch.tensor([0.3, 0.7])
+            c = pyro.sample("c", dist.Categorical(probs), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(loc[c], 0.5))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    u = torch.randn(3, 2, 1)
+    mixture = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])),
+                                     dist.Normal(loc, 0.5))  # fmt: skip
+    prior = mixture.log_prob(u[..., 0])
+    expected = prior, prior + dist.Normal(u[..., 0], 1.0).log_prob(x)
+    torch.testing.assert_close(Joint(model, guide, x).prior_and_joint(u), expected)
+
+
 def test_latents_that_the_guide_enumerates_are_summed_out_too(float64):
     """log p(x, z) and log q(z | x), with c summed out of both."""
     model = MixtureModel()
@@ -352,6 +378,62 @@ def test_wide_jitter_mixes_the_variances(monkeypatch):
 
 
 @pytest.mark.slow
+def test_trajectories_are_jittered_over_their_range(monkeypatch):
+    """Where the density is flat, a point moves by jitter x step x scale x momentum at each step."""
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)  # momenta of 1
+    u, zero = torch.zeros(500, 2, 1), torch.zeros(500, 2)
+    step, scale = torch.tensor([0.1, 0.2]), torch.tensor([[1.0], [3.0]])
+    point, probability, _ = leapfrog(
+        lambda u: (zero, torch.zeros_like(u)), Point(u, zero, u), step, scale, 5
+    )
+    assert (probability == 1).all()
+    jitter = point.u / (5 * step.unsqueeze(-1) * scale)
+    low, high = JITTER
+    width = high - low
+    assert jitter.min() >= low and jitter.max() <= high + 1e-6
+    assert jitter.min() < low + 0.02 * width and jitter.max() > high - 0.02 * width
+    assert jitter.unique().numel() > 900  # each chain's and datapoint's own
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, -5_000.0])
+def test_a_trajectory_that_diverges_is_counted_and_left(value):
+    u, zero = torch.randn(3, 2, 2), torch.zeros(3, 2)
+    broken = torch.tensor([False, True])
+    point, probability, diverged = leapfrog(
+        lambda u: (torch.where(broken, value, zero), torch.zeros_like(u)),
+        Point(u, zero, torch.zeros_like(u)), torch.tensor([0.1, 0.1]), torch.ones(2, 2), 3,
+    )  # fmt: skip
+    assert (diverged == broken).all()
+    assert (probability == torch.where(broken, 0.0, 1.0)).all()
+    assert torch.equal(point.u[:, 1], u[:, 1]) and (point.value == 0).all()
+    assert (point.u[:, 0] != u[:, 0]).all()
+
+
+def test_scales_are_those_of_the_last_window():
+    """Chains whose spread is 5 in the first window of the warm-up and 0.5 in the second."""
+    joint = SimpleNamespace(
+        num_datapoints=1, dim=2, value_and_grad=lambda u: (u.sum(-1), torch.zeros_like(u))
+    )
+    settings = chains_of.Settings(4, 100, 8, 1, 0.8, None, "guide")
+    generator, drawn, seen = torch.Generator().manual_seed(0), [], []
+
+    def transition(point, step, scale):
+        seen.append(scale)
+        spread = 5.0 if len(drawn) < 40 else 0.5
+        drawn.append(spread * torch.randn(4, 1, 2, generator=generator))
+        return point._replace(u=drawn[-1]), torch.full((4, 1), 0.8), torch.zeros(4, 1)
+
+    begin = torch.full((1, 2), 7.0)
+    _, _, scale = chains_of._warm_up(joint, transition, settings, torch.zeros(4, 1, 2), begin)
+    expected = begin
+    for window in (drawn[20:40], drawn[40:80]):
+        n = 4 * len(window)
+        variance = torch.stack(window).flatten(0, 1).var(0)
+        expected = ((n * variance + 5 * 0.01 * expected.square()) / (n + 5)).sqrt()
+    torch.testing.assert_close(scale, expected)
+    assert seen[39] is begin and seen[80] is scale
+
+
 def test_hmc_with_correlated_and_unequal_scales(float64):
     """A posterior with correlation 0.8 and scales 100 apart, which unscaled HMC would not mix."""
     scales, rho = torch.tensor([0.05, 5.0]), 0.8
@@ -529,6 +611,111 @@ def test_metropolis_moments_are_exact(float64, rows, options):
     assert good.any() and draws.mean("z")[good].isfinite().all()
 
 
+def test_a_random_walk_moves_in_units_of_each_scale(monkeypatch):
+    """By step x scale x noise, where it is accepted; everything else stays."""
+    module = sys.modules["ppvae.diagnostics.metropolis"]
+    monkeypatch.setattr(module, "sample", lambda joint, transition, *rest: (joint, transition))
+    model, guide, x, _, _ = linear(rows=3)
+    joint, transition = diagnostics.metropolis(model, guide, x)
+    u = torch.zeros(2, 3, 2)
+    move = transition(joint, u)
+    point = Point(u, joint(u).detach(), torch.ones_like(u))
+    step, scale = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([[1.0, 5.0]] * 3)
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    proposal = u + step[:, None] * scale
+    change = joint(proposal).detach() - point.value
+    for drawn in (0.0, 1.0):  # every proposal accepted, and none
+        monkeypatch.setattr(
+            torch, "rand_like", lambda like, drawn=drawn: torch.full_like(like, drawn)
+        )
+        moved, probability, _ = move(point, step, scale)
+        torch.testing.assert_close(probability, change.clamp(max=0.0).exp())
+        torch.testing.assert_close(moved.u, u if drawn else proposal)
+        torch.testing.assert_close(moved.value, joint(moved.u).detach())
+
+
+def test_of_a_chain_every_so_many_draws_are_kept(float64):
+    """A chain that counts its transitions: 20 of warm-up, then each fifth is kept."""
+    model, guide, x, _, _ = linear(rows=3)
+
+    def make(joint, u):
+        def count(point, step, scale):
+            return point._replace(u=point.u + 1, value=point.value + 1), point.value * 0 + 0.6, (
+                torch.zeros_like(point.value)
+            )  # fmt: skip
+
+        return count
+
+    settings = chains_of.Settings(4, 20, 8, 5, 0.8, None, "guide")
+    torch.manual_seed(0)
+    draws = chains_of._run(Joint(model, guide, x), make, settings, "count", 0)
+    steps = draws.unconstrained - draws.unconstrained[:, :1]
+    expected = 5.0 * torch.arange(8.0)[:, None, None]
+    torch.testing.assert_close(steps, expected.expand_as(steps))
+    torch.testing.assert_close(draws.accept, torch.full((3,), 0.6))
+    torch.manual_seed(0)
+    start = Joint(model, guide, x).draw_q(4)
+    torch.testing.assert_close(draws.unconstrained[:, 0], start + 20 + 5)
+
+
+class Chains:
+    """In the place of Pyro's MCMC: draws of two sites that are told from chain to chain."""
+
+    made = 0
+
+    def __init__(self, kernel, num_draws, num_warmup, **options):
+        Chains.made += 1
+        self.kernel, self.draws = kernel, num_draws
+
+    def run(self, *args):
+        self.kernel.step_size = 0.1 * Chains.made
+        self.kernel.model(*args)
+        (x,) = args
+        values = torch.linspace(0, 1, self.draws)[:, None] + 10 * Chains.made + x
+        self.samples = {"z": values, "w": torch.stack([values, -values], -1)}
+
+    def get_samples(self):
+        return self.samples
+
+    def diagnostics(self):
+        return {
+            "acceptance rate": {"chain 0": 0.2 * Chains.made},
+            "divergences": {"chain 0": list(range(Chains.made))},
+        }
+
+
+def test_what_nuts_makes_of_pyros_chains(monkeypatch):
+    """Two chains of two datapoints: whose draws they are, their sums, means and densities."""
+    module = sys.modules["ppvae.diagnostics.nuts"]
+    monkeypatch.setattr(module, "MCMC", Chains)
+    monkeypatch.setattr(module, "PyroNUTS", lambda model: SimpleNamespace(model=model))
+    monkeypatch.setattr(Chains, "made", 0)
+    modes = []
+
+    class Model(ppvae.Program):
+        def forward(self, x):
+            modes.append(self.training)
+            with data_plate(x):
+                z = pyro.sample("z", dist.Normal(0.0, 10.0))
+                w = pyro.sample("w", dist.Normal(0.0, torch.ones(2)).to_event(1))
+                pyro.sample("x", dist.Normal(z + w.sum(-1), 1.0), obs=x)
+
+    x = torch.tensor([0.5, -0.5])
+    draws = diagnostics.nuts(Model(), x, num_chains=2, num_draws=8, seed=0)
+    assert not any(modes)
+    row = torch.linspace(0, 1, 8)
+    z = torch.stack([torch.stack([row + 10 * (2 * n + c + 1) + x[n] for n in range(2)], -1)
+                     for c in range(2)])  # fmt: skip
+    w = torch.stack([z, -z], -1)
+    torch.testing.assert_close(draws.draws, {"z": z, "w": w})
+    torch.testing.assert_close(draws.unconstrained, torch.cat([z[..., None], w], -1))
+    log_p = dist.Normal(0.0, 10.0).log_prob(z) + dist.Normal(0.0, 1.0).log_prob(w).sum(-1)
+    torch.testing.assert_close(draws.log_joint, log_p + dist.Normal(z, 1.0).log_prob(x))
+    torch.testing.assert_close(draws.accept, torch.tensor([0.3, 0.7]))
+    assert draws.divergences.tolist() == [3, 7]
+    torch.testing.assert_close(draws.step_size, torch.tensor([0.2, 0.4]))
+
+
 @pytest.mark.slow
 def test_nuts_agrees_with_hmc_and_quadrature():
     model, guide, x = decoder_pair(2, rows=2, sharp=2.0)
@@ -607,6 +794,24 @@ def test_reverse_annealing_takes_the_draws_of_its_own_rows(far_apart):
         assert ((found.log_evidence - exact).abs() < 1.0).all(), max_rows
 
 
+def test_reverse_annealing_takes_all_chains_in_turn_spread_over_each(far_apart, monkeypatch):
+    model, guide, x, _ = far_apart
+    place = torch.arange(2.0)[:, None, None, None] * 100 + torch.arange(9.0)[:, None, None]
+    draws = given(place.expand(2, 9, 4, 2).clone())
+    seen = []
+
+    def run(self, u, reverse):
+        seen.append(u[:, 0, 0].tolist())
+        return torch.zeros(u.shape[:2]), torch.ones(u.shape[1])
+
+    monkeypatch.setattr(AnnealedPath, "run", run)
+    for count in (6, 5):
+        diagnostics.reverse_ais(
+            model, guide, x, draws=draws, num_temperatures=1, num_chains=count, seed=0
+        )
+    assert seen == [[0, 100, 4, 104, 8, 108], [0, 100, 4, 104, 8]]
+
+
 def test_reverse_annealing_from_chains_that_have_not_converged_is_nan(far_apart):
     model, guide, x, draws = far_apart
     rhat = torch.ones(4)
@@ -618,6 +823,21 @@ def test_reverse_annealing_from_chains_that_have_not_converged_is_nan(far_apart)
     )
     for values in (found.log_evidence, found.log_evidence_se, found.ess):
         assert values.isnan().nonzero().flatten().tolist() == [1, 3]
+
+
+def test_chains_are_refreshed_at_the_posterior(float64):
+    """Transitions from exact draws leave these exact, however far away the guide is."""
+    model, guide, x, (mean, S), _ = linear(rows=3, scale=0.5, shift=3.0)
+    joint = Joint(model, guide, x)
+    torch.manual_seed(0)
+    path = AnnealedPath(joint, "guide", torch.tensor([0.0, 0.5, 1.0]), 3, 8)
+    u = mean + torch.randn(2000, 3, 2) @ torch.linalg.cholesky(S).T
+    moved = path.refreshed(u)
+    assert ((moved - u).abs().amax(-1) > 0).double().mean() > 0.9
+    error = (moved.mean(0) - mean).abs() / (S.diagonal() / len(u)).sqrt()
+    assert error.max() < limit(error.numel())
+    spread = (moved.std(0) / S.diagonal().sqrt() - 1).abs() * math.sqrt(2 * len(u))
+    assert spread.max() < limit(spread.numel())
 
 
 def test_bdmc_starts_each_row_at_its_own_latents(far_apart):
@@ -1046,6 +1266,7 @@ def test_bad_settings(options, message):
         ({"num_temperatures": 0}, "num_temperatures must be at least 1"),
         ({"temperatures": torch.tensor([0.0, 0.5])}, "from 0 to 1"),
         ({"temperatures": torch.tensor([0.0, 0.7, 0.5, 1.0])}, "must rise"),
+        ({"temperatures": torch.tensor([0.0, 0.5, 0.5, 1.0])}, "must rise"),
         ({"start": "encoder"}, 'start must be "guide" or "prior"'),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ppvae import conditionals, diagnostics, guides, models, nets
+from ppvae.diagnostics.html import units_picture
 from registry import build
 
 BROWSER = next(
@@ -155,6 +156,11 @@ def test_what_is_refused(report, tmp_path):
     with pytest.raises(ValueError, match="is a folder: give the name of a file"):
         report.to_html(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_units_are_described_from_the_largest_to_the_smallest():
+    kl = torch.tensor([[0.2, 3.0, 1.0], [0.4, 1.0, 1.0]])
+    assert "the 3 units of z, from 2.00 to 0.30 nats" in units_picture("z", kl, None).alt
 
 
 def test_figure(report):

@@ -563,3 +563,21 @@ def test_a_step_inside_no_grad_is_a_step() -> None:
     with torch.no_grad():
         first = svi.step(*args)
     assert svi.num_steps == 1 and first > 0
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_an_elbo_of_pyros_is_evaluated_with_its_own_particles(vectorised):
+    loss = pyro.infer.Trace_ELBO(num_particles=7, vectorize_particles=vectorised)
+    svi = ppvae.SVI(*vae(), loss=loss)
+    assert svi.evaluator.num_particles == 7
+    assert svi.particles_at_once == (7 if vectorised else 1)
+
+
+def test_steps_that_were_skipped_before_a_load_are_no_news():
+    skipping = ppvae.SVI(*vae(), skip_nonfinite=True)
+    skipping.step(torch.ones(4, 4))
+    state = {**skipping.state_dict(), "num_skipped": 3}
+    svi = ppvae.SVI(*vae())
+    svi.load_state_dict(state)
+    svi.check_finite()
+    assert svi.num_skipped == 3

@@ -14,6 +14,7 @@ import ppvae
 from oracles import LinearGuide, LinearModel
 from ppvae import elbo
 from ppvae.pairs import Leaves, simulate, structure
+from ppvae.terms import _point_of, log_density
 from ppvae.weights import dream_log_q, weigh
 from registry import ALL_PAIRS, build
 
@@ -33,6 +34,44 @@ def pixel_model(x: Tensor, mask: Tensor | bool = True) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("pixels", x.shape[0], dim=-2), poutine.mask(mask=mask):
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_a_masked_flow_without_inverse_weighs_its_own_draw() -> None:
+    """A hidden latent keeps its value: this flow has the density of no other tensor."""
+    flow = dist.transforms.Planar(2)
+    mask = torch.tensor([True, False, True])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    weights = ppvae.log_weights(model, guide, torch.zeros(3), num_particles=2)
+    site = weights.guide_trace.nodes["z"]
+    log_q = site["fn"].log_prob(site["value"])
+    log_p = dist.Normal(0.0, 1.0).log_prob(site["value"]).sum(-1)
+    log_p = log_p + dist.Normal(site["value"].sum(-1), 1.0).log_prob(torch.zeros(3))
+    torch.testing.assert_close(weights.log_w, torch.where(mask, log_p - log_q, 0.0))
+
+
+def test_a_hidden_value_is_filled_with_one_that_can_be() -> None:
+    """Counts of a multinomial sum to their total, so that validation lets them pass."""
+    x = torch.tensor([[1.0, 2.0, 4.0], [math.nan] * 3])
+    for total in (7, 1):
+        fn = dist.Multinomial(total, logits=torch.zeros(2, 3), validate_args=True)
+        filled = _point_of(fn.support, x[1])
+        assert fn.support.check(filled)
+        assert filled.sum() == total
+    fn = dist.Multinomial(7, logits=torch.zeros(2, 3), validate_args=True)
+    site = {"fn": fn, "value": x, "mask": torch.tensor([True, False]), "is_observed": True,
+            "args": (), "kwargs": {}, "name": "x"}  # fmt: skip
+    torch.testing.assert_close(log_density(site)[0], fn.log_prob(x[:1].expand(2, 3))[0])
+    assert log_density(site)[1] == 0
 
 
 @pytest.mark.parametrize("pair", ALL_PAIRS)

@@ -52,8 +52,9 @@ def khat_histogram(khat_values: Values, ax: Axes | None = None) -> Axes:
     if not len(values):
         raise ValueError("khat_values are all NaN; k-hat takes more than 20 particles")
     ax = axes(ax)
-    low, high = np.floor(10 * max(values.min(), -1.5)) / 10, 1.2 if values.max() <= 1.2 else 2.0
-    shown = np.clip(values, low, high - 1e-9)
+    low = np.floor(10 * max(values.min(), -1.5) - 1e-6) / 10  # below the smallest, see below
+    high = 1.2 if values.max() <= 1.2 else 2.0
+    shown = np.clip(values, low + 1e-9, high - 1e-9)
     edges = np.arange(round(low * 20), round(high * 20) + 1) / 20
     for left, right, colour, label in KHAT_BANDS:
         inside = (values > left) & (values <= right)

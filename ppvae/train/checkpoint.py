@@ -111,7 +111,7 @@ class Checkpoints:
         for target in [path, self.best] if best else [path]:
             _replace(target, buffer.getbuffer())
         others = [other for other in self.paths() if other != path]
-        for old in others[: len(others) + 1 - self.keep]:
+        for old in others[: max(0, len(others) + 1 - self.keep)]:
             old.unlink()
         return path
 
