@@ -583,6 +583,21 @@ def test_a_sampler_is_told_the_epoch(batched):
     assert [epoch for epoch in told if epoch] == [1, 2, 3]
 
 
+def test_what_a_callback_inherits_is_called():
+    class Counts(ppvae.Callback):
+        steps = 0
+
+        def on_step_end(self, svi, loss):
+            self.steps += 1
+
+    class Named(Counts):
+        name = "mine"
+
+    named = Named()
+    fit(vae(), X, epochs=1, callbacks=[named, ppvae.Callback()])
+    assert named.steps == 4
+
+
 def test_the_function_comes_before_the_callbacks():
     """What it adds to a row is there for them."""
 
