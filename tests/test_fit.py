@@ -583,6 +583,18 @@ def test_a_sampler_is_told_the_epoch(batched):
     assert [epoch for epoch in told if epoch] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("best", "shown"), [(1, [1, 3, 4]), (3, [3, 4]), (4, [3, 4]), (None, [3, 4])]
+)
+def test_the_best_epoch_is_in_the_table_once(best, shown):
+    rows = [{"epoch": n, "step": 10 * n, "train_objective": -1.0} for n in range(1, 5)]
+    lines = ppvae.History("ELBO", rows, best_epoch=best).table(last=2).splitlines()[2:]
+    assert [int(line.split()[0]) for line in lines] == shown
+    assert [int(line.split()[0]) for line in lines if line.endswith("(best)")] == [best] * bool(
+        best
+    )
+
+
 def test_what_a_callback_inherits_is_called():
     class Counts(ppvae.Callback):
         steps = 0
