@@ -913,3 +913,14 @@ def test_each_pair_has_a_state_of_its_own_in_stock_engines(linear) -> None:
     states = [estimator.stock_state(*pair) for pair in ((model, guide), (model, other))]
     assert [state.step for state in states] == [1, 0]
     assert estimator.stock_state(model, guide) is states[0]
+
+
+@pytest.mark.parametrize("alpha", [-0.5, -1.0, -3.0, -math.inf])
+def test_what_is_no_bound_is_not_reported_as_one(alpha) -> None:
+    """A negative order trains by its own value, and is evaluated as IWELBO at the same draws."""
+    model, guide, args = build("vae_bernoulli")
+    found = []
+    for estimator in (elbo.RenyiELBO(4, alpha=alpha), elbo.IWELBO(4)):
+        torch.manual_seed(0)
+        found.append(estimator.evaluate(model, guide, *args))
+    assert torch.equal(*found)
