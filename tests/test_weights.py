@@ -59,6 +59,31 @@ def test_a_masked_flow_without_inverse_weighs_its_own_draw() -> None:
     torch.testing.assert_close(weights.log_w, torch.where(mask, log_p - log_q, 0.0))
 
 
+def test_a_whole_batch_of_one_weight_has_its_plates_size_at_its_sites() -> None:
+    """A latent outside of the plate is not 10 / 4 times as much: the scale is the plate's own."""
+
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample=x):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("w", dist.Normal(0.5, 1.0))
+
+    weights = ppvae.log_weights(model, guide, torch.zeros(4), num_particles=3, joint=True)
+    assert weights.scale == 1.0
+    assert weights.site_scales == {("model", "x"): 2.5}
+    torch.manual_seed(0)
+    found = elbo.ELBO(3).loss(model, guide, torch.zeros(4), joint=True)
+    torch.manual_seed(0)
+    w = weights.guide_trace.nodes["w"]["fn"].sample()
+    log_p = dist.Normal(0.0, 1.0).log_prob(w) + 2.5 * 4 * dist.Normal(w, 1.0).log_prob(
+        torch.zeros(())
+    )
+    log_w = log_p - dist.Normal(0.5, 1.0).log_prob(w)
+    assert found == pytest.approx(-log_w.mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("event_dim", [1, 2])
 def test_a_mask_inside_of_an_event_hides_its_numbers_from_the_sum(event_dim: int) -> None:
     value = torch.randn(4, 3, 5)
