@@ -402,12 +402,13 @@ def test_replicates_follow_the_posterior_predictive(float64):
 def test_the_table_of_a_predictive_check_by_hand():
     """Of 200 draws of four rows: two rows out of their range, on either side."""
     drawn = torch.arange(200.0, dtype=torch.float64)[:, None].repeat(1, 4)
+    drawn[:, 3] = 199 - drawn[:, 3]  # so that k / 2 + 49.75 is the mean over rows
     observed = torch.tensor([-1.0, 200.0, 99.5, 50.0], dtype=torch.float64)
     check = diagnostics.PredictiveCheck({"ink": observed}, {"ink": drawn}, "x")
     assert check.p_values["ink"].tolist() == pytest.approx([1.0, 0.0, 0.5, 0.7475])
-    assert check.p_value["ink"] == 112 / 200  # 88 .. 199 of 200 are above 87.125
+    assert check.p_value["ink"] == 125 / 200  # from k = 75 on it is above 87.125
     row = repr(check).splitlines()[-1].split()
-    assert row == ["ink", "87.12", "99.5", "58", "0.560", "50.0%"]
+    assert row == ["ink", "87.12", "99.5", "29", "0.625", "50.0%"]
 
 
 def test_ties_count_half():

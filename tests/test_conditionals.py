@@ -588,3 +588,11 @@ def test_log_q_along_the_path_has_the_same_value_and_total_derivative(scale):
             )
             torch.testing.assert_close(slope, -(value - loc) / raw.exp() ** 2)
         assert q.expand((5, 2, 4)).log_prob_along_path(z).requires_grad
+
+
+def test_pseudo_inputs_start_around_their_mean():
+    prior = conditionals.VampPrior(nn.Identity(), 500, 20, mean=5.0, std=0.1, support="real")
+    u = prior.inputs().detach()
+    assert u.shape == (500, 20)
+    assert abs(u.mean().item() - 5.0) < 4.5 * 0.1 / 100  # of 10,000 numbers
+    assert abs(u.std().item() / 0.1 - 1) < 4.5 / (2 * 10_000) ** 0.5

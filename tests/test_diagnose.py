@@ -1,5 +1,6 @@
 """`diagnose`: every number against its closed form, every pair, and what is refused."""
 
+import dataclasses
 import math
 
 import pandas
@@ -834,3 +835,13 @@ def test_on_cuda():
     assert ((report.log_evidence - cpu.log_evidence).abs() < 5 * se).all()
     error = math.hypot(report.aggregate.mutual_information_se, cpu.aggregate.mutual_information_se)
     assert abs(report.mutual_information - cpu.mutual_information) < 5 * error
+
+
+@pytest.mark.parametrize(("gap", "told"), [(0.9, False), (1.1, True)])
+def test_a_gap_is_told_from_a_nat_on(gap, told):
+    model, guide, x = linear(rows=20)
+    report = diagnose(model, guide, x, num_particles=21, num_aggregate=0, seed=0)
+    report = dataclasses.replace(report, elbo=report.log_evidence - gap)
+    found = [text for text in report.verdict if "guide loses" in text]
+    assert bool(found) == told
+    assert not told or "1.1 nats per datapoint" in found[0]

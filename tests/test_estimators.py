@@ -837,7 +837,7 @@ def test_a_scale_inside_a_sum_over_latents_is_refused() -> None:
     torch.testing.assert_close(-found, (q * each).sum())
 
 
-@pytest.mark.parametrize("alpha", [-2.0, -math.inf])
+@pytest.mark.parametrize("alpha", [-0.5, -2.0, -math.inf])
 def test_what_is_no_bound_is_not_reported_as_one(alpha: float) -> None:
     model = LinearModel(1, 3)
     guide = LinearGuide(model, scale=1.6, shift=0.3)

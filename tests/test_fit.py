@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ppvae
 from ppvae import conditionals, data, elbo, guides, models, nets
+from ppvae.check.nonfinite import NonFiniteError
 from ppvae.program import data_plate
 from ppvae.train.fit import mean_bound
 from ppvae.train.processes import Processes
@@ -582,6 +583,48 @@ def test_a_sampler_is_told_the_epoch(batched):
         loader = DataLoader(dataset, batch_size=10, sampler=sampler)
     fit(vae(), loader, epochs=3)
     assert [epoch for epoch in told if epoch] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("best", "shown"), [(1, [1, 3, 4]), (3, [3, 4]), (4, [3, 4]), (None, [3, 4])]
+)
+def test_the_best_epoch_is_in_the_table_once(best, shown):
+    rows = [{"epoch": n, "step": 10 * n, "train_objective": -1.0} for n in range(1, 5)]
+    lines = ppvae.History("ELBO", rows, best_epoch=best).table(last=2).splitlines()[2:]
+    assert [int(line.split()[0]) for line in lines] == shown
+    marked = [int(line.split()[0]) for line in lines if line.endswith("(best)")]
+    assert marked == ([best] if best else [])
+
+
+def test_steps_that_a_device_has_withheld_are_told_after_the_epoch():
+    """There the step itself does not wait to see whether it is finite."""
+
+    class Withholds(ppvae.SVI):
+        def update(self, *args, **kwargs):
+            loss = super().update(*args, **kwargs)
+            self._skipped += self.num_steps == 3
+            return loss
+
+    pair = vae()
+    svi = Withholds(pair.model, pair.guide, ADAM)
+    with pytest.raises(NonFiniteError, match="1 of the steps 1 to 4 was NaN or infinite"):
+        fit(svi, X)
+    assert (svi.num_steps, svi.num_epochs) == (4, 0)
+
+
+def test_what_a_callback_inherits_is_called():
+    class Counts(ppvae.Callback):
+        steps = 0
+
+        def on_step_end(self, svi, loss):
+            self.steps += 1
+
+    class Named(Counts):
+        name = "mine"
+
+    named = Named()
+    fit(vae(), X, epochs=1, callbacks=[named, ppvae.Callback()])
+    assert named.steps == 4
 
 
 def test_the_function_comes_before_the_callbacks():

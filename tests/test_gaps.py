@@ -17,7 +17,7 @@ from ppvae import conditionals, diagnostics, guides, models, nets, plots, poster
 from ppvae.check.pair import PairError
 from ppvae.diagnostics.compare_posteriors import _sliced
 from ppvae.diagnostics.gaps import _elbo
-from ppvae.local import Indexed
+from ppvae.local import Indexed, fit_local
 from ppvae.program import data_plate
 from ppvae.weights import log_weights
 
@@ -429,3 +429,13 @@ def test_the_error_of_a_bound_is_that_of_a_mean_of_draws(float64):
     log_w = log_weights(model, guide, x, num_particles=4000).log_w.detach()
     torch.testing.assert_close(error, log_w.std(0) / math.sqrt(4000), rtol=0.2, atol=0.0)
     assert ((found - log_w.mean(0)).abs() < 4.5 * math.sqrt(2) * error).all()
+
+
+def test_fitting_a_local_guide_leaves_no_gradients_behind():
+    model = LinearModel(2, 3)
+    x, index = model.draw(4), torch.arange(4)
+    local = guides.PerDatapoint(conditionals.Normal(nn.Identity()), torch.zeros(4, 4))
+    (table,) = local.parameters()
+    fit_local(Indexed(model), local, x, index, steps=2)
+    assert (table != 0).all()
+    assert all(p.grad is None for p in [*local.parameters(), *model.parameters()])

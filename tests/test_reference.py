@@ -825,6 +825,19 @@ def test_reverse_annealing_from_chains_that_have_not_converged_is_nan(far_apart)
         assert values.isnan().nonzero().flatten().tolist() == [1, 3]
 
 
+def test_the_gap_of_a_sandwich_is_signed():
+    """By chance the sides may cross: only the mean gap bounds anything."""
+
+    def side(values):
+        zeros = torch.zeros(2, dtype=torch.float64)
+        return diagnostics.AnnealedEvidence(
+            torch.tensor(values, dtype=torch.float64), zeros, zeros, zeros[None], zeros, "lower", ""
+        )
+
+    both = diagnostics.Sandwich(side([-1.0, -2.0]), side([-0.5, -2.25]), ())
+    assert both.gap.tolist() == [0.5, -0.25]
+
+
 def test_chains_are_refreshed_at_the_posterior(float64):
     """Transitions from exact draws leave these exact, however far away the guide is."""
     model, guide, x, (mean, S), _ = linear(rows=3, scale=0.5, shift=3.0)

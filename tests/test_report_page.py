@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ppvae import conditionals, diagnostics, guides, models, nets
-from ppvae.diagnostics.html import units_picture
+from ppvae.diagnostics.html import units_picture, worst_picture
 from registry import build
 
 BROWSER = next(
@@ -156,6 +156,21 @@ def test_what_is_refused(report, tmp_path):
     with pytest.raises(ValueError, match="is a folder: give the name of a file"):
         report.to_html(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_worst_points_have_their_own_khat_and_the_height_of_their_rows():
+    """Six images, twice as wide as high, of which row 4 is the worst: two rows of five."""
+    x, khat = (
+        torch.arange(7.0)[:, None].expand(7, 8) / 7,
+        torch.tensor([0, 0.1, 0.2, 0, 0.9, 0.3, 0]),
+    )
+    worst = torch.tensor([4, 5, 2, 1, 0, 3])
+    picture = worst_picture(x, khat, worst, (2, 4))
+    images, values, shape = picture.draw.args
+    assert (images[:, 0] * 7).round().tolist() == worst.tolist() and shape == (2, 4)
+    assert torch.equal(values, khat[worst])
+    assert picture.height == pytest.approx(0.9 * 2 * 0.5 + 0.2)
+    assert "datapoints 4, 5, 2, 1, 0, 3, worst first" in picture.alt
 
 
 def test_units_are_described_from_the_largest_to_the_smallest():

@@ -13,7 +13,7 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel
 from ppvae import elbo
-from ppvae.pairs import Leaves, simulate, structure
+from ppvae.pairs import Leaves, signature, simulate, structure
 from ppvae.terms import _point_of, log_density
 from ppvae.weights import dream_log_q, weigh
 from registry import ALL_PAIRS, build
@@ -57,6 +57,52 @@ def test_a_masked_flow_without_inverse_weighs_its_own_draw() -> None:
     log_p = dist.Normal(0.0, 1.0).log_prob(site["value"]).sum(-1)
     log_p = log_p + dist.Normal(site["value"].sum(-1), 1.0).log_prob(torch.zeros(3))
     torch.testing.assert_close(weights.log_w, torch.where(mask, log_p - log_q, 0.0))
+
+
+def test_a_whole_batch_of_one_weight_has_its_plates_size_at_its_sites() -> None:
+    """A latent outside of the plate is not 10 / 4 times as much: the scale is the plate's own."""
+
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample=x):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("w", dist.Normal(0.5, 1.0))
+
+    weights = ppvae.log_weights(model, guide, torch.zeros(4), num_particles=3, joint=True)
+    assert weights.scale == 1.0
+    assert weights.site_scales == {("model", "x"): 2.5}
+    torch.manual_seed(0)
+    found = elbo.ELBO(3).loss(model, guide, torch.zeros(4), joint=True)
+    torch.manual_seed(0)
+    w = weights.guide_trace.nodes["w"]["fn"].sample()
+    log_p = dist.Normal(0.0, 1.0).log_prob(w) + 2.5 * 4 * dist.Normal(w, 1.0).log_prob(
+        torch.zeros(())
+    )
+    log_w = log_p - dist.Normal(0.5, 1.0).log_prob(w)
+    assert found == pytest.approx(-log_w.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("event_dim", [1, 2])
+def test_a_mask_inside_of_an_event_hides_its_numbers_from_the_sum(event_dim: int) -> None:
+    value = torch.randn(4, 3, 5)
+    mask = torch.rand(4, 3, 5) < 0.5
+    fn = dist.Normal(torch.zeros(4, 3, 5), 2.0).mask(mask).to_event(event_dim)
+    site = {"fn": fn, "value": torch.where(mask, value, math.nan), "mask": None, "name": "x",
+            "is_observed": True, "args": (), "kwargs": {}}  # fmt: skip
+    units = torch.where(mask, dist.Normal(0.0, 2.0).log_prob(value), 0.0)
+    expected = units.flatten(-event_dim).sum(-1)
+    torch.testing.assert_close(log_density(site), expected)
+
+
+def test_what_a_list_holds_is_part_of_a_call() -> None:
+    x = torch.zeros(2)
+    calls = [([x, None],), ([x, x],), ([x, x[None]],), ((x,),), (x,), ([x, {"y": None}],),
+             ([x, {"y": x}],), ([x, "a"],), ([x, "b"],)]  # fmt: skip
+    found = [signature(args, {}) for args in calls]
+    assert len(set(found)) == len(calls)
+    assert signature(([x + 1, None],), {}) == found[0]
 
 
 def test_a_hidden_value_is_filled_with_one_that_can_be() -> None:
