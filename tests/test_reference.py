@@ -825,6 +825,22 @@ def test_reverse_annealing_from_chains_that_have_not_converged_is_nan(far_apart)
         assert values.isnan().nonzero().flatten().tolist() == [1, 3]
 
 
+def test_the_ends_of_a_path_and_the_scales_between(float64):
+    """From r = p(z) or q(z | x) to p(x, z); in precision between those of the ends."""
+    model, guide, x, _, _ = linear(rows=3, scale=2.0)
+    joint = Joint(model, guide, x)
+    u = torch.randn(5, 3, 2)
+    prior = dist.Normal(0.0, 1.0).log_prob(u).sum(-1)
+    for start, base in (("prior", prior), ("guide", guide.posterior(x).log_prob(u))):
+        torch.manual_seed(0)
+        path = AnnealedPath(joint, start, torch.tensor([0.0, 0.25, 1.0]), 3, 8)
+        found = [end.detach() for end in path.ends(u)]
+        torch.testing.assert_close(found, [base.detach(), joint(u).detach()])
+        first, between, last = (scale.pow(-2) for scale in path.scales)
+        torch.testing.assert_close(between, 0.75 * first + 0.25 * last)
+        assert ((path.scales[0] / path.scales[2]) > 1.1).all()
+
+
 def test_the_gap_of_a_sandwich_is_signed():
     """By chance the sides may cross: only the mean gap bounds anything."""
 

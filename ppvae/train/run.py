@@ -242,7 +242,6 @@ class Run:
         for name, value in state["progress"].items():
             setattr(progress, name, value)
         progress.history = History(**state["progress"]["history"])
-        progress.history.interrupted = False
         progress.total, progress.count = own["total"].to(device), own["count"]
         self.data.load_state_dict(own["data"])
         if self.valid is not None:
