@@ -377,7 +377,6 @@ def test_wide_jitter_mixes_the_variances(monkeypatch):
     assert failed[0.3, 1.2] <= 4 and failed[1.0, 1.0] >= 12, failed
 
 
-@pytest.mark.slow
 def test_trajectories_are_jittered_over_their_range(monkeypatch):
     """Where the density is flat, a point moves by jitter x step x scale x momentum at each step."""
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)  # momenta of 1
@@ -434,6 +433,7 @@ def test_scales_are_those_of_the_last_window():
     assert seen[39] is begin and seen[80] is scale
 
 
+@pytest.mark.slow
 def test_hmc_with_correlated_and_unequal_scales(float64):
     """A posterior with correlation 0.8 and scales 100 apart, which unscaled HMC would not mix."""
     scales, rho = torch.tensor([0.05, 5.0]), 0.8
