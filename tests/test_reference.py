@@ -377,7 +377,6 @@ def test_wide_jitter_mixes_the_variances(monkeypatch):
     assert failed[0.3, 1.2] <= 4 and failed[1.0, 1.0] >= 12, failed
 
 
-@pytest.mark.slow
 def test_trajectories_are_jittered_over_their_range(monkeypatch):
     """Where the density is flat, a point moves by jitter x step x scale x momentum at each step."""
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)  # momenta of 1
@@ -434,6 +433,7 @@ def test_scales_are_those_of_the_last_window():
     assert seen[39] is begin and seen[80] is scale
 
 
+@pytest.mark.slow
 def test_hmc_with_correlated_and_unequal_scales(float64):
     """A posterior with correlation 0.8 and scales 100 apart, which unscaled HMC would not mix."""
     scales, rho = torch.tensor([0.05, 5.0]), 0.8
@@ -823,6 +823,24 @@ def test_reverse_annealing_from_chains_that_have_not_converged_is_nan(far_apart)
     )
     for values in (found.log_evidence, found.log_evidence_se, found.ess):
         assert values.isnan().nonzero().flatten().tolist() == [1, 3]
+
+
+def test_the_ends_of_a_path_and_the_scales_between(float64):
+    """From r = p(z) or q(z | x) to p(x, z); in precision between those of the ends."""
+    model, guide, x, _, _ = linear(rows=3, scale=2.0)
+    joint = Joint(model, guide, x)
+    u = torch.randn(5, 3, 2)
+    prior = dist.Normal(0.0, 1.0).log_prob(u).sum(-1)
+    for start, base in (("prior", prior), ("guide", guide.posterior(x).log_prob(u))):
+        torch.manual_seed(0)
+        path = AnnealedPath(joint, start, torch.tensor([0.0, 0.25, 1.0]), 3, 8)
+        found = [end.detach() for end in path.ends(u)]
+        torch.testing.assert_close(found, [base.detach(), joint(u).detach()])
+        first, between, last = (scale.pow(-2) for scale in path.scales)
+        torch.testing.assert_close(between, 0.75 * first + 0.25 * last)
+        torch.manual_seed(0)  # the pilot's first draws
+        begin = joint.draw_prior(200) if start == "prior" else joint.draw_q(200)
+        torch.testing.assert_close(path.scales[0], begin.std(0))
 
 
 def test_the_gap_of_a_sandwich_is_signed():

@@ -581,3 +581,12 @@ def test_steps_that_were_skipped_before_a_load_are_no_news():
     svi.load_state_dict(state)
     svi.check_finite()
     assert svi.num_skipped == 3
+
+
+def test_asking_for_the_size_moves_no_statistics():
+    svi = ppvae.SVI(*vae(batch_norm=True))
+    svi.step(X)
+    before, random = tensors(svi.objective), torch.get_rng_state()
+    assert svi.full_size(X) == len(X)
+    assert all(torch.equal(before[k], v) for k, v in tensors(svi.objective).items())
+    assert torch.equal(random, torch.get_rng_state())

@@ -244,7 +244,6 @@ class Run:
         for name, value in state["progress"].items():
             setattr(progress, name, value)
         progress.history = History(**state["progress"]["history"])
-        progress.history.interrupted = False
         progress.total, progress.count = own["total"].to(device), own["count"]
         if svi.turns is not None:
             svi.turns.reported = {
