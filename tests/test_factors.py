@@ -2,13 +2,13 @@
 
 import os
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from ppvae import data
 
-h5py = pytest.importorskip("h5py")
 SMALL = (3, 2, 2, 3, 3)
 
 
