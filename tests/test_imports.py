@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "local": PAIR,
     "chain": {"pairs"},
     # what programs are made of
-    "nets": set(),
+    "nets": {"auxiliary"},
     "distributions": set(),
     "conditionals": {"distributions"},
     "posteriors": DENSITIES,

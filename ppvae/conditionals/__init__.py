@@ -16,6 +16,7 @@ A room of densities: it imports distributions, and neither pairs nor anything th
 them.
 """
 
+from ppvae.conditionals.codes import CodePrior
 from ppvae.conditionals.heads import (
     BagOfWords,
     Bernoulli,
@@ -30,6 +31,7 @@ __all__ = [
     "BagOfWords",
     "Bernoulli",
     "Categorical",
+    "CodePrior",
     "Conditional",
     "Mixture",
     "Normal",

@@ -10,6 +10,7 @@ from ppvae.elbo.estimator import Estimator, Objective
 from ppvae.elbo.factor import FactorELBO
 from ppvae.elbo.importance import CIWELBO, IWELBO, MIWELBO, PIWELBO, RenyiELBO
 from ppvae.elbo.penalties import Capacity, Constraint, FreeBits, Penalty, Tilt
+from ppvae.elbo.quantized import VQELBO
 from ppvae.elbo.schedules import CyclicalWarmup, LinearWarmup
 from ppvae.elbo.standard import ELBO
 from ppvae.elbo.state import State
@@ -24,6 +25,7 @@ __all__ = [
     "MIWELBO",
     "PIWELBO",
     "TCELBO",
+    "VQELBO",
     "Capacity",
     "ChiUpperBound",
     "Constraint",

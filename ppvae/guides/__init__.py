@@ -7,6 +7,7 @@ from ppvae.guides.ladder import Ladder
 from ppvae.guides.per_datapoint import PerDatapoint
 from ppvae.guides.point_mass import PointMass
 from ppvae.guides.prior import Prior
+from ppvae.guides.quantized import Quantized, QuantizedLevels
 from ppvae.guides.responsibilities import Responsibilities
 from ppvae.guides.semi_amortized import SemiAmortized
 
@@ -19,6 +20,8 @@ __all__ = [
     "PerDatapoint",
     "PointMass",
     "Prior",
+    "Quantized",
+    "QuantizedLevels",
     "Responsibilities",
     "SemiAmortized",
 ]

@@ -5,7 +5,17 @@ from ppvae.models.cvae import CVAE
 from ppvae.models.hierarchical import Hierarchical
 from ppvae.models.mixture import GaussianMixture
 from ppvae.models.nvdm import NVDM
+from ppvae.models.quantized import CodeHierarchy
 from ppvae.models.vade import VaDE
 from ppvae.models.vae import VAE
 
-__all__ = ["CVAE", "NVDM", "VAE", "Autoencoder", "GaussianMixture", "Hierarchical", "VaDE"]
+__all__ = [
+    "CVAE",
+    "NVDM",
+    "VAE",
+    "Autoencoder",
+    "CodeHierarchy",
+    "GaussianMixture",
+    "Hierarchical",
+    "VaDE",
+]

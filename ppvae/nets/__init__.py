@@ -13,7 +13,16 @@ rows when there are ``K`` particles. So ``K`` particles at once differ from a lo
 (each with its own statistics). In ``eval`` mode the two agree.
 """
 
-from ppvae.nets.conv import ConvDecoder, ConvEncoder, conv_decoder, conv_encoder
+from ppvae.nets.causal import CausalConv, CausalGRU, Unigram
+from ppvae.nets.codes import FSQ, Codebook, CodeTable
+from ppvae.nets.conv import (
+    ConvDecoder,
+    ConvEncoder,
+    conv_decoder,
+    conv_encoder,
+    downsample,
+    upsample,
+)
 from ppvae.nets.dense import (
     MLP,
     FlatBatch,
@@ -25,15 +34,23 @@ from ppvae.nets.dense import (
 )
 
 __all__ = [
+    "FSQ",
     "MLP",
+    "CausalConv",
+    "CausalGRU",
+    "CodeTable",
+    "Codebook",
     "ConvDecoder",
     "ConvEncoder",
     "FlatBatch",
     "OneHot",
+    "Unigram",
     "concatenate",
     "conv_decoder",
     "conv_encoder",
+    "downsample",
     "flat_batch",
     "mlp",
     "residual",
+    "upsample",
 ]

@@ -1,4 +1,4 @@
-"""Convolutional networks of images, from and to vectors."""
+"""Convolutional networks of images, from and to vectors and maps."""
 
 from __future__ import annotations
 
@@ -161,3 +161,73 @@ def conv_decoder(
         layers += hidden_layers(width, activation, norm)
         layers.append(nn.ConvTranspose2d(width, width_out, 4, stride=2, padding=1))
     return ConvDecoder(stem, FlatBatch(nn.Sequential(*layers)), shape)
+
+
+def downsample(
+    width_in: int,
+    width_out: int,
+    channels: Sequence[int] = (32, 64),
+    activation: Activation = nn.ReLU,
+    batch_norm: bool = False,
+    residual_blocks: int = 0,
+) -> FlatBatch:
+    """From an image or a map to a smaller map: stride-2 convolutions, then one of kernel 1.
+
+    Args:
+        width_in: channels of the input.
+        width_out: channels of the output.
+        channels: of each convolution, which halves height and width (rounding up).
+        activation: makes an activation module.
+        batch_norm: normalise before each activation; see the module's note.
+        residual_blocks: residual blocks after each convolution.
+
+    Example:
+        >>> import torch
+        >>> downsample(1, 16)(torch.zeros(5, 10, 1, 28, 28)).shape
+        torch.Size([5, 10, 16, 7, 7])
+    """
+    layers: list[nn.Module] = []
+    norm = nn.BatchNorm2d if batch_norm else None
+    for before, width in pairwise((width_in, *channels)):
+        layers.append(nn.Conv2d(before, width, 3, stride=2, padding=1))
+        layers += _residuals(width, residual_blocks, activation, norm)
+        layers += hidden_layers(width, activation, norm)
+    layers.append(nn.Conv2d((width_in, *channels)[-1], width_out, 1))
+    return FlatBatch(nn.Sequential(*layers), event_dim=3)
+
+
+def upsample(
+    width_in: int,
+    width_out: int,
+    channels: Sequence[int] = (64, 32),
+    activation: Activation = nn.ReLU,
+    batch_norm: bool = False,
+    residual_blocks: int = 0,
+) -> FlatBatch:
+    """From a map to a larger map or an image: a convolution, then transposed ones of stride 2.
+
+    Args:
+        width_in: channels of the input.
+        width_out: channels of the output.
+        channels: input channels of each transposed convolution, which doubles height and width.
+        activation: makes an activation module.
+        batch_norm: normalise before each activation; see the module's note.
+        residual_blocks: residual blocks before each transposed convolution.
+
+    Raises:
+        ValueError: for no channels.
+
+    Example:
+        >>> import torch
+        >>> upsample(16, 1)(torch.zeros(5, 10, 16, 7, 7)).shape
+        torch.Size([5, 10, 1, 28, 28])
+    """
+    if not channels:
+        raise ValueError("upsample needs at least one channel width, as channels=(64, 32)")
+    norm = nn.BatchNorm2d if batch_norm else None
+    layers: list[nn.Module] = [nn.Conv2d(width_in, channels[0], 3, padding=1)]
+    for width, after in pairwise((*channels, width_out)):
+        layers += _residuals(width, residual_blocks, activation, norm)
+        layers += hidden_layers(width, activation, norm)
+        layers.append(nn.ConvTranspose2d(width, after, 4, stride=2, padding=1))
+    return FlatBatch(nn.Sequential(*layers), event_dim=3)

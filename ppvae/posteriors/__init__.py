@@ -4,6 +4,7 @@ Each is a head on a network, as those of :mod:`ppvae.conditionals` are, so it ca
 conditional can: as a learned prior p(z | y), or in a VampPrior.
 """
 
+from ppvae.posteriors.codes import GumbelCodes
 from ppvae.posteriors.flows import Flow, coupling, iaf, spline
 from ppvae.posteriors.mixture import Mixture, MixtureOfNormals
 from ppvae.posteriors.normals import FullNormal, LowRankNormal
@@ -11,6 +12,7 @@ from ppvae.posteriors.normals import FullNormal, LowRankNormal
 __all__ = [
     "Flow",
     "FullNormal",
+    "GumbelCodes",
     "LowRankNormal",
     "Mixture",
     "MixtureOfNormals",
