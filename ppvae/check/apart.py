@@ -13,7 +13,7 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from ppvae.check.behaviour import point_masses
+from ppvae.check.behaviour import drawn_once
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
@@ -86,7 +86,7 @@ def keeps_apart(weights: LogWeights, num_particles: int, keywords: bool = False)
             return Apart(unseen=unseen)
         leaks = leakage_faults(again, terms) if again.differ and not other_noise else None
         particles = values = None
-        if num_particles > 1 and not other_noise and not point_masses(weights):
+        if num_particles > 1 and not other_noise and not drawn_once(weights):
             particles = particle_faults(again)
         if weights.enumerated and not other_noise:
             values = value_faults(again)
@@ -185,7 +185,7 @@ def _leaks(again: _Replays, terms: Terms, cut: set[int | str]) -> list[tuple[str
 def _changed_by_size(again: _Replays) -> list[tuple[str, str]]:
     """Terms of the two rows that are others in the whole batch, at the same draws."""
     # a point is not the same to the last digit in a batch of another size
-    if again.index is None or point_masses(again.whole):
+    if again.index is None or drawn_once(again.whole):
         return []
     drawn, cut = again.whole.guide_trace, functools.partial(_rows_of, index=again.index)
     few = again.terms(_with_values(drawn, cut))
@@ -206,7 +206,7 @@ def position_faults(weights: LogWeights) -> list[str]:
     backwards = torch.arange(again.weights.log_w.shape[1]).flip(0)
     try:
         terms = again.terms(again.drawn)
-        if point_masses(weights) or _different(terms, again.terms(again.drawn, seed=1)):
+        if drawn_once(weights) or _different(terms, again.terms(again.drawn, seed=1)):
             return []
         drawn = _with_values(again.drawn, functools.partial(_rows_of, index=backwards))
         after = again.terms(drawn, again.cut, backwards)

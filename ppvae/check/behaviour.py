@@ -161,6 +161,19 @@ def point_masses(weights: LogWeights) -> list[str]:
     ]
 
 
+def drawn_once(weights: LogWeights) -> dict[str, str]:
+    """Latents of which all draws are equal, and why.
+
+    A point mass; or a distribution that says so itself: ``deterministic``, with a probability of 1
+    for its only value.
+    """
+    found = dict.fromkeys(point_masses(weights), "a point mass")
+    for name, site in sample_sites(weights.guide_trace).items():
+        if getattr(innermost(site["fn"]), "deterministic", False):
+            found[name] = "deterministic"
+    return found
+
+
 # ------------------------------------------------------------------------------ gradients
 
 
@@ -204,8 +217,9 @@ def _total(weights: LogWeights) -> Tensor:
 def possible_gradients(weights: LogWeights) -> dict[str, str]:
     """For each gradient of :mod:`ppvae.elbo` why this pair cannot use it; "" if it can."""
     reasons = dict.fromkeys(GRADIENTS, "")
-    if points := point_masses(weights):
-        only = f"latent {points[0]!r} is a point mass, drawn once: only elbo.ELBO(), pathwise"
+    if points := drawn_once(weights):
+        name, why = next(iter(points.items()))
+        only = f"latent {name!r} is {why}, drawn once: only elbo.ELBO(), pathwise"
         return reasons | dict.fromkeys(GRADIENTS[1:], only)
     for name in weights.latents:
         site = weights.guide_trace.nodes[name]

@@ -12,6 +12,7 @@ from ppvae.check.apart import Apart
 from ppvae.check.behaviour import (
     detached_latents,
     different_supports,
+    drawn_once,
     foreign_parameter,
     parameters_without_gradient,
     point_masses,
@@ -161,11 +162,15 @@ def _positions(weights: LogWeights) -> Answer:
 
 def _points(weights: LogWeights) -> Answer:
     """Whether the guide has a density."""
-    points = point_masses(weights)
-    if not points:
+    once = drawn_once(weights)
+    if not once:
         return Answer()
+    name, points = next(iter(once)), point_masses(weights)
     note = (
         f"latent {points[0]!r} is a point mass: the ELBO is then log p(x, z) at that point, no "
         "bound on log p(x), and there is no evidence or k-hat"
+        if points
+        else f"latent {name!r} is deterministic: its log q = 0 is a probability, and the ELBO a "
+        "bound; all draws are equal, so there is no evidence or k-hat"
     )
     return Answer(notes=[note])

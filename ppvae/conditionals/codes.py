@@ -22,7 +22,7 @@ class CodeSupport(constraints.Constraint):
 
     is_discrete, event_dim = True, 3
 
-    def __init__(self, quantizer: nn.Module) -> None:
+    def __init__(self, quantizer: Any) -> None:
         self.quantizer = quantizer
 
     def check(self, value: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class CodeDistribution(dist.TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, quantizer: nn.Module, shape: tuple[int, ...], batch_shape: Any = ()) -> None:
+    def __init__(self, quantizer: Any, shape: tuple[int, ...], batch_shape: Any = ()) -> None:
         self.quantizer, self.shape = quantizer, tuple(shape)
         event_shape = torch.Size((quantizer.dim, *shape))
         super().__init__(torch.Size(batch_shape), event_shape, validate_args=False)
@@ -81,7 +81,7 @@ class CodeMap(CodeDistribution):
         logits: ``(..., K, h, w)``.
     """
 
-    def __init__(self, quantizer: nn.Module, logits: Tensor) -> None:
+    def __init__(self, quantizer: Any, logits: Tensor) -> None:
         self.logits = full_precision(logits)
         super().__init__(quantizer, logits.shape[-2:], logits.shape[:-3])
 
@@ -131,7 +131,7 @@ class CausalCodes(CodeDistribution):
 
     def __init__(
         self,
-        quantizer: nn.Module,
+        quantizer: Any,
         shape: tuple[int, ...],
         net: nn.Module,
         context: tuple[Tensor, ...] = (),
@@ -215,9 +215,10 @@ class CodePrior(nn.Module):
     """
 
     zeros: Tensor
+    quantizer: Any
 
     def __init__(
-        self, quantizer: nn.Module, shape: tuple[int, int], net: nn.Module | None = None
+        self, quantizer: Any, shape: tuple[int, int], net: nn.Module | None = None
     ) -> None:
         super().__init__()
         if len(shape) != 2 or min(shape) < 1:

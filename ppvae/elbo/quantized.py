@@ -29,8 +29,8 @@ class VQELBO(ELBO):
     here: :class:`ppvae.nets.Codebook` learns them after each step.
 
     Everything is in nats per datapoint. The paper's weight belongs to means: beta times the mean
-    over a code map of :math:`D_z` numbers, beside a squared error over the data's variance, mean over
-    :math:`D_x` numbers. With ``conditionals.Normal(net, scale=sigma)``, sigma^2 the data's
+    over a code map of :math:`D_z` numbers, beside a squared error over the data's variance, the
+    mean over :math:`D_x` numbers. With ``conditionals.Normal(net, scale=sigma)``, sigma^2 the data's
     variance, that is ``commitment = beta * D_x / (2 * D_z)``.
 
     Args:
@@ -55,7 +55,8 @@ class VQELBO(ELBO):
         >>> decoder = nn.Sequential(nn.Flatten(-3), nn.Linear(2 * 9, 16))
         >>> prior = conditionals.CodePrior(book, shape=(3, 3))
         >>> model = models.VAE(conditionals.Bernoulli(decoder), prior=prior)
-        >>> svi = ppvae.SVI(model, guides.Quantized(encoder, book), loss=elbo.VQELBO(commitment=1.0))
+        >>> guide = guides.Quantized(encoder, book)
+        >>> svi = ppvae.SVI(model, guide, loss=elbo.VQELBO(commitment=1.0))
         >>> x = torch.bernoulli(torch.full((40, 16), 0.5))
         >>> history = ppvae.fit(svi, x, epochs=2, progress=False)
         >>> {"train_objective", "code_perplexity"} <= history.rows[0].keys()

@@ -85,7 +85,7 @@ class Quantized(_Softened, Amortized):
     def __init__(
         self,
         encoder: nn.Module,
-        quantizer: nn.Module,
+        quantizer: Any,
         condition: nn.Module | None = None,
         latent: str = "z",
     ) -> None:
@@ -162,7 +162,9 @@ class Quantizing(Conditional):
         tau: None: the nearest code; else see :meth:`Quantized.soften`.
     """
 
-    def __init__(self, net: nn.Module, quantizer: nn.Module, tau: float | None = None) -> None:
+    quantizer: Any
+
+    def __init__(self, net: nn.Module, quantizer: Any, tau: float | None = None) -> None:
         super().__init__(net)
         self.quantizer, self.tau = quantizer, tau
 
@@ -192,9 +194,9 @@ class PointCodes(CodeDistribution):
         raw: the output that they are nearest to.
     """
 
-    has_rsample = True
+    has_rsample = deterministic = True
 
-    def __init__(self, quantizer: nn.Module, value: Tensor, raw: Tensor) -> None:
+    def __init__(self, quantizer: Any, value: Tensor, raw: Tensor) -> None:
         super().__init__(quantizer, value.shape[-2:], value.shape[:-3])
         self.value, self.raw = value, raw
 

@@ -58,7 +58,7 @@ class CodeHierarchy(Program):
     def forward(
         self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None
     ) -> Tensor:
-        """Observe ``x``, ``(N, ...)``, or draw: ``size`` rows, or one for each label y. Returns x."""
+        """Observe ``x``, ``(N, ...)``, or draw: ``size`` rows, or one for each y. Returns x."""
         if (self.condition is None) != (y is None):
             raise ValueError(
                 "this model has no condition, and was given labels y: make it with condition=, as "
@@ -66,7 +66,9 @@ class CodeHierarchy(Program):
                 "this model has a condition, so call it with labels: data as a tuple (x, y), or "
                 "dataset.supervised()"
             )  # fmt: skip
-        context = () if y is None or self.condition is None else (self.condition(y)[..., None, None],)
+        context = (
+            () if y is None or self.condition is None else (self.condition(y)[..., None, None],)
+        )
         with data_plate(x, y, size=size):
             z2 = pyro.sample("z2", self.top(*context))
             z1 = pyro.sample("z1", self.bottom(z2, *context))

@@ -132,7 +132,10 @@ class CausalConv(nn.Module):
         self.out = many(channels, channels)
         self.context = many(context_dim, 2 * gates) if context_dim else None
         self.head = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, num_codes, 1)
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+            nn.ReLU(),
+            nn.Conv2d(channels, num_codes, 1),
         )
 
     def forward(self, indices: Tensor, *context: Tensor) -> Tensor:

@@ -179,7 +179,9 @@ class Codebook(_Table, Auxiliary):
         """Write down what a batch assigns to the codes, and an output at random for each."""
         rows = raw.movedim(-3, -1).reshape(-1, self.dim).to(self.sums.dtype)
         index = index.flatten()
-        self.seen.copy_(torch.zeros_like(self.seen).index_add(0, index, torch.ones_like(rows[:, 0])))
+        self.seen.copy_(
+            torch.zeros_like(self.seen).index_add(0, index, torch.ones_like(rows[:, 0]))
+        )
         self.sums.copy_(torch.zeros_like(self.sums).index_add(0, index, rows))
         self.squares.copy_(rows.square().sum())
         order = torch.randperm(len(rows), device=rows.device)

@@ -47,9 +47,9 @@ class GumbelCodes(Conditional):
         (torch.Size([5, 2, 3, 3]), True)
     """
 
-    def __init__(
-        self, net: nn.Module, quantizer: nn.Module, temperature: float | None = 1.0
-    ) -> None:
+    quantizer: Any
+
+    def __init__(self, net: nn.Module, quantizer: Any, temperature: float | None = 1.0) -> None:
         super().__init__(net)
         if temperature is not None and not temperature > 0:
             raise ValueError(f"GumbelCodes: temperature must be positive or None: {temperature}")
@@ -77,7 +77,7 @@ class GumbelCodeMap(CodeMap):
 
     has_rsample = True
 
-    def __init__(self, quantizer: nn.Module, logits: Tensor, temperature: float) -> None:
+    def __init__(self, quantizer: Any, logits: Tensor, temperature: float) -> None:
         super().__init__(quantizer, logits)
         self.temperature = temperature
 
