@@ -30,8 +30,8 @@ class VQELBO(ELBO):
 
     Everything is in nats per datapoint. The paper's weight belongs to means: beta times the mean
     over a code map of :math:`D_z` numbers, beside a squared error over the data's variance, the
-    mean over :math:`D_x` numbers. With ``conditionals.Normal(net, scale=sigma)``, sigma^2 the data's
-    variance, that is ``commitment = beta * D_x / (2 * D_z)``.
+    mean over :math:`D_x` numbers. With ``conditionals.Normal(net, scale=sigma)``, sigma^2 being
+    the data's variance, that is ``commitment = beta * D_x / (2 * D_z)``.
 
     Args:
         num_particles, gradient, beta, kl: as in :class:`~ppvae.elbo.ELBO`.

@@ -1,7 +1,7 @@
 """Networks of code maps that see, at each place, only the places before it in raster order.
 
-From numbers ``(B, h, w)`` and feature maps ``(B, C, h', w')`` to logits ``(B, K, h, w)``: those at a
-place say which code stands there, given the codes left of it and in the rows above.
+From numbers ``(B, h, w)`` and feature maps ``(B, C, h', w')`` to logits ``(B, K, h, w)``: those at
+a place say which code stands there, given the codes left of it and in the rows above.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class CausalConv(nn.Module):
         self.embedding = nn.Embedding(num_codes, channels)
         gates = 2 * channels
 
-        def many(*sizes: int, kernel: tuple[int, int] = (1, 1)) -> nn.ModuleList:
-            return nn.ModuleList(nn.Conv2d(*sizes, kernel) for _ in range(layers))
+        def many(width: int, width_out: int, kernel: tuple[int, int] = (1, 1)) -> nn.ModuleList:
+            return nn.ModuleList(nn.Conv2d(width, width_out, kernel) for _ in range(layers))
 
         self.above = many(channels, gates, kernel=(2, 3))
         self.left = many(channels, gates, kernel=(1, 2))
