@@ -54,6 +54,8 @@ CALLS = {
     "quadrant_completion": ([HIDDEN, torch.stack([1 - X, X**2]), X, (3, 4)], {}),
     "manifold": ([torch.linspace(0, 1, 9 * 12).reshape(9, 12), (3, 4), GRID], {}),
     "interpolation": ([X.reshape(2, 3, 12), (3, 4)], {}),
+    "code_usage": ([torch.tensor([4.0, 0.0, 2.0])], {}),
+    "code_maps": ([torch.arange(12).reshape(3, 2, 2), torch.arange(24.0).reshape(12, 2)], {}),
     "latent_scatter": ([X[:, :2], torch.tensor([0, 1, 2, 0, 1, 2])], {}),
     "em_steps": ([[-9.0, -7.0, -6.5], [-9.0, -7.0], [-8.0, -6.8]], {}),
     "gaussian_components": (

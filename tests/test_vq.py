@@ -734,33 +734,17 @@ def test_codes_of_a_table_are_trained_with_the_pair():
 # -- two levels ----------------------------------------------------------------------------------
 
 
-class Merge(nn.Module):
-    """Features and the coarse codes, stretched, to what the fine codes are of; or to an image."""
-
-    def __init__(self, width_in, net):
-        super().__init__()
-        self.net, self.width_in = net, width_in
-
-    def forward(self, features, z2):
-        leading = torch.broadcast_shapes(features.shape[:-3], z2.shape[:-3])
-        size = features.shape[-2:]
-        wide = nn.functional.interpolate(z2.flatten(0, -4), size=size, mode="nearest")
-        wide = wide.reshape(*z2.shape[:-3], z2.shape[-3], *size)
-        parts = [t.expand(leading + t.shape[-3:]) for t in (features, wide)]
-        return self.net(torch.cat(parts, -3))
-
-
 def two_levels(condition=None, kind="conv"):
     torch.manual_seed(0)
     fine, coarse, labels = nets.Codebook(4, D), nets.Codebook(3, 3), 0 if condition is None else 2
     bottom = conditionals.CodePrior(fine, (4, 4), PRIORS[kind](4, (4, 4), 3 + labels))
     top = conditionals.CodePrior(coarse, (2, 2), PRIORS[kind](3, (2, 2), labels))
-    image = Merge(D + 3, nets.upsample(D + 3, 1, channels=(4,)))
+    image = nets.MergeMaps(nets.upsample(D + 3, 1, channels=(4,)))
     likelihood = conditionals.Bernoulli(image, event_dim=3)
     model = models.CodeHierarchy(likelihood, bottom, top, condition)
     lower = nets.downsample(1, 4, channels=(4,))
     upper = nets.downsample(4, 3, channels=(4,))
-    merge = Merge(4 + 3, nets.flat_batch(nn.Conv2d(4 + 3, D, 1), event_dim=3))
+    merge = nets.MergeMaps(nets.flat_batch(nn.Conv2d(4 + 3, D, 1), event_dim=3))
     return model, guides.QuantizedLevels(lower, upper, merge, (fine, coarse))
 
 

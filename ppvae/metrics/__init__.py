@@ -11,6 +11,7 @@ from ppvae.metrics.clustering import (
     clustering_accuracy,
     mutual_information,
 )
+from ppvae.metrics.codes import code_perplexity
 from ppvae.metrics.disentanglement import (
     DCI,
     FactorData,
@@ -34,6 +35,7 @@ __all__ = [
     "beta_vae_score",
     "clustering",
     "clustering_accuracy",
+    "code_perplexity",
     "dci",
     "explicitness",
     "factor_vae_score",

@@ -18,6 +18,7 @@ from ppvae.nets.codes import FSQ, Codebook, CodeTable
 from ppvae.nets.conv import (
     ConvDecoder,
     ConvEncoder,
+    MergeMaps,
     conv_decoder,
     conv_encoder,
     downsample,
@@ -43,6 +44,7 @@ __all__ = [
     "ConvDecoder",
     "ConvEncoder",
     "FlatBatch",
+    "MergeMaps",
     "OneHot",
     "Unigram",
     "concatenate",

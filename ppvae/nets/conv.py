@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from ppvae.nets.dense import MLP, Activation, FlatBatch, Residual, hidden_layers, mlp
 
@@ -231,3 +233,32 @@ def upsample(
         layers += hidden_layers(width, activation, norm)
         layers.append(nn.ConvTranspose2d(width, after, 4, stride=2, padding=1))
     return FlatBatch(nn.Sequential(*layers), event_dim=3)
+
+
+class MergeMaps(nn.Module):
+    """A network of several maps: they are stretched to the size of the first and concatenated.
+
+    Args:
+        net: from ``(..., C, h, w)``, C the total of channels.
+
+    Example:
+        >>> import torch
+        >>> net = MergeMaps(downsample(4 + 3, 2, channels=(8,)))
+        >>> net(torch.zeros(5, 4, 8, 8), torch.zeros(5, 3, 2, 2)).shape
+        torch.Size([5, 2, 4, 4])
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, first: Tensor, *others: Tensor) -> Tensor:
+        """From maps ``(..., C_i, h_i, w_i)``, whose leading dimensions broadcast."""
+        size, leading = first.shape[-2:], first.shape[:-3]
+        leading = torch.broadcast_shapes(leading, *(other.shape[:-3] for other in others))
+        maps = [first]
+        for other in others:
+            flat = interpolate(other.reshape(-1, *other.shape[-3:]), size=size, mode="nearest")
+            maps.append(flat.reshape(*other.shape[:-3], *flat.shape[1:]))
+        merged: Tensor = self.net(torch.cat([m.expand(leading + m.shape[-3:]) for m in maps], -3))
+        return merged

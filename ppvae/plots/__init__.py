@@ -6,6 +6,7 @@ estimated here. ``ax=None`` makes a figure of its own; pass ``ax`` to compose se
 ``shape``: ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)``; NaN pixels are missing and drawn tinted.
 """
 
+from ppvae.plots.codes import code_maps, code_usage
 from ppvae.plots.curves import khat, latent_scatter, training_curve
 from ppvae.plots.diagnostics import (
     coverage,
@@ -36,6 +37,8 @@ from ppvae.plots.posteriors import gap_bars, posterior_contours, posterior_inter
 __all__ = [
     "bound_against_particles",
     "class_grid",
+    "code_maps",
+    "code_usage",
     "coverage",
     "em_steps",
     "gap_bars",
