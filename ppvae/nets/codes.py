@@ -31,7 +31,7 @@ class _Table(nn.Module):
         return self.codes
 
     def indices(self, values: Tensor) -> Tensor:
-        """Numbers of the nearest codes, the lowest of equals: of ``(..., D, h, w)``, ``(..., h, w)``."""
+        """The number of the nearest code, the lowest of several: ``(..., h, w)`` of maps."""
         return _scores(check_map(self, values), self.table()).argmin(-3)
 
     def lookup(self, indices: Tensor) -> Tensor:
