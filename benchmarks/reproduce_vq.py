@@ -94,7 +94,10 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     lengths = {"uniform": vq.code_length(model, guide, x)}
     for kind in vq.PRIORS[1:]:
         fitted = vq.with_prior(model, guide, kind, args)
-        timed(kind, fitted, guide, dataset, args.prior_epochs, args, elbo.ELBO())
+        if kind == "unigram":
+            vq.count(fitted, guide, dataset.train.args[0])
+        else:
+            timed(kind, fitted, guide, dataset, args.prior_epochs, args, elbo.ELBO())
         lengths[kind] = vq.code_length(fitted, guide, x)
     numbers = vq.all_numbers(guide, dataset.valid.args[0])
     found = {

@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths, fitted = {"uniform": code_length(model, guide, x)}, {"uniform": model}
     for kind in PRIORS[1:]:
         fitted[kind] = with_prior(model, guide, kind, args)
-        train(fitted[kind], guide, dataset, args.prior_epochs, args, elbo.ELBO())
+        if kind == "unigram":
+            count(fitted[kind], guide, dataset.train.args[0].to(device))
+        else:
+            train(fitted[kind], guide, dataset, args.prior_epochs, args, elbo.ELBO())
         lengths[kind] = code_length(fitted[kind], guide, x)
     vae = plain(dataset, args)
     train(*vae, dataset, args.epochs, args, elbo.ELBO())
@@ -154,6 +157,13 @@ def prior_of(old: Any, kind: str, args: argparse.Namespace, context_dim: int = 0
     elif kind == "network":
         net = nets.CausalConv(K, args.prior_width, layers=6, context_dim=context_dim)
     return conditionals.CodePrior(old.quantizer, shape, net)
+
+
+def count(model: Any, guide: Any, x: Tensor) -> None:
+    """Set unigram priors to the frequencies of the codes of some rows."""
+    priors = [model.bottom, model.top] if hasattr(model, "bottom") else [model.prior]
+    for prior, numbers in zip(priors, all_numbers(guide, x).values(), strict=True):
+        prior.net.to(x.device).initialise(numbers)
 
 
 def coarse_map(args: argparse.Namespace) -> tuple[int, int]:

@@ -333,6 +333,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     ],
     # the laws are of a bound's value, so its network has learned nothing: T = 0
     "FactorELBO": [{"ratio": Nothing()}],
+    "VQELBO": [{"commitment": 0.0}],  # with more, of codes alone: tests/test_vq.py
     "IWELBO": [{}],
     "MIWELBO": [{"num_groups": 2}],
     "PIWELBO": [{"num_groups": 2}],

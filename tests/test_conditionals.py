@@ -126,7 +126,7 @@ PRIORS = {
         (lambda: conditionals.VampPrior(_posterior(), 6, (D,), support="real"), _real, (Z,)),
     ],
 }
-NOT_CONDITIONALS = {"Conditional"}
+NOT_CONDITIONALS = {"Conditional", "CodePrior"}  # the latter: of codes alone, in test_vq.py
 
 
 def _variants(table, marks=()):

@@ -34,6 +34,14 @@ BUILDERS = {
         (2, 7, 5),
     ),
     "conv_decoder": lambda bn: (_image_autoencoder(batch_norm=bn, residual_blocks=1)[1], (6,)),
+    "downsample": lambda bn: (
+        nets.downsample(2, 4, (3, 4), batch_norm=bn, residual_blocks=1),
+        (2, 7, 5),
+    ),
+    "upsample": lambda bn: (
+        nets.upsample(2, 1, (4, 3), batch_norm=bn, residual_blocks=1),
+        (2, 3, 2),
+    ),
     "flat_batch": lambda bn: (
         nets.flat_batch(nn.Sequential(nn.Linear(6, N), nn.BatchNorm1d(N) if bn else nn.Tanh())),
         (6,),

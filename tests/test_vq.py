@@ -412,6 +412,35 @@ def test_draws_have_the_frequencies_of_the_probabilities(kind):
     assert error.abs().max() < 4.5
 
 
+@pytest.mark.parametrize("kind", PRIORS)
+def test_log_p_is_float32_under_bfloat16(kind):
+    book = nets.Codebook(K, D)
+    prior = conditionals.CodePrior(book, (SIDE, SIDE), PRIORS[kind](K, (SIDE, SIDE), 0))
+    z = prior().expand((4,)).sample()
+    exact = prior().log_prob(z).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = prior().log_prob(z).detach()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+def test_particles_at_once_are_weighed_as_one_by_one(kind):
+    book = nets.Codebook(K, D)
+    prior = conditionals.CodePrior(book, (SIDE, SIDE), scattered(PRIORS[kind](K, (SIDE, SIDE), 0)))
+    z = prior().expand((3, 4)).sample()
+    together = prior().log_prob(z)
+    assert z.shape == (3, 4, D, SIDE, SIDE) and together.shape == (3, 4)
+    torch.testing.assert_close(together, torch.stack([prior().log_prob(row) for row in z]))
+
+
+def test_a_unigram_starts_at_the_frequencies():
+    net = nets.Unigram(3)
+    numbers = torch.tensor([[[0, 0], [0, 2]]])
+    net.initialise(numbers)
+    torch.testing.assert_close(net.logits.exp().detach(), torch.tensor([3.5, 0.5, 1.5]) / 5.5)
+
+
 @pytest.mark.parametrize("kind", ["gru", "conv"])
 def test_a_prior_given_maps_belongs_to_their_rows(kind):
     torch.manual_seed(0)

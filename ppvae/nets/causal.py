@@ -18,13 +18,23 @@ class Unigram(nn.Module):
         num_codes: K.
 
     Example:
-        >>> Unigram(5)(torch.zeros(2, 3, 4, dtype=torch.long)).shape
+        >>> net = Unigram(5)
+        >>> net(torch.zeros(2, 3, 4, dtype=torch.long)).shape
         torch.Size([2, 5, 3, 4])
+        >>> net.initialise(torch.tensor([[0, 0, 0, 1]]))  # counts of 3.5, 1.5 and three of 0.5
+        >>> net.logits.softmax(0)
+        tensor([0.5385, 0.2308, 0.0769, 0.0769, 0.0769], grad_fn=<SoftmaxBackward0>)
     """
 
     def __init__(self, num_codes: int) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(num_codes))
+
+    @torch.no_grad()
+    def initialise(self, indices: Tensor) -> None:
+        """Set it to how often each number occurs, half a count added: its maximum likelihood."""
+        counts = torch.bincount(indices.flatten(), minlength=len(self.logits)) + 0.5
+        self.logits.copy_((counts / counts.sum()).log())
 
     def forward(self, indices: Tensor, *context: Tensor) -> Tensor:
         """Logits ``(B, K, h, w)``."""
