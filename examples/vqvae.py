@@ -217,7 +217,7 @@ def train(
     anneal = functools.partial(
         torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs, eta_min=args.lr / 20
     )
-    return ppvae.fit(
+    history = ppvae.fit(
         svi,
         dataset.train,
         epochs=epochs,
@@ -227,6 +227,9 @@ def train(
         seed=args.seed,
         **options,
     )
+    if history.interrupted:
+        raise KeyboardInterrupt
+    return history
 
 
 # ------------------------------------------------------------------------------ what is reported
