@@ -25,6 +25,7 @@ from ppvae.train.alternate import alternate
 from ppvae.train.beside import Beside
 from ppvae.train.callbacks import Callback
 from ppvae.train.checkpoint import CheckpointError, Checkpoints
+from ppvae.train.ex_post import fit_prior
 from ppvae.train.fit import fit
 from ppvae.train.history import History
 from ppvae.train.svi import SVI
@@ -52,6 +53,7 @@ __all__ = [
     "diagnostics",
     "elbo",
     "fit",
+    "fit_prior",
     "guides",
     "log_weights",
     "metrics",

@@ -120,7 +120,10 @@ PRIORS = {
         (lambda: conditionals.StandardNormal(Z), _real, (Z,)),
         (lambda: conditionals.StandardNormal((2, 3, 3)), _real, (2, 3, 3)),
     ],
-    "Mixture": [(lambda: conditionals.Mixture(6, Z), _real, (Z,))],
+    "Mixture": [
+        (lambda: conditionals.Mixture(6, Z), _real, (Z,)),
+        (lambda: conditionals.Mixture(6, (2, 3, 3)), _real, (2, 3, 3)),
+    ],
     "VampPrior": [
         (lambda: conditionals.VampPrior(_posterior(), 6, D, mean=0.5), _real, (Z,)),
         (lambda: conditionals.VampPrior(_posterior(), 6, (D,), support="real"), _real, (Z,)),

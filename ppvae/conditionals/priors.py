@@ -47,7 +47,7 @@ class Mixture(nn.Module):
 
     Args:
         num_components: number of components ``C``.
-        dim: latent dimension ``Z``.
+        dim: latent dimension ``Z``, or a latent shape such as ``(8, 4, 4)``.
         spread: standard deviation of the initial means, >= 0.
 
     Example:
@@ -55,11 +55,14 @@ class Mixture(nn.Module):
         torch.Size([5, 20])
     """
 
-    def __init__(self, num_components: int, dim: int, spread: float = 1.0) -> None:
+    def __init__(
+        self, num_components: int, dim: int | tuple[int, ...], spread: float = 1.0
+    ) -> None:
         super().__init__()
+        size = (num_components, *((dim,) if isinstance(dim, int) else dim))
         self.logits = nn.Parameter(torch.zeros(num_components))
-        self.loc = nn.Parameter(spread * torch.randn(num_components, dim))
-        self.log_scale = nn.Parameter(torch.zeros(num_components, dim))
+        self.loc = nn.Parameter(spread * torch.randn(size))
+        self.log_scale = nn.Parameter(torch.zeros(size))
 
     @torch.no_grad()
     def initialise(self, weights: Tensor, loc: Tensor, scale: Tensor) -> None:
@@ -86,7 +89,8 @@ class Mixture(nn.Module):
 
     def components(self) -> DiagonalNormal:
         """The components p(z | c), of batch shape ``(C,)``."""
-        return DiagonalNormal(full_precision(self.loc), full_precision(self.log_scale).exp())
+        loc, scale = full_precision(self.loc), full_precision(self.log_scale).exp()
+        return DiagonalNormal(loc, scale, event_dim=loc.dim() - 1)
 
     def weights(self) -> dist.Categorical:
         """The weights p(c)."""

@@ -51,7 +51,7 @@ class Autoencoder(VAE):
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """Observe ``x``, ``(N, ...)``; there is nothing to draw it from."""
         if x is None:
-            cure = "fit a density to the codes, for example conditionals.Mixture, or train a VAE"
+            cure = "fit a density to the codes (ppvae.fit_prior), or train a VAE"
             raise ValueError(f"an autoencoder has no p(z) to draw from; {cure}")
         return super().forward(x, size)
 

@@ -26,6 +26,7 @@ from ppvae.nets.conv import (
 )
 from ppvae.nets.dense import (
     MLP,
+    Constant,
     FlatBatch,
     OneHot,
     concatenate,
@@ -41,6 +42,7 @@ __all__ = [
     "CausalGRU",
     "CodeTable",
     "Codebook",
+    "Constant",
     "ConvDecoder",
     "ConvEncoder",
     "FlatBatch",

@@ -220,6 +220,29 @@ def residual(
     return MLP(FlatBatch(net) if batch_norm else net, width_in)
 
 
+class Constant(nn.Module):
+    """Learned numbers, whatever it is called with: a network of nothing, for an unconditional law.
+
+    Args:
+        width: how many.
+
+    Example:
+        >>> from ppvae import posteriors
+        >>> net = Constant(2 * 3 + 1)
+        >>> flow = posteriors.Flow(net, posteriors.coupling(3, context_dim=1), 3, context_dim=1)
+        >>> flow().sample((5,)).shape  # a prior p(z)
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(width))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The numbers, ``(width,)``."""
+        return self.value
+
+
 class OneHot(nn.Module):
     r"""Integer labels ``(...,)`` to one-hot vectors ``(..., num_classes)`` of the default dtype.
 

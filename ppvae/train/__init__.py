@@ -4,5 +4,6 @@ Around them: ``sources`` (where a batch is cut) and ``reader`` (ahead of time); 
 ``checkpoint`` and ``interrupt`` (how far a run is, the files it goes on from, Ctrl-C); ``refusals``
 (what is refused before the first step); ``processes``, ``optimizer``, ``fused_adam``,
 ``callbacks``, ``history``; ``alternate`` (model and guide in turn); ``beside`` (what has a loss of
-its own). This room uses pairs, estimators, checks, graphs and data, but neither models nor guides.
+its own); ``ex_post`` (a prior for codes that are there). This room uses pairs, estimators, checks,
+graphs and data, but neither models nor guides.
 """

@@ -1,0 +1,120 @@
+"""A prior for the codes of a pair that is trained already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ppvae.data import Dataset, Split
+from ppvae.pairs import evaluation_mode, own_path, sample_sites, seeded, trace
+from ppvae.program import Program, data_plate
+from ppvae.train.fit import fit
+from ppvae.train.history import History
+from ppvae.train.svi import SVI
+
+_ROWS = 1000  # that the guide is run on at once
+
+
+def fit_prior(
+    prior: nn.Module,
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    epochs: int,
+    optim: Any = torch.optim.Adam,
+    latent: str = "z",
+    seed: int = 0,
+    **options: Any,
+) -> History:
+    r"""Fit a prior to the codes of a trained guide: maximum likelihood, one draw of each row.
+
+    .. math:: \max_\psi\; \frac1N \sum_n \log p_\psi(z_n), \qquad z_n \sim q(z \mid x_n)
+
+    An autoencoder has no p(z) to draw from, and the aggregate of a VAE's q(z | x) is not its
+    prior: ``models.VAE(model.likelihood, prior=prior)`` is then a model that draws images, and
+    whose ELBO with the same guide is at least as good as that of the prior before, if this one
+    can be it. Decoder and encoder are not run again, so it is also the quick way to the second
+    stage of a VQ-VAE.
+
+    Args:
+        prior: called without arguments: ``conditionals.Mixture``, a ``posteriors.Flow`` of
+            ``nets.Constant``, ``conditionals.CodePrior`` with a network. It is changed in place.
+        guide: a program; it is run in evaluation mode, and stays as it is.
+        data: a ``ppvae.data.Dataset`` (its ``train``), a split, a tensor, or a tuple of tensors as
+            the guide is called with.
+        epochs: passes over the codes, >= 1.
+        optim: as that of :class:`ppvae.SVI`.
+        latent: the name of the guide's site.
+        seed: of the draws, and as in :func:`ppvae.fit`.
+        **options: for :func:`ppvae.fit`, such as ``batch_size``, ``checkpoint``, ``progress``.
+
+    Returns:
+        The :class:`ppvae.History` of mean log p(z), nats per row.
+
+    Raises:
+        ValueError: the guide has no such site; else as :func:`ppvae.fit`.
+
+    Source: Ghosh et al., From Variational to Deterministic Autoencoders, 2020, section 4.1.
+
+    Example:
+        >>> import torch, ppvae
+        >>> from ppvae import conditionals, guides, models, nets
+        >>> decoder, encoder = nets.mlp(2, 16, 64), nets.mlp(64, 16, 2)
+        >>> model = models.Autoencoder(conditionals.Bernoulli(decoder), latent_dim=2)
+        >>> prior = conditionals.Mixture(5, 2)
+        >>> x = torch.bernoulli(torch.full((200, 64), 0.5))
+        >>> history = ppvae.fit_prior(prior, guides.PointMass(encoder), x, epochs=2, progress=False)
+        >>> models.VAE(model.likelihood, prior=prior)(size=3).shape
+        torch.Size([3, 64])
+    """
+    codes = _codes(guide, _tensors(data), latent, seed)
+    svi = SVI(_Observed(prior), _Nothing(), optim)
+    return fit(svi, codes, epochs=epochs, seed=seed, **options)
+
+
+class _Observed(Program):
+    """The prior alone, its latent observed."""
+
+    def __init__(self, prior: nn.Module) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, z: Tensor, size: int | None = None) -> Tensor:
+        with data_plate(z, size=size):
+            value: Tensor = pyro.sample("z", self.prior(), obs=z)
+        return value
+
+
+class _Nothing(Program):
+    """A guide without latents."""
+
+    def forward(self, z: Tensor, size: int | None = None) -> None:
+        pass
+
+
+def _tensors(data: Any) -> tuple[Tensor, ...]:
+    """What the guide is called with."""
+    if isinstance(data, Dataset):
+        data = data.train
+    if isinstance(data, Split):
+        return data.args
+    return (data,) if isinstance(data, Tensor) else tuple(data)
+
+
+@torch.no_grad()
+def _codes(guide: Any, args: tuple[Tensor, ...], latent: str, seed: int) -> Tensor:
+    """A draw of the latent for each row."""
+    parts = []
+    with own_path(), evaluation_mode(guide), seeded(seed, *args):
+        for rows in zip(*(tensor.split(_ROWS) for tensor in args), strict=True):
+            sites = sample_sites(trace(guide, rows, {}))
+            if latent not in sites:
+                raise ValueError(
+                    f"fit_prior(latent={latent!r}): the guide has no such site, but {sorted(sites)}"
+                )
+            parts.append(sites[latent]["value"])
+    return torch.cat(parts)
