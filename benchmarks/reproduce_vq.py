@@ -47,7 +47,7 @@ BASE = {
     "batch_size": 64,
     "lr": 2e-3,
     "epochs": 7,
-    "prior_epochs": 7,
+    "prior_epochs": 5,
     "num_test": 10_000,
 }
 CELLS: dict[str, dict[str, Any]] = {f"mnist-{seed}": BASE | {"seed": seed} for seed in range(1, 4)}

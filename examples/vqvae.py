@@ -1,7 +1,7 @@
 r"""A VQ-VAE: images as maps of codes, and what a prior over the codes is worth, in nats.
 
     python examples/vqvae.py                           # handwritten digits, 4 x 4 codes
-    python examples/vqvae.py --data mnist --batch-size 64 --epochs 7 --prior-epochs 7
+    python examples/vqvae.py --data mnist --batch-size 64 --epochs 7 --prior-epochs 5
     python examples/vqvae.py --levels 2 --data freyfaces     # VQ-VAE-2: a coarse and a fine map
     python examples/vqvae.py --quick                   # a check that all runs, in seconds
 
