@@ -495,11 +495,21 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, step, ema):
         assert torch.equal(value, other[name]), name
 
 
+@pytest.mark.parametrize("ema", [True, False], ids=["averages", "gradient"])
+def test_the_traced_step_is_the_eager_one(ema, traced):
+    compiled_is_eager(ema)
+    assert len(traced) == (1 if ema else 2)  # the pair's, and that of the codes' own loss
+
+
 @inductor
-@pytest.mark.parametrize(
-    "ema", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["averages", "gradient"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [True, False], ids=["averages", "gradient"])
 def test_compiled_is_eager_buffers_included(ema):
+    compiled_is_eager(ema)
+
+
+def compiled_is_eager(ema):
+    """Losses, parameters, and all that a codebook remembers."""
     runs = []
     for compile in (False, True):
         svi = svi_of(pair(ema=ema), SGD, compile=compile, beside=Beside(SGD))
