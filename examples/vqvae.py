@@ -1,7 +1,7 @@
 r"""A VQ-VAE: images as maps of codes, and what a prior over the codes is worth, in nats.
 
     python examples/vqvae.py                           # handwritten digits, 4 x 4 codes
-    python examples/vqvae.py --data mnist --batch-size 64 --epochs 7 --prior-epochs 5
+    python examples/vqvae.py --data mnist --batch-size 64 --epochs 4 --prior-epochs 6
     python examples/vqvae.py --levels 2 --data freyfaces     # VQ-VAE-2: a coarse and a fine map
     python examples/vqvae.py --quick                   # a check that all runs, in seconds
 
@@ -106,7 +106,7 @@ def quantised(dataset: data.Dataset, args: argparse.Namespace) -> tuple[Any, Any
     fine = nets.Codebook(args.codes, args.dim)
     bottom = conditionals.CodePrior(fine, args.map)
     if args.levels == 1:
-        encoder = from_image(args, nets.downsample(args.image[0], args.dim, narrow))
+        encoder = from_image(args, inwards(args, args.dim))
         likelihood = to_image(dataset, args, nets.upsample(args.dim, args.image[0], wide))
         return models.VAE(likelihood, prior=bottom), guides.Quantized(encoder, fine)
     coarse = nets.Codebook(args.codes, args.dim)
@@ -115,7 +115,7 @@ def quantised(dataset: data.Dataset, args: argparse.Namespace) -> tuple[Any, Any
     model = models.CodeHierarchy(to_image(dataset, args, decoder), bottom, top)
     features = narrow[-1]
     guide = guides.QuantizedLevels(
-        from_image(args, nets.downsample(args.image[0], features, narrow)),
+        from_image(args, inwards(args, features)),
         nets.downsample(features, args.dim, [features]),
         nets.MergeMaps(nets.flat_batch(nn.Conv2d(features + args.dim, args.dim, 1), event_dim=3)),
         (fine, coarse),
@@ -126,8 +126,8 @@ def quantised(dataset: data.Dataset, args: argparse.Namespace) -> tuple[Any, Any
 def plain(dataset: data.Dataset, args: argparse.Namespace) -> tuple[Any, Any]:
     """A VAE whose latent is a map of the same size, with the same decoder."""
     pyro.set_rng_seed(args.seed)
-    narrow, wide = widths(args)
-    encoder = from_image(args, nets.downsample(args.image[0], 2 * args.dim, narrow))
+    _, wide = widths(args)
+    encoder = from_image(args, inwards(args, 2 * args.dim))
     likelihood = to_image(dataset, args, nets.upsample(args.dim, args.image[0], wide))
     prior = conditionals.StandardNormal((args.dim, *args.map))
     guide = guides.Amortized(conditionals.Normal(encoder, event_dim=3))
@@ -170,6 +170,12 @@ def coarse_map(args: argparse.Namespace) -> tuple[int, int]:
     """The size of the coarse map of codes: half that of the fine one, rounded up."""
     height, width = (-(-size // 2) for size in args.map)
     return height, width
+
+
+def inwards(args: argparse.Namespace, width_out: int) -> nn.Module:
+    """From images to maps; by its residual blocks each place sees most of the image."""
+    narrow, _ = widths(args)
+    return nets.downsample(args.image[0], width_out, narrow, residual_blocks=args.blocks)
 
 
 def widths(args: argparse.Namespace) -> tuple[list[int], list[int]]:
@@ -365,6 +371,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--halvings", type=int, help="of the image's sides (default: to about 7)")
     add("--width", type=int, default=24, help="channels of the outermost convolution; each further "
         "one has twice as many (default: %(default)s)")  # fmt: skip
+    add("--blocks", type=int, default=1, help="residual blocks after each convolution of the "
+        "encoder (default: %(default)s)")  # fmt: skip
     add("--commitment", type=float, default=0.25, help="nats per squared distance (default: "
         "%(default)s)")  # fmt: skip
     add("--prior", choices=["gru", "conv"], default="gru", help="the network (default: gru)")
