@@ -26,6 +26,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
+from ppvae.distributions import NoInverse
 from ppvae.program import all_modules, local_parameters, read
 from ppvae.wrapped import innermost, method_of, owner_of
 
@@ -328,7 +329,9 @@ def weighs_alike(site: Site, value: Tensor, other: Tensor) -> bool:
     try:
         # with gradients: a flow remembers the inverse of the last tensor for the terms to come
         one, two = (site["fn"].log_prob(tensor).detach() for tensor in (value, other))
-    except KeyError as error:  # of a flow of Pyro without an inverse: the term of the site says so
+    except NoInverse:  # the term of the site says so
+        return True
+    except KeyError as error:  # the same, of a flow of Pyro
         return "intermediates cache" in str(error)
     except NotImplementedError:
         return False

@@ -13,6 +13,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent, constraints, transform_to
 
+from ppvae.distributions import NoInverse as NoInverse
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site
 
 # The letters of (K, N), which a term of an enumerated latent has beside its own.
@@ -21,10 +22,6 @@ PARTICLE, DATAPOINT = get_symbol(0), get_symbol(1)
 
 # In Pyro's own densities bytes wrap around, and halves lose digits.
 _NARROW = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16}
-
-
-class NoInverse(ValueError):
-    """A flow cannot weigh values that it has not drawn itself."""
 
 
 class Letters(dict[Any, str]):
@@ -139,6 +136,8 @@ def log_density(site: Site, along_path: bool = False) -> Tensor:
             values = _masked_density(fn, value)
         else:
             values = fn.log_prob(value, *site["args"], **site["kwargs"])
+    except NoInverse as error:
+        raise NoInverse(f"site {site['name']!r}: {error}") from error
     except KeyError as error:
         if "intermediates cache" not in str(error):  # what Pyro's flows without an inverse say
             raise

@@ -153,10 +153,12 @@ class Estimator(pyro.infer.ELBO):
             with nullcontext() if am_i_wrapped() else local_parameters(stored):
                 value = self.surrogate(model, guide, args, kwargs, state)
         except NoInverse as error:
+            if self.gradient in ("pathwise", "score", "vimco"):
+                raise  # they ask at draws only: it is a prior, or masked
             raise ValueError(
                 f"{type(self).__name__}(gradient={self.gradient!r}) needs log q at given values: "
-                f'{error}; use gradient="pathwise" of elbo.ELBO or elbo.IWELBO, or a flow with an '
-                "inverse, such as affine_autoregressive or affine_coupling"
+                f'{error}; use gradient="pathwise" of elbo.ELBO or elbo.IWELBO, or a posterior '
+                "with a density everywhere, such as posteriors.Flow with coupling layers"
             ) from error
         if state.learning:
             self.advance(state)
