@@ -153,12 +153,11 @@ class Estimator(pyro.infer.ELBO):
             with nullcontext() if am_i_wrapped() else local_parameters(stored):
                 value = self.surrogate(model, guide, args, kwargs, state)
         except NoInverse as error:
-            if self.gradient in ("pathwise", "score", "vimco"):
-                raise  # they ask at draws only: it is a prior, or masked
             raise ValueError(
-                f"{type(self).__name__}(gradient={self.gradient!r}) needs log q at given values: "
-                f'{error}; use gradient="pathwise" of elbo.ELBO or elbo.IWELBO, or a posterior '
-                "with a density everywhere, such as posteriors.Flow with coupling layers"
+                f"{type(self).__name__}(gradient={self.gradient!r}) needs densities at given "
+                f'values: {error}. In the guide use gradient="pathwise" of elbo.ELBO or '
+                "elbo.IWELBO, or a density at every value, as posteriors.coupling has; in the "
+                "model only the latter"
             ) from error
         if state.learning:
             self.advance(state)

@@ -179,8 +179,7 @@ class ContinuousMixture(dist.TorchDistribution):
         drawn, q = self._drawn
         if value is not drawn:
             raise NoInverse(
-                "a semi-implicit posterior can only weigh its own draws, since the psi that drew "
-                "each of them belongs to its density"
+                "a semi-implicit posterior can only weigh its own draws, each by the psi it came from"
             )
         return _log_mean(q.log_prob(value))
 
