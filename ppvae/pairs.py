@@ -466,7 +466,7 @@ def closed_form_kl_valid(
         with own_path(), unnoticed(model, guide), TrackProvenance():
             guide_trace = trace(guide, args, kwargs)
             model_trace = replay(model, guide_trace, args, kwargs)
-        in_guide, in_model = _parents(guide_trace), _parents(model_trace)
+            in_guide, in_model = _parents(guide_trace), _parents(model_trace)
         ancestors: dict[str, frozenset[str]] = {}
         for name, parents in in_guide.items():  # in the order of drawing: parents come first
             ancestors[name] = parents.union(*(ancestors[parent] for parent in parents))
@@ -492,7 +492,12 @@ def _parents(drawn: Trace) -> dict[str, frozenset[str]]:
 
 def _provenance(site: Site) -> frozenset[str]:
     """What a site's term is computed from: its distribution, and the mask of the program."""
-    provenance: frozenset[str] = get_provenance(site["fn"].log_prob(site["value"]))
+    fn = site["fn"]
+    try:
+        computed = fn.log_prob(site["value"])
+    except (NoInverse, KeyError):  # it weighs its own draws only, and tracking has copied this one
+        computed = fn.sample()
+    provenance: frozenset[str] = get_provenance(computed)
     return provenance | get_provenance(site["mask"])
 
 

@@ -162,8 +162,12 @@ def masked(values: Tensor, mask: Any) -> Tensor:
 def _masked_density(fn: Any, value: Tensor) -> Tensor:
     """``fn.log_prob(value)``, values that a mask inside of ``fn`` hides replaced first."""
     if isinstance(fn, MaskedDistribution) and isinstance(fn._mask, Tensor):
-        value = _filled(value, fn._mask, fn.base_dist)
-        return masked(_masked_density(fn.base_dist, value), fn._mask)
+        filled = _filled(value, fn._mask, fn.base_dist)
+        try:
+            values = _masked_density(fn.base_dist, filled)
+        except NoInverse:  # a draw of its own is inside the support
+            values = _masked_density(fn.base_dist, value)
+        return masked(values, fn._mask)
     if isinstance(fn, Independent) and distribution_mask(fn) is not None:
         values = _masked_density(fn.base_dist, value)
         n = fn.reinterpreted_batch_ndims

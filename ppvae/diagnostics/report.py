@@ -496,8 +496,7 @@ def _aggregate(
         found = aggregate(model, guide, args, max_pairs, num_draws, seed)
     except (NoInverse, NotImplementedError, KeyError) as error:
         absent["mutual information"] = (
-            "the guide has no density at points it has not drawn "
-            f"({type(error).__name__}: {error})"
+            f"the guide has no density at points it has not drawn ({type(error).__name__}: {error})"
         )
         return None
     if found is None:

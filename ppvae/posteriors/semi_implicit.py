@@ -17,10 +17,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.conditionals import Conditional
 from ppvae.distributions import NoInverse
 
 
-class SemiImplicit(nn.Module):
+class SemiImplicit(Conditional):
     r"""The posterior q(z | x) as a continuous mixture: psi is drawn given x, and z given psi.
 
     .. math:: \psi_0, \dots, \psi_J \sim q(\psi \mid x), \quad z \sim q(z \mid \psi_0), \qquad
@@ -32,8 +33,7 @@ class SemiImplicit(nn.Module):
     .. math:: E\left[\frac{p(x, z)}{\hat q(z)}\right] = p(x)
 
     exactly, at any J: ELBO, IWELBO and ``log_evidence`` are bounds as for any guide, and k-hat
-    means what it says. A larger J makes them tighter; without any psi but its own, a draw would
-gain from a q(psi | x) that shrinks to a point.
+    means what it says. A larger J makes them tighter.
 
     The price is that :math:`\psi_0` belongs to a draw, so only draws can be weighed: ``log_prob``
     of any other tensor raises :class:`~ppvae.distributions.NoInverse`. Gradients are ``"pathwise"``
@@ -51,7 +51,7 @@ gain from a q(psi | x) that shrinks to a point.
             runs the head on them.
 
     Raises:
-        TypeError: ``mixing`` or ``head`` is no module; when called, one gives no distribution.
+        TypeError: ``mixing`` or ``head`` is no conditional.
         ValueError: ``num_mixing < 1``; when drawn from, one has no sample path, or no event dims.
 
     Source: Yin & Zhou, Semi-Implicit Variational Inference, 2018, equations 5 and 8.
@@ -75,13 +75,13 @@ gain from a q(psi | x) that shrinks to a point.
         True
     """
 
-    def __init__(self, mixing: nn.Module, head: nn.Module, num_mixing: int) -> None:
-        super().__init__()
+    def __init__(self, mixing: Conditional, head: Conditional, num_mixing: int) -> None:
+        nn.Module.__init__(self)  # the network is that of the mixing
         for name, part in (("mixing", mixing), ("head", head)):
-            if not isinstance(part, nn.Module):
+            if not isinstance(part, Conditional):
                 raise TypeError(
-                    f"SemiImplicit({name}) must be a conditional, a module that returns a "
-                    f"distribution, as conditionals.Normal(net); got {type(part).__name__}"
+                    f"SemiImplicit({name}) must be a conditional, as conditionals.Normal(net), or "
+                    f"a subclass of conditionals.Conditional; got {type(part).__name__}"
                 )
         if num_mixing < 1:
             raise ValueError(f"SemiImplicit(num_mixing) must be at least 1, got {num_mixing}")
@@ -92,7 +92,7 @@ gain from a q(psi | x) that shrinks to a point.
 
     def forward(self, *inputs: Tensor) -> ContinuousMixture:
         mixing = self.mixing(*inputs)
-        _require_path("mixing", mixing, 'for a psi of a few values take posteriors.Mixture')
+        _require_path("mixing", mixing, "for a psi of a few values take posteriors.Mixture")
         family = ContinuousMixture if self.own else MixtureWithoutOwn
         return family(mixing, self.head, self.num_mixing)
 
@@ -110,6 +110,17 @@ gain from a q(psi | x) that shrinks to a point.
         other.own = False
         return other
 
+    @property
+    def net(self) -> nn.Module:  # type: ignore[override]
+        """The network of ``mixing``: what sees x."""
+        return self.mixing.net
+
+    def without_net(self) -> SemiImplicit:
+        """The posterior given the parameters of q(psi | x); the head is shared."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "mixing": self.mixing.without_net()}
+        return other
+
     def extra_repr(self) -> str:
         return f"num_mixing={self.num_mixing}" + ("" if self.own else ", own=False")
 
@@ -123,7 +134,7 @@ class ContinuousMixture(dist.TorchDistribution):
         num_mixing: J >= 1.
     """
 
-    arg_constraints: ClassVar = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = True
 
     def __init__(self, mixing: Any, head: Any, num_mixing: int) -> None:
@@ -179,7 +190,8 @@ class ContinuousMixture(dist.TorchDistribution):
         drawn, q = self._drawn
         if value is not drawn:
             raise NoInverse(
-                "a semi-implicit posterior can only weigh its own draws, each by the psi it came from"
+                "a semi-implicit posterior can only weigh its own draws, each by the psi that it "
+                "came from"
             )
         return _log_mean(q.log_prob(value))
 
@@ -217,11 +229,6 @@ def _log_mean(log_densities: Tensor) -> Tensor:
 
 def _require_path(part: str, fn: Any, cure: str) -> None:
     """Raise unless a part gives a distribution whose draws carry gradients."""
-    if not isinstance(fn, torch.distributions.Distribution):
-        raise TypeError(
-            f"SemiImplicit({part}) must return a distribution, got {type(fn).__name__}: wrap a "
-            "network into a conditional, as conditionals.Normal(net)"
-        )
     if not fn.has_rsample:
         raise ValueError(
             f"SemiImplicit({part}): {type(fn).__name__} has no reparameterised sampler, and "
