@@ -286,6 +286,7 @@ class Leaves(Messenger):
         if isinstance(value, Tensor) and value.requires_grad and not msg["is_observed"]:
             smooth = unrounded(value)
             leaf = smooth.detach().requires_grad_()
+            leaf._cut_from = smooth  # a density may belong to the draw
             self.pairs.append((smooth, leaf))
             self.shown.append(_shown(msg, smooth))
             msg["value"] = leaf

@@ -415,13 +415,12 @@ def test_no_false_alarm(pair):
     for rows in (slice(None), slice(1)):
         report = check_pair(model, guide, *[arg[rows] for arg in args])
         assert "gradients reach all" in repr(report)
+        assert not any(report.gradients.values())
         if pair in OWN_DRAWS:
             assert "are not checked: draws cannot be weighed again" in repr(report)
-            assert [name for name, why in report.gradients.items() if why] == ["stl", "dreg"]
             continue
         assert "one by one" in repr(report)
         assert ("other rows" in repr(report)) == (rows == slice(None))
-        assert not any(report.gradients.values())
 
 
 @pytest.mark.usefixtures("float64")

@@ -19,7 +19,7 @@ from ppvae.compile.graph import unmoved
 from ppvae.elbo.gradients import through_draws
 from ppvae.pairs import Leaves, seeded
 from ppvae.program import data_plate
-from registry import WEIGHS_ANY, build
+from registry import ALL_PAIRS, build
 
 DRAWS, ROWS = 40, 100  # 40 independent gradients, each of 100 copies of the data
 
@@ -415,7 +415,7 @@ def test_a_guide_without_parameters_leaves_the_models_gradient(estimator: elbo.E
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("pair", WEIGHS_ANY)
+@pytest.mark.parametrize("pair", ALL_PAIRS)
 @pytest.mark.parametrize(
     "estimator", [elbo.ELBO(gradient="stl"), elbo.IWELBO(num_particles=3, gradient="dreg")]
 )

@@ -155,9 +155,8 @@ class Estimator(pyro.infer.ELBO):
         except NoInverse as error:
             raise ValueError(
                 f"{type(self).__name__}(gradient={self.gradient!r}) needs densities at given "
-                f'values: {error}. In the guide use gradient="pathwise" of elbo.ELBO or '
-                "elbo.IWELBO, or a density at every value, as posteriors.coupling has; in the "
-                "model only the latter"
+                f'values: {error}. Use gradient="pathwise" of elbo.ELBO or elbo.IWELBO; in a model '
+                "only a distribution with a density everywhere"
             ) from error
         if state.learning:
             self.advance(state)

@@ -54,7 +54,7 @@ class SemiImplicit(Conditional):
         TypeError: ``mixing`` or ``head`` is no conditional.
         ValueError: ``num_mixing < 1``; when drawn from, one has no sample path, or no event dims.
 
-    Source: Yin & Zhou, Semi-Implicit Variational Inference, 2018, equations 5 and 8.
+    Source: Yin & Zhou, Semi-Implicit Variational Inference, 2018, arXiv:1805.11183.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -188,7 +188,7 @@ class ContinuousMixture(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         drawn, q = self._drawn
-        if value is not drawn:
+        if getattr(value, "_cut_from", value) is not drawn:
             raise NoInverse(
                 "a semi-implicit posterior can only weigh its own draws, each by the psi that it "
                 "came from"
