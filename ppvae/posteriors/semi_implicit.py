@@ -27,18 +27,18 @@ class SemiImplicit(Conditional):
     .. math:: \psi_0, \dots, \psi_J \sim q(\psi \mid x), \quad z \sim q(z \mid \psi_0), \qquad
               \log \hat q(z) = \log \frac{1}{J + 1} \sum_{j=0}^{J} q(z \mid \psi_j)
 
-    Neither the density of psi nor that of z is ever computed. The mean contains the :math:`\psi_0`
-    that drew z, so all J + 1 of them play the same part in it, and
+    Neither the density of psi nor that of z is ever computed. But once the psi are drawn,
+    :math:`\hat q` is a density like any other, a mixture; and z is a draw of it, since all J + 1 psi
+    are alike and it does not matter that it was the first that drew z. So
 
     .. math:: E\left[\frac{p(x, z)}{\hat q(z)}\right] = p(x)
 
-    exactly, at any J: ELBO, IWELBO and ``log_evidence`` are bounds as for any guide, and k-hat
-    means what it says. A larger J makes them tighter.
+    exactly, at any J: the ELBO and IWELBO are bounds, all their gradients are right, and k-hat and
+    ``log_evidence`` mean what they say. The larger J is, the tighter they are.
 
-    The price is that :math:`\psi_0` belongs to a draw, so only draws can be weighed: ``log_prob``
-    of any other tensor raises :class:`~ppvae.distributions.NoInverse`. Gradients are ``"pathwise"``
-    (``"stl"`` and ``"dreg"`` leave out a score that has no mean of zero here, and are refused); it
-    cannot be a prior; ``ais`` takes ``start="prior"``.
+    The price is that :math:`\hat q` belongs to a draw, so only the draws themselves can be weighed:
+    ``log_prob`` of any other tensor raises :class:`~ppvae.distributions.NoInverse`. It cannot be a
+    prior, ``ais`` takes ``start="prior"``, and no mutual information is reported.
 
     Args:
         mixing: q(psi | x), a conditional of what the guide calls it with, whose draws of shape
@@ -65,7 +65,7 @@ class SemiImplicit(Conditional):
         >>> z.shape
         torch.Size([5, 2])
 
-        The ELBO of q itself lies between what is estimated with and without :math:`\psi_0`:
+        The ELBO of q itself lies, on average, between those with and without :math:`\psi_0`:
 
         >>> x = torch.zeros(500, 8)
         >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 16, 8)), latent_dim=2)
