@@ -49,8 +49,8 @@ def three_guides(num_mixing: int) -> dict[str, guides.Amortized]:
     flow = posteriors.Flow(nets.mlp(1, 64, 64, 2 * 2 + 16), layers, dim=2, context_dim=16)
     return {
         "diagonal normal": guides.Normal(nets.mlp(1, 64, 64, 2 * 2)),
-        "IAF, 4 layers": guides.Amortized(flow),
-        f"semi-implicit, J = {num_mixing}": semi_implicit(num_mixing),
+        "IAF (4 layers)": guides.Amortized(flow),
+        f"semi-implicit (J = {num_mixing})": semi_implicit(num_mixing),
     }
 
 
