@@ -13,7 +13,6 @@ import argparse
 import functools
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 import pyro
@@ -97,15 +96,18 @@ def sandwich(
     model: models.VAE, guide: guides.Amortized, x: Tensor, args: argparse.Namespace
 ) -> None:
     """The trained q between its two estimates, with more and more psi beside the one drawn."""
-    print("\nthe ELBO of the trained q, on average between:\n\n   J   with psi_0   without")
+    print("\nThe ELBO of the trained q lies, on average, between those with and without the psi")
+    print(f"that drew z ({args.sandwich} draws of each point):\n\n   J         with   without")
     for J in (1, 10, 50, 500):
         q = guide.conditional
         q.num_mixing = J
-        bound, K = elbo.ELBO(num_particles=args.sandwich), args.sandwich
+        without = guides.Amortized(q.without_own())
+        bound, sums = elbo.ELBO(), torch.zeros(2)
         torch.manual_seed(args.seed)
-        below = bound.evaluate(model, guide, x).mean()
-        above = bound.estimate(model, guides.Amortized(q.without_own()), x).mean()
-        print(f"{J:4d}{below:13.3f}{above:10.3f}     ({K} draws of each of {len(x)} points)")
+        for _ in range(args.sandwich):  # one draw at a time, for the head runs on J + 1 psi of each
+            below, above = bound.evaluate(model, guide, x), bound.estimate(model, without, x)
+            sums += torch.stack([below.mean(), above.mean()]) / args.sandwich
+        print(f"{J:4d}{sums[0]:13.3f}{sums[1]:10.3f}")
     q.num_mixing = args.num_mixing
 
 

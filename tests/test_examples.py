@@ -339,7 +339,7 @@ def test_custom_guide(tmp_path, latent_dim, capsys):
 def test_semi_implicit(tmp_path, capsys):
     assert run("semi_implicit", tmp_path) == 0
     shown = capsys.readouterr().out
-    assert "log p(x) by quadrature" in shown and shown.count("draws of each of 4 points") == 4
+    assert "log p(x) by quadrature" in shown and "5 draws of each point" in shown
     table = [row.split(",") for row in (tmp_path / "guides.csv").read_text().splitlines()]
     assert len(table) == 1 + 3 and table[0][1:3] == ["ELBO", "IWELBO-30"]
     for row in table[1:]:

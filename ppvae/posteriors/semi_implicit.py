@@ -28,7 +28,7 @@ class SemiImplicit(Conditional):
               \log \hat q(z) = \log \frac{1}{J + 1} \sum_{j=0}^{J} q(z \mid \psi_j)
 
     Neither the density of psi nor that of z is ever computed. But once the psi are drawn,
-    :math:`\hat q` is a density like any other, a mixture; and z is a draw of it, since all J + 1 psi
+    :math:`\hat q` is a density like any other, a mixture; and z is a draw of it, since all the psi
     are alike and it does not matter that it was the first that drew z. So
 
     .. math:: E\left[\frac{p(x, z)}{\hat q(z)}\right] = p(x)
@@ -48,7 +48,7 @@ class SemiImplicit(Conditional):
             ``conditionals.Normal(net)`` with a ``net`` from P to 2 Z numbers.
         num_mixing: J >= 1, how many psi are drawn beside the one that draws z. All are new for each
             particle and row: a call with K particles holds ``(J + 1, K, N, P)`` numbers of psi, and
-            runs the head on them.
+            runs the head on them. Evaluators count K N of them as ``max_rows``.
 
     Raises:
         TypeError: ``mixing`` or ``head`` is no conditional.
