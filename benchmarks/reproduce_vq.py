@@ -51,7 +51,7 @@ BASE = {
     "batch_size": 64,
     "lr": 2e-3,
     "epochs": 4,
-    "prior_epochs": 6,
+    "prior_epochs": 4,
     "num_test": 10_000,
 }
 CELLS: dict[str, dict[str, Any]] = {f"mnist-{seed}": BASE | {"seed": seed} for seed in range(1, 4)}
@@ -87,21 +87,21 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     spent: dict[str, float] = {}
 
-    def timed(name: str, *what: Any) -> None:
+    def timed(name: str, train: Any, *what: Any) -> None:
         started = time.process_time()
-        vq.train(*what, **stage(name))
+        train(*what, **stage(name))
         spent[name] = time.process_time() - started
 
     model, guide = vq.quantised(dataset, args)
     commitment = elbo.VQELBO(commitment=args.commitment)
-    timed("codes", model, guide, dataset, args.epochs, args, commitment)
+    timed("codes", vq.train, model, guide, dataset, args.epochs, args, commitment)
     lengths = {"uniform": vq.code_length(model, guide, x)}
     for kind in vq.PRIORS[1:]:
         fitted = vq.with_prior(model, guide, kind, args)
         if kind == "unigram":
             vq.count(fitted, guide, dataset.train.args[0])
         else:
-            timed(kind, fitted, guide, dataset, args.prior_epochs, args, elbo.ELBO())
+            timed(kind, vq.train_prior, fitted, guide, dataset, args)
         lengths[kind] = vq.code_length(fitted, guide, x)
     numbers = vq.all_numbers(guide, dataset.valid.args[0])
     found = {
@@ -110,7 +110,7 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
     if args.levels == 1 and args.prior == "gru":
         vae = vq.plain(dataset, args)
-        timed("vae", *vae, dataset, args.epochs, args, elbo.ELBO())
+        timed("vae", vq.train, *vae, dataset, args.epochs, args, elbo.ELBO())
         with evaluation_mode(*vae):
             pyro.set_rng_seed(args.seed)
             parts = [ppvae.log_weights(*vae, rows) for rows in x.split(500)]

@@ -1,13 +1,13 @@
 r"""A VQ-VAE: images as maps of codes, and what a prior over the codes is worth, in nats.
 
     python examples/vqvae.py                           # handwritten digits, 4 x 4 codes
-    python examples/vqvae.py --data mnist --batch-size 64 --epochs 4 --prior-epochs 6
+    python examples/vqvae.py --data mnist --batch-size 64 --epochs 4 --prior-epochs 4
     python examples/vqvae.py --levels 2 --data freyfaces     # VQ-VAE-2: a coarse and a fine map
     python examples/vqvae.py --quick                   # a check that all runs, in seconds
 
 Encoder, decoder and codebook are trained first, under a uniform prior. Then everything is frozen,
-and priors are trained by the same ELBO: one distribution for all places, and a network that sees
-the codes before. A VAE with an equal decoder stands beside them.
+and priors are fitted by maximum likelihood of the codes: one distribution for all places, and a
+network that sees the codes before. A VAE with an equal decoder stands beside them.
 
 Source: van den Oord, Vinyals & Kavukcuoglu, 2017; Razavi, van den Oord & Vinyals, 2019.
 """
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if kind == "unigram":
             count(fitted[kind], guide, dataset.train.args[0].to(device))
         else:
-            train(fitted[kind], guide, dataset, args.prior_epochs, args, elbo.ELBO())
+            train_prior(fitted[kind], guide, dataset, args)
         lengths[kind] = code_length(fitted[kind], guide, x)
     vae = plain(dataset, args)
     train(*vae, dataset, args.epochs, args, elbo.ELBO())
@@ -215,24 +215,47 @@ def train(
     loss: elbo.ELBO,
     **options: Any,
 ) -> ppvae.History:
-    """Adam, its learning rate falling to a twentieth along a cosine."""
+    """Train a pair."""
     pyro.set_rng_seed(args.seed)
-    device = resolve_device(args.device)
-    adam = functools.partial(torch.optim.Adam, lr=args.lr)
-    svi = ppvae.SVI(model, guide, adam, loss, compile="auto" if args.compile else False)
+    compile = "auto" if args.compile else False
+    svi = ppvae.SVI(model, guide, adam(args), loss, compile=compile)
+    return whole(ppvae.fit(svi, dataset.train, **settings(epochs, args), **options))
+
+
+def train_prior(
+    model: Any, guide: Any, dataset: data.Dataset, args: argparse.Namespace, **options: Any
+) -> ppvae.History:
+    """Train the networks of a model's prior by maximum likelihood of the codes.
+
+    One map of codes is drawn once for each row. Two are trained by the ELBO, which is the same
+    but for a constant, and has codes of other binary pixels in each epoch.
+    """
+    if args.levels == 2:
+        return train(model, guide, dataset, args.prior_epochs, args, elbo.ELBO(), **options)
+    pyro.set_rng_seed(args.seed)
+    how = settings(args.prior_epochs, args) | options
+    guide.to(how["device"])
+    rows = dataset.train.to(how["device"])
+    return whole(ppvae.fit_prior(model.prior, guide, rows, optim=adam(args), **how))
+
+
+def adam(args: argparse.Namespace) -> Any:
+    """The optimiser."""
+    return functools.partial(torch.optim.Adam, lr=args.lr)
+
+
+def settings(epochs: int, args: argparse.Namespace) -> dict[str, Any]:
+    """For the loop: the learning rate falls to a twentieth along a cosine."""
     anneal = functools.partial(
         torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs, eta_min=args.lr / 20
     )
-    history = ppvae.fit(
-        svi,
-        dataset.train,
-        epochs=epochs,
-        batch_size=args.batch_size,
-        lr_scheduler=anneal,
-        device=device,
-        seed=args.seed,
-        **options,
-    )
+    device = resolve_device(args.device)
+    return {"epochs": epochs, "batch_size": args.batch_size, "lr_scheduler": anneal,
+            "device": device, "seed": args.seed}  # fmt: skip
+
+
+def whole(history: ppvae.History) -> ppvae.History:
+    """A history, unless a signal has ended it."""
     if history.interrupted:
         raise KeyboardInterrupt
     return history
