@@ -9,11 +9,12 @@ after each), codes of 16 numbers, Adam at 2e-3, falling to a twentieth along a c
 Without the residual blocks a place of the map sees 7 pixels of the image's 28, and half of the
 places hold the one code for "all black": seed 1 ended at a perplexity of 22 then.
 
-With --full it is another recipe: CIFAR-10 by the networks of DeepMind's Sonnet (its example
-vqvae_example.ipynb), 10,000 steps, K = 512, whose notebook reports a reconstruction error of 0.056
-of the data's variance and a perplexity of 326 in batches of 32 images. It reads cifar10.npz in the
-folder PPVAE_DATA: an array x of bytes, (60000, 32, 32, 3), the 10,000 test images last. Other than
-there, a code that is hardly used is put where an output of the encoder is.
+With --full (--cells mnist-1 --device cuda) it is another recipe, not run so far: CIFAR-10 by the
+networks of DeepMind's Sonnet (its example vqvae_example.ipynb), 10,000 steps, K = 512, whose
+notebook reports a reconstruction error of 0.056 of the data's variance and a perplexity of 326 in
+batches of 32 images. It reads cifar10.npz in the folder PPVAE_DATA: an array x of bytes, (60000,
+32, 32, 3), the 10,000 test images last. Other than there, a code that is hardly used is put where
+an output of the encoder is.
 """
 
 from __future__ import annotations

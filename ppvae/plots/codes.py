@@ -91,4 +91,7 @@ def code_maps(indices: Values, codes: Values, ax: Axes | None = None) -> Axes:
     colours = 0.1 + 0.85 * ranks
     pictures = np.moveaxis(colours[numbers.astype(int)], -1, -3)
     shape = pictures.shape[-3:]
-    return image_grid(pictures.reshape(*pictures.shape[:-3], -1), shape, ax)
+    ax = image_grid(pictures.reshape(*pictures.shape[:-3], -1), shape, ax)
+    for lines in ax.collections:
+        lines.set(color="white", linewidth=2.5)  # as wide as to be no code's colour
+    return ax
