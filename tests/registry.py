@@ -87,6 +87,14 @@ def vae_vamp_prior() -> Pair:
     return model, guide, (binary(D),)
 
 
+def vae_optimal_prior() -> Pair:
+    """Normalised at the weights it starts with."""
+    guide, x = guides.Normal(tanh(D, 8, 2 * Z)), binary(D)
+    prior = conditionals.OptimalPrior(conditionals.StandardNormal(Z), tanh(Z, 8, 1))
+    prior.normalize(guide, x)
+    return models.VAE(conditionals.Bernoulli(tanh(Z, 8, D)), prior=prior), guide, (x,)
+
+
 def vae_conv() -> Pair:
     shape = (1, 6, 5)
     decoder = nets.conv_decoder(Z, shape, channels=(3,), hidden=(8,), batch_norm=True)
@@ -276,6 +284,7 @@ ALL_PAIRS: dict[str, Callable[[], Pair]] = {
     "nvdm": nvdm,
     "vae_mixture_prior": vae_mixture_prior,
     "vae_vamp_prior": vae_vamp_prior,
+    "vae_optimal_prior": vae_optimal_prior,
     "vae_conv": vae_conv,
     "vae_residual": vae_residual,
     "cvae_labels": cvae_labels,
