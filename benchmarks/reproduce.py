@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import reproduce_cvae
+import reproduce_iop
 import reproduce_iwae
 import reproduce_ladder
 import reproduce_nvdm
@@ -34,6 +35,7 @@ import torch
 # the recipes are shorter than the paper's, full(recipe), which is the paper's, and takes a device.
 SYSTEMS: dict[str, ModuleType] = {
     "cvae": reproduce_cvae,
+    "iop": reproduce_iop,
     "iwae": reproduce_iwae,
     "ladder": reproduce_ladder,
     "nvdm": reproduce_nvdm,
