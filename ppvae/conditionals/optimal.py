@@ -50,7 +50,7 @@ class OptimalPrior(nn.Module):
     after training. It writes log Z into a buffer, with a fingerprint of all that Z depends on: the
     numbers in the network and the base. The fingerprint is compared where a number is to be
     reported; if they differ, since the network was trained, loaded or changed by hand, the
-    distribution's ``estimated`` says so, and evaluation raises. Copies and saved states have the
+    distribution's ``unnormalised`` says so, and evaluation raises. Copies and saved states have the
     buffers, and stay normalised.
 
     **Draws** are approximate: of ``num_candidates`` draws of the base one is taken, in proportion
@@ -79,10 +79,10 @@ class OptimalPrior(nn.Module):
         >>> prior = OptimalPrior(conditionals.StandardNormal(2), nets.mlp(2, 16, 1))
         >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), prior=prior)
         >>> guide, x = guides.Normal(nets.mlp(4, 8, 2 * 2)), torch.eye(4)
-        >>> prior().estimated
+        >>> prior().unnormalised
         'its normaliser is not known: call prior.normalize(guide, x) after training'
         >>> log_z, standard_error = prior.normalize(guide, x)
-        >>> standard_error < 0.01, prior().estimated
+        >>> standard_error < 0.01, prior().unnormalised
         (True, '')
         >>> prior().expand((5, 10)).sample().shape
         torch.Size([5, 10, 2])
@@ -108,7 +108,7 @@ class OptimalPrior(nn.Module):
             self.ratio(base().expand((2,)).sample())  # raises unless it gives (2, 1)
 
     def forward(self, *context: Tensor) -> Tilted:
-        return Tilted(self.base(), self._tilt(), self.log_z, self.num_candidates, self._estimated)
+        return Tilted(self.base(), self._tilt(), self.log_z, self.num_candidates, self._unnormalised)
 
     @torch.no_grad()
     def normalize(
@@ -251,7 +251,7 @@ class OptimalPrior(nn.Module):
                 digest.update(tensor.double().cpu().contiguous().numpy().tobytes())
         return int.from_bytes(digest.digest(), "little", signed=True)
 
-    def _estimated(self) -> str:
+    def _unnormalised(self) -> str:
         """Why the density is none; empty: it is one."""
         kept = int(self.fingerprint)
         if kept == 0:
@@ -271,7 +271,7 @@ class Tilted(dist.TorchDistribution):
         log_tilt: T, from ``(..., D)`` to ``(...)``.
         log_z: log Z, 0-d.
         num_candidates: of each draw: draws of the base, of which one is taken in proportion to e^T.
-        estimated: says why ``log_z`` is not the normaliser, or gives an empty word.
+        unnormalised: says why ``log_z`` is not the normaliser, or gives an empty word.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -283,14 +283,14 @@ class Tilted(dist.TorchDistribution):
         log_tilt: Callable[[Tensor], Tensor],
         log_z: Tensor,
         num_candidates: int,
-        estimated: Callable[[], str],
+        unnormalised: Callable[[], str],
     ) -> None:
         self.base, self.log_tilt, self.log_z = base, log_tilt, log_z
-        self.num_candidates, self._reason = num_candidates, estimated
+        self.num_candidates, self._reason = num_candidates, unnormalised
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     @property
-    def estimated(self) -> str:
+    def unnormalised(self) -> str:
         """Why ``log_prob`` is no log-density, and the cure; empty: it is one."""
         return self._reason()
 
