@@ -108,7 +108,8 @@ class OptimalPrior(nn.Module):
             self.ratio(base().expand((2,)).sample())  # raises unless it gives (2, 1)
 
     def forward(self, *context: Tensor) -> Tilted:
-        return Tilted(self.base(), self._tilt(), self.log_z, self.num_candidates, self._unnormalised)
+        p0, tilt = self.base(), self._tilt()
+        return Tilted(p0, tilt, self.log_z, self.num_candidates, self._unnormalised)
 
     @torch.no_grad()
     def normalize(
@@ -117,7 +118,7 @@ class OptimalPrior(nn.Module):
         *args: Any,
         num_draws: int = 20_000,
         max_rows: int = 1_000,
-        max_pairs: int = 1_000_000,
+        max_pairs: int = 100_000,
         seed: int | None = 0,
     ) -> Normaliser:
         r"""Compute log Z at the weights as they are now, keep it, and return it.
@@ -346,11 +347,12 @@ class _AgainstBase:
 
 def _check_base(base: Any) -> None:
     """Raise unless it gives a distribution of vectors that has a density, and nothing to train."""
-    p0: Any = base() if isinstance(base, nn.Module) else None
+    p0: Any = None
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            p0 = base() if isinstance(base, nn.Module) else None
             p0.log_prob(p0.expand((2,)).sample())
-    except (AttributeError, NotImplementedError) as error:
+    except (AttributeError, NotImplementedError, TypeError) as error:
         raise TypeError(
             "OptimalPrior(base): give a prior that can be drawn and has a density, such as "
             f"conditionals.StandardNormal(2), got {type(base).__name__}"
