@@ -288,6 +288,15 @@ def test_the_normaliser_changes_no_gradient(loss):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize(
+    "beta", [elbo.FreeBits(1.0), elbo.Capacity(2.0), elbo.Constraint(max_rate=1.0)], ids=repr
+)
+def test_a_penalty_of_the_kls_size_is_refused(beta):
+    with pytest.raises(ValueError, match="compares the KL of 'z' with a number of nats"):
+        elbo.ELBO(beta=beta)(*pair())(X)
+    elbo.ELBO(beta=elbo.Constraint(max_distortion=1.0))(*pair())(X).backward()
+
+
 def test_svi_trains_pair_and_ratio_each_by_its_own_loss():
     model, guide = pair()
     svi = ppvae.SVI(model, guide, SGD, beside=Beside(steps=2))
@@ -374,17 +383,16 @@ def test_k_particles_and_flat_networks():
 
 def test_a_hierarchys_top_has_one_too():
     torch.manual_seed(0)
-    top = prior()
+    likelihood = conditionals.Bernoulli(nets.mlp(2, 8, 4))
     levels = [conditionals.Normal(nets.mlp(2, 6, 4))]
-    try:
-        model = models.Hierarchical(conditionals.Bernoulli(nets.mlp(2, 8, 4)), levels, prior=top)
-    except TypeError:
-        pytest.skip("Hierarchical takes no prior")
-    guide = guides.BottomUp(
-        model, [conditionals.Normal(nets.mlp(4, 6, 4)), conditionals.Normal(nets.mlp(2, 6, 4))]
-    )
+    model = models.Hierarchical(likelihood, levels, prior=prior(latent="z2"))
+    up = [conditionals.Normal(nets.mlp(width, 6, 4)) for width in (4, 2)]
+    guide = guides.BottomUp(model, up)
+    ppvae.SVI(model, guide, SGD).step(X)
+    model.prior.normalize(guide, X, num_draws=1_000)
+    assert elbo.IWELBO(3).evaluate(model, guide, X).shape == (40,)
     with pytest.raises(ValueError, match=r"no latent 'z', but \['z1', 'z2'\]"):
-        top.normalize(guide, X)
+        prior().normalize(guide, X)
 
 
 # -- what is refused -----------------------------------------------------------------------------
