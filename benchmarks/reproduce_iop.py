@@ -23,10 +23,13 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor, nn
+from example_scripts import example
+from torch import Tensor
 
 import ppvae
-from ppvae import conditionals, data, diagnostics, elbo, guides, models, nets
+from ppvae import data, diagnostics, elbo
+
+optimal = example("optimal_prior")  # its pairs
 
 ONEHOT = {
     "data": "onehot",
@@ -107,7 +110,15 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     train, test = rows(recipe)
     device = recipe.get("device", "cpu")
     pyro.set_rng_seed(recipe["seed"])
-    model, guide = pair(recipe, test.shape[1])
+    model, guide = optimal.pair(
+        recipe["prior"],
+        test.shape[1],
+        recipe["latent_dim"],
+        recipe["hidden"],
+        recipe["ratio"],
+        recipe["dropout"],
+        recipe.get("num_components", 4),
+    )
     adam = functools.partial(torch.optim.Adam, lr=recipe["lr"])
     ratio_adam = functools.partial(torch.optim.Adam, lr=recipe["ratio_lr"])
     is_iop = recipe["prior"] == "iop"
@@ -155,7 +166,8 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
         "train_objective": history.rows[-1]["train_objective"],
     }
     if recipe["data"] == "onehot":
-        found["exact"] = under_the_aggregate(model, guide, recipe["num_draws"])
+        draws = recipe["num_draws"] // 4
+        found["exact"] = optimal.under_the_aggregate(model, guide, test, draws)
     return found
 
 
@@ -167,41 +179,6 @@ def rows(recipe: dict[str, Any]) -> tuple[Any, Tensor]:
     values = dataset.train.values[: recipe["num_train"]]
     train = dataclasses.replace(dataset.train, values=values, y=None)
     return train, dataset.test.x[: recipe["num_test"]]
-
-
-def pair(recipe: dict[str, Any], width: int) -> tuple[models.VAE, guides.Normal]:
-    mlp = functools.partial(nets.mlp, activation=nn.Tanh)
-    z, hidden = recipe["latent_dim"], recipe["hidden"]
-    likelihood = conditionals.Bernoulli(mlp(z, *reversed(hidden), width))
-    guide = guides.Normal(mlp(width, *hidden, 2 * z))
-    prior: nn.Module = conditionals.StandardNormal(z)
-    if recipe["prior"] == "iop":
-        prior = conditionals.OptimalPrior(prior, ratio(z, recipe["ratio"], recipe["dropout"]))
-    elif recipe["prior"] == "vamp":
-        prior = conditionals.VampPrior(guide.conditional, recipe["num_components"], width)
-    elif recipe["prior"] == "mixture":
-        prior = conditionals.Mixture(recipe["num_components"], z)
-    return models.VAE(likelihood, prior=prior), guide
-
-
-def ratio(dim: int, hidden: list[int], dropout: float) -> nn.Module:
-    """T: tanh layers, dropout before the last."""
-    body = nets.mlp(dim, *hidden, activation=nn.Tanh)
-    return nn.Sequential(body, nn.Tanh(), nn.Dropout(dropout), nn.Linear(hidden[-1], 1))
-
-
-@torch.no_grad()
-def under_the_aggregate(model: models.VAE, guide: guides.Normal, num_draws: int) -> float:
-    """The mean ELBO of the four points with their exact aggregate posterior as the prior."""
-    model.eval(), guide.eval()
-    q = guide.posterior(torch.eye(4))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        z = q.sample((num_draws // 4,))  # (S, 4, D)
-    log_q = q.log_prob(z.unsqueeze(2).expand(-1, -1, 4, -1))  # (S, draw of, 4)
-    aggregate = log_q.logsumexp(-1) - math.log(4)
-    log_w = model.likelihood(z).log_prob(torch.eye(4)) + aggregate - log_q.diagonal(0, 1, 2)
-    return log_w.mean().item()
 
 
 def report(found: dict[str, Any]) -> str:
@@ -242,10 +219,12 @@ def report(found: dict[str, Any]) -> str:
     lines += ["", "| difference to the VAE, paired by image | log p(x) | ELBO |", "|---|---|---|"]
     for prior in PRIORS[1:]:
         for seed in range(3):
-            pair = [mnist.get(f"{name}-{seed}") for name in (prior, "vae")]
-            if None not in pair:
-                columns = [difference(*pair, key) for key in ("values", "elbo_values")]
-                lines.append(f"| {prior}-{seed} | {' | '.join(columns)} |")
+            name, vae = f"{prior}-{seed}", f"vae-{seed}"
+            if name in mnist and vae in mnist:
+                columns = [
+                    difference(mnist[name], mnist[vae], key) for key in ("values", "elbo_values")
+                ]
+                lines.append(f"| {name} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
