@@ -481,3 +481,17 @@ def test_vade_leaves_collapsed_mixtures_out(monkeypatch, capsys):
 def test_vade_refuses_one_latent_before_any_work(tmp_path, capsys):
     assert run("vade", tmp_path, "--latent-dim", "1") == 2
     assert "--latent-dim must be 2 or more" in capsys.readouterr().err
+
+
+def test_optimal_prior(tmp_path, capsys):
+    assert run("optimal_prior", tmp_path) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["optimum"] == pytest.approx(-np.log(4))
+    iop = results["iop"]
+    assert iop["without_log_z"] == pytest.approx(iop["elbo"] + iop["log_z"])
+    for prior in ("vae", "mixture", "vamp", "iop"):
+        assert results[prior]["elbo"] <= results[prior]["log_evidence"] < results["optimum"]
+    names = {"bound.png", "densities.png", "draws.png", "calibration.png", "results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert run("optimal_prior", tmp_path / "none", "--num-draws", "5") == 2
+    assert "--num-draws must be 100 or more" in capsys.readouterr().err
