@@ -59,8 +59,8 @@ MNIST = ONEHOT | {
     "warm_up": 10,
     "num_train": 50_000,
     "num_test": 10_000,
-    "num_particles": 500,
-    "num_draws": 200_000,
+    "num_particles": 100,
+    "num_draws": 100_000,
     "num_components": 500,
 }
 PRIORS = ("vae", "iop", "vamp", "mixture")
