@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {}
     for name, title in PRIORS.items():
         pyro.set_rng_seed(args.seed)
-        model, guide = pair(name, width=4, latent_dim=2, hidden=[64, 64], num_components=4)
+        model, guide = pair(name, width=4, latent_dim=2, hidden=[64, 64], data=torch.eye(4))
         started = time.perf_counter()
         track = Track(model, guide, every=max(1, args.steps // 25)) if name == "iop" else None
         train(model, guide, x, args, track)
@@ -83,6 +83,7 @@ def pair(
     ratio_hidden: Sequence[int] = (64, 64),
     dropout: float = 0.0,
     num_components: int = 4,
+    data: Tensor | None = None,
 ) -> tuple[models.VAE, guides.Normal]:
     """A VAE of tanh layers with one of the priors, and its guide.
 
@@ -94,6 +95,7 @@ def pair(
         ratio_hidden: widths of the ratio's network.
         dropout: before the last layer of it.
         num_components: of the mixture and of the VampPrior.
+        data: rows that the VampPrior's pseudo-inputs start at; else near 0.05.
     """
     mlp = functools.partial(nets.mlp, activation=nn.Tanh)
     likelihood = conditionals.Bernoulli(mlp(latent_dim, *reversed(hidden), width))
@@ -102,7 +104,7 @@ def pair(
     if prior == "mixture":
         chosen = conditionals.Mixture(num_components, latent_dim)
     elif prior == "vamp":
-        chosen = conditionals.VampPrior(guide.conditional, num_components, width)
+        chosen = conditionals.VampPrior(guide.conditional, num_components, width, data=data)
     elif prior == "iop":
         body = mlp(latent_dim, *ratio_hidden)
         last = [nn.Tanh(), nn.Dropout(dropout), nn.Linear(ratio_hidden[-1], 1)]
