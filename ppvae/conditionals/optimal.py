@@ -45,13 +45,13 @@ class OptimalPrior(nn.Module):
     against as many of the base (``beside=ppvae.Beside(steps=10)``). To the pair it is a constant,
     so any estimator runs on this prior as on another.
 
-    **In training** the normaliser is a constant, which changes no gradient, and it is left out. So
-    what is shown is no bound, and may lie above log p(x). **To evaluate** call :meth:`normalize`
-    after training. It writes log Z into a buffer, with a fingerprint of all that Z depends on: the
-    numbers in the network and the base. The fingerprint is compared where a number is to be
-    reported; if they differ, since the network was trained, loaded or changed by hand, the
-    distribution's ``unnormalised`` says so, and evaluation raises. Copies and saved states have the
-    buffers, and stay normalised.
+    **In training** the normaliser is a constant, which changes no gradient, and it is left out (or
+    is what was last found). So what is shown is no bound, and may lie above log p(x). **To
+    evaluate** call :meth:`normalize` after training. It writes log Z into a buffer, with a
+    fingerprint of all that Z depends on: the numbers in the network and the base. The fingerprint
+    is compared where a number is to be reported; if they differ, since the network was trained,
+    loaded or changed by hand, the distribution's ``unnormalised`` says so, and evaluation raises.
+    Copies and saved states have the buffers, and stay normalised.
 
     **Draws** are approximate: of ``num_candidates`` draws of the base one is taken, in proportion
     to e^T (sampling-importance-resampling). Their distribution tends to p* as the candidates become
