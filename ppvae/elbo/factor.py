@@ -125,7 +125,8 @@ class Factors:
     latent: str
 
     def __call__(self, draws: Any) -> tuple[Tensor, Tensor]:
-        return draws.guide(self.latent), shifted(draws.guide(self.latent), self.latent)
+        z = draws.guide(self.latent)
+        return z, shifted(z, self.latent)
 
 
 def shifted(z: Tensor, name: str = "z") -> Tensor:
