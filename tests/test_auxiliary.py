@@ -550,6 +550,17 @@ def test_the_denominator_has_the_marginals_and_no_two_coordinates_of_a_row():
         assert all(len(set(row.tolist())) == 4 for row in mixed)
 
 
+def test_single_coordinates_teach_a_critic_no_noise():
+    """Of a critic at 0 that adds up its coordinates, the loss has the slope 0, not only its mean."""
+    net = nn.Linear(2, 1)
+    nn.init.zeros_(net.weight), nn.init.zeros_(net.bias)
+    svi = factor(net=net)
+    svi.prepare(X)
+    (turn,) = svi.turns.turns.values()
+    turn.loss((X,), {})
+    assert turn.auxiliary.net.weight.grad.abs().max() < 1e-5  # of sums of about 50
+
+
 def test_a_critic_finds_the_total_correlation():
     torch.manual_seed(9)
     model, guide, x = aggregate(2000)

@@ -185,7 +185,7 @@ class CompiledGradients:
         self.inputs: list[Tensor] = [*self.parameters, *objective.buffers()]
         self.positions = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
         used: list[bool] = []
-        has_weight: list[bool] = []
+        shown: list[str] = []
 
         def loss_and_gradients(*inputs: Tensor) -> list[Tensor]:
             given = list(args)
@@ -198,15 +198,15 @@ class CompiledGradients:
                     loss = objective(*given, **kwargs)
                 gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
             used[:] = [gradient is not None for gradient in gradients]
-            weight = getattr(self.state, "weight", None)
-            has_weight[:] = [weight is not None]
+            weights = getattr(self.state, "shown", {})
+            shown[:] = weights
             taken = {tensor.untyped_storage()._cdata for tensor in inputs}
             norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
             outputs = [loss.detach(), norm]
             for parameter, gradient in zip(wanted, gradients, strict=True):
                 if gradient is not None:
                     outputs.append(_in_own_memory(gradient, parameter, taken))
-            return outputs if weight is None else [*outputs, weight.detach().clone()]
+            return [*outputs, *(weight.detach().clone() for weight in weights.values())]
 
         tensors = [args[i] for i in self.positions]
         like = self.parameters[0]
@@ -219,7 +219,7 @@ class CompiledGradients:
                 require_kept(owned, self.graph)
             progress()
             again = self._eager(args, kwargs)  # modules with a cache, as an LSTM, notice a trace
-        self.used, self.has_weight = used, has_weight[0]
+        self.used, self.shown = used, shown
         if _difference(first.values, again.values) is not None:
             raise NotCompiled("the program changes from call to call, at the same draws")
         self._compare(again, args, kwargs)
@@ -229,8 +229,9 @@ class CompiledGradients:
         if not (self.parameters[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             self.advance()  # a captured graph would keep this step's numbers
         loss, self.norm, *outputs = self.graph(*self.inputs, *(args[i] for i in self.positions))
-        if self.has_weight:
-            self.state.weight = outputs.pop()
+        if self.shown:
+            outputs, weights = outputs[: -len(self.shown)], outputs[-len(self.shown) :]
+            self.state.shown.update(zip(self.shown, weights, strict=True))
         gradients = iter(outputs)
         for parameter, used in zip(self.parameters, self.used, strict=True):
             parameter.grad = next(gradients) if used else None

@@ -16,9 +16,10 @@ class History:
         rows: per epoch: ``epoch`` (from 1, going on over calls of ``fit``), ``step`` (updates so
             far), ``train_objective`` (the mean over the epoch of what is maximised, any weight on
             the KL included), ``valid_bound`` (the bound on log p(x), its weight always 1; absent
-            without validation data), ``kl_weight`` (where it changes), ``skipped`` (updates
-            withheld, with ``SVI(skip_nonfinite=True)``), ``lr``, ``seconds`` (training only). Nats
-            per datapoint, larger is better.
+            without validation data), ``kl_weight`` and other weights of the estimator, such as
+            ``gamma``, where they change, ``skipped`` (updates withheld, with
+            ``SVI(skip_nonfinite=True)``), ``lr``, ``seconds`` (training only). Nats per datapoint,
+            larger is better.
         best_epoch: the epoch with the largest validation bound after warm-up, or None.
         stopped_early: whether patience ran out.
         interrupted: whether Ctrl-C or a termination signal ended it before its time.
