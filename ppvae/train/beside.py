@@ -131,6 +131,7 @@ class Turn:
         self.name, self.auxiliary, self.optim = name, auxiliary, optim
         self.objective = AuxiliaryObjective(svi.model, svi.guide, auxiliary)
         self.optimizer: torch.optim.Optimizer | None = None
+        self._own = list(own_parameters(auxiliary).values())
         if self.trained():
             self.optimizer = build_optimizer(optim, auxiliary)
         self.compiled: Compiled | None = None
@@ -140,11 +141,12 @@ class Turn:
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that its loss trains."""
-        return [p for p in own_parameters(self.auxiliary).values() if p.requires_grad]
+        return [p for p in self._own if p.requires_grad]
 
     def take_up(self) -> None:
         """Train what the auxiliary consists of by now."""
         self.objective.owners = method_owners(self.objective.model, self.objective.guide)
+        self._own = list(own_parameters(self.auxiliary).values())
         if self.optimizer is not None:
             take_up(self.optimizer, self.optim, self.auxiliary)
 
@@ -180,7 +182,11 @@ class Turn:
                     parameter.grad = torch.zeros_like(parameter)
             loss = loss.clone()
             svi.synchronize([*(p.grad for p in parameters), loss])
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        graph = self.compiled.latest if self.compiled is not None else None
+        if graph is not None and svi.synchronize is None:
+            norm = graph.norm
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         bad: Any = ~torch.isfinite(loss + norm)
         if loss.is_cuda and all(group.get("fused") for group in self.optimizer.param_groups):
             # nothing waits for the device: the optimiser reads found_inf there, and does nothing
@@ -270,10 +276,11 @@ class Turns:
         total = self.svi.synchronize or (lambda tensors: None)
         several = len(self.turns) > 1
         for name, turn in self.turns.items():
-            kept = [(b, b.clone()) for b in turn.auxiliary.buffers()]
+            withheld = isinstance(skipped, Tensor)  # or not: it is known on the device
+            kept = [(b, b.clone()) for b in turn.auxiliary.buffers()] if withheld else []
             with torch.no_grad():
                 turn.auxiliary.update(total)
-                if isinstance(skipped, Tensor):
+                if withheld:
                     for buffer, value in kept:
                         buffer.copy_(torch.where(skipped.bool(), value, buffer))
                 for key, value in turn.auxiliary.report().items():
