@@ -52,8 +52,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/reproduce"))
     parser.add_argument("--report", action="store_true", help="run nothing, print the table")
     parser.add_argument("--quick", action="store_true", help="every cell, cut to seconds")
-    parser.add_argument("--full", action="store_true", help="as long as the paper (factor, iwae, ladder)")
-    parser.add_argument("--device", default="cpu", help="where to train (factor, iwae, ladder)")
+    parser.add_argument("--full", action="store_true", help="as long as the papers'; with factor, "
+                        "iwae and ladder")  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="where to train, with the same")
     args = parser.parse_args()
     system = SYSTEMS[args.system]
     if (args.full or args.device != "cpu") and not hasattr(system, "full"):

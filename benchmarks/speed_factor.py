@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from columns import LR, Column, _torch_column, ours
 from timing import alternate, parser, shown, spread, start, steps_for, timed
 from torch import Tensor, nn
 from torch.nn import functional as F
-from workloads import MLP, Workload
+from workloads import MLP, Networks, Workload
 
 import ppvae
 from ppvae import elbo, nets
@@ -50,7 +49,7 @@ def factor(workload: Workload, device: torch.device, compile: bool) -> Column:
     return _torch_column(svi.update, workload, device)
 
 
-def handwritten_factor_loss(networks: nn.Module, held: nn.Module, x: Tensor) -> Tensor:
+def handwritten_factor_loss(networks: Networks, held: nn.Module, x: Tensor) -> Tensor:
     """Minus the bound and gamma times the critic's estimate, summed over the batch."""
     loc, log_scale = networks.encoders[0](x).chunk(2, -1)
     noise = torch.randn_like(loc)
@@ -155,4 +154,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

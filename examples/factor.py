@@ -188,12 +188,13 @@ class Track(ppvae.Callback):
 
 def ratio_of(svi: ppvae.SVI) -> ppvae.Ratio:
     """The critic of a FactorELBO."""
-    found: ppvae.Ratio = svi.objective.state.ratio
-    return found
+    state: Any = svi.objective.state
+    ratio: ppvae.Ratio = state.ratio
+    return ratio
 
 
 @torch.no_grad()
-def mean_ratio(ratio: ppvae.Ratio, guide: ppvae.Program, x: Tensor) -> float:
+def mean_ratio(ratio: ppvae.Ratio, guide: Any, x: Tensor) -> float:
     """The mean of a critic's log-ratio over draws of q(z): the total correlation by the ratio."""
     with evaluation_mode(guide):
         z = guide.posterior(x).sample()
@@ -218,7 +219,7 @@ def kl_by_unit(guide: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: models.VAE, guide: Any, x: Tensor, seed: int) -> dict[str, Any]:
+def evaluate(model: Any, guide: Any, x: Tensor, seed: int) -> dict[str, Any]:
     """The bound of some rows, its parts, and the total correlation of their q(z), nats."""
     likelihoods = []
     with evaluation_mode(model, guide), torch.random.fork_rng(devices=[]):
@@ -323,7 +324,7 @@ def write(
 
 
 @torch.no_grad()
-def draw_traversals(model: models.VAE, guide: Any, x: Tensor, columns: int = 9) -> Any:
+def draw_traversals(model: Any, guide: Any, x: Tensor, columns: int = 9) -> Any:
     """The first image with one code moved at a time; codes of large KL first."""
     by_unit = kl_by_unit(guide, x)
     with evaluation_mode(model, guide):

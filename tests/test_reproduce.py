@@ -85,10 +85,10 @@ def test_renormalise_gives_the_moments_of_all_rows(reproduce, name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ppvae.metrics.UnusedClusterWarning")
-@pytest.mark.parametrize("name", ["cvae", "iwae", "ladder", "nvdm", "vade"])
+@pytest.mark.parametrize("name", ["cvae", "factor", "iwae", "ladder", "nvdm", "vade"])
 def test_every_cell_runs_when_it_is_cut_short(reproduce, monkeypatch, tmp_path, capsys, name):
     system = reproduce.SYSTEMS[name]
-    needed = "20newsgroups" if name == "nvdm" else "mnist"
+    needed = {"nvdm": "20newsgroups", "factor": "digits"}.get(name, "mnist")
     try:
         data.load(needed)
     except OSError as error:
