@@ -551,7 +551,7 @@ def test_the_denominator_has_the_marginals_and_no_two_coordinates_of_a_row():
 
 
 def test_single_coordinates_teach_a_critic_no_noise():
-    """Of a critic at 0 that adds up its coordinates, the loss has the slope 0, not only its mean."""
+    """A critic at 0 that adds up its coordinates: the loss has the slope 0 at any draws."""
     net = nn.Linear(2, 1)
     nn.init.zeros_(net.weight), nn.init.zeros_(net.bias)
     svi = factor(net=net)
