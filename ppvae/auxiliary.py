@@ -23,8 +23,8 @@ class Auxiliary(nn.Module):
     """A module beside a pair, with a rule of its own after each step of the pair.
 
     Its parameters are never the pair's: the pair's optimiser does not hold them, and no check asks
-    them for a gradient. After each step of the pair :class:`ppvae.SVI` takes ``steps`` times a
-    draw, its loss and a step of its own optimiser (:class:`ppvae.Beside`), and then calls
+    them for a gradient. After each step of the pair :class:`ppvae.SVI` draws ``steps`` times, takes
+    with each draw the loss and a step of its own optimiser (:class:`ppvae.Beside`), and then calls
     :meth:`update`. A subclass has whichever of the four methods it needs. What it computes for the
     pair must not depend on its parameters: detach them, as :class:`Ratio` does. What it remembers
     are buffers, filled in place; what is frozen when ``SVI`` meets it is not trained.
