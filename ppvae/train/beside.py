@@ -263,14 +263,14 @@ class Turn:
             norm = graph.norm
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        bad: Any = ~torch.isfinite(loss + norm)
         if loss.is_cuda and all(group.get("fused") for group in self.optimizer.param_groups):
             # nothing waits for the device: the optimiser reads found_inf there, and does nothing
+            bad = ~torch.isfinite(loss + norm)
             withheld = bad | torch.as_tensor(skipped, device=loss.device).bool()
             self.optimizer.found_inf = withheld.float()  # type: ignore[attr-defined]
             self.optimizer.step()
             return bad.long()
-        if not bool(bad):
+        if math.isfinite(float(loss) + float(norm)):
             self.optimizer.step()
             return 0
         if not svi.skip_nonfinite:
