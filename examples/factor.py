@@ -381,7 +381,8 @@ def draw_scores(found: dict[str, list[dict[str, Any]]]) -> Any:
             ax.plot([x - 0.075, x + 0.075], [middle] * 2, color=COLOURS[method], lw=2,
                     label=LABELS[method] if name == names[0] else None)  # fmt: skip
             ax.plot([x] * len(values), values, ".", color=COLOURS[method], ms=4)
-    ax.set_xticks(range(len(names)), names)
+    scored = {"FactorVAE": "FactorVAE\nscore", "beta-VAE": "beta-VAE\nscore"}
+    ax.set_xticks(range(len(names)), [scored.get(name, name) for name in names])
     ax.set(ylabel="score", ylim=(0, 1.02))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -389,18 +390,31 @@ def draw_scores(found: dict[str, list[dict[str, Any]]]) -> Any:
 
 
 def draw_total_correlation(found: dict[str, list[dict[str, Any]]]) -> Any:
-    """Over training, by a fitted Gaussian: thin lines are seeds, the thick one their median."""
+    """Left over training, thin lines are seeds, the thick one their median; right at the end."""
     from matplotlib import pyplot as plt
 
-    _, ax = plt.subplots(figsize=(6.0, 3.6), layout="constrained")
-    for method in METHODS:
+    _, (ax, end) = plt.subplots(
+        1, 2, figsize=(8.0, 3.4), layout="constrained", width_ratios=[1.6, 1]
+    )
+    kinds = {
+        "tc_gaussian": "fitted\nGaussian",
+        "tc_ratio": "ratio",
+        "tc_aggregate": "mixture\nq(z)",
+    }
+    for place, method in enumerate(METHODS):
         curves = [[row["tc_gaussian"] for row in cell["epochs"]] for cell in found[method]]
         steps = [row["step"] for row in found[method][0]["epochs"]]
         for curve in curves:
             ax.plot(steps, curve, color=COLOURS[method], lw=0.6, alpha=0.5)
         ax.plot(steps, np.median(curves, 0), color=COLOURS[method], lw=2, label=LABELS[method])
-    ax.set(xlabel="step", ylabel="total correlation [nats],\nfitted Gaussian", yscale="log")
-    ax.spines[["top", "right"]].set_visible(False)
+        for at, kind in enumerate(kinds):
+            values = [cell[kind] for cell in found[method]]
+            end.plot([at + (place - 1.5) * 0.15] * len(values), values, ".", color=COLOURS[method])
+    ax.set(xlabel="step", ylabel="total correlation [nats]", title="fitted Gaussian", yscale="log")
+    end.set(title="at the end, every seed", yscale="log", xlim=(-0.5, 2.5))
+    end.set_xticks(range(len(kinds)), list(kinds.values()))
+    for each in (ax, end):
+        each.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize="small")
     return ax
 
