@@ -128,8 +128,8 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
 CURVES = ("train_objective", "tc_gaussian", "tc_ratio", "ratio_loss", "ratio_accuracy")
 NUMBERS = {
     "TC, fitted Gaussian": "tc_gaussian",
-    "TC, aggregate": "tc_aggregate",
     "TC, ratio": "tc_ratio",
+    "TC, mixture q(z)": "tc_aggregate",
     "reconstruction": "reconstruction",
     "KL": "kl",
     "ELBO": "elbo",
@@ -155,6 +155,18 @@ def report(found: dict[str, Any]) -> str:
     for name in next(iter(found.values()))["scores"]:
         values = {m: [cell["scores"][name] for cell in cells] for m, cells in groups.items()}
         lines.append(f"| {name} | " + " | ".join(spread(v, 3) for v in values.values()) + " |")
+    lines += ["", "| seed: TC by fitted Gaussian, ratio, mixture | " + " | ".join(groups) + " |"]
+    lines.append("|---" * (len(groups) + 1) + "|")
+    for seed in sorted({cell["recipe"]["seed"] for cell in found.values()}):
+        of_seed = {
+            m: [c for c in cells if c["recipe"]["seed"] == seed] for m, cells in groups.items()
+        }
+        kinds = ("tc_gaussian", "tc_ratio", "tc_aggregate")
+        told = [
+            ", ".join(f"{c[k]:.3f}" for k in kinds) for cells in of_seed.values() for c in cells
+        ]
+        if len(told) == len(groups):
+            lines.append(f"| {seed} | " + " | ".join(told) + " |")
     return "\n".join(lines)
 
 

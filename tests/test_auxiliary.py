@@ -203,6 +203,14 @@ def test_draws_leave_buffers_of_the_pair_and_the_mode():
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("extra", [[], [nn.BatchNorm1d(8)]], ids=["plain", "batch norm"])
+def test_the_loss_is_that_of_each_side_by_itself(extra):
+    net, (a, b) = critic(*extra), (torch.randn(20, 2), 1 + torch.randn(20, 2))
+    alone = copy.deepcopy(net)
+    expected = F.softplus(-alone(a)).sum() + F.softplus(alone(b)).sum()
+    torch.testing.assert_close(Ratio(net, None).loss(a, b), expected)
+
+
 class Nested(ppvae.Program):
     """Sites at two depths of plates; counts its runs."""
 
