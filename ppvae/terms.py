@@ -180,6 +180,22 @@ def distribution_mask(fn: Any) -> Any:
     return fn._mask if isinstance(fn, MaskedDistribution) else None
 
 
+def not_a_density(fn: Any, why: str) -> str:
+    """Why ``fn.log_prob`` is no log-density; "" for one that is, as are nearly all.
+
+    Args:
+        fn: a distribution, or one inside of ``Independent``, masks, transforms.
+        why: the attribute that says so: ``"estimated"``, a function of the value that is learned
+            or drawn in the place of the log-density, or ``"unnormalised"``, the log-density but
+            for a constant that is not known.
+    """
+    while fn is not None:
+        if reason := getattr(fn, why, ""):
+            return str(reason)
+        fn = getattr(fn, "base_dist", None)
+    return ""
+
+
 def unmasked(fn: Any) -> Any:
     """A distribution without the masks it carries, inside of ``Independent`` too."""
     while isinstance(fn, MaskedDistribution):

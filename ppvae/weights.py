@@ -35,6 +35,7 @@ from ppvae.terms import (
     distribution_mask,
     leftmost_plate,
     log_density,
+    not_a_density,
     term,
     unmasked,
 )
@@ -94,6 +95,20 @@ class LogWeights:
     def log_q(self) -> dict[str, Tensor]:
         """Guide terms by site name."""
         return {name: term.values for name, term in self.q.items()}
+
+    @cached_property
+    def estimated(self) -> dict[str, str]:
+        """Sites whose log-density is estimated by something else than itself, and why.
+
+        A classifier's, or a mean over draws: the log-weights are then no weights, and only what is
+        linear in them has a meaning.
+        """
+        return not_densities("estimated", self.guide_trace, self.model_trace)
+
+    @cached_property
+    def unnormalised(self) -> dict[str, str]:
+        """Sites whose log-density lacks a constant that is not known, and why."""
+        return not_densities("unnormalised", self.guide_trace, self.model_trace)
 
     @property
     def latents(self) -> tuple[str, ...]:
@@ -331,17 +346,44 @@ def whole_weights(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     num_particles: int,
+    estimates: bool = False,
 ) -> LogWeights:
     """Log-weights of whole datapoints, and of all that the call is given.
 
     What is reported as a bound, as log p(x) or as information is made of these.
 
+    Args:
+        model, guide, args, kwargs, num_particles: as :func:`weigh` has them.
+        estimates: allow densities that are estimated or not normalised, for what uses draws alone.
+
     Raises:
-        ValueError: a plate subsamples itself.
+        ValueError: a plate subsamples itself; a log-density is none.
     """
     weights = weigh(model, guide, args, kwargs, num_particles)
     require_whole({"model": weights.model_trace, "guide": weights.guide_trace}, args, kwargs)
+    if not estimates:
+        require_densities(weights.guide_trace, weights.model_trace)
     return weights
+
+
+def not_densities(why: str, *traces: Trace) -> dict[str, str]:
+    """The sites of traces whose ``log_prob`` is no log-density, with the reasons."""
+    found = {}
+    for drawn in traces:  # a latent may have a density in one program and none in the other
+        for name, site in sample_sites(drawn).items():
+            if reason := not_a_density(site["fn"], why):
+                found[name] = reason
+    return found
+
+
+def require_densities(*traces: Trace) -> None:
+    """Raise ``ValueError`` for a site whose ``log_prob`` is no log-density: name, why, and cure."""
+    for why in ("estimated", "unnormalised"):
+        for name, reason in not_densities(why, *traces).items():
+            raise ValueError(
+                f"site {name!r} has no log-density, so there is no bound and no log p(x) made of "
+                f"it: {reason}"
+            )
 
 
 def require_whole(

@@ -279,7 +279,7 @@ def _weigh(
     faults += _data_faults(model, args, model_sites, checks)
     if faults:
         raise PairError("\n".join(faults))
-    make = whole_weights if whole else weigh
+    make = functools.partial(whole_weights, estimates=True) if whole else weigh
     try:
         weights = make(model, guide, tuple(args), {**kwargs, "joint": joint}, 1)
     except ValueError as error:

@@ -259,7 +259,7 @@ def bdmc(
     """
     model, guide = bound(model, guide, kwargs)
     annealing = Annealing(start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows)
-    check_pair_and_data(model, guide, args)
+    check_pair_and_data(model, guide, args, estimates=True)  # of a guide that is only drawn from
     lower, upper = [], []
     with seeded(seed, *args):
         with own_path(), evaluation_mode(model):

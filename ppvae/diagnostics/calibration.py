@@ -238,7 +238,7 @@ def sbc(
     check_at_least(100, num_simulations=num_simulations)
     check_at_least(19, num_draws=num_draws)
     check_at_least(1, max_rows=max_rows)
-    rows = check_pair_and_data(model, guide, args)
+    rows = check_pair_and_data(model, guide, args, estimates=True)
     tests, absent = dict(test_quantities or {}), dict[str, str]()
     columns: dict[str, list[Tensor]] = {}
     which = torch.arange(num_simulations) % rows
@@ -261,7 +261,7 @@ def _ranks(
     absent: dict[str, str],
 ) -> dict[str, Tensor]:
     """By quantity ``(n, D)``, on the CPU; ``truth`` is the trace that the data came from."""
-    weights = whole_weights(model, guide, args, {}, num_draws)
+    weights = whole_weights(model, guide, args, {}, num_draws, estimates=True)
     require_numbers(weights, where="on data drawn from the model, ")
     true_sites, n, found = sample_sites(truth), count_rows(args), {}
     z_true, z_drawn = {}, {}
@@ -274,6 +274,8 @@ def _ranks(
         found[name] = _rank(z_drawn[name].reshape(num_draws, n, -1), z_true[name].reshape(n, -1))
     if weights.enumerated:
         absent["densities"] = "a latent is summed out"
+    elif weights.estimated:
+        absent["densities"] = f"that of site {min(weights.estimated)!r} is an estimate"
     else:
         for name, program, terms in (
             (_LOG_JOINT, model, weights.log_p), (_LOG_Q, guide, weights.log_q)

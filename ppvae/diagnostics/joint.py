@@ -60,7 +60,7 @@ from ppvae.terms import (
     term,
     unmasked,
 )
-from ppvae.weights import require_whole
+from ppvae.weights import not_densities, require_densities, require_whole
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Joint:
         if self.auxiliary:  # there are no log-weights, and the guide gives draws only
             check_data(model, args)
         else:
-            check_pair_and_data(model, guide, args)
+            check_pair_and_data(model, guide, args, estimates=True)  # of the guide
 
     def _look(self) -> None:
         """Find the latents and where they lie, for these rows."""
@@ -159,6 +159,10 @@ class Joint:
                 drawn = trace(guide, args, {})
                 scored = replay(model, drawn, args, {})
         require_whole({"model": scored, "guide": drawn}, args, {})
+        require_densities(scored)
+        self._no_density = [
+            name for why in ("estimated", "unnormalised") for name in not_densities(why, drawn)
+        ]
         sites, guide_sites = sample_sites(scored), sample_sites(drawn)
         check_latents(sites, guide_sites)
         self._enumerated = {
@@ -224,6 +228,8 @@ class Joint:
         """
         if self.auxiliary:
             raise _no_density(f"its auxiliary latents {self.auxiliary} would be integrated out")
+        for site in self._no_density:
+            raise _no_density(f"that of site {site!r} is an estimate, or not normalised")
         if not self._same_support:
             raise _no_density("its support is not the model's")
         try:

@@ -28,7 +28,7 @@ from ppvae.pairs import (
     seeded,
     trace,
 )
-from ppvae.weights import require_whole
+from ppvae.weights import require_densities, require_whole
 
 
 def nuts(
@@ -101,6 +101,7 @@ def _refuse_others(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
     with own_path(), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         drawn = trace(model, args, {})
     require_whole({"model": drawn}, args, {})
+    require_densities(drawn)
     for name, site in sample_sites(drawn).items():
         if site["is_observed"]:
             continue

@@ -139,7 +139,7 @@ def predictive_check(
     check_at_least(1, max_rows=max_rows)
     if not statistics:
         raise ValueError('statistics is empty: give functions, e.g. {"mean": lambda x: x.mean(-1)}')
-    rows = check_pair_and_data(model, guide, args)
+    rows = check_pair_and_data(model, guide, args, estimates=True)
     free = poutine.uncondition(model)
     replicated = {label: torch.empty(num_draws, rows, dtype=torch.float64) for label in statistics}
     with evaluating(model, guide, args, seed):

@@ -33,7 +33,7 @@ from ppvae.pairs import (
     unnoticed,
 )
 from ppvae.program import module_of
-from ppvae.weights import LogWeights, log_weights
+from ppvae.weights import LogWeights, log_weights, require_densities
 
 _CHECKED_ROWS = 100  # on which the pair is tried before all of them
 
@@ -76,12 +76,16 @@ def count_rows(args: Sequence[Any]) -> int:
 
 
 def check_pair_and_data(
-    model: Program, guide: Program, args: Sequence[Any], joint: bool = False
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    joint: bool = False,
+    estimates: bool = False,
 ) -> int:
     """N; raise as :func:`check_data` does, and ``PairError`` unless the pair takes every row.
 
     Its plates must be whole. It may mask values that are NaN. For passes over the weights, which
-    run with Pyro's validation off.
+    run with Pyro's validation off. Log-densities that are none are refused, unless ``estimates``.
     """
     rows = check_rows(model, args)
     # an autoguide's parameters may belong to all positions
@@ -90,6 +94,10 @@ def check_pair_and_data(
     with naming_positions(model, guide, args):
         checks = check_batch(model, guide, *some, joint=joint, num_particles=2, whole=True)
     check_values(model, guide, args, checks)
+    if not estimates:
+        with own_path(), unnoticed(model, guide), pyro.validation_enabled(False):
+            weights = log_weights(model, guide, *some, joint=joint)
+        require_densities(weights.guide_trace, weights.model_trace)
     return rows
 
 

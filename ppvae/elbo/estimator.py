@@ -98,6 +98,12 @@ class Estimator(pyro.infer.ELBO):
 
     def effective(self, weights: LogWeights, state: State) -> Tensor:
         """The log-weights that enter :meth:`bound`, ``(K, N)``; a linear bound may temper them."""
+        for site, why in weights.estimated.items():
+            raise ValueError(
+                f"{type(self).__name__} is not linear in the log-weights, and the log-density of "
+                f"site {site!r} is an estimate, whose error would not average out: use elbo.ELBO. "
+                f"{why}"
+            )
         for program, site in weights.site_scales:
             raise ValueError(
                 f"{type(self).__name__} is not linear in the log-weights, so the scale on site "
@@ -132,7 +138,8 @@ class Estimator(pyro.infer.ELBO):
         Every term has weight 1, whatever ``poutine.scale`` or this estimator weighs it by.
 
         Raises:
-            ValueError: a plate subsamples itself, so part of a datapoint or of the data is missing.
+            ValueError: a plate subsamples itself, so part of a datapoint or of the data is missing;
+                a log-density is estimated, or not normalised.
         """
         with torch.no_grad():
             return self.bound(whole_weights(model, guide, args, kwargs, self.num_draws).log_w)

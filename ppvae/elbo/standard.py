@@ -105,8 +105,21 @@ class ELBO(Estimator):
     def evaluate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():
             weights = whole_weights(model, guide, args, kwargs, self.num_particles)
-            plain = replace(weights, site_scales={})
-            return self.bound(ELBO(self.num_particles).effective(plain, State()))
+            return self._plain(weights)
+
+    def estimate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """What :meth:`evaluate` gives, with log-densities that are estimates: no bound, ``(N,)``.
+
+        It may lie above log p(x). :func:`ppvae.fit` shows it as ``valid_estimate``.
+        """
+        with torch.no_grad():
+            weights = whole_weights(model, guide, args, kwargs, self.num_particles, estimates=True)
+            return self._plain(weights)
+
+    def _plain(self, weights: LogWeights) -> Tensor:
+        """The ELBO with every weight at 1, ``(N,)``."""
+        plain = replace(weights, site_scales={})
+        return self.bound(ELBO(self.num_particles).effective(plain, State()))
 
     def effective(self, weights: LogWeights, state: State) -> Tensor:
         plain = isinstance(self.beta, (int, float)) and self.beta == 1  # a tensor is not looked at

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from ppvae.check.pair import check_batch
+from ppvae.elbo.standard import ELBO
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.train import refusals
 from ppvae.train.callbacks import Callback, all_callbacks, all_loggers, log, overridden
@@ -146,11 +147,12 @@ def fit(
     refusals.require_two_rows(svi, train_data, first)
     refusals.require_rows_beside(svi, train_data, first)
     check_model = refusals.before_fit(svi.model, train_data, first)
+    has_bound = True
     if valid_data is not None:
         first = valid_data.first()
         pair = svi.model, svi.guide
         valid_data.check(*pair, check_batch(*pair, *first))
-        refusals.require_bound(svi, first)
+        has_bound = refusals.require_bound(svi, first, patience)
 
     processes.copy_from_first(svi.objective)
     processes.own_draws()
@@ -171,6 +173,7 @@ def fit(
         epochs=epochs,
         seed=seed,
         patience=patience,
+        has_bound=has_bound,
     )
     if resume:
         run.resume(resume)
@@ -250,7 +253,10 @@ def _row(run: Run) -> dict[str, float]:
     row = {"epoch": svi.num_epochs, "step": svi.num_steps, "train_objective": objective}
     if run.valid is not None:
         own_seed = processes.own_seed(run.seed)
-        row["valid_bound"] = mean_bound(svi, run.valid.evaluation(), own_seed, processes)
+        if svi.turns is not None:  # a normaliser may be out of date by now
+            run.has_bound = refusals.has_bound(svi, run.valid.first())
+        column = "valid_bound" if run.has_bound else "valid_estimate"
+        row[column] = mean_bound(svi, run.valid.evaluation(), own_seed, processes)
     for column, weight in getattr(state_of(svi), "shown", {}).items():
         row[column] = processes.sum(float(weight))[0] / processes.size
     for column, (value, steps) in (svi.turns.reported if svi.turns is not None else {}).items():
@@ -275,19 +281,26 @@ def _step_schedule(scheduler: LRScheduler | None, row: dict[str, float]) -> None
 def _show(bar: Any, history: History) -> None:
     row = history.rows[-1]
     bar.set_description(f"{history.name} [nats per datapoint]")
-    bar.set_postfix({k: f"{row[k]:.2f}" for k in ("train_objective", "valid_bound") if k in row})
+    shown = [k for k in ("train_objective", "valid_bound", "valid_estimate") if k in row]
+    bar.set_postfix({k: f"{row[k]:.2f}" for k in shown})
     bar.update()
 
 
 def mean_bound(
     svi: SVI, batches: Iterable[Batch], seed: int, processes: Processes | None = None
 ) -> float:
-    """The bound on log p(x) over batches, nats per datapoint, in evaluation mode, same draws."""
-    estimator = svi.evaluator
+    """The bound on log p(x) over batches, nats per datapoint, in evaluation mode, same draws.
+
+    Where the pair has no bound, :meth:`ppvae.elbo.ELBO.estimate`.
+    """
+    evaluate: Any = None
     with evaluation_mode(svi.objective), seeded(seed, *svi.objective.parameters()):
         total, count = 0.0, 0.0
         for batch in batches:
-            total += estimator.evaluate(svi.model, svi.guide, *batch).sum().item()
+            if evaluate is None:
+                estimate = ELBO(svi.evaluator.num_draws).estimate
+                evaluate = svi.evaluator.evaluate if refusals.has_bound(svi, batch) else estimate
+            total += evaluate(svi.model, svi.guide, *batch).sum().item()
             count += len(batch[0])
     if processes is not None:
         total, count = processes.sum(total, count)

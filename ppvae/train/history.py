@@ -16,10 +16,10 @@ class History:
         rows: per epoch: ``epoch`` (from 1, going on over calls of ``fit``), ``step`` (updates so
             far), ``train_objective`` (the mean over the epoch of what is maximised, any weight on
             the KL included), ``valid_bound`` (the bound on log p(x), its weight always 1; absent
-            without validation data), ``kl_weight`` and other weights of the estimator, such as
-            ``gamma``, where they change, ``skipped`` (updates withheld, with
-            ``SVI(skip_nonfinite=True)``), ``lr``, ``seconds`` (training only). Nats per datapoint,
-            larger is better.
+            without validation data; ``valid_estimate`` where a log-density is an estimate, so that
+            there is no bound), ``kl_weight`` and other weights of the estimator, such as ``gamma``,
+            where they change, ``skipped`` (updates withheld, with ``SVI(skip_nonfinite=True)``),
+            ``lr``, ``seconds`` (training only). Nats per datapoint, larger is better.
         best_epoch: the epoch with the largest validation bound after warm-up, or None.
         stopped_early: whether patience ran out.
         interrupted: whether Ctrl-C or a termination signal ended it before its time.
@@ -70,8 +70,8 @@ class History:
         """Training and validation curve, see :func:`ppvae.plots.training_curve`."""
         from ppvae import plots
 
-        has_valid = any("valid_bound" in row for row in self.rows)
-        valid = self.column("valid_bound") if has_valid else None
+        names = [n for n in ("valid_bound", "valid_estimate") if any(n in row for row in self.rows)]
+        valid = self.column(names[0]) if names else None
         return plots.training_curve(self.column("train_objective"), valid, ax=ax, name=self.name)
 
     def __repr__(self) -> str:

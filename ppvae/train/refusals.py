@@ -148,8 +148,26 @@ def require_rows(svi: SVI, data: Source, batch: Batch) -> None:
         raise PairError("\n".join(faults))
 
 
-def require_bound(svi: SVI, batch: Batch) -> None:
-    """Refuse validation of a pair that has no bound per datapoint, before it is trained."""
+def has_bound(svi: SVI, batch: Batch) -> bool:
+    """Whether each log-density of the pair is one, as it is now: else it has no bound to report."""
+    with own_path(), unnoticed(svi.model, svi.guide), pyro.validation_enabled(False):
+        weights = log_weights(svi.model, svi.guide, *batch)
+    return not (weights.estimated or weights.unnormalised)
+
+
+def require_bound(svi: SVI, batch: Batch, patience: int | None) -> bool:
+    """Refuse validation of a pair that has no bound per datapoint, before it is trained.
+
+    Where log-densities are estimates there is one to be shown, and nothing to stop by: False.
+    """
+    if not has_bound(svi, batch):
+        if patience is not None:
+            raise ValueError(
+                f"patience={patience} waits for a validation bound, and this pair has none: a "
+                "log-density is estimated, or not normalised. Leave it out, and judge the pair by "
+                'diagnostics.ais(start="prior")'
+            )
+        return False
     with unnoticed(svi.model, svi.guide), pyro.validation_enabled(False):
         try:
             svi.evaluator.evaluate(svi.model, svi.guide, *batch)
@@ -158,6 +176,7 @@ def require_bound(svi: SVI, batch: Batch) -> None:
                 f"no validation bound: {error}, or train without valid= (of a Dataset: pass its "
                 "train)"
             ) from error
+    return True
 
 
 def require_two_rows(svi: SVI, data: Source, batch: Batch) -> None:

@@ -98,6 +98,7 @@ class Run:
     epochs: int
     seed: int
     patience: int | None
+    has_bound: bool  # whether what validation gives is a bound on log p(x)
     _shares: dict[int, float] = field(default_factory=dict)
 
     def of_its_rows(self, loss: Tensor, batch: Batch) -> Tensor:
