@@ -96,7 +96,7 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     x = factors[torch.randperm(len(factors), generator=generator)[:15_000]]
     svi, history = factor.train(
         recipe["method"],
-        factors.images if recipe["data"] == "dsprites" else x,
+        x if len(x) == len(factors) else factors.dataset(valid=1, test=1).train,
         args,
         seed,
         device=device,

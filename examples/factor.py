@@ -180,10 +180,11 @@ class Track(ppvae.Callback):
     def on_epoch_end(self, svi: ppvae.SVI, history: ppvae.History) -> None:
         row = history.rows[-1]
         if row["epoch"] % self.every == 0 or row["epoch"] <= 3:
-            found = diagnostics.total_correlation(svi.guide, self.x, num_draws=1)
+            x = self.x.to(next(svi.objective.parameters()).device)
+            found = diagnostics.total_correlation(svi.guide, x, num_draws=1)
             row["tc_gaussian"] = found.gaussian
             if svi.turns is not None:
-                row["tc_ratio"] = mean_ratio(ratio_of(svi), svi.guide, self.x)
+                row["tc_ratio"] = mean_ratio(ratio_of(svi), svi.guide, x)
 
 
 def ratio_of(svi: ppvae.SVI) -> ppvae.Ratio:
