@@ -372,7 +372,7 @@ def draw_scores(found: dict[str, list[dict[str, Any]]]) -> Any:
     from matplotlib import pyplot as plt
 
     names = list(found["VAE"][0]["scores"])
-    _, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    _, ax = plt.subplots(figsize=(8.2, 3.6), layout="constrained")
     for place, method in enumerate(METHODS):
         at = np.arange(len(names)) + (place - 1.5) * 0.2
         for x, name in zip(at, names, strict=True):
