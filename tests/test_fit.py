@@ -446,6 +446,14 @@ def test_the_weight_of_each_epoch_is_told():
     assert "kl_weight" not in fit(vae(loss=elbo.ELBO(beta=2.0)), X).rows[0]
 
 
+def test_other_weights_of_the_estimator_are_told(tmp_path):
+    gamma = elbo.LinearWarmup(10, end=0.5)
+    svi = vae(loss=elbo.FactorELBO(gamma=gamma, ratio=torch.nn.Linear(2, 1)))
+    history = fit(svi, X, epochs=2, checkpoint=tmp_path)
+    assert history.column("gamma") == pytest.approx([gamma(3), gamma(7)])
+    assert "kl_weight" not in history.rows[0]
+
+
 def test_lr_scheduler_steps_once_per_epoch():
     step = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.1)
     history = fit(vae(), X, epochs=5, lr_scheduler=step)

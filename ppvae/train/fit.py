@@ -257,9 +257,8 @@ def _row(run: Run) -> dict[str, float]:
             run.has_bound = refusals.has_bound(svi, run.valid.first())
         column = "valid_bound" if run.has_bound else "valid_estimate"
         row[column] = mean_bound(svi, run.valid.evaluation(), own_seed, processes)
-    weight = getattr(state_of(svi), "weight", None)
-    if weight is not None:
-        row["kl_weight"] = processes.sum(float(weight))[0] / processes.size
+    for column, weight in getattr(state_of(svi), "shown", {}).items():
+        row[column] = processes.sum(float(weight))[0] / processes.size
     for column, (value, steps) in (svi.turns.reported if svi.turns is not None else {}).items():
         summed, number = processes.sum(float(value), float(steps))
         row[column] = summed / number

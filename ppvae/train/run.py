@@ -177,14 +177,14 @@ class Run:
         assert files is not None
         svi.check_finite()
         buffers = {k: v.cpu() for k, v in svi.objective.named_buffers()}
-        weight = getattr(state_of(svi), "weight", None)
+        shown = getattr(state_of(svi), "shown", {})
         own = {
             "random": rng_state(),
             "data": self.data.state_dict(progress.batch),
             "valid": self.valid.state_dict(0) if self.valid is not None else {},
             "total": progress.total.cpu(),
             "count": int(progress.count),
-            "kl_weight": weight.cpu() if torch.is_tensor(weight) else weight,
+            "shown": {column: weight.cpu() for column, weight in shown.items()},
             "buffers": buffers if self.processes.size > 1 else {},
             "callbacks": [callback.state_dict() for callback in self.stateful],
             "reported": svi.turns.reported if svi.turns is not None else {},
@@ -235,9 +235,9 @@ class Run:
         with torch.no_grad():
             for name, saved in own["buffers"].items():
                 buffers[name].copy_(saved)
-        device, weight = progress.total.device, own["kl_weight"]
-        if weight is not None:
-            state_of(svi).weight = weight.to(device) if torch.is_tensor(weight) else weight
+        device = progress.total.device
+        for column, weight in own["shown"].items():
+            state_of(svi).shown[column] = weight.to(device)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
             if svi.num_steps > 0:  # else a first step of the scheduler warns
