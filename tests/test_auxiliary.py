@@ -783,3 +783,30 @@ def test_the_history_is_of_the_steps_of_its_epoch():
     svi.turns.reported = {"ratio_loss": (torch.tensor(1e6), 1)}  # of steps by hand
     first, second = run(svi, epochs=2).rows
     assert first["ratio_loss"] < 2 and second["ratio_loss"] < 2
+
+
+def test_a_guide_that_mixes_particles_is_refused_where_its_draws_would_be_particles():
+    class Mixes(ppvae.Program):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z1", dist.Normal(self.loc, 1.0).to_event(1))
+                pyro.sample("z", dist.Normal(z.reshape(-1, len(x), 2).sum(0), 1.0).to_event(1))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z1", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def svi(steps):
+        loss = elbo.FactorELBO(ratio=nets.mlp(2, 8, 1))
+        return ppvae.SVI(model, Mixes(), torch.optim.Adam, loss, beside=ppvae.Beside(steps=steps))
+
+    x = torch.randn(6, 2)
+    svi(1).step(x)
+    with pytest.raises(ppvae.PairError, match="particle"):
+        svi(3).step(x)

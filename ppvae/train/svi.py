@@ -127,6 +127,8 @@ class SVI(pyro.infer.SVI):
             What :func:`ppvae.check.pair.check_batch` returns.
         """
         K = self.particles_at_once
+        if auxiliaries(self.objective):  # whose draws for all their steps are particles of one run
+            K = max(K, (self.beside or Beside()).steps)
         checks = check_batch(self.model, self.guide, *args, num_particles=K, **kwargs)
         if self.optimizer is None:
             self._build()
