@@ -14,6 +14,7 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.auxiliary import auxiliaries
 from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.check.pair import Checks, check_batch
@@ -85,6 +86,7 @@ class SVI(pyro.infer.SVI):
         True
     """
 
+    @takes_numbers
     def __init__(
         self,
         model: Callable[..., Any],
