@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "program": {"wrapped"},
     "pairs": {"wrapped", "program"},
     "latents": {"pairs"},
-    "terms": {"pairs"},
+    "terms": {"pairs", "distributions"},
     "enumeration": {"terms"},
     "weights": {"pairs", "latents", "terms", "enumeration"},
     "local": PAIR,
