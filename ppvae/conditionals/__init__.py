@@ -16,6 +16,25 @@ A room of densities: it imports distributions, and neither pairs nor anything th
 them.
 """
 
+from ppvae.conditionals.columns import Columns
+from ppvae.conditionals.continuous import (
+    Affine,
+    Beta,
+    ContinuousBernoulli,
+    Gamma,
+    Laplace,
+    LogNormal,
+    StudentT,
+    VonMises,
+)
+from ppvae.conditionals.counts import (
+    BetaBinomial,
+    DirichletMultinomial,
+    Multinomial,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflated,
+)
 from ppvae.conditionals.heads import (
     BagOfWords,
     Bernoulli,
@@ -24,16 +43,36 @@ from ppvae.conditionals.heads import (
     Normal,
     Scale,
 )
+from ppvae.conditionals.levels import DiscretizedLogistic, Ordinal
 from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
+from ppvae.conditionals.values import Values
 
 __all__ = [
+    "Affine",
     "BagOfWords",
     "Bernoulli",
+    "Beta",
+    "BetaBinomial",
     "Categorical",
+    "Columns",
     "Conditional",
+    "ContinuousBernoulli",
+    "DirichletMultinomial",
+    "DiscretizedLogistic",
+    "Gamma",
+    "Laplace",
+    "LogNormal",
     "Mixture",
+    "Multinomial",
+    "NegativeBinomial",
     "Normal",
+    "Ordinal",
+    "Poisson",
     "Scale",
     "StandardNormal",
+    "StudentT",
+    "Values",
     "VampPrior",
+    "VonMises",
+    "ZeroInflated",
 ]

@@ -90,7 +90,7 @@ class BetaBinomial(Values):
         >>> a, b = torch.tensor(2.0), torch.tensor(3.0)
         >>> p = BetaBinomial((a / b).log(), (a + b).log(), total_count=10)
         >>> p.log_prob(torch.tensor(4.0)), p.mean
-        (tensor(-1.9671), tensor(4.))
+        (tensor(-1.9671), tensor(4.0000))
     """
 
     arg_constraints: ClassVar = real("logits", "log_concentration")
@@ -295,8 +295,8 @@ def log_rising(k: Tensor, log_a: Tensor) -> Tensor:
         log_a: log a, below 300.
 
     Example:
-        >>> log_rising(torch.tensor(2.0), torch.tensor(0.0)).exp()  # 1 * 2 / 1
-        tensor(2.0000)
+        >>> log_rising(torch.tensor(3.0), torch.tensor(0.0)).exp().round()  # 1 * 2 * 3
+        tensor(6.)
     """
     a = log_a.exp()
     b = a + 8
