@@ -1,6 +1,7 @@
 """Conditionals: densities against closed forms, shapes under plates, precision, tracing."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pyro
@@ -40,6 +41,36 @@ def _binary(*shape):
 
 def _counts(*shape):
     return torch.randint(5, shape).to(torch.get_default_dtype())
+
+
+def _unit(*shape):
+    return torch.rand(shape).clamp(0.01, 0.99)
+
+
+def _positive(*shape):
+    return torch.rand(shape) + 0.1
+
+
+def _levels(size, low=0):
+    return lambda *shape: torch.randint(low, low + size, shape).to(torch.get_default_dtype())
+
+
+KINDS = {
+    "size": conditionals.Normal,
+    "visits": partial(conditionals.NegativeBinomial, theta=2.0),
+    "weight": conditionals.Normal,
+    "job": partial(conditionals.Categorical, num_classes=3),
+    "grade": partial(conditionals.Ordinal, num_levels=3),
+}
+
+
+def _table(*shape):
+    draws = (_real, _counts, _real, _levels(3), _levels(3))
+    return torch.cat([draw(*shape[:-1], 1) for draw in draws], -1)
+
+
+def _scale():
+    return conditionals.Scale(0.7, (D,))
 
 
 # name of an export -> variants: (make a conditional, draw a value of its support, event shape)
@@ -115,6 +146,99 @@ LIKELIHOODS = {
         (lambda: conditionals.BagOfWords(nets.mlp(Z, 8, D), total_count=9), _counts, (D,))
     ],
 }
+LIKELIHOODS |= {
+    "Poisson": [(lambda: conditionals.Poisson(nets.mlp(Z, 8, D)), _counts, (D,))],
+    "NegativeBinomial": [
+        (lambda: conditionals.NegativeBinomial(nets.mlp(Z, 8, 2 * D)), _counts, (D,)),
+        (lambda: conditionals.NegativeBinomial(nets.mlp(Z, 8, D), _scale()), _counts, (D,)),
+    ],
+    "ZeroInflated": [
+        (
+            lambda: conditionals.ZeroInflated(
+                conditionals.NegativeBinomial(nets.mlp(Z, 8, 3 * D))
+            ),
+            _counts,
+            (D,),
+        ),
+    ],
+    "BetaBinomial": [
+        (lambda: conditionals.BetaBinomial(nets.mlp(Z, 8, 2 * D), 5), _counts, (D,)),
+        (
+            lambda: conditionals.BetaBinomial(
+                nets.mlp(Z, 8, D), torch.tensor([4, 5, 6, 7, 8]), _scale()
+            ),
+            _counts,
+            (D,),
+        ),
+    ],
+    "Multinomial": [(lambda: conditionals.Multinomial(nets.mlp(Z, 8, D), 9), _counts, (D,))],
+    "DirichletMultinomial": [
+        (lambda: conditionals.DirichletMultinomial(nets.mlp(Z, D + 1), None, 9), _counts, (D,)),
+        (
+            lambda: conditionals.DirichletMultinomial(
+                nets.mlp(Z, D), conditionals.Scale(2.0), total_count=9
+            ),
+            _counts,
+            (D,),
+        ),
+    ],
+    "DiscretizedLogistic": [
+        (lambda: conditionals.DiscretizedLogistic(nets.mlp(Z, 2 * D), 8), _levels(8), (D,)),
+        (
+            lambda: conditionals.DiscretizedLogistic(
+                nets.conv_decoder(Z, (3 * 3 * 2, 6, 5), (3,), hidden=()), 8, 3, -4, event_dim=3
+            ),
+            _levels(8, -4),
+            (2, 6, 5),
+        ),
+    ],
+    "Ordinal": [
+        (lambda: conditionals.Ordinal(nets.mlp(Z, 8, D), 4), _levels(4), (D,)),
+        (lambda: conditionals.Ordinal(nets.mlp(Z, 8, D), 2, D), _levels(2), (D,)),
+    ],
+    "ContinuousBernoulli": [
+        (lambda: conditionals.ContinuousBernoulli(nets.mlp(Z, 8, D)), _unit, (D,)),
+    ],
+    "Beta": [(lambda: conditionals.Beta(nets.mlp(Z, 8, 2 * D)), _unit, (D,))],
+    "Laplace": [(lambda: conditionals.Laplace(nets.mlp(Z, 8, 2 * D)), _real, (D,))],
+    "StudentT": [
+        (lambda: conditionals.StudentT(nets.mlp(Z, 8, 3 * D)), _real, (D,)),
+        (lambda: conditionals.StudentT(nets.mlp(Z, 8, D), _scale(), 5.0), _real, (D,)),
+    ],
+    "LogNormal": [(lambda: conditionals.LogNormal(nets.mlp(Z, 8, 2 * D)), _positive, (D,))],
+    "Gamma": [
+        (lambda: conditionals.Gamma(nets.mlp(Z, 8, 2 * D)), _positive, (D,)),
+        (
+            lambda: conditionals.Gamma(nets.mlp(Z, 1), conditionals.Scale(1.0), event_dim=0),
+            _positive,
+            (),
+        ),
+    ],
+    "VonMises": [(lambda: conditionals.VonMises(nets.mlp(Z, 8, 2 * D)), _real, (D,))],
+    "Affine": [
+        (
+            lambda: conditionals.Affine(
+                conditionals.Normal(nets.mlp(Z, 8, 2 * D)), torch.randn(D), torch.rand(D) + 1
+            ),
+            _real,
+            (D,),
+        ),
+        (
+            lambda: conditionals.Affine(conditionals.Gamma(nets.mlp(Z, 2 * D)), 0.0, 3.0),
+            _positive,
+            (D,),
+        ),
+    ],
+    "Columns": [
+        (
+            lambda: conditionals.Columns(
+                nets.mlp(Z, 8, conditionals.Columns.width(KINDS)), KINDS
+            ),
+            _table,
+            (D,),
+        ),
+    ],
+}
 PRIORS = {
     "StandardNormal": [
         (lambda: conditionals.StandardNormal(Z), _real, (Z,)),
@@ -126,7 +250,7 @@ PRIORS = {
         (lambda: conditionals.VampPrior(_posterior(), 6, (D,), support="real"), _real, (Z,)),
     ],
 }
-NOT_CONDITIONALS = {"Conditional"}
+NOT_CONDITIONALS = {"Conditional", "Values"}
 
 
 def _variants(table, marks=()):

@@ -93,8 +93,8 @@ class Ordinal(Values):
 
     Example:
         >>> p = Ordinal(nn.Linear(2, 3), num_levels=4)
-        >>> p(torch.zeros(5, 2)).base_dist.cutpoints.sigmoid().tolist()
-        [0.25, 0.5, 0.75]
+        >>> p(torch.zeros(5, 2)).base_dist.cutpoints.sigmoid().detach()
+        tensor([0.2500, 0.5000, 0.7500])
     """
 
     family = distributions.Ordinal
@@ -112,8 +112,10 @@ class Ordinal(Values):
         size = (shape,) if isinstance(shape, int) else tuple(shape)
         cuts = (torch.arange(1.0, num_levels) / num_levels).logit()
         self.first = nn.Parameter(cuts[0].expand(size).clone())
-        self.raw_gaps = nn.Parameter(cuts.diff().expm1().log().expand(*size, -1).clone())
+        raw = cuts.diff().expm1().log().expand(*size, -1)
+        self.raw_gaps = nn.Parameter(raw.clone()) if num_levels > 2 else None
 
     def law(self, blocks: Sequence[Tensor], offset: Any = None) -> Any:
-        gaps = nn.functional.softplus(full_precision(self.raw_gaps), threshold=40.0)
-        return self.family(blocks[0], full_precision(self.first), gaps)
+        first = full_precision(self.first)
+        raw = first.new_zeros(0) if self.raw_gaps is None else full_precision(self.raw_gaps)
+        return self.family(blocks[0], first, nn.functional.softplus(raw, threshold=40.0))

@@ -117,6 +117,8 @@ class Values(Conditional):
         """An offset with the event dimensions of a block."""
         if not self.rate:
             raise TypeError(f"{type(self).__name__} has no rate, so it takes no offset")
+        if not offset.is_floating_point():
+            raise TypeError(f"offset is {offset.dtype}: give the log of the exposures, as floats")
         rows = first.shape[: first.dim() - self.event_dim][-1:]
         wanted = (*rows, *first.shape[first.dim() - self.event_dim :])
         shape = tuple(offset.shape)

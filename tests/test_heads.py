@@ -1,0 +1,422 @@
+"""Laws of single values: against mpmath, against their own sums and draws, and as heads."""
+
+import itertools
+import math
+
+import mpmath
+import pytest
+import torch
+from mpmath import mp
+from torch.distributions import Independent
+
+from ppvae import conditionals, distributions
+
+# ------------------------------------------------------------------------------ exact densities
+
+
+def sigma(x):
+    return 1 / (1 + mp.exp(-x))
+
+
+def poisson(x, log_rate):
+    return x * log_rate - mp.exp(log_rate) - mp.loggamma(x + 1)
+
+
+def negative_binomial(x, log_mean, log_theta):
+    mu, theta = mp.exp(log_mean), mp.exp(log_theta)
+    value = mp.loggamma(x + theta) - mp.loggamma(theta) - mp.loggamma(x + 1)
+    return value + theta * mp.log(theta / (theta + mu)) + x * mp.log(mu / (theta + mu))
+
+
+def beta_binomial(x, logits, log_c, n=10):
+    a, b = mp.exp(log_c) * sigma(logits), mp.exp(log_c) * sigma(-logits)
+    return mp.log(mp.binomial(n, x)) + log_beta(x + a, n - x + b) - log_beta(a, b)
+
+
+def log_beta(a, b):
+    return mp.loggamma(a) + mp.loggamma(b) - mp.loggamma(a + b)
+
+
+def zero_inflated(x, log_rate, gate):
+    p = sigma(-gate) * mp.exp(poisson(x, log_rate))
+    return mp.log(p + (sigma(gate) if x == 0 else 0))
+
+
+def discretized_logistic(x, *parameters):
+    """Two components of which the parameters are given as logits, means, log scales."""
+    l0, l1, m0, m1, s0, s1 = parameters
+    weight = mp.exp(l0) / (mp.exp(l0) + mp.exp(l1))
+    both = []
+    for m, s in ((m0, s0), (m1, s1)):
+        high = mp.mpf(1) if x == 255 else sigma((x + 0.5 - m) / mp.exp(s))
+        low = mp.mpf(0) if x == 0 else sigma((x - 0.5 - m) / mp.exp(s))
+        both.append(high - low)
+    return mp.log(weight * both[0] + (1 - weight) * both[1])
+
+
+def ordinal(x, predictor, first):
+    cuts = [first, first + mp.mpf(2) ** -10, first + mp.mpf(2) ** -10 + 3]
+    high = mp.mpf(1) if x == 3 else sigma(cuts[int(x)] - predictor)
+    low = mp.mpf(0) if x == 0 else sigma(cuts[int(x) - 1] - predictor)
+    return mp.log(high - low)
+
+
+def continuous_bernoulli(x, a):
+    return a * x if a == 0 else mp.log(a / mp.expm1(a)) + a * x
+
+
+def beta(x, logits, log_c):
+    a, b = mp.exp(log_c) * sigma(logits), mp.exp(log_c) * sigma(-logits)
+    return (a - 1) * mp.log(x) + (b - 1) * mp.log(1 - x) - log_beta(a, b)
+
+
+def laplace(x, loc, log_scale):
+    return -abs(x - loc) / mp.exp(log_scale) - log_scale - mp.log(2)
+
+
+def student(x, loc, log_scale, log_df):
+    v = mp.exp(log_df)
+    constant = mp.loggamma((v + 1) / 2) - mp.loggamma(v / 2) - mp.log(mp.pi * v) / 2 - log_scale
+    return constant - (v + 1) / 2 * mp.log(1 + ((x - loc) / mp.exp(log_scale)) ** 2 / v)
+
+
+def log_normal(x, loc, log_scale):
+    y = (mp.log(x) - loc) / mp.exp(log_scale)
+    return -y * y / 2 - log_scale - mp.log(2 * mp.pi) / 2 - mp.log(x)
+
+
+def gamma(x, log_mean, log_a):
+    a = mp.exp(log_a)
+    return a * (log_a - log_mean) - mp.loggamma(a) + (a - 1) * mp.log(x) - a * x / mp.exp(log_mean)
+
+
+def von_mises(x, loc, log_kappa):
+    kappa = mp.exp(log_kappa)
+    return kappa * mp.cos(x - loc) - mp.log(2 * mp.pi) - log_bessel(kappa)
+
+
+def log_bessel(kappa):
+    """log I0; its series where mpmath's own would take long."""
+    if kappa < 1000:
+        return mp.log(mpmath.besseli(0, kappa))
+    term = total = mp.mpf(1)
+    for k in range(1, 25):
+        term *= mp.mpf((2 * k - 1) ** 2) / (k * 8 * kappa)
+        total += term
+    return kappa - mp.log(2 * mp.pi * kappa) / 2 + mp.log(total)
+
+
+def grid(*axes):
+    return list(itertools.product(*axes))
+
+
+BIG = (-6.0, -1.0, 0.3, 5.0, 12.0, 17.0, 23.0)  # logarithms: up to 1e10
+# name -> (make the law, its exact log-density, points (value, parameters ...))
+LAWS = {
+    "Poisson": (
+        distributions.Poisson,
+        poisson,
+        grid((0.0, 1.0, 7.0, 1e4), (-20.0, -1.0, 0.7, 9.2)),
+    ),
+    "NegativeBinomial": (
+        distributions.NegativeBinomial,
+        negative_binomial,
+        grid((0.0, 3.0, 250.0), (-4.0, 0.7, 5.5), BIG),
+    ),
+    "ZeroInflated": (
+        lambda rate, gate: distributions.ZeroInflated(distributions.Poisson(rate), gate),
+        zero_inflated,
+        grid((0.0, 1.0, 40.0), (-3.0, 0.7, 4.0), (-30.0, -1.0, 0.0, 30.0)),
+    ),
+    "BetaBinomial": (
+        lambda logits, c: distributions.BetaBinomial(logits, c, 10),
+        beta_binomial,
+        grid((0.0, 4.0, 10.0), (-8.0, -0.4, 0.0, 3.0), BIG),
+    ),
+    "DiscretizedLogistic": (
+        lambda *p: distributions.DiscretizedLogistic(
+            *(torch.stack(pair, -1) for pair in (p[:2], p[2:4], p[4:])), num_levels=256
+        ),
+        discretized_logistic,
+        grid((0.0, 3.0, 128.0, 255.0), (0.3,), (-1.0,), (-5.0, 127.4), (128.0, 300.0), (-2.1, 0.7), (5.0,)),
+    ),
+    "Ordinal": (
+        lambda eta, first: distributions.Ordinal(eta, first, torch.tensor([2**-10, 3.0]).to(eta)),
+        ordinal,
+        grid((0.0, 1.0, 2.0, 3.0), (-40.0, -1.0, 0.0, 30.0), (-1.0, 2.0)),
+    ),
+    "ContinuousBernoulli": (
+        distributions.ContinuousBernoulli,
+        continuous_bernoulli,
+        grid((0.0, 0.3, 1.0), (-100.0, -5.0, -0.61, -0.59, -0.1, 1e-3, 0.5, 0.7, 17.0, 100.0)),
+    ),
+    "Beta": (
+        distributions.Beta,
+        beta,
+        grid((1e-6, 0.3, 0.999), (-4.0, 0.0, 2.0), (-6.0, -1.0, 0.7, 5.0, 12.0)),
+    ),
+    "Laplace": (
+        distributions.Laplace,
+        laplace,
+        grid((-7.0, 0.25, 1e3), (-2.0, 3.0), (-5.0, 0.0, 4.0)),
+    ),
+    "StudentT": (
+        distributions.StudentT,
+        student,
+        grid((-30.0, 0.2, 1.5), (0.0, 2.0), (-3.0, 0.5), (-4.0, 1.1, 5.0, 13.8, 18.4, 23.0)),
+    ),
+    "LogNormal": (
+        distributions.LogNormal,
+        log_normal,
+        grid((1e-5, 0.7, 3e4), (-2.0, 3.0), (-1.0, 0.0, 2.0)),
+    ),
+    "Gamma": (
+        distributions.Gamma,
+        gamma,
+        grid((1e-3, 0.7, 300.0), (-2.0, 0.0, 5.0), (-6.0, 0.3, 5.0, 12.0)),
+    ),
+    "VonMises": (
+        distributions.VonMises,
+        von_mises,
+        grid((-3.0, 0.0, 1.0, 3.1), (0.0, 2.5), (-5.0, 0.0, 3.9, 5.2, 5.4, 11.5, 16.0)),
+    ),
+}
+
+
+def test_every_law_has_an_exact_density():
+    other = {"Affine", "Columns", "Multinomial", "DirichletMultinomial", "Values", "masked"}
+    vectors = {"BinaryVector", "DiagonalNormal", "UnitNormal", "WordCounts"}  # test_conditionals.py
+    assert set(LAWS) | other | vectors == set(distributions.__all__)
+
+
+def relative(found, exact):
+    exact = torch.tensor([float(e) for e in exact], dtype=torch.double)
+    return ((found.double() - exact).abs() / exact.abs().clamp(min=1)).max().item()
+
+
+def errors(name, dtype):
+    """The largest error of the log-density, and of its slope in each parameter."""
+    make, exact, points = LAWS[name]
+    columns = [torch.tensor(column, dtype=dtype) for column in zip(*points, strict=True)]
+    value, *parameters = [column.requires_grad_(i > 0) for i, column in enumerate(columns)]
+    log_prob = make(*parameters).log_prob(value)
+    assert log_prob.dtype == dtype and log_prob.shape == value.shape
+    slopes = torch.autograd.grad(log_prob.sum(), parameters)
+    with mp.workdps(60):
+        at = [[mp.mpf(n) for n in row] for row in torch.stack(columns, 1).tolist()]
+        worst = relative(log_prob.detach(), [exact(*row) for row in at])
+        found = 0.0
+        for i, slope in enumerate(slopes, start=1):
+            order = tuple(int(j == i) for j in range(len(columns)))[1:]
+            true = [mp.diff(lambda *p, x=row[0]: exact(x, *p), row[1:], order) for row in at]
+            found = max(found, relative(slope, true))
+    return worst, found
+
+
+# float32 rounds at 6e-8; of a few terms that cancel there is some more
+LIMITS = {torch.float32: (3e-7, 5e-7), torch.float64: (1e-10, 1e-9)}
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("name", LAWS)
+def test_value_and_gradient_are_those_of_sixty_digits(name, dtype):
+    found = errors(name, dtype)
+    assert all(error <= limit for error, limit in zip(found, LIMITS[dtype], strict=True)), found
+
+
+SHARES = (0.5, -1.0, 3.0)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("log_c", [None, -4.0, 1.0, 12.0, 23.0])
+def test_rows_of_counts_are_those_of_sixty_digits(log_c, dtype):
+    logits = torch.tensor(SHARES, dtype=dtype, requires_grad=True)
+    counts = torch.tensor([[0, 0, 0], [3, 0, 4], [1000, 20, 1_000_000]], dtype=dtype)
+    with mp.workdps(60):
+        total = sum(mp.exp(n) for n in SHARES)
+        exact = []
+        for row in counts.tolist():
+            n = mp.mpf(sum(row))
+            value = mp.loggamma(n + 1) - sum(mp.loggamma(x + 1) for x in row)
+            if log_c is None:
+                value += sum(x * mp.log(mp.exp(a) / total) for x, a in zip(row, SHARES, strict=True))
+            else:
+                c = mp.exp(log_c)
+                value += mp.loggamma(c) - mp.loggamma(n + c)
+                for x, a in zip(row, SHARES, strict=True):
+                    alpha = c * mp.exp(a) / total
+                    value += mp.loggamma(x + alpha) - mp.loggamma(alpha)
+            exact.append(value)
+    p = distributions.Multinomial(logits)
+    if log_c is not None:
+        p = distributions.DirichletMultinomial(logits, torch.tensor(log_c, dtype=dtype))
+    assert relative(p.log_prob(counts), exact) <= LIMITS[dtype][1]  # terms of 1e7 cancel
+
+
+def test_the_multinomials_sum_to_one(float64):
+    rows = torch.tensor([r for r in itertools.product(range(7), repeat=3) if sum(r) == 6]).double()
+    logits = torch.randn(3)
+    for p in (
+        distributions.Multinomial(logits),
+        distributions.DirichletMultinomial(logits, torch.tensor(0.7)),
+    ):
+        assert abs(p.log_prob(rows).exp().sum().item() - 1) < 1e-12
+
+
+# ------------------------------------------------------------------------------ totals and draws
+
+T = torch.tensor
+# name -> a law, and points with weights that make a sum or an integral over its support
+COUNTS = torch.arange(0.0, 3000.0), None
+UNIT = (lambda t: torch.sigmoid(t)), torch.linspace(-40, 40, 40_001, dtype=torch.double)
+HALF = (lambda t: t.exp()), torch.linspace(-30, 12, 40_001, dtype=torch.double)
+LINE = (lambda t: t.sinh()), torch.linspace(-14, 14, 40_001, dtype=torch.double)
+TURN = (lambda t: t), torch.linspace(-math.pi, math.pi, 40_001, dtype=torch.double)[1:]
+EXAMPLES = {
+    "Poisson": (lambda: distributions.Poisson(T(1.2)), COUNTS),
+    "NegativeBinomial": (lambda: distributions.NegativeBinomial(T(1.2), T(0.4)), COUNTS),
+    "ZeroInflated": (
+        lambda: distributions.ZeroInflated(distributions.NegativeBinomial(T(1.2), T(0.4)), T(-0.5)),
+        COUNTS,
+    ),
+    "BetaBinomial": (
+        lambda: distributions.BetaBinomial(T(-0.4), T(1.0), 10), (torch.arange(11.0), None)),
+    "DiscretizedLogistic": (
+        lambda: distributions.DiscretizedLogistic(
+            T([0.3, -0.5]), T([-4.0, 5.0]), T([1.0, 0.2]), num_levels=16, low=-6
+        ),
+        (torch.arange(-6.0, 10.0), None),
+    ),
+    "Ordinal": (
+        lambda: distributions.Ordinal(T(0.4), T(-1.0), T([0.5, 2.0])), (torch.arange(4.0), None)),
+    "ContinuousBernoulli": (lambda: distributions.ContinuousBernoulli(T(-3.0)), UNIT),
+    "ContinuousBernoulli-flat": (lambda: distributions.ContinuousBernoulli(T(0.01)), UNIT),
+    "Beta": (lambda: distributions.Beta(T(0.4), T(1.0)), UNIT),
+    "Laplace": (lambda: distributions.Laplace(T(0.4), T(-0.5)), LINE),
+    "StudentT": (lambda: distributions.StudentT(T(0.4), T(-0.5), T(3.0)), LINE),
+    "LogNormal": (lambda: distributions.LogNormal(T(0.4), T(-0.5)), HALF),
+    "Gamma": (lambda: distributions.Gamma(T(0.4), T(0.7)), HALF),
+    "VonMises": (lambda: distributions.VonMises(T(0.4), T(0.7)), TURN),
+    "Affine": (
+        lambda: distributions.Affine(distributions.Gamma(T(0.4), T(0.7)), 0.0, T(2.5)), HALF),
+}  # fmt: skip
+examples = pytest.mark.parametrize("name", EXAMPLES)
+
+
+def points(name):
+    """Values over the support, and the weight of each in a sum or an integral."""
+    where, u = EXAMPLES[name][1]
+    if u is None:
+        return where.double(), torch.ones_like(where).double()
+    u = u.double().requires_grad_()
+    value = where(u)
+    (slope,) = torch.autograd.grad(value.sum(), u)
+    value, cell = value.detach(), (u[1] - u[0]).item()
+    inside = (value > 0) & (value < 1) if (where, None) == (UNIT[0], None) else value == value
+    return value[inside], (slope * cell)[inside]
+
+
+def moments(name, *of):
+    """Means of functions, by the sum or integral, of the total mass."""
+    value, weight = points(name)
+    density = EXAMPLES[name][0]().log_prob(value).exp() * weight
+    return [(density * f(value)).sum().item() for f in of]
+
+
+@examples
+def test_the_total_is_one_and_the_moments_are_those_of_the_density(name, float64):
+    mass, mean, square = moments(name, torch.ones_like, lambda x: x, torch.square)
+    law = EXAMPLES[name][0]()
+    assert abs(mass - 1) < 1e-6  # of the integrals; sums are exact
+    assert law.mean.item() == pytest.approx(mean, abs=1e-5) or name == "VonMises"
+    if name != "VonMises":  # of angles torch's variance is the circular one
+        assert law.variance.item() == pytest.approx(square - mean**2, rel=1e-4)
+
+
+@examples
+def test_draws_are_of_the_density(name, float64):
+    """Mean, square, and the share below two points, each within 4.5 standard errors."""
+    law = EXAMPLES[name][0]().expand((3, 1))
+    with torch.no_grad():
+        draws = law.sample((20_000,))
+    assert draws.shape == (20_000, 3, 1)
+    draws = draws.flatten()
+    assert law.support.check(draws).all() or name == "Affine"
+    low, high = draws.quantile(T([0.3, 0.8])).tolist()
+    functions = [lambda x: x, lambda x: x.clamp(-20, 20).square()]
+    functions += [lambda x, at=at: (x <= at).double() for at in (low, high)]
+    exact = moments(name, *functions)
+    for f, mean in zip(functions, exact, strict=True):
+        found = f(draws)
+        se = found.std().item() / len(found) ** 0.5
+        # quantiles of these very draws; a step of the integral's grid
+        assert abs(found.mean().item() - mean) < 4.5 * se + 1e-4
+
+
+def test_draws_of_rows_of_counts():
+    logits, n = T([0.5, -1.0, 1.0]), 40
+    shares = logits.softmax(-1)
+    for log_c, extra in ((None, 1.0), (1.0, (n + math.e) / (1 + math.e))):
+        p = distributions.Multinomial(logits, n)
+        if log_c is not None:
+            p = distributions.DirichletMultinomial(logits, T(log_c), n)
+        draws = p.expand((4000,)).sample()
+        assert (draws.sum(-1) == n).all()
+        variance = n * shares * (1 - shares) * extra
+        assert ((draws.mean(0) - n * shares).abs() < 4.5 * (variance / 4000).sqrt()).all()
+        fourth = (draws - n * shares).pow(4).mean(0)
+        se = ((fourth - variance**2) / 4000).sqrt()
+        assert ((draws.var(0) - variance).abs() < 4.5 * se).all()
+        torch.testing.assert_close(p.mean, n * shares)
+
+
+PAIRS_WITH_KL = {
+    "Poisson": ([1.2], [0.3]),
+    "Laplace": ([0.4, -0.5], [-0.2, 0.6]),
+    "LogNormal": ([0.4, -0.5], [-0.2, 0.3]),
+    "Gamma": ([0.4, 0.7], [-0.2, 1.1]),
+    "Beta": ([0.4, 1.5], [-0.2, 1.0]),
+    "ContinuousBernoulli": ([-3.0], [1.0]),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS_WITH_KL)
+def test_kl(name, float64):
+    """Where torch has a closed form, through the heads' own ``to_event``."""
+    make = getattr(distributions, name)
+    p, q = (make(*(T(v).expand(2) for v in values)) for values in PAIRS_WITH_KL[name])
+    found = torch.distributions.kl_divergence(p.to_event(1), q.to_event(1)).item()
+    value, weight = points(name)
+    one, other = (make(*(T(v) for v in values)) for values in PAIRS_WITH_KL[name])
+    terms = one.log_prob(value)
+    terms = terms.exp() * (terms - other.log_prob(value)) * weight
+    assert found == pytest.approx(2 * terms.nan_to_num().sum().item(), abs=2e-5)
+
+
+def test_draws_of_a_continuous_bernoulli_have_a_sample_path(float64):
+    a = T([-30.0, -1.0, 1e-6, 1.0, 30.0]).requires_grad_()
+    law = distributions.ContinuousBernoulli(a)
+    draws = law.rsample((100_000,))
+    (slope,) = torch.autograd.grad(draws.mean(0).sum(), a)
+    (exact,) = torch.autograd.grad(law.mean.sum(), a)
+    torch.testing.assert_close(slope, exact, atol=3e-3, rtol=0.05)
+    torch.testing.assert_close(exact, law.variance)  # an exponential family
+
+
+# ------------------------------------------------------------------------------ extremes
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("size", [40.0, -40.0])
+def test_gradients_are_finite_where_networks_are_far_off(name, size):
+    make, _, rows = LAWS[name]
+    value = torch.tensor([row[0] for row in rows])
+    one = torch.full_like(value, size)
+    for i in range(len(rows[0]) - 1):
+        columns = list(zip(*rows, strict=True))[1:]
+        parameters = [torch.tensor(column).requires_grad_() for column in columns]
+        parameters[i] = one.clone().requires_grad_()
+        log_prob = make(*parameters).log_prob(value)
+        assert log_prob.isfinite().all()
+        slopes = torch.autograd.grad(log_prob.sum(), parameters)
+        assert all(slope.isfinite().all() for slope in slopes), i
