@@ -14,6 +14,7 @@ from torch.distributions import kl_divergence
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae import conditionals, distributions, nets
+from ppvae.terms import log_density
 
 K, N, Z, D = 3, 4, 2, 5
 
@@ -347,10 +348,18 @@ def test_modules_convert_to_float64(make, draw, event):
     assert p.log_prob(draw(N, *event).double()).dtype == torch.float64
 
 
+ONE_OF_EACH = {name: variants[:1] for name, variants in (LIKELIHOODS | PRIORS).items()}
+TRACED = {"Normal", "Bernoulli", "Categorical", "NegativeBinomial", "Columns", "Mixture"}
+
+
 @pytest.mark.parametrize(
     ("make", "draw", "event"),  # one of each, and a convolutional one
-    _variants({name: variants[:1] for name, variants in (LIKELIHOODS | PRIORS).items()})
-    + _variants({"image": LIKELIHOODS["Bernoulli"][2:]}, marks=pytest.mark.slow),
+    _variants({name: some for name, some in ONE_OF_EACH.items() if name in TRACED})
+    + _variants(
+        {name: some for name, some in ONE_OF_EACH.items() if name not in TRACED}
+        | {"image": LIKELIHOODS["Bernoulli"][2:]},
+        marks=pytest.mark.slow,
+    ),
 )
 def test_log_prob_and_gradient_trace_with_symbolic_shapes(make, draw, event):
     conditional = make()
@@ -368,6 +377,34 @@ def test_log_prob_and_gradient_trace_with_symbolic_shapes(make, draw, event):
         graph = make_fx(log_prob, tracing_mode="symbolic")(*inputs(N))
         other = inputs(7)
         torch.testing.assert_close(graph(*other), log_prob(*other))
+
+
+@likelihoods
+def test_values_can_be_hidden(make, draw, event):
+    """NaN under a mask counts 0 and has no gradient, alone and as a site of a pair."""
+    conditional, z, x = make(), torch.randn(K, N, Z), draw(N, *event)
+    x = x.to(torch.get_default_dtype())
+    observed = torch.rand(x.shape) < 0.6
+    gaps = torch.where(observed, x, math.nan)
+    if isinstance(conditional(z), distributions.WordCounts):
+        with pytest.raises(TypeError, match="no log-probability of single values"):
+            distributions.masked(conditional(z), observed)
+        return
+    fn = conditional(z)
+    each = (fn.base_dist if event else fn).log_prob(x)
+    expected = torch.where(observed, each, 0.0).reshape(K, N, -1).sum(-1)
+
+    def program():
+        with pyro.plate("particles", K, dim=-2), pyro.plate("data", N, dim=-1):
+            fn = distributions.masked(conditional(z), observed)
+            pyro.sample("x", fn, obs=gaps)
+
+    trace = pyro.poutine.trace(program).get_trace()
+    alone = distributions.masked(conditional(z), observed).log_prob(gaps)
+    for found in (alone, log_density(trace.nodes["x"])):
+        torch.testing.assert_close(found, expected)
+        slopes = torch.autograd.grad(found.sum(), list(conditional.parameters()))
+        assert all(slope.isfinite().all() for slope in slopes)
 
 
 @priors

@@ -54,6 +54,8 @@ class Columns(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
+        if value.dtype in (torch.bool, torch.float16, torch.bfloat16):  # not for Pyro's densities
+            value = value.to(torch.get_default_dtype())
         return self._gathered(lambda part, columns: part.log_prob(value[..., columns]))
 
     def by_column(self, value: Tensor) -> dict[str, Tensor]:

@@ -175,13 +175,15 @@ def masked(fn: Any, observed: Tensor) -> Any:
     """
     if observed.dtype != torch.bool:
         raise TypeError(f"observed must be bool, and is {observed.dtype}: give ~x.isnan()")
-    if not isinstance(fn, Independent) or fn.base_dist.event_shape:
+    events = fn.reinterpreted_batch_ndims if isinstance(fn, Independent) else 0
+    single = fn.base_dist if events else fn
+    if single.event_shape:
         raise TypeError(
             f"{type(fn).__name__} has no log-probability of single values, so part of a row cannot "
             "be hidden; hide whole rows by poutine.mask, or take a head of independent values"
         )
-    events = fn.reinterpreted_batch_ndims
-    return Independent(Masked(fn.base_dist, observed), events) if events else Masked(fn, observed)
+    hidden = Masked(single, observed)
+    return Independent(hidden, events) if events else hidden
 
 
 def filled(value: Tensor, mask: Tensor, fn: Any) -> Tensor:
