@@ -155,9 +155,7 @@ LIKELIHOODS |= {
     ],
     "ZeroInflated": [
         (
-            lambda: conditionals.ZeroInflated(
-                conditionals.NegativeBinomial(nets.mlp(Z, 8, 3 * D))
-            ),
+            lambda: conditionals.ZeroInflated(conditionals.NegativeBinomial(nets.mlp(Z, 8, 3 * D))),
             _counts,
             (D,),
         ),
@@ -232,9 +230,7 @@ LIKELIHOODS |= {
     ],
     "Columns": [
         (
-            lambda: conditionals.Columns(
-                nets.mlp(Z, 8, conditionals.Columns.width(KINDS)), KINDS
-            ),
+            lambda: conditionals.Columns(nets.mlp(Z, 8, conditionals.Columns.width(KINDS)), KINDS),
             _table,
             (D,),
         ),
@@ -251,7 +247,7 @@ PRIORS = {
         (lambda: conditionals.VampPrior(_posterior(), 6, (D,), support="real"), _real, (Z,)),
     ],
 }
-NOT_CONDITIONALS = {"Conditional", "Values"}
+NOT_CONDITIONALS = {"Conditional", "Values", "suggest"}
 
 
 def _variants(table, marks=()):

@@ -138,7 +138,15 @@ LAWS = {
             *(torch.stack(pair, -1) for pair in (p[:2], p[2:4], p[4:])), num_levels=256
         ),
         discretized_logistic,
-        grid((0.0, 3.0, 128.0, 255.0), (0.3,), (-1.0,), (-5.0, 127.4), (128.0, 300.0), (-2.1, 0.7), (5.0,)),
+        grid(
+            (0.0, 3.0, 128.0, 255.0),
+            (0.3,),
+            (-1.0,),
+            (-5.0, 127.4),
+            (128.0, 300.0),
+            (-2.1, 0.7),
+            (5.0,),
+        ),
     ),
     "Ordinal": (
         lambda eta, first: distributions.Ordinal(eta, first, torch.tensor([2**-10, 3.0]).to(eta)),
@@ -239,7 +247,9 @@ def test_rows_of_counts_are_those_of_sixty_digits(log_c, dtype):
             n = mp.mpf(sum(row))
             value = mp.loggamma(n + 1) - sum(mp.loggamma(x + 1) for x in row)
             if log_c is None:
-                value += sum(x * mp.log(mp.exp(a) / total) for x, a in zip(row, SHARES, strict=True))
+                value += sum(
+                    x * mp.log(mp.exp(a) / total) for x, a in zip(row, SHARES, strict=True)
+                )
             else:
                 c = mp.exp(log_c)
                 value += mp.loggamma(c) - mp.loggamma(n + c)
@@ -420,3 +430,205 @@ def test_gradients_are_finite_where_networks_are_far_off(name, size):
         assert log_prob.isfinite().all()
         slopes = torch.autograd.grad(log_prob.sum(), parameters)
         assert all(slope.isfinite().all() for slope in slopes), i
+
+
+# ------------------------------------------------------------------------------ heads
+
+Z, N, D = 2, 4, 3
+
+
+def test_an_offset_multiplies_the_rate_of_each_row():
+    off, z = torch.randn(N), torch.randn(5, N, Z)
+    net = torch.nn.Linear(Z, 3 * D)
+    for head in (
+        conditionals.Poisson(torch.nn.Linear(Z, D)),
+        conditionals.NegativeBinomial(torch.nn.Linear(Z, 2 * D)),
+        conditionals.ZeroInflated(conditionals.NegativeBinomial(net)),
+    ):
+        rates = head(z).mean * off.exp().unsqueeze(-1)
+        for given in (off, off.unsqueeze(-1), off.unsqueeze(-1).expand(N, D)):
+            torch.testing.assert_close(head(z, offset=given).mean, rates)
+
+
+@pytest.mark.parametrize(
+    ("offset", "error", "match"),
+    [
+        (torch.zeros(N + 1), ValueError, r"offset has shape \(5,\), and there are \(4,\) rows"),
+        (torch.zeros(N, D + 1), ValueError, "for each row"),
+        (torch.zeros(5, N, D), ValueError, "for each row"),
+        (torch.zeros(N, dtype=torch.long), TypeError, "the log of the exposures, as floats"),
+    ],
+)
+def test_offsets_that_are_none(offset, error, match):
+    with pytest.raises(error, match=match):
+        conditionals.Poisson(torch.nn.Linear(Z, D))(torch.zeros(N, Z), offset=offset)
+    with pytest.raises(TypeError, match="Gamma has no rate"):
+        conditionals.Gamma(torch.nn.Linear(Z, 2 * D))(torch.zeros(N, Z), offset=torch.zeros(N))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: conditionals.Gamma(net(2), concentration=-1.0), ValueError, "must be positive"),
+        (lambda: conditionals.Gamma(net(2), torch.zeros(2)), ValueError, "must be positive"),
+        (lambda: conditionals.Gamma(net(2), "learned"), TypeError, "a Scale for a learned one"),
+        (lambda: run(conditionals.Gamma(net(3))), ValueError, r"make it 2 \* D, or give conc"),
+        (lambda: run(conditionals.Beta(net(3), event_dim=0)), ValueError, "make it 2, or give"),
+        (lambda: run(conditionals.BetaBinomial(net(2))), ValueError, "the number of trials"),
+        (lambda: conditionals.ZeroInflated(conditionals.Gamma(net(2))), TypeError, "given Gamma"),
+        (lambda: conditionals.ZeroInflated(net(2)), TypeError, "given Linear"),
+        (lambda: conditionals.Ordinal(net(2), 1), ValueError, "two levels"),
+        (lambda: conditionals.DiscretizedLogistic(net(2), 1), ValueError, "two levels"),
+        (
+            lambda: conditionals.Affine(conditionals.Normal(net(2)), 0.0, torch.tensor([1.0, 0])),
+            ValueError,
+            r"not at \[1\]: a constant column has no density",
+        ),
+        (
+            lambda: run(conditionals.Affine(conditionals.Poisson(net(2)), 0.0, 1.0)),
+            TypeError,
+            "Poisson is none",
+        ),
+        (lambda: conditionals.Columns(net(2), {}), ValueError, "needs a column"),
+        (
+            lambda: run(conditionals.Columns(net(2), {"a": conditionals.Normal, "b": POISSON})),
+            ValueError,
+            "needs 3 outputs",
+        ),
+        (
+            lambda: run(conditionals.Columns(net(2), {"a": conditionals.Multinomial, "b": POISSON})),
+            TypeError,
+            "head Multinomial of 'a' is not one of independent values",
+        ),
+        (
+            lambda: distributions.masked(POISSON(net(2))(torch.zeros(1, Z)), torch.ones(1, 2)),
+            TypeError,
+            "must be bool",
+        ),
+        (lambda: conditionals.suggest(torch.zeros(9, 2)), ValueError, "ten rows"),
+        (lambda: conditionals.suggest(torch.full((20, 2), math.nan)), ValueError, "40 NaN"),
+        (lambda: conditionals.suggest(torch.zeros(20, 2), names="abc"), ValueError, "3 names"),
+    ],
+)  # fmt: skip
+def test_errors_say_what_to_do(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
+POISSON = conditionals.Poisson
+
+
+def net(width):
+    return torch.nn.Linear(Z, width)
+
+
+def run(head):
+    return head(torch.zeros(N, Z))
+
+
+def test_trials_and_totals_of_each_row_are_arguments_of_the_call():
+    n, z = torch.tensor([[3.0], [10.0], [0.0], [7.0]]), torch.randn(5, N, Z)
+    head = conditionals.BetaBinomial(net(D), concentration=2.0)
+    fn = head(z, total_count=n)
+    torch.testing.assert_close(fn.mean, n * head(z, total_count=1).mean)
+    assert (fn.sample() <= n).all()
+    for make in (conditionals.Multinomial, conditionals.DirichletMultinomial):
+        rows = make(net(D + (make is not conditionals.Multinomial)))
+        assert torch.equal(rows(z, total_count=n[:, 0]).sample().sum(-1), n[:, 0].expand(5, N))
+
+
+def test_columns_are_their_heads_side_by_side(float64):
+    """Blocks of the network by head, values by column, and nats by name."""
+    kinds = {
+        "a": conditionals.Normal,
+        "n": POISSON,
+        "b": conditionals.Normal,
+        "k": lambda net: conditionals.Categorical(net, 3),
+    }
+    assert conditionals.Columns.width(kinds) == 2 * 2 + 1 + 3
+    head, z, off = conditionals.Columns(net(8), kinds), torch.randn(5, N, Z), torch.randn(N)
+    x = torch.stack([torch.randn(N), T([0.0, 2, 1, 5]), torch.randn(N), T([0.0, 2, 1, 1])], 1)
+    outputs = head.net(z)
+    normal = torch.distributions.Normal(outputs[..., :2], outputs[..., 2:4].exp())
+    terms = normal.log_prob(x[:, [0, 2]])
+    count = torch.distributions.Poisson((outputs[..., 4] + off).exp()).log_prob(x[:, 1])
+    job = torch.distributions.Categorical(logits=outputs[..., 5:]).log_prob(x[:, 3])
+    fn = head(z, offset=off)
+    torch.testing.assert_close(fn.log_prob(x), terms.sum(-1) + count + job)
+    found = head.by_column(x, z, offset=off)
+    expected = {"a": terms[..., 0], "n": count, "b": terms[..., 1], "k": job}
+    assert found.keys() == expected.keys()
+    for name, nats in expected.items():
+        torch.testing.assert_close(found[name], nats)
+    assert fn.sample().shape == (5, N, 4)
+    torch.testing.assert_close(fn.mean[..., [0, 2]], normal.mean)
+
+
+def test_affine_has_the_evidence_of_data_in_their_own_units(float64):
+    """It is that of standardised data, less the logarithm of the units."""
+    inside, z = conditionals.StudentT(net(3 * D)), torch.randn(N, Z)
+    loc, scale = T([70.0, -3.0, 0.0]), T([10.0, 0.1, 1.0])
+    x = loc + scale * torch.randn(N, D)
+    found = conditionals.Affine(inside, loc, scale)(z).log_prob(x)
+    expected = inside(z).log_prob((x - loc) / scale) - scale.log().sum()
+    torch.testing.assert_close(found, expected)
+    torch.manual_seed(0)
+    draw = conditionals.Affine(inside, loc, scale)(z).sample()
+    torch.manual_seed(0)
+    torch.testing.assert_close(draw, loc + scale * inside(z).sample())
+
+
+def test_heads_without_their_network():
+    """What a guide with parameters per row is made of, around another head too."""
+    z = torch.randn(N, Z)
+    heads = [
+        conditionals.Gamma(net(2 * D)),
+        conditionals.Affine(conditionals.Normal(net(2 * D)), 1.0, 2.0),
+        conditionals.ZeroInflated(conditionals.Poisson(net(2 * D))),
+    ]
+    for head in heads:
+        x = head(z).sample()
+        torch.testing.assert_close(head.on_outputs()(head.net(z)).log_prob(x), head(z).log_prob(x))
+        assert head.num_outputs(D) == 2 * D and not list(head.on_outputs().parameters())
+
+
+# ------------------------------------------------------------------------------ suggestions
+
+
+def held_out(x):
+    """The rows that are held out, and the others, in the order of seed 0."""
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    return x[::5], x[torch.arange(len(x)) % 5 != 0]
+
+
+def test_scores_are_of_the_largest_likelihood(float64):
+    """Where that has a closed form."""
+    counts, real = torch.poisson(torch.full((500, 1), 3.0)), 50 + 7 * torch.randn(500, 1)
+    real[0] = -1.0
+    bits = torch.bernoulli(torch.full((500, 1), 0.2))
+    found = [entry.scores for entry in conditionals.suggest(torch.cat([counts, real, bits], 1))]
+    for scores, name, x, law in (
+        (found[0], "Poisson", counts, lambda t: torch.distributions.Poisson(t.mean())),
+        (found[1], "Normal", real, lambda t: torch.distributions.Normal(t.mean(), t.std(correction=0))),
+        (found[2], "Bernoulli", bits, lambda t: torch.distributions.Bernoulli(t.mean())),
+    ):  # fmt: skip
+        held, train = held_out(x)
+        assert scores[name] == pytest.approx(law(train).log_prob(held).mean().item(), abs=1e-5)
+
+
+def test_suggestions_tell_kinds_and_what_speaks_for_a_head():
+    torch.manual_seed(1)
+    rates = torch.distributions.Gamma(1.0, 0.25).sample((500,))
+    table = torch.stack([torch.poisson(rates), torch.ones(500), torch.randn(500).exp()], 1)
+    before = torch.get_rng_state()
+    found = conditionals.suggest(table, names=["visits", "one", "cost"])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [(e.columns, e.kind) for e in found] == [
+        (("visits",), "counts"), (("one",), "constant"), (("cost",), "positive numbers")]  # fmt: skip
+    visits, one, cost = (entry.scores for entry in found)
+    assert visits["NegativeBinomial"] > visits["Poisson"] + 0.3 and not one
+    assert cost["LogNormal"] > cost["Normal"] + 0.3
+    assert "variance / mean" in str(found) and "leave them out" in str(found)
+    many = conditionals.suggest(torch.poisson(torch.ones(50, 40)))
+    assert len(many) == 1 and "0, 1, 2 and 37 more: counts" in str(many)
+    assert many[0].by_column["Poisson"].shape == (40,)

@@ -45,6 +45,7 @@ from ppvae.conditionals.heads import (
 )
 from ppvae.conditionals.levels import DiscretizedLogistic, Ordinal
 from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
+from ppvae.conditionals.suggest import suggest
 from ppvae.conditionals.values import Values
 
 __all__ = [
@@ -75,4 +76,5 @@ __all__ = [
     "VampPrior",
     "VonMises",
     "ZeroInflated",
+    "suggest",
 ]

@@ -115,9 +115,7 @@ class BetaBinomial(Values):
         blocks = self.split(self.outputs(*inputs), self.num_blocks)
         return self.law(blocks, total_count=total_count).to_event(self.event_dim)
 
-    def law(
-        self, blocks: Any, offset: Any = None, total_count: int | Tensor | None = None
-    ) -> Any:
+    def law(self, blocks: Any, offset: Any = None, total_count: int | Tensor | None = None) -> Any:
         n = self.total_count if total_count is None else total_count
         if n is None:
             raise ValueError(

@@ -147,9 +147,7 @@ class ZeroInflated(dist.TorchDistribution):
     arg_constraints: ClassVar = real("gate_logits")
     has_rsample = False
 
-    def __init__(
-        self, base: Any, gate_logits: Tensor, validate_args: bool | None = None
-    ) -> None:
+    def __init__(self, base: Any, gate_logits: Tensor, validate_args: bool | None = None) -> None:
         self.base, self.gate_logits = base, gate_logits
         shape = torch.broadcast_shapes(base.batch_shape, gate_logits.shape)
         super().__init__(shape, validate_args=validate_args)

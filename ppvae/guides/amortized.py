@@ -49,9 +49,7 @@ class Amortized(Program):
         self.condition = condition if condition is not None else nn.Identity()
         self.latent = latent
 
-    def posterior(
-        self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None
-    ) -> Any:
+    def posterior(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Any:
         """q(z | x), or q(z | x, y): batch shape ``(N,)``, event shape ``(latent_dim,)``."""
         return self.conditional(*self.inputs(x, y, offset))
 
@@ -82,9 +80,7 @@ class Amortized(Program):
             z: Tensor = pyro.sample(self.latent, self.posterior(x, y, offset))
         return z
 
-    def outputs(
-        self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None
-    ) -> Tensor:
+    def outputs(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
         """What the network gives for each row: the parameters of q(z | x), ``(N, ...)``."""
         inputs = self.inputs(x, y, offset)
         outputs: Tensor = _network_and_head(self.conditional).outputs(*inputs)

@@ -88,9 +88,7 @@ class SemiAmortized(Program):
         """The name of the latent site."""
         return self.guide.latent
 
-    def posterior(
-        self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None
-    ) -> Any:
+    def posterior(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Any:
         """q(z | x) after refinement."""
         return self.guide.head(self.outputs(x, y, offset))
 
@@ -107,9 +105,7 @@ class SemiAmortized(Program):
             z: Tensor = pyro.sample(self.latent, posterior)
         return z
 
-    def outputs(
-        self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None
-    ) -> Tensor:
+    def outputs(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
         """The refined parameters of q(z | x), ``(N, ...)``."""
         through = self.through and torch.is_grad_enabled()
         outputs = self.guide.outputs(x, y, offset)

@@ -73,7 +73,9 @@ class CVAE(Program):
         features = self.condition(y)
         with data_plate(x, y, size=size):
             z = pyro.sample("z", self.prior(features))
-            value: Tensor = pyro.sample("x", with_offset(self.likelihood, offset, z, features), obs=x)
+            value: Tensor = pyro.sample(
+                "x", with_offset(self.likelihood, offset, z, features), obs=x
+            )
         return value
 
 
