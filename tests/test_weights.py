@@ -13,8 +13,8 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel
 from ppvae import elbo
-from ppvae.pairs import Leaves, signature, simulate, structure
 from ppvae.distributions.supports import point_of
+from ppvae.pairs import Leaves, signature, simulate, structure
 from ppvae.terms import log_density
 from ppvae.weights import dream_log_q, weigh
 from registry import ALL_PAIRS, build

@@ -102,7 +102,7 @@ class Columns(Conditional):
 
         Of a density it is per unit of the column, so numbers of two columns do not compare.
         """
-        return self(*inputs, offset=offset).base_dist.by_column(x)  # type: ignore[no-any-return]
+        return self(*inputs, offset=offset).base_dist.by_column(x)
 
 
 def takes_offset(head: nn.Module) -> bool:

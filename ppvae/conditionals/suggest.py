@@ -198,10 +198,10 @@ def _held_out(make: Make, given: dict[str, Any], train: Tensor, held: Tensor) ->
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = -terms(train).sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)
     with torch.no_grad():
         return terms(held)
 
@@ -212,7 +212,8 @@ def _reason(kind: str, x: Tensor) -> str:
     if kind == "counts":
         ratio = (variance / mean).median().item()
         zeros, expected = (x == 0).double().mean().item(), (-mean).exp().mean().item()
-        text = f"variance / mean {ratio:.2f} (Poisson: 1), zeros {zeros:.1%} (Poisson: {expected:.1%})"
+        text = f"variance / mean {ratio:.2f} (Poisson: 1), "
+        text += f"zeros {zeros:.1%} (Poisson: {expected:.1%})"
         sums = x.sum(1)
         same = x.shape[1] > 1 and bool((sums == sums[0]).all())
         shares = "; all rows have the same sum: Multinomial, DirichletMultinomial"

@@ -9,7 +9,6 @@ from numbers import Real
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 from ppvae.conditionals.heads import Conditional, Scale, full_precision

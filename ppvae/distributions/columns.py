@@ -33,7 +33,7 @@ class Columns(dist.TorchDistribution):
         tensor([-0.6931, -1.0000])
     """
 
-    arg_constraints: ClassVar = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False
 
     def __init__(

@@ -32,7 +32,7 @@ class Laplace(Values):
     """
 
     arg_constraints: ClassVar = real("loc", "log_scale")
-    support, wide = constraints.real, False
+    support, wide, has_rsample = constraints.real, False, True
 
     def terms(  # type: ignore[override]
         self, value: Tensor, loc: Tensor, log_scale: Tensor
@@ -63,7 +63,7 @@ class StudentT(Values):
     """
 
     arg_constraints: ClassVar = real("loc", "log_scale", "log_df")
-    support = constraints.real
+    support, has_rsample = constraints.real, True
 
     def terms(  # type: ignore[override]
         self, value: Tensor, loc: Tensor, log_scale: Tensor, log_df: Tensor
@@ -95,7 +95,7 @@ class LogNormal(Values):
     """
 
     arg_constraints: ClassVar = real("loc", "log_scale")
-    support, wide = constraints.positive, False
+    support, wide, has_rsample = constraints.positive, False, True
 
     def terms(  # type: ignore[override]
         self, value: Tensor, loc: Tensor, log_scale: Tensor
@@ -126,7 +126,7 @@ class Gamma(Values):
     """
 
     arg_constraints: ClassVar = real("log_mean", "log_concentration")
-    support = constraints.positive
+    support, has_rsample = constraints.positive, True
 
     def terms(  # type: ignore[override]
         self, value: Tensor, log_mean: Tensor, log_concentration: Tensor
@@ -162,7 +162,7 @@ class Beta(Values):
     """
 
     arg_constraints: ClassVar = real("logits", "log_concentration")
-    support = OpenUnit()
+    support, has_rsample = OpenUnit(), True
 
     def terms(  # type: ignore[override]
         self, value: Tensor, logits: Tensor, log_concentration: Tensor
@@ -274,7 +274,7 @@ class VonMises(Values):
     """
 
     arg_constraints: ClassVar = real("loc", "log_concentration")
-    support, has_rsample = constraints.real, False
+    support = constraints.real
 
     def terms(  # type: ignore[override]
         self, value: Tensor, loc: Tensor, log_concentration: Tensor
@@ -334,7 +334,7 @@ class Affine(dist.TorchDistribution):
         return inner if inner is constraints.real else Image(inner, self.loc, self.scale)
 
     @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
+    def has_rsample(self) -> bool:
         """Whether draws have a sample path."""
         return bool(self.base.has_rsample)
 

@@ -103,6 +103,7 @@ class BetaBinomial(Values):
         validate_args: bool | None = None,
     ) -> None:
         self.total_count = torch.as_tensor(total_count, device=logits.device)
+        logits = logits.expand(torch.broadcast_shapes(logits.shape, self.total_count.shape))
         super().__init__(logits, log_concentration, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)

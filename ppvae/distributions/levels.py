@@ -18,7 +18,7 @@ class Levels(Values):
     A leaf defines ``_exceeded``, P(x > l) for each level l but the last, ``(..., num_levels - 1)``.
     """
 
-    wide, has_rsample = False, False  # the form is exact in float32
+    wide = False  # the form is exact in float32
     num_levels: int
     low: int = 0
 

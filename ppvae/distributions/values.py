@@ -26,6 +26,7 @@ class Values(dist.TorchDistribution):
     """
 
     wide: ClassVar[bool] = True
+    has_rsample = False
     arg_constraints: ClassVar[dict[str, Any]] = {}
     component_dims: ClassVar[int] = 0  # trailing dims of the parameters that the value has not
 
@@ -64,11 +65,6 @@ class Values(dist.TorchDistribution):
     @property
     def _of_library(self) -> Any:
         return self.library(**self.given(expand=True))
-
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        """Whether draws have a sample path."""
-        return bool(self._of_library.has_rsample)
 
     @property
     def mean(self) -> Tensor:
