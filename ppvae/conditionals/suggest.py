@@ -55,7 +55,7 @@ class Candidates:
         more = f" and {len(self.columns) - 3} more" if len(self.columns) > 3 else ""
         lines = [f"{', '.join(self.columns[:3])}{more}: {self.kind}"]
         lines += [f"  {self.reason}"] if self.reason else []
-        lines += [f"  {name:<32}{score:9.3f}" for name, score in self.scores.items()]
+        lines += [f"  {name:<32}{score:9.2f}" for name, score in self.scores.items()]
         return "\n".join(lines)
 
 
