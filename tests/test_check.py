@@ -809,11 +809,11 @@ def test_codes_that_a_mask_hides_need_not_lie_in_the_support(how):
 )
 def test_values_outside_are_named_by_column_with_heads_that_take_them(head, width, column, match):
     make = getattr(conditionals, head)
-    model, x = models.VAE(make(nets.mlp(Z, width)), Z), torch.ones(6, 4)
+    model, x = models.VAE(make(nets.mlp(2, width)), 2), torch.ones(6, 4)
     x = 0.5 * x if head in ("Beta", "ContinuousBernoulli") else x
     x[:, 2] = torch.tensor(column).repeat(3)
     with pytest.raises(PairError, match=f"values lie outside .*{match}"):
-        check_pair(model, guides.Normal(nets.mlp(4, 2 * Z)), x)
+        check_pair(model, guides.Normal(nets.mlp(4, 4)), x)
 
 
 def test_values_outside_are_named_by_the_columns_of_a_table():
@@ -822,8 +822,8 @@ def test_values_outside_are_named_by_the_columns_of_a_table():
         "visits": conditionals.NegativeBinomial,
         "job": lambda net: conditionals.Categorical(net, 3),
     }
-    likelihood = conditionals.Columns(nets.mlp(Z, conditionals.Columns.width(kinds)), kinds)
-    model, guide = models.VAE(likelihood, Z), guides.Normal(nets.mlp(3, 2 * Z))
+    likelihood = conditionals.Columns(nets.mlp(2, conditionals.Columns.width(kinds)), kinds)
+    model, guide = models.VAE(likelihood, 2), guides.Normal(nets.mlp(3, 4))
     x = torch.tensor([[0.3, 2.0, 0.0]]).repeat(20, 1)
     check_pair(model, guide, x)
     x[3, 1], x[4, 2] = 1.5, 3.0
@@ -844,17 +844,17 @@ def test_values_outside_are_named_by_the_columns_of_a_table():
     ],
 )
 def test_offsets_that_are_none_are_refused(second, match):
-    model = models.VAE(conditionals.Poisson(nets.mlp(Z, 4)), Z)
+    model = models.VAE(conditionals.Poisson(nets.mlp(2, 4)), 2)
 
     class Blind(guides.Normal):
         def forward(self, x, offset=None):
             return super().forward(x)
 
-    guide = Blind(nets.mlp(4, 2 * Z))
+    guide = Blind(nets.mlp(4, 4))
     check_pair(model, guide, torch.ones(6, 4), torch.zeros(6))
     with pytest.raises(PairError, match=match):
         check_pair(model, guide, torch.ones(6, 4), second)
-    other = models.VAE(conditionals.Bernoulli(nets.mlp(Z, 4)), Z)
+    other = models.VAE(conditionals.Bernoulli(nets.mlp(2, 4)), 2)
     with pytest.raises(PairError, match="Bernoulli was to take it: .*Labels y are for models.CVAE"):
         check_pair(other, guide, torch.ones(6, 4), torch.zeros(6))
 
