@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import reproduce_cvae
+import reproduce_iop
 import reproduce_iwae
 import reproduce_ladder
 import reproduce_nvdm
@@ -34,6 +35,7 @@ import torch
 # the recipes are shorter than the paper's, full(recipe), which is the paper's, and takes a device.
 SYSTEMS: dict[str, ModuleType] = {
     "cvae": reproduce_cvae,
+    "iop": reproduce_iop,
     "iwae": reproduce_iwae,
     "ladder": reproduce_ladder,
     "nvdm": reproduce_nvdm,
@@ -50,12 +52,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/reproduce"))
     parser.add_argument("--report", action="store_true", help="run nothing, print the table")
     parser.add_argument("--quick", action="store_true", help="every cell, cut to seconds")
-    parser.add_argument("--full", action="store_true", help="as long as the paper (iwae, ladder)")
-    parser.add_argument("--device", default="cpu", help="where to train (iwae, ladder)")
+    parser.add_argument(
+        "--full", action="store_true", help="as long as the paper (iop, iwae, ladder)"
+    )
+    parser.add_argument("--device", default="cpu", help="where to train (iop, iwae, ladder)")
     args = parser.parse_args()
     system = SYSTEMS[args.system]
     if (args.full or args.device != "cpu") and not hasattr(system, "full"):
-        parser.error(f"--full and --device are for iwae and ladder, not for {args.system}")
+        parser.error(f"--full and --device are for iop, iwae, ladder, not for {args.system}")
     unknown = set(args.cells or []) - set(system.CELLS)
     if unknown:
         parser.error(f"no cell {sorted(unknown)} in {args.system}; it has {list(system.CELLS)}")

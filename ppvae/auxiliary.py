@@ -50,12 +50,16 @@ class Auxiliary(nn.Module):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.refuse_stock_engine()
+        return super().__call__(*args, **kwargs)
+
+    def refuse_stock_engine(self) -> None:
+        """Raise ``RuntimeError`` where one of Pyro's own engines runs what it stands in."""
         if any(getattr(handler, "param_only", False) for handler in _PYRO_STACK):
             raise RuntimeError(
                 f"{type(self).__name__} has a loss of its own, and pyro.infer.SVI would never "
                 "train it: use ppvae.SVI"
             )
-        return super().__call__(*args, **kwargs)
 
     def draw(self, draws: Any) -> tuple[Tensor, ...]:
         """What :meth:`loss` is a function of, drawn anew without gradients.
@@ -126,9 +130,22 @@ class Ratio(Auxiliary):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """T of each row, ``(...)``, a constant function as far as gradients are concerned."""
-        held = {name: p.detach() for name, p in self.net.named_parameters()}
-        with _evaluating(self.net):
-            return _one_per_row(functional_call(self.net, held, inputs), inputs)
+        return self.held()(*inputs)
+
+    def held(self) -> Callable[..., Tensor]:
+        """T as a function, with the weights that the network has now, for a call later on.
+
+        A distribution whose ``log_prob`` is asked for when the program has ended needs it.
+        """
+        self.refuse_stock_engine()
+        tensors = {n: p.detach() for n, p in self.net.named_parameters()}
+        tensors |= dict(self.net.named_buffers())
+
+        def log_ratio(*inputs: Tensor) -> Tensor:
+            with _evaluating(self.net):
+                return _one_per_row(functional_call(self.net, tensors, inputs), inputs)
+
+        return log_ratio
 
     def draw(self, draws: Any) -> tuple[Tensor, ...]:
         numerator, denominator = map(_as_tuple, self.contrast(draws))

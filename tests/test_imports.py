@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "auxiliary": set(),
     "wrapped": set(),
     "program": {"wrapped"},
-    "pairs": {"wrapped", "program"},
+    "pairs": {"wrapped", "program", "distributions"},
     "latents": {"pairs"},
     "terms": {"pairs", "distributions"},
     "enumeration": {"terms"},
@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what programs are made of
     "nets": set(),
     "distributions": set(),
-    "conditionals": {"distributions"},
+    "conditionals": {"distributions", "auxiliary", "pairs", "terms"},  # optimal.py runs a guide
     "posteriors": DENSITIES,
     "models": DENSITIES | {"program", "chain"},
     "guides": DENSITIES | PAIR | {"local", "chain", "models"},

@@ -12,8 +12,8 @@ what they are called with, so they can stand in its place. Parameters below floa
 bf16 modules) are cast to float32 before the distribution is formed. Validation follows
 ``pyro.enable_validation``.
 
-A room of densities: it imports distributions, and neither pairs nor anything that is done with
-them.
+A room of densities: it imports distributions, and nothing that is done with pairs; only
+``optimal.py`` knows pairs, since its normaliser runs a guide.
 """
 
 from ppvae.conditionals.columns import Columns
@@ -44,6 +44,7 @@ from ppvae.conditionals.heads import (
     Scale,
 )
 from ppvae.conditionals.levels import DiscretizedLogistic, Ordinal
+from ppvae.conditionals.optimal import OptimalPrior
 from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
 from ppvae.conditionals.suggest import suggest
 from ppvae.conditionals.values import Values
@@ -67,6 +68,7 @@ __all__ = [
     "Multinomial",
     "NegativeBinomial",
     "Normal",
+    "OptimalPrior",
     "Ordinal",
     "Poisson",
     "Scale",

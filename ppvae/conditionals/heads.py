@@ -53,6 +53,12 @@ class Conditional(nn.Module):
                 self._require_dtype(inputs, error)
             raise
 
+    def without_net(self) -> Conditional:
+        """The head alone: called with what :meth:`outputs` gives. All else is shared."""
+        head = copy.copy(self)
+        head._modules = {**self._modules, "net": nn.Identity()}
+        return head
+
     def _require_dtype(self, inputs: tuple[Tensor, ...], error: RuntimeError) -> None:
         """Raise ``TypeError`` if an input has another dtype than the network's parameters."""
         weights = {p.dtype for p in self.net.parameters() if p.is_floating_point()}
@@ -72,12 +78,6 @@ class Conditional(nn.Module):
     def num_outputs(self, num_values: int = 1) -> int:
         """How many numbers the network has to give for so many values."""
         raise NotImplementedError(f"{type(self).__name__} must define num_outputs(num_values)")
-
-    def on_outputs(self) -> Conditional:
-        """The same head without its network: it is called with the network's outputs."""
-        head = copy.copy(self)
-        head._modules = {**head._modules, "net": nn.Identity()}
-        return head
 
 
 class Scale(nn.Module):

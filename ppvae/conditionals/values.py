@@ -173,7 +173,7 @@ class Around(Conditional):
         """The number of event dimensions of the head inside."""
         return int(self.head.event_dim)  # type: ignore[arg-type]
 
-    def on_outputs(self) -> Around:
+    def without_net(self) -> Around:
         around = copy.copy(self)
-        around._modules = {**around._modules, "head": self.head.on_outputs()}
+        around._modules = {**around._modules, "head": self.head.without_net()}
         return around

@@ -29,6 +29,7 @@ from ppvae.distributions.values import Values
 from ppvae.distributions.vectors import (
     BinaryVector,
     DiagonalNormal,
+    NoInverse,
     UnitNormal,
     WordCounts,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "LogNormal",
     "Multinomial",
     "NegativeBinomial",
+    "NoInverse",
     "Ordinal",
     "Poisson",
     "StudentT",

@@ -89,7 +89,7 @@ class Amortized(Program):
     @property
     def head(self) -> nn.Module:
         """The conditional without its network: from :meth:`outputs` to q(z | x)."""
-        return _network_and_head(self.conditional).on_outputs()
+        return _network_and_head(self.conditional).without_net()
 
     def local(
         self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None
