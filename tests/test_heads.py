@@ -278,7 +278,7 @@ def test_the_multinomials_sum_to_one(float64):
         distributions.Multinomial(logits),
         distributions.DirichletMultinomial(logits, torch.tensor(0.7)),
     ):
-        assert abs(p.log_prob(rows).exp().sum().item() - 1) < 1e-12
+        assert abs(p.log_prob(rows).exp().sum().item() - 1) < 1e-10
 
 
 # ------------------------------------------------------------------------------ totals and draws

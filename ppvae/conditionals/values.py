@@ -37,6 +37,7 @@ class Values(Conditional):
             an offset has not one row for each datapoint.
 
     Example:
+        >>> import torch
         >>> class Logistic(Values):  # a head of your own
         ...     family = staticmethod(lambda loc, log_scale: dist.Logistic(loc, log_scale.exp()))
         >>> Logistic(nn.Linear(2, 3), scale=0.5)(torch.zeros(5, 2)).event_shape
