@@ -9,7 +9,8 @@ import pytest
 import torch
 from mpmath import mp
 
-from ppvae import conditionals, distributions
+import ppvae
+from ppvae import conditionals, distributions, guides, models, nets
 
 # ------------------------------------------------------------------------------ exact densities
 
@@ -456,6 +457,31 @@ def test_an_offset_multiplies_the_rate_of_each_row():
         rates = head(z).mean * off.exp().unsqueeze(-1)
         for given in (off, off.unsqueeze(-1), off.unsqueeze(-1).expand(N, D)):
             torch.testing.assert_close(head(z, offset=given).mean, rates)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_models_and_guides_pass_an_offset_on(labels):
+    """To the rates of the likelihood, and to the network of q(z | x) as one more input."""
+    classes = 3 if labels else 0
+    likelihood = conditionals.Poisson(nets.mlp(Z + classes, D))
+    one_hot = nets.OneHot(3) if labels else None
+    model = models.CVAE(likelihood, Z, condition=one_hot) if labels else models.VAE(likelihood, Z)
+    guide = guides.Normal(nets.mlp(D + classes + 1, 2 * Z), condition=one_hot)
+    x, y, off = torch.poisson(torch.ones(N, D)), torch.tensor([0, 1, 2, 0]), torch.randn(N)
+    args = (x, y, off) if labels else (x, off)
+    ppvae.check_pair(model, guide, *args)
+    weights = ppvae.log_weights(model, guide, *args)
+    z = weights.guide_trace.nodes["z"]["value"]
+    rates = (likelihood.net(z, *([one_hot(y)] if labels else [])) + off.unsqueeze(-1)).exp()
+    expected = dist.Poisson(rates).to_event(1).log_prob(x)
+    torch.testing.assert_close(weights.log_p["x"].flatten(), expected)
+    by_hand = guide.conditional(x, *([one_hot(y)] if labels else []), off.unsqueeze(-1))
+    torch.testing.assert_close(guide.posterior(*args).mean, by_hand.mean)
+    given = {"y": y, "offset": off} if labels else {"offset": off}
+    assert model(**given).shape == (N, D)
+    refined = guides.SemiAmortized(guide, model, steps=1, lr=1e-12)
+    torch.testing.assert_close(refined.posterior(*args).mean, by_hand.mean)
+    torch.testing.assert_close(guide.local(*args).posterior(torch.arange(N)).mean, by_hand.mean)
 
 
 @pytest.mark.parametrize(
