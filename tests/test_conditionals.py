@@ -257,7 +257,7 @@ PRIORS["OptimalPrior"] = [
         (Z,),
     )
 ]
-NOT_CONDITIONALS = {"Conditional", "Values", "suggest"}
+NOT_CONDITIONALS = {"Conditional", "Elementwise", "suggest"}
 
 
 def _variants(table, marks=()):

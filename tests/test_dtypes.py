@@ -99,7 +99,7 @@ ONE_DTYPE = {"LowRankNormal", "iaf", "coupling", "spline"}
 
 def test_every_head_is_swept():
     exported = {*conditionals.__all__, *posteriors.__all__}
-    exported -= {"Conditional", "Values", "suggest", "Scale", "Flow"}
+    exported -= {"Conditional", "Elementwise", "suggest", "Scale", "Flow"}
     tested = {name.split("-")[0].split(".")[-1] for name in HEADS}
     assert exported - {"MixtureOfNormals"} <= tested
 

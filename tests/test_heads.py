@@ -198,7 +198,7 @@ def test_every_law_has_an_exact_density():
         "Columns",
         "Multinomial",
         "DirichletMultinomial",
-        "Values",
+        "Law",
         "NoInverse",
         "masked",
     }

@@ -47,7 +47,7 @@ from ppvae.conditionals.levels import DiscretizedLogistic, Ordinal
 from ppvae.conditionals.optimal import OptimalPrior
 from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
 from ppvae.conditionals.suggest import suggest
-from ppvae.conditionals.values import Values
+from ppvae.conditionals.values import Elementwise
 
 __all__ = [
     "Affine",
@@ -61,6 +61,7 @@ __all__ = [
     "ContinuousBernoulli",
     "DirichletMultinomial",
     "DiscretizedLogistic",
+    "Elementwise",
     "Gamma",
     "Laplace",
     "LogNormal",
@@ -74,7 +75,6 @@ __all__ = [
     "Scale",
     "StandardNormal",
     "StudentT",
-    "Values",
     "VampPrior",
     "VonMises",
     "ZeroInflated",

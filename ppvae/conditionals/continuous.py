@@ -11,10 +11,10 @@ from torch.distributions import Independent
 from ppvae import distributions
 from ppvae.conditionals.counts import Positive
 from ppvae.conditionals.heads import Conditional
-from ppvae.conditionals.values import Around, Values
+from ppvae.conditionals.values import Around, Elementwise
 
 
-class Laplace(Values):
+class Laplace(Elementwise):
     r"""Independent real values around a median, with heavier tails than a normal law's.
 
     .. math:: \log p(x \mid z) = -\sum_d |x_d - \mu_d| / b_d + \log 2 b_d
@@ -22,7 +22,7 @@ class Laplace(Values):
     Args:
         net: outputs ``(..., D)`` medians, or with ``scale=None`` ``(..., 2 * D)``: log scales
             after them.
-        scale: b: None, a number, a tensor or a :class:`Scale`, see :class:`Values`.
+        scale: b: None, a number, a tensor or a :class:`Scale`, see :class:`Elementwise`.
         event_dim: number of event dimensions.
 
     Example:
@@ -36,7 +36,7 @@ class Laplace(Values):
         super().__init__(net, event_dim, scale=scale)
 
 
-class StudentT(Values):
+class StudentT(Elementwise):
     r"""Independent real values with outliers: Student t laws.
 
     .. math:: p(x_d \mid z) \propto
@@ -45,7 +45,8 @@ class StudentT(Values):
     Args:
         net: outputs ``(..., D)`` locations, then blocks of log scales and log degrees of freedom
             for those that are None.
-        scale: :math:`\sigma`: None, a number, a tensor or a :class:`Scale`, see :class:`Values`.
+        scale: :math:`\sigma`: None, a number, a tensor or a :class:`Scale`, see
+            :class:`Elementwise`.
         df: :math:`\nu`, the same. Below 2 there is no variance, below 1 no mean.
         event_dim: number of event dimensions.
 
@@ -63,7 +64,7 @@ class StudentT(Values):
         super().__init__(net, event_dim, scale=scale, df=df)
 
 
-class LogNormal(Values):
+class LogNormal(Elementwise):
     r"""Independent positive values whose logarithms are normal.
 
     .. math:: \log x_d \sim N(\mu_d, \sigma_d^2)
@@ -71,7 +72,8 @@ class LogNormal(Values):
     Args:
         net: outputs ``(..., D)`` means of the logarithm, or with ``scale=None`` ``(..., 2 * D)``:
             their log scales after them.
-        scale: :math:`\sigma`: None, a number, a tensor or a :class:`Scale`, see :class:`Values`.
+        scale: :math:`\sigma`: None, a number, a tensor or a :class:`Scale`, see
+            :class:`Elementwise`.
         event_dim: number of event dimensions.
 
     Example:
@@ -85,7 +87,7 @@ class LogNormal(Values):
         super().__init__(net, event_dim, scale=scale)
 
 
-class Gamma(Values):
+class Gamma(Elementwise):
     r"""Independent positive values whose standard deviation grows with their mean.
 
     .. math:: \mathrm{E}\,x_d = \mu_d = e^{\ell_d},\qquad \mathrm{Var}\,x_d = \mu_d^2 / a_d
@@ -94,7 +96,7 @@ class Gamma(Values):
         net: outputs ``(..., D)`` log means, or with ``concentration=None`` ``(..., 2 * D)``:
             log shapes after them.
         concentration: the shape a: None, a number, a tensor or a :class:`Scale`, see
-            :class:`Values`.
+            :class:`Elementwise`.
         event_dim: number of event dimensions.
 
     Example:
@@ -109,7 +111,7 @@ class Gamma(Values):
         super().__init__(net, event_dim, concentration=concentration)
 
 
-class Beta(Values):
+class Beta(Elementwise):
     r"""Independent values between 0 and 1, without the ends.
 
     .. math:: x_d \sim \mathrm{Beta}(\sigma(\ell_d)\, c_d,\ \sigma(-\ell_d)\, c_d)
@@ -120,7 +122,7 @@ class Beta(Values):
     Args:
         net: outputs ``(..., D)`` logits of the means, or with ``concentration=None``
             ``(..., 2 * D)``: log concentrations after them.
-        concentration: c: None, a number, a tensor or a :class:`Scale`, see :class:`Values`.
+        concentration: c: None, a number, a tensor or a :class:`Scale`, see :class:`Elementwise`.
         event_dim: number of event dimensions.
 
     Example:
@@ -134,7 +136,7 @@ class Beta(Values):
         super().__init__(net, event_dim, concentration=concentration)
 
 
-class ContinuousBernoulli(Values):
+class ContinuousBernoulli(Elementwise):
     r"""Independent values in [0, 1], as grey levels; the outputs are logits.
 
     .. math:: p(x_d \mid z) = \frac{\ell_d}{e^{\ell_d} - 1}\, e^{\ell_d x_d}
@@ -156,7 +158,7 @@ class ContinuousBernoulli(Values):
         super().__init__(net, event_dim)
 
 
-class VonMises(Values):
+class VonMises(Elementwise):
     r"""Independent angles in radians.
 
     .. math:: p(x_d \mid z) = \frac{e^{\kappa_d \cos(x_d - \mu_d)}}{2\pi I_0(\kappa_d)}
@@ -165,7 +167,7 @@ class VonMises(Values):
         net: outputs ``(..., D)`` directions (any turn), or with ``concentration=None``
             ``(..., 2 * D)``: log concentrations after them.
         concentration: :math:`\kappa`: None, a number, a tensor or a :class:`Scale`, see
-            :class:`Values`.
+            :class:`Elementwise`.
         event_dim: number of event dimensions.
 
     Example:

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.conditionals.heads import Conditional, Scale
-from ppvae.conditionals.values import Around, Values
+from ppvae.conditionals.values import Around, Elementwise
 
 Positive = float | Tensor | Scale | None
 
 
-class Poisson(Values):
+class Poisson(Elementwise):
     r"""Independent counts; the network's outputs are their log rates.
 
     .. math:: x_d \sim \mathrm{Poisson}(e^{\mathrm{offset} + \ell_d})
@@ -42,7 +42,7 @@ class Poisson(Values):
         super().__init__(net, event_dim)
 
 
-class NegativeBinomial(Values):
+class NegativeBinomial(Elementwise):
     r"""Independent counts that vary more than Poisson's.
 
     .. math:: \mathrm{E}\,x_d = \mu_d = e^{\mathrm{offset} + \ell_d},\qquad
@@ -52,7 +52,7 @@ class NegativeBinomial(Values):
         net: outputs ``(..., D)`` log means, or with ``theta=None`` ``(..., 2 * D)``: log thetas
             after them.
         theta: the inverse dispersion: None, a number, a tensor or a :class:`Scale`, see
-            :class:`Values`; ``Scale(shape=D)`` is one for each feature.
+            :class:`Elementwise`; ``Scale(shape=D)`` is one for each feature.
         event_dim: number of event dimensions.
 
     Example:
@@ -69,7 +69,7 @@ class NegativeBinomial(Values):
         super().__init__(net, event_dim, theta=theta)
 
 
-class BetaBinomial(Values):
+class BetaBinomial(Elementwise):
     r"""Independent numbers of successes in n trials, whose probabilities vary.
 
     .. math:: x_d \sim \mathrm{Binomial}(n, \pi_d),\qquad
@@ -80,7 +80,7 @@ class BetaBinomial(Values):
             ``(..., 2 * D)``: log concentrations after them.
         total_count: n, a whole number or a tensor of them that broadcasts to the value. Where it
             differs from row to row, give it in the call: ``self.likelihood(z, total_count=n)``.
-        concentration: c: None, a number, a tensor or a :class:`Scale`, see :class:`Values`.
+        concentration: c: None, a number, a tensor or a :class:`Scale`, see :class:`Elementwise`.
         event_dim: number of event dimensions.
 
     Raises:
@@ -148,10 +148,10 @@ class ZeroInflated(Around):
         torch.Size([3])
     """
 
-    head: Values
+    head: Elementwise
 
-    def __init__(self, head: Values) -> None:
-        counts = isinstance(head, Values) and getattr(head.family, "support", None) is not None
+    def __init__(self, head: Elementwise) -> None:
+        counts = isinstance(head, Elementwise) and getattr(head.family, "support", None) is not None
         if not counts or not head.family.support.is_discrete:
             raise TypeError(
                 f"ZeroInflated needs a head of independent counts, as Poisson(net), and was given "
@@ -202,7 +202,7 @@ class Multinomial(Conditional):
         return distributions.Multinomial(self.outputs(*inputs), n)
 
 
-class DirichletMultinomial(Values):
+class DirichletMultinomial(Elementwise):
     r"""How the n counts of a row fall on V categories, with shares that vary from row to row.
 
     .. math:: x \sim \mathrm{Multinomial}(n, \pi),\qquad
@@ -211,7 +211,8 @@ class DirichletMultinomial(Values):
     Args:
         net: outputs ``(..., V)`` logits of the mean shares, or with ``concentration=None``
             ``(..., V + 1)``: log c after them.
-        concentration: c, one for a row: None, a number or a :class:`Scale`, see :class:`Values`.
+        concentration: c, one for a row: None, a number or a :class:`Scale`, see
+            :class:`Elementwise`.
         total_count: n, needed only to sample; or in the call, ``likelihood(z, total_count=n)``.
 
     Example:

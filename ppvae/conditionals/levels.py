@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ppvae import distributions
 from ppvae.conditionals.heads import full_precision
-from ppvae.conditionals.values import Values
+from ppvae.conditionals.values import Elementwise
 
 
-class DiscretizedLogistic(Values):
+class DiscretizedLogistic(Elementwise):
     r"""Independent levels low, ..., low + L - 1, as 8-bit grey levels: mixtures of logistic laws.
 
     .. math:: p(x_d \mid z) = \sum_m \pi_{dm} \Big[
@@ -73,7 +73,7 @@ class DiscretizedLogistic(Values):
         )
 
 
-class Ordinal(Values):
+class Ordinal(Elementwise):
     r"""Independent ordered categories 0, ..., C - 1, as ratings or grades.
 
     .. math:: p(x_d \le c \mid z) = \sigma(\kappa_c - \eta_d),\qquad

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ppvae.conditionals.heads import Conditional, Scale, full_precision
 
 
-class Values(Conditional):
+class Elementwise(Conditional):
     r"""Base of heads of independent values whose law has P parameters each.
 
     The network gives P blocks of D numbers: all first parameters, all second ones, and so on, as
@@ -38,7 +38,7 @@ class Values(Conditional):
 
     Example:
         >>> import torch
-        >>> class Logistic(Values):  # a head of your own
+        >>> class Logistic(Elementwise):  # a head of your own
         ...     family = staticmethod(lambda loc, log_scale: dist.Logistic(loc, log_scale.exp()))
         >>> Logistic(nn.Linear(2, 3), scale=0.5)(torch.zeros(5, 2)).event_shape
         torch.Size([3])

@@ -25,7 +25,7 @@ from ppvae.distributions.counts import (
 )
 from ppvae.distributions.levels import DiscretizedLogistic, Ordinal
 from ppvae.distributions.supports import masked
-from ppvae.distributions.values import Values
+from ppvae.distributions.values import Law
 from ppvae.distributions.vectors import (
     BinaryVector,
     DiagonalNormal,
@@ -49,6 +49,7 @@ __all__ = [
     "DiscretizedLogistic",
     "Gamma",
     "Laplace",
+    "Law",
     "LogNormal",
     "Multinomial",
     "NegativeBinomial",
@@ -57,7 +58,6 @@ __all__ = [
     "Poisson",
     "StudentT",
     "UnitNormal",
-    "Values",
     "VonMises",
     "WordCounts",
     "ZeroInflated",

@@ -13,11 +13,11 @@ from torch.nn.functional import logsigmoid
 
 from ppvae.distributions.counts import log_rising
 from ppvae.distributions.supports import Image, OpenUnit
-from ppvae.distributions.values import Values, real
+from ppvae.distributions.values import Law, real
 from ppvae.distributions.vectors import _expanded
 
 
-class Laplace(Values):
+class Laplace(Law):
     r"""A double exponential law.
 
     .. math:: \log p(x) = -|x - \mu| / b - \log 2b
@@ -43,7 +43,7 @@ class Laplace(Values):
         return dist.Laplace(loc, log_scale.exp(), validate_args=False)
 
 
-class StudentT(Values):
+class StudentT(Law):
     r"""A Student t law, whose tails are heavier the fewer degrees of freedom it has.
 
     .. math:: \log p(x) = \log\frac{\Gamma(\frac{\nu + 1}2)}{\Gamma(\frac\nu2) \sqrt{\pi\nu}}
@@ -79,7 +79,7 @@ class StudentT(Values):
         return dist.StudentT(log_df.exp(), loc, log_scale.exp(), validate_args=False)
 
 
-class LogNormal(Values):
+class LogNormal(Law):
     r"""Positive numbers whose logarithm is normal.
 
     .. math:: \log p(x) = \log N(\log x; \mu, \sigma^2) - \log x
@@ -108,7 +108,7 @@ class LogNormal(Values):
         return dist.LogNormal(loc, log_scale.exp(), validate_args=False)
 
 
-class Gamma(Values):
+class Gamma(Law):
     r"""Positive numbers by mean and shape; their coefficient of variation is one over its root.
 
     .. math:: p(x) = \frac{(a / \mu)^a}{\Gamma(a)}\, x^{a - 1} e^{-a x / \mu}
@@ -143,7 +143,7 @@ class Gamma(Values):
         return dist.Gamma(log_concentration.exp(), rate, validate_args=False)
 
 
-class Beta(Values):
+class Beta(Law):
     r"""Numbers between 0 and 1, without the ends, by mean and concentration.
 
     .. math:: p(x) = \frac{x^{a - 1} (1 - x)^{b - 1}}{B(a, b)},
@@ -182,7 +182,7 @@ def _shares(logits: Tensor, log_concentration: Tensor) -> tuple[Tensor, Tensor]:
     return a.exp(), b.exp()
 
 
-class ContinuousBernoulli(Values):
+class ContinuousBernoulli(Law):
     r"""Numbers in [0, 1] with the Bernoulli's formula and the constant that makes it a density.
 
     .. math:: p(x) = \frac{a}{e^a - 1}\, e^{a x}, \quad
@@ -256,7 +256,7 @@ class ContinuousBernoulli(Values):
             return self.rsample(sample_shape)
 
 
-class VonMises(Values):
+class VonMises(Law):
     r"""Angles in radians, around a direction.
 
     .. math:: p(x) = \frac{e^{\kappa \cos(x - \mu)}}{2\pi I_0(\kappa)}

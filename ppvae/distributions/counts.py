@@ -10,11 +10,11 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from ppvae.distributions.values import Values, real
+from ppvae.distributions.values import Law, real
 from ppvae.distributions.vectors import WordCounts, _expanded
 
 
-class Poisson(Values):
+class Poisson(Law):
     r"""A Poisson law by the logarithm of its rate.
 
     .. math:: \log p(x) = x \log\mu - \mu - \log x!
@@ -37,7 +37,7 @@ class Poisson(Values):
         return dist.Poisson(log_rate.exp(), validate_args=False)
 
 
-class NegativeBinomial(Values):
+class NegativeBinomial(Law):
     r"""Counts more dispersed than a Poisson law's: its rate is gamma-distributed.
 
     .. math:: p(x) = \frac{\Gamma(x + \theta)}{x!\, \Gamma(\theta)}
@@ -72,7 +72,7 @@ class NegativeBinomial(Values):
         return dist.NegativeBinomial(log_theta.exp(), logits=logits, validate_args=False)
 
 
-class BetaBinomial(Values):
+class BetaBinomial(Law):
     r"""Successes in n trials whose probability is beta-distributed.
 
     .. math:: p(x) = \binom nx \frac{B(x + a,\, n - x + b)}{B(a, b)},

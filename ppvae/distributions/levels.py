@@ -9,10 +9,10 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ppvae.distributions.values import Values, real
+from ppvae.distributions.values import Law, real
 
 
-class Levels(Values):
+class Levels(Law):
     """What laws of the whole numbers ``low .. low + num_levels - 1`` share.
 
     A leaf defines ``_exceeded``, P(x > l) for each level l but the last, ``(..., num_levels - 1)``.

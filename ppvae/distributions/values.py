@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence, register_kl
 from ppvae.distributions.vectors import _broadcast, _expanded
 
 
-class Values(dist.TorchDistribution):
+class Law(dist.TorchDistribution):
     """Base of distributions of single values, whose log-density is exact in float32 too.
 
     Parameters stay as they are given (plates and particles expand the result), and are free: a
@@ -94,8 +94,8 @@ class Values(dist.TorchDistribution):
         return new
 
 
-@register_kl(Values, Values)
-def _kl(p: Values, q: Values) -> Tensor:
+@register_kl(Law, Law)
+def _kl(p: Law, q: Law) -> Tensor:
     """The closed form of Pyro or torch, in float64 where the densities are."""
     dtype = next(iter(p.given().values())).dtype
     wide = torch.float64 if p.wide or q.wide else None
