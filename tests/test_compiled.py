@@ -295,10 +295,22 @@ def test_the_weight_on_the_kl_is_reported(traced):
         seen = []
         for _ in range(5):
             svi.step(X)
-            seen.append(float(svi.objective.state.weight))
+            seen.append(float(svi.objective.state.shown["kl_weight"]))
         weights.append(seen)
     assert weights[1] == pytest.approx(weights[0], rel=1e-5)
     assert len(set(weights[1])) > 3
+
+
+def test_every_weight_that_changes_is_reported(traced):
+    beta, tc = elbo.LinearWarmup(4), elbo.LinearWarmup(8, start=1.0, end=3.0)
+    weights = []
+    for compile in (False, True):
+        estimator = elbo.TCELBO(alpha=beta, beta=tc, size=len(X))
+        svi = ppvae.SVI(*plain(), SGD, estimator, compile=compile)
+        for _ in range(3):
+            svi.step(X)
+        weights.append({k: float(v) for k, v in svi.objective.state.shown.items()})
+    assert weights[0] == weights[1] == {"alpha": beta(2), "beta": tc(2)}
 
 
 def changing(self, x):

@@ -380,6 +380,12 @@ def test_posterior_diagnostics(tmp_path, capsys):
         ),
         ("autoencoder", [], ("beta-VAE", "the encoder", "the same sigma^2 beta")),
         pytest.param(
+            "factor",
+            [],
+            ("beta-TCVAE", "tc_aggregate", "completeness", "calibration.png"),
+            marks=SLOWLY,
+        ),
+        pytest.param(
             "constrained",
             [],
             ("cyclical warm-up", "free bits", "capacity", "distortion 16"),
@@ -487,6 +493,25 @@ def test_vade_leaves_collapsed_mixtures_out(monkeypatch, capsys):
     bad |= {1, 3}
     with pytest.raises(ValueError, match=r"none of 4 mixtures .* collapsed"):
         example.start(model, guides.Normal(encoder), x, args, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--latent-dim", "1"], "--latent-dim must be 2 or more"),
+        (["--batch-size", "9"], "the critic needs as many rows"),
+        (["--epochs", "0"], "--epochs must be 1 or more"),
+    ],
+    ids=["latents", "rows", "epochs"],
+)
+def test_factor_refuses_before_any_work(tmp_path, capsys, options, match):
+    assert run("factor", tmp_path, *options) == 2
+    assert match in capsys.readouterr().err
+
+
+def test_factor_names_the_cells_that_are_missing(tmp_path, capsys):
+    assert run("factor", tmp_path / "out", "--cells", str(tmp_path)) == 2
+    assert "has no VAE-SEED.json" in capsys.readouterr().err
 
 
 def test_vade_refuses_one_latent_before_any_work(tmp_path, capsys):

@@ -151,9 +151,7 @@ class ELBO(Estimator):
         if isinstance(self.beta, Penalty):
             detached = {name: rate.detach() for name, rate in rates.items()}
             return self.beta.tilt(detached, log_likelihood.detach(), state)
-        beta = state.at_step(self.beta)
-        if beta is not self.beta:
-            state.weight = torch.as_tensor(beta)
+        beta = state.at_step(self.beta, "kl_weight")
         return Tilt(1.0, dict.fromkeys(rates, beta), 0.0)
 
     def terms(self, weights: LogWeights) -> tuple[Tensor, dict[str, Tensor]]:
