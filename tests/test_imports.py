@@ -31,8 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what programs are made of
     "nets": set(),
     "distributions": set(),
-    "conditionals": {"distributions"},
-    "posteriors": DENSITIES,
+    "conditionals": {"distributions", "auxiliary", "pairs", "terms"},  # optimal.py runs a guide
+    "posteriors": DENSITIES | {"auxiliary"},
     "models": DENSITIES | {"program", "chain"},
     "guides": DENSITIES | PAIR | {"local", "chain", "models"},
     # what is done with a pair

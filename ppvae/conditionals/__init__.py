@@ -25,6 +25,7 @@ from ppvae.conditionals.heads import (
     Scale,
 )
 from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
+from ppvae.conditionals.simulator import Simulator
 
 __all__ = [
     "BagOfWords",
@@ -34,6 +35,7 @@ __all__ = [
     "Mixture",
     "Normal",
     "Scale",
+    "Simulator",
     "StandardNormal",
     "VampPrior",
 ]

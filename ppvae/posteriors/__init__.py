@@ -5,12 +5,14 @@ conditional can: as a learned prior p(z | y), or in a VampPrior.
 """
 
 from ppvae.posteriors.flows import Flow, coupling, iaf, spline
+from ppvae.posteriors.implicit import Implicit
 from ppvae.posteriors.mixture import Mixture, MixtureOfNormals
 from ppvae.posteriors.normals import FullNormal, LowRankNormal
 
 __all__ = [
     "Flow",
     "FullNormal",
+    "Implicit",
     "LowRankNormal",
     "Mixture",
     "MixtureOfNormals",

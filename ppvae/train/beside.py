@@ -16,7 +16,7 @@ from ppvae.auxiliary import Auxiliary, auxiliaries, own_parameters
 from ppvae.check.nonfinite import NonFiniteError, bad_gradients
 from ppvae.compile.compiled import Compiled, CompiledGradients
 from ppvae.compile.graph import unmoved
-from ppvae.pairs import Program, sample_sites, seeded, simulate, trace
+from ppvae.pairs import Program, Site, sample_sites, seeded, simulate, trace
 from ppvae.program import local_parameters, method_owners
 from ppvae.train.optimizer import build_optimizer, check_optim, take_up
 
@@ -74,8 +74,7 @@ class Draws:
 
     def guide(self, site: str) -> Tensor:
         """A draw of one of the guide's sites, ``(N, ...)``, from a run of its own."""
-        with _buffers_kept(self._guide):
-            sites = sample_sites(trace(self._guide, self.args, self._kwargs))
+        sites = self.guide_sites()
         if site not in sites:
             raise ValueError(
                 f"an auxiliary asks for site {site!r} of the guide, which has {sorted(sites)}"
@@ -85,9 +84,18 @@ class Draws:
 
     def model(self) -> dict[str, Tensor]:
         """A draw of every site of the model, latents and data, ``(N, ...)`` each."""
+        return {name: site["value"] for name, site in self.model_sites().items()}
+
+    def guide_sites(self) -> dict[str, Site]:
+        """All sites of a run of the guide, by name: ``"fn"`` and ``"value"``, as Pyro has them."""
+        with _buffers_kept(self._guide):
+            return sample_sites(trace(self._guide, self.args, self._kwargs))
+
+    def model_sites(self) -> dict[str, Site]:
+        """All sites of a run of the model that draws its data, too."""
         with _buffers_kept(self._model):
             _, dream = simulate(self._model, self.args, self._kwargs)
-        return {name: site["value"] for name, site in sample_sites(dream).items()}
+        return sample_sites(dream)
 
 
 @contextmanager
