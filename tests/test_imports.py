@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conditionals": {"distributions", "auxiliary", "pairs", "terms"},  # optimal.py runs a guide
     "posteriors": DENSITIES | {"auxiliary"},
     "models": DENSITIES | {"program", "chain"},
-    "guides": DENSITIES | PAIR | {"local", "chain", "models"},
+    "guides": DENSITIES | PAIR | {"local", "chain", "models", "posteriors"},
     # what is done with a pair
     "elbo": PAIR,
     "check": PAIR | {"distributions"},
