@@ -39,7 +39,8 @@ class Simulator(nn.Module):
 
     Raises:
         ValueError: a ``simulate`` with trainable parameters; when run, one that takes single rows,
-            gives another shape, NaN or infinite values.
+            gives another shape, NaN or infinite values; when SVI meets it, a model with trainable
+            parameters.
 
     Source: Hermans, Begy & Louppe, Likelihood-free MCMC with amortized approximate ratio
     estimators, 2020; Papamakarios & Murray, Fast epsilon-free inference of simulation models with
@@ -101,6 +102,11 @@ class Simulator(nn.Module):
 
     def _draws_of_both(self, draws: Any) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Draws (x, z) of the model, and the same x with the z of the row before."""
+        if trained := draws.trained_in_model():
+            raise ValueError(
+                f"beside a Simulator the model's {trained} would be trained without log p(x), which"
+                " is not in the objective: fix them, as model.prior.requires_grad_(False)"
+            )
         fn, x = drawn_with(self.ratio, draws.model_sites(), "model")
         if len(x) < 2:
             raise ValueError(

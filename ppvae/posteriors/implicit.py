@@ -92,7 +92,7 @@ class Implicit(nn.Module):
         self.contrast = contrast
         self.ratio = Ratio(net, self._draws_of_both)
         points = torch.randn(NUM_POINTS, noise_dim)
-        self.register_buffer("points", (points - points.mean(0)) / points.std(0, correction=0))
+        self.register_buffer("points", (points - points.mean(0)) / points.std(0))
 
     def forward(self, *inputs: Tensor) -> Sampled:
         loc, scale = self.moments(*inputs)

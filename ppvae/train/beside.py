@@ -97,6 +97,12 @@ class Draws:
             _, dream = simulate(self._model, self.args, self._kwargs)
         return sample_sites(dream)
 
+    def trained_in_model(self) -> list[str]:
+        """Names of the trainable parameters that are the model's own."""
+        if not isinstance(self._model, nn.Module):  # a function may own the guide's as well
+            return []
+        return [name for name, p in own_parameters(self._model).items() if p.requires_grad]
+
 
 @contextmanager
 def _buffers_kept(program: Program) -> Iterator[None]:
