@@ -190,8 +190,8 @@ def report(found: dict[str, Any]) -> str:
         f"{first['num_chains']} chains and {first['num_temperatures']:,} temperatures; nats per "
         "image, ± standard error over images.",
         "",
-        "| | log p(x), AIS | less the VAE's | its own value | ELBO of the normal with its moments | "
-        "paper: AIS | own value |",
+        "| | log p(x), AIS | less the VAE's | its own value | ELBO of the normal with its moments "
+        "| paper: AIS | own value |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, cell in found.items():

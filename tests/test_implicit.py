@@ -264,8 +264,7 @@ def trained(contrast, steps, rows=4_096, **options):
 
 
 def fitted_kl(guide, x):
-    """KL of the normal with the moments of a guide's draws from the exact posterior, and the
-    correlation that the draws have."""
+    """How far draws are from the posterior, by their moments: KL; and their correlation."""
     with torch.no_grad():
         z = guide.posterior(x).sample((2_000,))
     centred = z - z.mean(0)
@@ -385,7 +384,7 @@ def test_compiled_steps_are_the_eager_ones(contrast):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"noise_dim": 0}, "noise_dim must be a whole number of at least 1, got 0"),
         ({"noise_dim": 2.0}, "noise_dim must be a whole number"),
@@ -407,7 +406,7 @@ class Shares(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "sampler, net, message",
+    ("sampler", "net", "message"),
     [
         (nets.mlp(4 + 2, 3), Blind(), r"sampler must give one z of dim=2 .*it gave \(16, 6, 3\)"),
         (lambda x, noise: x[:, :2], Blind(), r"sampler must give one z.*it gave \(6, 2\)"),
@@ -468,7 +467,7 @@ def test_it_is_a_guide_of_one_site_and_not_a_prior():
 
 def test_pyros_own_engine_is_refused():
     svi = pyro.infer.SVI(*pair(), pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO())
-    with pytest.raises(RuntimeError, match="use ppvae.SVI"):
+    with pytest.raises(RuntimeError, match=r"use ppvae\.SVI"):
         svi.step(data(6))
 
 

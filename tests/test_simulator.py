@@ -278,7 +278,7 @@ def one_row(z):
 
 
 @pytest.mark.parametrize(
-    "simulator, message",
+    ("simulator", "message"),
     [
         (lambda z: z, r"give x of shape \(6, 4\): of z \(6, 2\) it gave \(6, 2\)"),
         (one_row, r"take all rows of z at once.*torch\.stack\(\[simulate\(row\) for row in z\]\)"),

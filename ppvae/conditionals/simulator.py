@@ -94,9 +94,9 @@ class Simulator(nn.Module):
             bad = ~torch.isfinite(x).reshape(len(rows), -1).all(1)
             if bad.any():
                 raise ValueError(
-                    f"simulate gave NaN or infinite values in {int(bad.sum())} of {len(rows)} rows,"
-                    f" the first of z = {[round(v, 4) for v in rows[bad][0].tolist()]}: have it give"
-                    " a number for every z that the prior draws"
+                    f"simulate gave NaN or infinite values in {int(bad.sum())} of {len(rows)} "
+                    f"rows, the first of z = {[round(v, 4) for v in rows[bad][0].tolist()]}: have "
+                    "it give a number for every z that the prior draws"
                 )
         return x.reshape(z.shape[:-1] + self.shape)
 

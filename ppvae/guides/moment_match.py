@@ -74,7 +74,7 @@ def moment_match(
         with particle_plate(found, num_draws):
             sites = sample_sites(trace(guide, args, {}))
     name, z = _only_vector(sites, found.nesting)
-    rows, dim = z.shape[1:]
+    dim = z.shape[-1]
     if not z.isfinite().all():
         raise ValueError(f"moment_match: the guide's draws of {name!r} are NaN or infinite")
     if full and num_draws <= dim:

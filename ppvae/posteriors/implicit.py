@@ -64,7 +64,7 @@ class Implicit(nn.Module):
         torch.Size([3, 5, 2])
         >>> ppvae.elbo.ELBO().evaluate(model, svi.guide, torch.ones(5, 4))
         Traceback (most recent call last):
-        ValueError: site 'z' has no log-density, so there is no bound and no log p(x) made of it: ...
+        ValueError: site 'z' has no log-density, so there is no bound and no log p(x) made of ...
     """
 
     points: Tensor
@@ -106,7 +106,8 @@ class Implicit(nn.Module):
             zero = full_precision(self.points.new_zeros(rows, self.dim))
             return zero, torch.ones_like(zero)
         if hasattr(self.sampler, "moments"):
-            loc, scale = self.sampler.moments(*inputs)
+            moments: Any = self.sampler.moments
+            loc, scale = moments(*inputs)
             if loc.shape != (rows, self.dim) or scale.shape != (rows, self.dim):
                 raise ValueError(
                     f"sampler.moments must give two tensors of shape {(rows, self.dim)}, means and "
@@ -121,11 +122,11 @@ class Implicit(nn.Module):
     def drawn(self, inputs: tuple[Tensor, ...], noise: Tensor) -> Tensor:
         """The sampler's z, ``(..., N, dim)``, of noise ``(..., N, noise_dim)``."""
         z: Tensor = full_precision(self.sampler(*inputs, noise))
-        if z.shape != noise.shape[:-1] + (self.dim,):
+        if z.shape != (*noise.shape[:-1], self.dim):
             seen = ", ".join(str(tuple(tensor.shape)) for tensor in (*inputs, noise))
             raise ValueError(
                 f"Implicit: the sampler must give one z of dim={self.dim} for each row of the "
-                f"noise, {tuple(noise.shape[:-1]) + (self.dim,)}: of inputs {seen}, the noise "
+                f"noise, {(*noise.shape[:-1], self.dim)}: of inputs {seen}, the noise "
                 f"last, it gave {tuple(z.shape)}"
             )
         return z
@@ -201,8 +202,9 @@ class Sampled(dist.TorchDistribution):
         log_ratio = self.log_ratio(*(x.detach() for x in self.inputs), standard)
         if log_ratio.shape != standard.shape[:-1]:
             raise ValueError(
-                f"Implicit: its network must give one number for each z, {(*standard.shape[:-1], 1)}"
-                f", and gave {(*log_ratio.shape, 1)}: let it broadcast x over particles, as nets do"
+                "Implicit: its network must give one number for each z, "
+                f"{(*standard.shape[:-1], 1)}, and gave {(*log_ratio.shape, 1)}: let it broadcast "
+                "x over particles, as nets do"
             )
         normal = -0.5 * (standard.square() + math.log(2 * math.pi)) - self.scale.log()
         return log_ratio + normal.sum(-1)
