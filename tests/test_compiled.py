@@ -70,6 +70,7 @@ def law_cases():
     """Everything crossed; in `make test` each gradient and argument, and pairs of some kinds."""
     kinds = [ALL_ESTIMATORS[label] for label in ONE_OF_EACH]
     pairs = ("pyro_modules", "tutorial", "vae_vamp_prior", "vae_conv", "cvae_quadrant")
+    pairs += ("semi_implicit",)
     for case in cross():
         pair, estimator = case.values
         every = (pair == "vae_bernoulli" and estimator in kinds) or (

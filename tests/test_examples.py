@@ -336,6 +336,17 @@ def test_custom_guide(tmp_path, latent_dim, capsys):
         example.main(["--smoke", "--out", str(tmp_path)])
 
 
+def test_semi_implicit(tmp_path, capsys):
+    assert run("semi_implicit", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "log p(x) by quadrature" in shown and "5 draws of each point" in shown
+    table = [row.split(",") for row in (tmp_path / "guides.csv").read_text().splitlines()]
+    assert len(table) == 1 + 3 and table[0][1:3] == ["ELBO", "IWELBO-30"]
+    for row in table[1:]:
+        assert float(row[2]) >= float(row[1])  # by Jensen, from the same draws
+    assert (tmp_path / "ring.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_posterior_diagnostics(tmp_path, capsys):
     import importlib

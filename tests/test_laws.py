@@ -19,7 +19,7 @@ from ppvae import elbo, guides, models
 from ppvae.elbo import State
 from ppvae.local import Indexed
 from ppvae.program import data_plate, local_parameters
-from registry import ALL_ESTIMATORS, ALL_PAIRS, build, cross, owners
+from registry import ALL_ESTIMATORS, ALL_PAIRS, WEIGHS_ANY, build, cross, owners
 
 pairs = pytest.mark.parametrize("pair", ALL_PAIRS)
 crossed = pytest.mark.parametrize(("pair", "estimator"), list(cross()))
@@ -255,7 +255,7 @@ def test_save_and_load_reproduce_the_log_weights(pair: str) -> None:
     assert losses[0] == losses[1]
 
 
-@pairs
+@pytest.mark.parametrize("pair", WEIGHS_ANY)
 def test_k_particles_at_once_equal_k_one_by_one(pair: str) -> None:
     """Written out here with stock handlers, so this also checks what a log-weight is."""
     model, guide, args = build(pair)

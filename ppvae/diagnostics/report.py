@@ -18,6 +18,7 @@ from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.rows import bound, check_pair_and_data, spread
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
 from ppvae.pairs import Program
+from ppvae.terms import NoInverse
 
 if TYPE_CHECKING:
     import pandas
@@ -493,10 +494,9 @@ def _aggregate(
     """:func:`~ppvae.diagnostics.summaries.aggregate`; where there is none, ``absent`` says why."""
     try:
         found = aggregate(model, guide, args, max_pairs, num_draws, seed)
-    except (NotImplementedError, KeyError) as error:  # a flow without inverse
+    except (NoInverse, NotImplementedError, KeyError) as error:
         absent["mutual information"] = (
-            "the guide has no density at points it has not drawn, as a flow without inverse "
-            f"({type(error).__name__}: {error})"
+            f"the guide has no density at points it has not drawn ({type(error).__name__}: {error})"
         )
         return None
     if found is None:
