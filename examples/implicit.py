@@ -89,7 +89,7 @@ def banana(args: argparse.Namespace) -> pd.DataFrame:
         "diagonal normal": guides.Normal(elu(1, 64, 64, 4)),
         "full normal": guides.Amortized(posteriors.FullNormal(elu(1, 64, 64, 5), dim=2)),
         "AVB": implicit(1, 2, 4, "prior"),
-        "AVB with contrast": implicit(1, 2, 4, "adaptive"),
+        "AVB + AC": implicit(1, 2, 4, "adaptive"),
     }
     exact = diagnostics.quadrature(model, trained["diagonal normal"], test).log_evidence
     rows = []
