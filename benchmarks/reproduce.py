@@ -52,12 +52,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/reproduce"))
     parser.add_argument("--report", action="store_true", help="run nothing, print the table")
     parser.add_argument("--quick", action="store_true", help="every cell, cut to seconds")
-    parser.add_argument("--full", action="store_true", help="as long as the paper (iwae, ladder)")
-    parser.add_argument("--device", default="cpu", help="where to train (iwae, ladder)")
+    longer = ", ".join(name for name, system in SYSTEMS.items() if hasattr(system, "full"))
+    parser.add_argument("--full", action="store_true", help=f"as long as the paper ({longer})")
+    parser.add_argument("--device", default="cpu", help=f"where to train ({longer})")
     args = parser.parse_args()
     system = SYSTEMS[args.system]
     if (args.full or args.device != "cpu") and not hasattr(system, "full"):
-        parser.error(f"--full and --device are for iwae and ladder, not for {args.system}")
+        parser.error(f"--full and --device are for {longer}, not for {args.system}")
     unknown = set(args.cells or []) - set(system.CELLS)
     if unknown:
         parser.error(f"no cell {sorted(unknown)} in {args.system}; it has {list(system.CELLS)}")

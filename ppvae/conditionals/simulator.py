@@ -32,7 +32,8 @@ class Simulator(nn.Module):
 
     Args:
         simulate: from all rows at once, z ``(B, Z)``, to x ``(B, *shape)``: any code, its noise
-            drawn anew at each call, run without gradients.
+            drawn anew at each call, run without gradients. Noise of torch makes runs repeatable;
+            ``compile=True`` takes code of tensors alone.
         net: T, from x and z, which may have particles, ``(K, N, Z)``, to ``(..., N, 1)``; networks
             of ``nets`` broadcast and concatenate the two.
         shape: of one x: a number for a vector, or a tuple.
