@@ -195,12 +195,14 @@ def test_each_particle_has_noise_of_its_own():
     assert weights.log_q["z"].shape == (3, 4) and len(weights.log_q["z"].unique()) == 12
 
 
-def test_the_moments_are_of_the_sampler_row_by_row_and_constants():
-    sampler = Linear(noise_dim=1)
+@pytest.mark.parametrize("noise_dim", [1, 3, 20])
+def test_the_moments_are_of_the_sampler_row_by_row_and_constants(noise_dim):
+    sampler = Linear(noise_dim)
     hidden = lambda x, noise: sampler(x, noise)  # noqa: E731 - without its moments
-    q = posteriors.Implicit(hidden, Blind(), 2, noise_dim=1)
+    q = posteriors.Implicit(hidden, Blind(), 2, noise_dim)
+    assert len(q.points) == {1: 32, 3: 36, 20: 40}[noise_dim]
     x = data(5)
-    loc, scale = q.moments(x)  # with one number of noise, exact
+    loc, scale = q.moments(x)  # of a linear sampler, exact
     torch.testing.assert_close((loc, scale), sampler.moments(x))
     assert not loc.requires_grad and not scale.requires_grad
     guide = guides.Amortized(posteriors.Implicit(nets.mlp(7, 8, 2), nets.mlp(6, 8, 1), 2, 3))

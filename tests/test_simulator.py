@@ -201,7 +201,7 @@ def test_by_sleep_a_guide_is_calibrated():
     assert ranks.p_value > 1e-4
     assert "estimate" in ranks.absent["densities"]
     untrained = diagnostics.sbc(model, wide()[1], data(2), num_simulations=1_000, seed=0)
-    assert untrained.p_value < 1e-10
+    assert untrained.p_value < 1e-4
 
 
 @GUIDES

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppvae.auxiliary import Ratio, drawn_with
 from ppvae.conditionals.heads import full_precision
 
-NUM_POINTS = 16  # at which a sampler's moments are taken
+NUM_POINTS = 32  # at least, at which a sampler's moments are taken
 LEAST_SCALE = 1e-3
 
 
@@ -26,11 +26,12 @@ class Implicit(nn.Module):
 
     The network T, a :class:`ppvae.Ratio`, learns the logarithm of q(z | x) / r(z | x) from draws of
     both, after each step of the pair. With ``contrast="adaptive"`` r is the normal distribution
-    with the moments mu and sigma of q(z | x): T has only its shape to learn. They are constants
-    to gradients, sigma is at least 1e-3, and comes from ``sampler.moments(x)``, two tensors
-    ``(N, dim)``, if there is such a method, else from the sampler at 16 points of noise, the same
-    for every x. With ``"prior"`` r is N(0, I), z itself is given to T, and the more q and r are
-    apart the worse it learns. The prior p(z) is the model's own, whichever it is.
+    with the moments mu and sigma of q(z | x): T has only its shape to learn. They are constants to
+    gradients, sigma is at least 1e-3, and comes from ``sampler.moments(x)``, two tensors ``(N,
+    dim)``, if there is such a method, else from the sampler at 32 points of noise, or ``2 *
+    noise_dim``, the same for every x; a linear sampler's are then exact. With ``"prior"`` r is N(0,
+    I), z itself is given to T, and the more q and r are apart the worse it learns. The prior p(z)
+    is the model's own, whichever it is.
 
     log q is an estimate, so the ELBO is no bound: a network that cannot tell q from r gives a value
     that is too large. Only :class:`ppvae.elbo.ELBO` trains it, pathwise or ``"stl"``, which is the
@@ -91,8 +92,7 @@ class Implicit(nn.Module):
         self.sampler, self.dim, self.noise_dim = sampler, dim, noise_dim
         self.contrast = contrast
         self.ratio = Ratio(net, self._draws_of_both)
-        points = torch.randn(NUM_POINTS, noise_dim)
-        self.register_buffer("points", (points - points.mean(0)) / points.std(0))
+        self.register_buffer("points", opposite_points(noise_dim))
 
     def forward(self, *inputs: Tensor) -> Sampled:
         loc, scale = self.moments(*inputs)
@@ -116,7 +116,7 @@ class Implicit(nn.Module):
             loc, scale = full_precision(loc), full_precision(scale)
         else:
             z = self.drawn(inputs, self.points.unsqueeze(1).expand(-1, rows, -1))
-            loc, scale = z.mean(0), z.std(0)
+            loc, scale = z.mean(0), z.std(0, correction=0)
         return loc, scale.clamp(min=LEAST_SCALE)
 
     def drawn(self, inputs: tuple[Tensor, ...], noise: Tensor) -> Tensor:
@@ -139,6 +139,18 @@ class Implicit(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, noise_dim={self.noise_dim}, contrast={self.contrast!r}"
+
+
+def opposite_points(dim: int) -> Tensor:
+    """Points of a standard normal in pairs of opposite ones along random axes, ``(M, dim)``.
+
+    Their mean is 0 and their covariance I, exactly: a few points at random would be off by much.
+    """
+    axes = torch.linalg.qr(torch.randn(math.ceil(NUM_POINTS / (2 * dim)), dim, dim)).Q
+    lengths = torch.randn(len(axes), dim).norm(dim=1)
+    lengths = lengths * (dim / lengths.square().mean()).sqrt()
+    points = lengths[:, None, None] * axes
+    return torch.cat([points, -points]).flatten(0, 1)
 
 
 class Sampled(dist.TorchDistribution):
