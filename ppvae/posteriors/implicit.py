@@ -27,11 +27,11 @@ class Implicit(nn.Module):
     The network T, a :class:`ppvae.Ratio`, learns the logarithm of q(z | x) / r(z | x) from draws of
     both, after each step of the pair. With ``contrast="adaptive"`` r is the normal distribution
     with the moments mu and sigma of q(z | x): T has only its shape to learn. They are constants to
-    gradients, sigma is at least 1e-3, and comes from ``sampler.moments(x)``, two tensors ``(N,
-    dim)``, if there is such a method, else from the sampler at 32 points of noise, or ``2 *
-    noise_dim``, the same for every x; a linear sampler's are then exact. With ``"prior"`` r is N(0,
-    I), z itself is given to T, and the more q and r are apart the worse it learns. The prior p(z)
-    is the model's own, whichever it is.
+    gradients, sigma is at least 1e-3. A sampler may have a method ``moments(x)`` that gives both,
+    ``(N, dim)`` each; else they are taken at 32 points of noise, or twice its dimensions, the same
+    for every x: a linear sampler's are then exact. With ``"prior"`` r is N(0, I), z itself is given
+    to T, and the more q and r are apart the worse it learns. The prior p(z) is the model's own,
+    whichever it is.
 
     log q is an estimate, so the ELBO is no bound: a network that cannot tell q from r gives a value
     that is too large. Only :class:`ppvae.elbo.ELBO` trains it, pathwise or ``"stl"``, which is the
