@@ -286,7 +286,7 @@ class Leaves(Messenger):
         if isinstance(value, Tensor) and value.requires_grad and not msg["is_observed"]:
             smooth = unrounded(value)
             leaf = smooth.detach().requires_grad_()
-            leaf._cut_from = smooth  # a density may belong to the draw
+            leaf._cut_from = smooth  # type: ignore[attr-defined]  # a density may belong to it
             self.pairs.append((smooth, leaf))
             self.shown.append(_shown(msg, smooth))
             msg["value"] = leaf

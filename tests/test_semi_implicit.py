@@ -51,14 +51,17 @@ def small(J: int = 4, head: type[conditionals.Normal] = conditionals.Normal):
 
 
 class LinearGaussian:
-    """q(z | x) = int N(z; B psi + c, S) N(psi; A x + a, T T'), which is a normal itself."""
+    """q(z | x) = int N(z; B psi + c, S) N(psi; A x + a, T T'), which is a normal itself.
+
+    Each part of the mixture is wide enough for weights whose fourth moments exist.
+    """
 
     def __init__(self) -> None:
         self.model = LinearModel(2, 4)
         A, a, _ = self.model.posterior()
-        self.mixing = Affine(A.contiguous(), a + 0.1, 0.25 * torch.tensor([[1.0, 0.0], [0.5, 0.8]]))
+        self.mixing = Affine(A.contiguous(), a + 0.1, torch.tensor([[0.5, 0.0], [0.2, 0.35]]))
         B = torch.tensor([[1.0, 0.2], [-0.1, 0.9]])
-        self.head = Affine(B, torch.tensor([0.05, 0.0]), torch.diag(torch.tensor([0.3, 0.4])))
+        self.head = Affine(B, torch.tensor([0.05, 0.0]), torch.diag(torch.tensor([0.7, 0.45])))
 
     def guide(self, J: int) -> guides.Amortized:
         return guides.Amortized(posteriors.SemiImplicit(self.mixing, self.head, J))
