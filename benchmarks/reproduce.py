@@ -24,6 +24,8 @@ from typing import Any
 
 import reproduce_avb
 import reproduce_cvae
+import reproduce_factor
+import reproduce_iop
 import reproduce_iwae
 import reproduce_ladder
 import reproduce_nvdm
@@ -36,6 +38,8 @@ import torch
 SYSTEMS: dict[str, ModuleType] = {
     "avb": reproduce_avb,
     "cvae": reproduce_cvae,
+    "factor": reproduce_factor,
+    "iop": reproduce_iop,
     "iwae": reproduce_iwae,
     "ladder": reproduce_ladder,
     "nvdm": reproduce_nvdm,
@@ -52,13 +56,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/reproduce"))
     parser.add_argument("--report", action="store_true", help="run nothing, print the table")
     parser.add_argument("--quick", action="store_true", help="every cell, cut to seconds")
-    longer = ", ".join(name for name, system in SYSTEMS.items() if hasattr(system, "full"))
-    parser.add_argument("--full", action="store_true", help=f"as long as the paper ({longer})")
-    parser.add_argument("--device", default="cpu", help=f"where to train ({longer})")
+    parser.add_argument("--full", action="store_true", help="as long as the paper's schedule")
+    parser.add_argument("--device", default="cpu", help="where to train, where --full is defined")
     args = parser.parse_args()
     system = SYSTEMS[args.system]
     if (args.full or args.device != "cpu") and not hasattr(system, "full"):
-        parser.error(f"--full and --device are for {longer}, not for {args.system}")
+        known = ", ".join(name for name, module in SYSTEMS.items() if hasattr(module, "full"))
+        parser.error(f"--full and --device are for {known}, not for {args.system}")
     unknown = set(args.cells or []) - set(system.CELLS)
     if unknown:
         parser.error(f"no cell {sorted(unknown)} in {args.system}; it has {list(system.CELLS)}")

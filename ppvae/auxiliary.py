@@ -24,8 +24,8 @@ class Auxiliary(nn.Module):
     """A module beside a pair, with a rule of its own after each step of the pair.
 
     Its parameters are never the pair's: the pair's optimiser does not hold them, and no check asks
-    them for a gradient. After each step of the pair :class:`ppvae.SVI` takes ``steps`` times a
-    draw, its loss and a step of its own optimiser (:class:`ppvae.Beside`), and then calls
+    them for a gradient. After each step of the pair :class:`ppvae.SVI` draws ``steps`` times, takes
+    with each draw the loss and a step of its own optimiser (:class:`ppvae.Beside`), and then calls
     :meth:`update`. A subclass has whichever of the four methods it needs. What it computes for the
     pair must not depend on its parameters: detach them, as :class:`Ratio` does. What it remembers
     are buffers, filled in place; what is frozen when ``SVI`` meets it is not trained.
@@ -161,8 +161,12 @@ class Ratio(Auxiliary):
 
     def loss(self, *drawn: Tensor) -> Tensor:
         half = len(drawn) // 2
-        numerator = _one_per_row(self.net(*drawn[:half]), drawn[:half])
-        denominator = _one_per_row(self.net(*drawn[half:]), drawn[half:])
+        sides = drawn[:half], drawn[half:]
+        if next(self.net.buffers(), None) is None:
+            both = tuple(map(torch.cat, zip(*sides, strict=True)))  # one pass costs less than two
+            numerator, denominator = _one_per_row(self.net(*both), both).chunk(2)
+        else:  # batch norm: a batch is of one density
+            numerator, denominator = (_one_per_row(self.net(*side), side) for side in sides)
         loss = F.softplus(-numerator).sum() + F.softplus(denominator).sum()
         with torch.no_grad():
             right = ((numerator > 0).float().mean() + (denominator <= 0).float().mean()) / 2

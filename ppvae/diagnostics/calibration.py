@@ -12,6 +12,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.rows import (
     bound,
     check_at_least,
@@ -172,6 +173,7 @@ _MEANING = {
 }
 
 
+@takes_numbers
 def sbc(
     model: Program,
     guide: Program,

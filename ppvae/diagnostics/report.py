@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics import html
 from ppvae.diagnostics.arviz_bridge import elpd, export_rows
 from ppvae.diagnostics.evidence import Evidence, weigh
@@ -375,6 +376,7 @@ class Report(Evidence):
         return worst.rename(columns=heads).reset_index()
 
 
+@takes_numbers
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],

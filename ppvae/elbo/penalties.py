@@ -190,12 +190,12 @@ class Constraint(Penalty):
         if self.max_rate is not None:
             violation = sum(rates.values()).mean() - self.max_rate  # type: ignore[union-attr]
             tilt = Tilt(1.0, dict.fromkeys(rates, multiplier), -multiplier * self.max_rate)
-            state.weight = multiplier
+            state.shown["kl_weight"] = multiplier
         else:
             assert self.max_distortion is not None
             violation = -log_likelihood.mean() - self.max_distortion
             tilt = Tilt(multiplier, dict.fromkeys(rates, 1.0), -multiplier * self.max_distortion)
-            state.weight = 1 / multiplier
+            state.shown["kl_weight"] = 1 / multiplier
         state.latest_violation = violation
         return tilt
 
