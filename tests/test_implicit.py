@@ -410,7 +410,7 @@ class Shares(nn.Module):
 @pytest.mark.parametrize(
     ("sampler", "net", "message"),
     [
-        (nets.mlp(4 + 2, 3), Blind(), r"sampler must give one z of dim=2 .*it gave \(16, 6, 3\)"),
+        (nets.mlp(4 + 2, 3), Blind(), r"sampler must give one z of dim=2 .*it gave \(32, 6, 3\)"),
         (lambda x, noise: x[:, :2], Blind(), r"sampler must give one z.*it gave \(6, 2\)"),
         (Linear(), nets.mlp(6, 2), r"one number per row.*it gave \(6, 2\)"),
     ],
