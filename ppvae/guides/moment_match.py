@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppvae import conditionals, posteriors
+from ppvae.arguments import takes_numbers
 from ppvae.guides.per_datapoint import PerDatapoint
 from ppvae.pairs import (
     Program,
@@ -24,6 +25,7 @@ from ppvae.pairs import (
 LEAST_SCALE = 1e-3
 
 
+@takes_numbers
 @torch.no_grad()
 def moment_match(
     model: Program,
@@ -67,8 +69,8 @@ def moment_match(
         >>> found.log_evidence.shape
         torch.Size([3])
     """
-    if not isinstance(num_draws, int) or num_draws < 2:
-        raise ValueError(f"moment_match: num_draws must be at least 2, got {num_draws!r}")
+    if num_draws < 2:
+        raise ValueError(f"moment_match: num_draws must be at least 2, got {num_draws}")
     with own_path(), evaluation_mode(model, guide), seeded(seed, *args):
         found = structure(model, guide, args, {})
         with particle_plate(found, num_draws):
