@@ -183,11 +183,11 @@ def test_by_the_ratio_a_guide_comes_near_the_posterior(implicit):
     """So does a guide without a density: implicit p and q together."""
     model, guide = wide(implicit)
     svi = ppvae.SVI(model, guide, ADAM, beside=Beside(ADAM, steps=2))
-    history = ppvae.fit(svi, data(4_096), epochs=60, batch_size=256, seed=0, progress=False)
+    history = ppvae.fit(svi, data(4_096), epochs=30, batch_size=256, seed=0, progress=False)
     kl, correlation = fitted_kl(guide, data(200, seed=2))
     assert kl < 0.1 < 0.33 and -0.85 < correlation < -0.5
-    loss = history.rows[-1]["ratio_loss"]
-    assert loss < 1.3
+    name = "model.likelihood.ratio.ratio_loss" if implicit else "ratio_loss"
+    assert history.rows[-1][name] < 1.0  # x and z depend on each other: it is 1.39 if T is 0
 
 
 @pytest.mark.slow
