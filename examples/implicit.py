@@ -146,7 +146,7 @@ def draw_banana(model: models.VAE, trained: dict[str, guides.Amortized], at: flo
 
 def draw_values(table: pd.DataFrame, annealed: float) -> plt.Figure:
     """What each guide is trained by, and log p(x) by annealing, against log p(x) by quadrature."""
-    figure, ax = plt.subplots(layout="constrained", figsize=(7, 3.2))
+    figure, ax = plt.subplots(layout="constrained", figsize=(7.6, 3.2))
     places = range(len(table))
     bounds = ~table.index.str.startswith("AVB")
     for is_bound, colour, label in (
