@@ -376,11 +376,42 @@ ALL_PAIRS: dict[str, Callable[[], Pair]] = {
 }
 
 
+def implicit(contrast: str = "adaptive") -> Pair:
+    model, _, args = vae_bernoulli()
+    sampler, net = tanh(D + 3, 8, Z), tanh(D + Z, 8, 1)
+    q = posteriors.Implicit(sampler, net, Z, noise_dim=3, contrast=contrast)
+    return model, guides.Amortized(q), args
+
+
+def cvae_implicit() -> Pair:
+    model, _, args = cvae_labels()
+    q = posteriors.Implicit(tanh(D + 3 + 2, 8, Z), tanh(D + 3 + Z, 8, 1), Z, noise_dim=2)
+    return model, guides.Amortized(q, condition=model.condition), args
+
+
+def simulator() -> Pair:
+    def simulate(z: Tensor) -> Tensor:
+        return z.repeat(1, 3)[:, :D] + torch.randn(len(z), D)
+
+    likelihood = conditionals.Simulator(simulate, tanh(D + Z, 8, 1), shape=D)
+    model = models.VAE(likelihood, latent_dim=Z)
+    return model, guides.Normal(tanh(D, 8, 2 * Z)), (torch.randn(N, D),)
+
+
+# A log-density is an estimate, so these have no bound, and the laws of bounds are not theirs.
+ESTIMATED: dict[str, Callable[[], Pair]] = {
+    "implicit": implicit,
+    "implicit_prior_contrast": lambda: implicit("prior"),
+    "cvae_implicit": cvae_implicit,
+    "simulator": simulator,
+}
+
+
 def build(name: str, seed: int = 0) -> Pair:
     """A fresh pair with its data; the same seed gives the same parameters and data."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return ALL_PAIRS[name]()
+        return (ALL_PAIRS | ESTIMATED)[name]()
 
 
 def owners(*programs: Callable[..., Any]) -> list[nn.Module]:

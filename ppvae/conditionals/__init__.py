@@ -46,6 +46,7 @@ from ppvae.conditionals.heads import (
 from ppvae.conditionals.levels import DiscretizedLogistic, Ordinal
 from ppvae.conditionals.optimal import OptimalPrior
 from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
+from ppvae.conditionals.simulator import Simulator
 from ppvae.conditionals.suggest import suggest
 from ppvae.conditionals.values import Elementwise
 
@@ -73,6 +74,7 @@ __all__ = [
     "Ordinal",
     "Poisson",
     "Scale",
+    "Simulator",
     "StandardNormal",
     "StudentT",
     "VampPrior",
