@@ -7,6 +7,7 @@ which weighs its own draws only.
 
 from ppvae.posteriors.codes import GumbelCodes
 from ppvae.posteriors.flows import Flow, coupling, iaf, spline
+from ppvae.posteriors.implicit import Implicit
 from ppvae.posteriors.mixture import Mixture, MixtureOfNormals
 from ppvae.posteriors.normals import FullNormal, LowRankNormal
 from ppvae.posteriors.semi_implicit import SemiImplicit
@@ -15,6 +16,7 @@ __all__ = [
     "Flow",
     "FullNormal",
     "GumbelCodes",
+    "Implicit",
     "LowRankNormal",
     "Mixture",
     "MixtureOfNormals",
