@@ -542,3 +542,16 @@ def test_optimal_prior(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == names
     assert run("optimal_prior", tmp_path / "none", "--num-draws", "5") == 2
     assert "--num-draws must be 100 or more" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", ["1", "2"])
+def test_vqvae(tmp_path, levels, capsys):
+    assert run("vqvae", tmp_path, "--levels", levels) == 0
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"results.json", "usage.png", "codes.png", "samples.png"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    places = 16 if levels == "1" else 16 + 4
+    uniform = results["parts_nats"]["uniform"]["codes"]
+    assert uniform == pytest.approx(places * np.log(8), rel=1e-5)  # h w log K
+    assert "gru prior" in capsys.readouterr().out
