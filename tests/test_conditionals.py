@@ -261,7 +261,8 @@ PRIORS["OptimalPrior"] = [
     )
 ]
 # priors of codes are for codes alone: test_vq.py
-NOT_CONDITIONALS = {"Conditional", "CodePrior", "Elementwise", "suggest"}
+# a simulator has draws and no density of its own: tests/test_simulator.py
+NOT_CONDITIONALS = {"Conditional", "CodePrior", "Elementwise", "Simulator", "suggest"}
 
 
 def _variants(table, marks=()):
