@@ -254,7 +254,7 @@ def draw_queue(trained: dict[str, guides.Amortized], args: argparse.Namespace) -
         ax.axvline(truth[0, i].item(), color=GREY, ls="--", label="truth")
         ax.set(title=NAMES[i], xlim=(0, LARGEST[i].item()), yticks=[])
     axes[0].set_ylabel("density")
-    axes[1].legend(frameon=False)
+    axes[2].legend(frameon=False)
     return figure
 
 
