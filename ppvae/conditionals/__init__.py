@@ -23,6 +23,7 @@ from ppvae.conditionals.heads import (
     Conditional,
     Normal,
     Scale,
+    SoftNormal,
 )
 from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
 
@@ -34,6 +35,7 @@ __all__ = [
     "Mixture",
     "Normal",
     "Scale",
+    "SoftNormal",
     "StandardNormal",
     "VampPrior",
 ]

@@ -9,6 +9,7 @@ from ppvae.guides.point_mass import PointMass
 from ppvae.guides.prior import Prior
 from ppvae.guides.responsibilities import Responsibilities
 from ppvae.guides.semi_amortized import SemiAmortized
+from ppvae.guides.top_down import TopDown
 
 __all__ = [
     "Amortized",
@@ -21,4 +22,5 @@ __all__ = [
     "Prior",
     "Responsibilities",
     "SemiAmortized",
+    "TopDown",
 ]

@@ -5,7 +5,8 @@ from ppvae.models.cvae import CVAE
 from ppvae.models.hierarchical import Hierarchical
 from ppvae.models.mixture import GaussianMixture
 from ppvae.models.nvdm import NVDM
+from ppvae.models.top_down import TopDown
 from ppvae.models.vade import VaDE
 from ppvae.models.vae import VAE
 
-__all__ = ["CVAE", "NVDM", "VAE", "Autoencoder", "GaussianMixture", "Hierarchical", "VaDE"]
+__all__ = ["CVAE", "NVDM", "VAE", "Autoencoder", "GaussianMixture", "Hierarchical", "TopDown", "VaDE"]
