@@ -408,7 +408,16 @@ OTHER_LATENTS = {"hierarchical", "ladder", "ladder_conv", "top_down", "tutorial"
 DIMENSIONS = ("TCELBO", "DIPELBO")
 WITHOUT_DIMENSIONS = {
     *("full_normal", "full_normal_conv", "low_rank_normal", "mixture"),
-    *("iaf", "coupling", "spline", "cvae_flow", "hierarchical", "ladder", "ladder_conv", "top_down"),
+    *(
+        "iaf",
+        "coupling",
+        "spline",
+        "cvae_flow",
+        "hierarchical",
+        "ladder",
+        "ladder_conv",
+        "top_down",
+    ),
 }
 
 

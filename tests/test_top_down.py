@@ -237,7 +237,9 @@ def test_latents_of_another_origin_are_walked_again():
     assert expected.isfinite().all()
 
 
-@pytest.mark.parametrize("change", ["parameter", "buffer", "mode", "gradient", "replaced", "copied"])
+@pytest.mark.parametrize(
+    "change", ["parameter", "buffer", "mode", "gradient", "replaced", "copied"]
+)
 def test_a_walk_of_another_path_is_not_taken_over(change):
     model, guide, (x,) = build("top_down")
     model.eval(), guide.eval()
@@ -398,9 +400,9 @@ def test_parts_that_do_not_fit_are_named():
         make(parts._replace(path=path))
     with pytest.raises(ValueError, match=r"p\(x \| z\) fails for h"):
         make(parts._replace(out=wider.out))
-    with pytest.raises(ValueError, match="head of z2 does not fit e of shape .12, 2, 2. and h of"):
+    with pytest.raises(ValueError, match=r"head of z2 does not fit e of shape .12, 2, 2. and h of"):
         make(parts._replace(encoder=wider.encoder))
-    with pytest.raises(ValueError, match="head of z2 does not fit e of shape .8, 4, 4. and h of"):
+    with pytest.raises(ValueError, match=r"head of z2 does not fit e of shape .8, 4, 4. and h of"):
         make(parts._replace(encoder=taller.encoder))
     with pytest.raises(ValueError, match="1 entries, but the model has 2 latents"):
         make(parts._replace(heads=parts.heads[:1]))
@@ -414,11 +416,15 @@ def test_parts_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="needs a group for each latent"):
         nets.TopDown((2, 1, 1), [])
     with pytest.raises(TypeError, match=r"TopDown\(model\) must be"):
-        guides.TopDown(models.VAE(conditionals.Bernoulli(nets.mlp(2, 3)), 2), parts.encoder, parts.heads)
+        guides.TopDown(
+            models.VAE(conditionals.Bernoulli(nets.mlp(2, 3)), 2), parts.encoder, parts.heads
+        )
     with pytest.raises(TypeError, match="normal gives a"):
         make(parts, normal=nn.Identity())
     with pytest.raises(ValueError, match="the group of z1 draws 0 latents"):
-        models.TopDown(nets.TopDown((1, 2, 2), [Silent()]), conditionals.Bernoulli(nn.Identity(), event_dim=3))
+        models.TopDown(
+            nets.TopDown((1, 2, 2), [Silent()]), conditionals.Bernoulli(nn.Identity(), event_dim=3)
+        )
 
 
 class Silent(nn.Module):
@@ -475,3 +481,17 @@ def test_a_compiled_step_is_the_eager_one(traced):
     assert len(traced) == 1
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(buffers[0], buffers[1], rtol=1e-3, atol=1e-3)
+
+
+def test_channels_last_is_the_same_pair():
+    model, guide, (x,) = build("top_down")
+    torch.manual_seed(0)
+    before = ppvae.log_weights(model.eval(), guide.eval(), x, num_particles=2).log_w
+    for program in (model, guide):
+        program.to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    after = ppvae.log_weights(model, guide, x, num_particles=2).log_w
+    torch.testing.assert_close(before, after)
+    history = ppvae.fit(ppvae.SVI(model, guide), x, valid=x, epochs=1, progress=False)
+    assert history.rows[-1]["valid_bound"] < 0
+    assert not pyro.get_param_store().keys()  # it would copy what is not contiguous

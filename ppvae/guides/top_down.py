@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import pyro
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,9 @@ class TopDown(Program):
 
     def forward(self, x: Tensor, size: int | None = None) -> dict[str, Tensor]:
         """Draw the latents from the top down in the plate ``"data"``; returns them by name."""
-        said = dict(zip(self.path.names, zip(self.heads, self.encoder(x), strict=True), strict=True))
+        said = dict(
+            zip(self.path.names, zip(self.heads, self.encoder(x), strict=True), strict=True)
+        )
         steps: dict[str, tuple[Tensor, Tensor]] = {}
 
         def draw(name: str, stats: Tensor, h: Tensor) -> Tensor:

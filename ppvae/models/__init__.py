@@ -9,4 +9,13 @@ from ppvae.models.top_down import TopDown
 from ppvae.models.vade import VaDE
 from ppvae.models.vae import VAE
 
-__all__ = ["CVAE", "NVDM", "VAE", "Autoencoder", "GaussianMixture", "Hierarchical", "TopDown", "VaDE"]
+__all__ = [
+    "CVAE",
+    "NVDM",
+    "VAE",
+    "Autoencoder",
+    "GaussianMixture",
+    "Hierarchical",
+    "TopDown",
+    "VaDE",
+]

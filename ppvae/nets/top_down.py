@@ -22,7 +22,7 @@ class TopDown(nn.Module):
     So :math:`z_l` may depend on all latents above it, not on the next one alone. A group is any
     module called as ``group(h, draw)``: it calls ``draw(s, h)`` once, with the parameters s of its
     prior, gets the latent back, and returns the next h. :class:`Group` is one; who walks the path
-    says what ``draw`` does. Group 0 is the top, with the latent ``"zL"``; the last one has ``"z1"``.
+    says what ``draw`` does. The first group is the top, with ``"zL"``; the last one has ``"z1"``.
 
     Args:
         start: the event shape of the first h, ``(C, H, W)``, which is a learned constant.
@@ -299,7 +299,8 @@ class Tower(nn.Module):
         stages: from the data up; all but the first start with the features of the one below.
 
     Example:
-        >>> [e.shape[1] for e in Tower([nn.Conv2d(1, 2, 1), nn.Conv2d(2, 3, 1)])(torch.ones(5, 1, 4, 4))]
+        >>> tower = Tower([nn.Conv2d(1, 2, 1), nn.Conv2d(2, 3, 1)])
+        >>> [e.shape[1] for e in tower(torch.ones(5, 1, 4, 4))]
         [3, 2]
     """
 
@@ -396,7 +397,9 @@ def nvae(
 
     # down: what follows a latent, up to the next one, is one network
     steps, heads = [], []
-    places = [i for i, n in zip(reversed(range(len(sizes))), groups, strict=False) for _ in range(n)]
+    places = [
+        i for i, n in zip(reversed(range(len(sizes))), groups, strict=False) for _ in range(n)
+    ]
     for number, i in enumerate(places):
         width, below = widths[i], places[number + 1 : number + 2]
         prior: nn.Module = Zeros(latent_channels)
@@ -414,7 +417,9 @@ def nvae(
     after: list[nn.Module] = []
     for i in reversed(range(blocks)):
         after.append(decoder_cell(widths[i + 1], widths[i], sizes[i], block_expansion))
-        after += [decoder_cell(widths[i], expansion=block_expansion) for _ in range(block_cells - 1)]
+        after += [
+            decoder_cell(widths[i], expansion=block_expansion) for _ in range(block_cells - 1)
+        ]
     after += [nn.ELU(), nn.Conv2d(channels, out_channels or shape[0], 3, padding=1)]
     path = TopDown((widths[-1], *sizes[-1]), steps)
     return NVAE(path, flat_batch(nn.Sequential(*after), event_dim=3), Tower(stages), heads)
