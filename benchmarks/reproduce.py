@@ -25,6 +25,7 @@ from typing import Any
 import reproduce_cvae
 import reproduce_iwae
 import reproduce_ladder
+import reproduce_nvae
 import reproduce_nvdm
 import reproduce_vade
 import torch
@@ -36,6 +37,7 @@ SYSTEMS: dict[str, ModuleType] = {
     "cvae": reproduce_cvae,
     "iwae": reproduce_iwae,
     "ladder": reproduce_ladder,
+    "nvae": reproduce_nvae,
     "nvdm": reproduce_nvdm,
     "vade": reproduce_vade,
 }
@@ -50,12 +52,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/reproduce"))
     parser.add_argument("--report", action="store_true", help="run nothing, print the table")
     parser.add_argument("--quick", action="store_true", help="every cell, cut to seconds")
-    parser.add_argument("--full", action="store_true", help="as long as the paper (iwae, ladder)")
-    parser.add_argument("--device", default="cpu", help="where to train (iwae, ladder)")
+    parser.add_argument("--full", action="store_true", help="as long as the paper (iwae, ladder, nvae)")
+    parser.add_argument("--device", default="cpu", help="where to train (iwae, ladder, nvae)")
     args = parser.parse_args()
     system = SYSTEMS[args.system]
     if (args.full or args.device != "cpu") and not hasattr(system, "full"):
-        parser.error(f"--full and --device are for iwae and ladder, not for {args.system}")
+        parser.error(f"--full and --device are for iwae, ladder and nvae, not for {args.system}")
     unknown = set(args.cells or []) - set(system.CELLS)
     if unknown:
         parser.error(f"no cell {sorted(unknown)} in {args.system}; it has {list(system.CELLS)}")

@@ -138,9 +138,11 @@ def train(
 
 
 def rate(epoch: int, args: argparse.Namespace) -> float:
-    """The learning rate of an epoch as a share of the first one: up to it, then a cosine."""
+    """The learning rate of an epoch as a share of the largest: up to it, then along a cosine."""
     if epoch < args.lr_warm_up:
         return (epoch + 1) / (args.lr_warm_up + 1)
+    if not args.falls:
+        return 1.0
     turn = (epoch - args.lr_warm_up) / max(1, args.epochs - args.lr_warm_up)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * turn))
 
@@ -262,6 +264,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=5e-3, help="Adamax's largest (default: %(default)s)")
     add("--lr-warm-up", type=int, default=0, metavar="EPOCHS", help="before it is reached "
         "(default: %(default)s)")  # fmt: skip
+    add("--constant-lr", dest="falls", action="store_false", help="no cosine")
     add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
     add("--warm-up", type=float, default=0.3, help="share of the steps over which the weight on "
         "the KL rises (default: %(default)s)")  # fmt: skip
