@@ -96,13 +96,17 @@ class Spectral(nn.Module):
 
     @torch.no_grad()
     def _improve(self, i: int, stack: Tensor, iterations: int) -> None:
+        """Power iterations u <- W W' u; W W' is scaled, so one normalisation is enough for four."""
         u, v = getattr(self, f"u{i}"), getattr(self, f"v{i}")
-        left, right = u, v
-        for _ in range(iterations):
-            right = F.normalize(torch.einsum("go,goi->gi", left, stack), dim=1)
-            left = F.normalize(torch.einsum("goi,gi->go", stack, right), dim=1)
-        u.copy_(left)
-        v.copy_(right)
+        square = stack @ stack.mT
+        square = F.normalize(square.flatten(1), dim=1).view_as(square)
+        left = u.unsqueeze(-1)
+        for step in range(iterations):
+            left = square @ left
+            if (step + 1) % 4 == 0 or step + 1 == iterations:
+                left = F.normalize(left, dim=1)
+        u.copy_(left.squeeze(-1))
+        v.copy_(F.normalize((stack.mT @ left).squeeze(-1), dim=1))
 
     def _matrices(self) -> list[Tensor]:
         """The kernels as matrices, those of one shape as one stack."""
