@@ -60,6 +60,14 @@ LIKELIHOODS = {
             (2, 6, 5),
         ),
     ],
+    "SoftNormal": [
+        (lambda: conditionals.SoftNormal(nets.mlp(Z, 8, 2 * D), event_dim=1), _real, (D,)),
+        (
+            lambda: conditionals.SoftNormal(nets.conv_decoder(Z, (4, 6, 5), (3,), hidden=())),
+            _real,
+            (2, 6, 5),
+        ),
+    ],
     "Scale": [
         (lambda: conditionals.Normal(nets.mlp(Z, 8, D), conditionals.Scale(0.7)), _real, (D,)),
         (

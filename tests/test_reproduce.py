@@ -57,7 +57,7 @@ def test_unknown_cells_are_named(reproduce, monkeypatch, capsys):
 
 
 def test_the_papers_schedules(reproduce, monkeypatch, capsys):
-    for system in (reproduce.reproduce_iwae, reproduce.reproduce_ladder):
+    for system in (reproduce.reproduce_iwae, reproduce.reproduce_ladder, reproduce.reproduce_nvae):
         for recipe in system.CELLS.values():
             longer = system.full(recipe)
             assert longer.keys() == recipe.keys()
@@ -85,7 +85,7 @@ def test_renormalise_gives_the_moments_of_all_rows(reproduce, name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ppvae.metrics.UnusedClusterWarning")
-@pytest.mark.parametrize("name", ["cvae", "iwae", "ladder", "nvdm", "vade"])
+@pytest.mark.parametrize("name", ["cvae", "iwae", "ladder", "nvae", "nvdm", "vade"])
 def test_every_cell_runs_when_it_is_cut_short(reproduce, monkeypatch, tmp_path, capsys, name):
     system = reproduce.SYSTEMS[name]
     needed = "20newsgroups" if name == "nvdm" else "mnist"
