@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/reproduce"))
     parser.add_argument("--report", action="store_true", help="run nothing, print the table")
     parser.add_argument("--quick", action="store_true", help="every cell, cut to seconds")
-    parser.add_argument("--full", action="store_true", help="as long as the paper (iwae, ladder, nvae)")
+    parser.add_argument(
+        "--full", action="store_true", help="as long as the paper (iwae, ladder, nvae)"
+    )
     parser.add_argument("--device", default="cpu", help="where to train (iwae, ladder, nvae)")
     args = parser.parse_args()
     system = SYSTEMS[args.system]

@@ -1,9 +1,9 @@
 r"""NVAE: a deep hierarchy of feature maps, trained in balance, seen group by group.
 
-    python examples/nvae.py                                       # handwritten digits, 8 x 8
+    python examples/nvae.py                                   # handwritten digits, 8 x 8
     python examples/nvae.py --data mnist --blocks 2 --batch-size 32 --epochs 3 \
-        --channels 12 --expansion 3                               # half a million parameters
-    python examples/nvae.py --quick                               # a check that all runs, in seconds
+        --channels 12 --expansion 3                           # half a million parameters
+    python examples/nvae.py --quick                           # a check that all runs, in seconds
 
 Residual normal posteriors, cells with depthwise convolutions and gates, a warm-up that balances the
 KL of the groups, and a regulariser of singular values, as in the paper. What it writes: samples at

@@ -204,7 +204,7 @@ class SoftNormal(Conditional):
         net: outputs ``(..., 2 * C, H, W)``, means first, split on the first event dimension; by
             default its input is these numbers.
         event_dim: number of event dimensions, 1 for vectors, 3 for feature maps.
-        limit: c > 0, of |mu| and |log sigma|.
+        limit: c > 0, which means and log-scales stay below in absolute value.
         floor: sigma_0 >= 0, added to sigma.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyro
 import torch
@@ -50,6 +51,8 @@ class TopDown(Program):
         >>> {name: tuple(z.shape) for name, z in guide(torch.zeros(5, 1, 8, 8)).items()}
         {'z3': (5, 4, 2, 2), 'z2': (5, 4, 4, 4), 'z1': (5, 4, 4, 4)}
     """
+
+    path: Any
 
     def __init__(
         self, model: Model, encoder: nn.Module, heads: Sequence[nn.Module], residual: bool = True

@@ -55,6 +55,8 @@ class TopDown(Program):
         torch.Size([5, 1, 28, 28])
     """
 
+    path: Any  # of a TopDown in ppvae.nets, which this room does not import
+
     def __init__(
         self, path: nn.Module, likelihood: nn.Module, normal: nn.Module | None = None
     ) -> None:
@@ -65,7 +67,7 @@ class TopDown(Program):
         places = [shape[-2:] for name, shape in self.shapes.items() if name != "x"]
         scale, count = {size: i for i, size in enumerate(dict.fromkeys(places))}, Counter(places)
         weights = [4 ** scale[size] / count[size] for size in places]
-        self.balance = {n: w / min(weights) for n, w in zip(path.names, weights, strict=True)}
+        self.balance = {n: w / min(weights) for n, w in zip(self.path.names, weights, strict=True)}
 
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """Observe ``x``, ``(N, ...)``; or draw ``size`` new rows if x is None. Returns x.

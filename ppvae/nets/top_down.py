@@ -77,7 +77,8 @@ class TopDown(nn.Module):
         """What a walk depends on besides its latents: which tensors, their contents, the modes."""
         tensors = [*self.parameters(), *self.buffers()]
         modes = [part.training for part in self.modules()]
-        return tensors, [t._version for t in tensors], modes, torch.is_grad_enabled()
+        autocast = torch.is_autocast_enabled(self.start.device.type)
+        return tensors, [t._version for t in tensors], modes, torch.is_grad_enabled(), autocast
 
 
 class _Walk:
