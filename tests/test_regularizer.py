@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
@@ -136,9 +137,11 @@ def test_a_penalty_is_per_datapoint(K, size):
         gradients.append(model.bias.grad.clone())
         bias = torch.linspace(-0.5, 0.5, 4)  # before the step
     rows = 7 if size is None else 100
+    svi.objective(model.draw(7))  # by hand
+    assert not pyro.get_param_store().keys()
     assert losses[1] - losses[0] == pytest.approx(rows * bias.square().sum().item() / 2)
     torch.testing.assert_close(gradients[1] - gradients[0], rows * bias)
-    assert penalty.calls == 1
+    assert penalty.calls == 2
 
 
 def test_a_penalty_is_for_training_only():

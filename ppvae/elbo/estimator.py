@@ -294,7 +294,9 @@ class Objective(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.regularizer is None or not self.state.learning:
             return self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
-        with _DataSize() as data:
+        # the handler that looks at the plate is no engine that parameters are announced to
+        own = nullcontext() if am_i_wrapped() else local_parameters(stored)
+        with own, _DataSize() as data:
             loss = self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
         return loss + data.size() * self.regularizer()
 
