@@ -34,7 +34,7 @@ from ppvae.pairs import evaluation_mode, seeded
 from ppvae.train.fit import resolve_device
 
 FILES = ["results.json", "groups.csv", "groups.png", "samples.png", "interpolation.png"]
-TEMPERATURES = [0.0, 0.4, 0.7, 1.0]
+TEMPERATURES = [0.4, 0.6, 0.8, 1.0]
 Pair = tuple[models.TopDown, guides.TopDown]
 
 
@@ -228,7 +228,11 @@ def draw_interpolations(
         rows, labels = [], []
         top = model.path.names[0]
         for pair in (0, 2):
-            for what, moved in (("all", set(ends)), ("top", {top}), ("rest", set(ends) - {top})):
+            for what, moved in (
+                ("all latents", set(ends)),
+                ("the top alone", {top}),
+                ("all but the top", set(ends) - {top}),
+            ):
                 given = {
                     name: (1 - share * (name in moved)) * z[pair]
                     + share * (name in moved) * z[pair + 1]
