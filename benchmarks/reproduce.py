@@ -23,6 +23,8 @@ from types import ModuleType
 from typing import Any
 
 import reproduce_cvae
+import reproduce_factor
+import reproduce_iop
 import reproduce_iwae
 import reproduce_ladder
 import reproduce_nvae
@@ -35,6 +37,8 @@ import torch
 # the recipes are shorter than the paper's, full(recipe), which is the paper's, and takes a device.
 SYSTEMS: dict[str, ModuleType] = {
     "cvae": reproduce_cvae,
+    "factor": reproduce_factor,
+    "iop": reproduce_iop,
     "iwae": reproduce_iwae,
     "ladder": reproduce_ladder,
     "nvae": reproduce_nvae,
@@ -52,14 +56,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/reproduce"))
     parser.add_argument("--report", action="store_true", help="run nothing, print the table")
     parser.add_argument("--quick", action="store_true", help="every cell, cut to seconds")
-    parser.add_argument(
-        "--full", action="store_true", help="as long as the paper (iwae, ladder, nvae)"
-    )
-    parser.add_argument("--device", default="cpu", help="where to train (iwae, ladder, nvae)")
+    parser.add_argument("--full", action="store_true", help="as long as the paper's schedule")
+    parser.add_argument("--device", default="cpu", help="where to train, where --full is defined")
     args = parser.parse_args()
     system = SYSTEMS[args.system]
     if (args.full or args.device != "cpu") and not hasattr(system, "full"):
-        parser.error(f"--full and --device are for iwae, ladder and nvae, not for {args.system}")
+        known = ", ".join(name for name, module in SYSTEMS.items() if hasattr(module, "full"))
+        parser.error(f"--full and --device are for {known}, not for {args.system}")
     unknown = set(args.cells or []) - set(system.CELLS)
     if unknown:
         parser.error(f"no cell {sorted(unknown)} in {args.system}; it has {list(system.CELLS)}")

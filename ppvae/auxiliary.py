@@ -23,8 +23,8 @@ class Auxiliary(nn.Module):
     """A module beside a pair, with a rule of its own after each step of the pair.
 
     Its parameters are never the pair's: the pair's optimiser does not hold them, and no check asks
-    them for a gradient. After each step of the pair :class:`ppvae.SVI` takes ``steps`` times a
-    draw, its loss and a step of its own optimiser (:class:`ppvae.Beside`), and then calls
+    them for a gradient. After each step of the pair :class:`ppvae.SVI` draws ``steps`` times, takes
+    with each draw the loss and a step of its own optimiser (:class:`ppvae.Beside`), and then calls
     :meth:`update`. A subclass has whichever of the four methods it needs. What it computes for the
     pair must not depend on its parameters: detach them, as :class:`Ratio` does. What it remembers
     are buffers, filled in place; what is frozen when ``SVI`` meets it is not trained.
@@ -50,12 +50,16 @@ class Auxiliary(nn.Module):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.refuse_stock_engine()
+        return super().__call__(*args, **kwargs)
+
+    def refuse_stock_engine(self) -> None:
+        """Raise ``RuntimeError`` where one of Pyro's own engines runs what it stands in."""
         if any(getattr(handler, "param_only", False) for handler in _PYRO_STACK):
             raise RuntimeError(
                 f"{type(self).__name__} has a loss of its own, and pyro.infer.SVI would never "
                 "train it: use ppvae.SVI"
             )
-        return super().__call__(*args, **kwargs)
 
     def draw(self, draws: Any) -> tuple[Tensor, ...]:
         """What :meth:`loss` is a function of, drawn anew without gradients.
@@ -126,9 +130,22 @@ class Ratio(Auxiliary):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """T of each row, ``(...)``, a constant function as far as gradients are concerned."""
-        held = {name: p.detach() for name, p in self.net.named_parameters()}
-        with _evaluating(self.net):
-            return _one_per_row(functional_call(self.net, held, inputs), inputs)
+        return self.held()(*inputs)
+
+    def held(self) -> Callable[..., Tensor]:
+        """T as a function, with the weights that the network has now, for a call later on.
+
+        A distribution whose ``log_prob`` is asked for when the program has ended needs it.
+        """
+        self.refuse_stock_engine()
+        tensors = {n: p.detach() for n, p in self.net.named_parameters()}
+        tensors |= dict(self.net.named_buffers())
+
+        def log_ratio(*inputs: Tensor) -> Tensor:
+            with _evaluating(self.net):
+                return _one_per_row(functional_call(self.net, tensors, inputs), inputs)
+
+        return log_ratio
 
     def draw(self, draws: Any) -> tuple[Tensor, ...]:
         numerator, denominator = map(_as_tuple, self.contrast(draws))
@@ -142,8 +159,12 @@ class Ratio(Auxiliary):
 
     def loss(self, *drawn: Tensor) -> Tensor:
         half = len(drawn) // 2
-        numerator = _one_per_row(self.net(*drawn[:half]), drawn[:half])
-        denominator = _one_per_row(self.net(*drawn[half:]), drawn[half:])
+        sides = drawn[:half], drawn[half:]
+        if next(self.net.buffers(), None) is None:
+            both = tuple(map(torch.cat, zip(*sides, strict=True)))  # one pass costs less than two
+            numerator, denominator = _one_per_row(self.net(*both), both).chunk(2)
+        else:  # batch norm: a batch is of one density
+            numerator, denominator = (_one_per_row(self.net(*side), side) for side in sides)
         loss = F.softplus(-numerator).sum() + F.softplus(denominator).sum()
         with torch.no_grad():
             right = ((numerator > 0).float().mean() + (denominator <= 0).float().mean()) / 2

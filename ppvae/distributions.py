@@ -13,7 +13,11 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-__all__ = ["BinaryVector", "DiagonalNormal", "UnitNormal", "WordCounts"]
+__all__ = ["BinaryVector", "DiagonalNormal", "NoInverse", "UnitNormal", "WordCounts"]
+
+
+class NoInverse(ValueError):
+    """A distribution can only weigh its own draws: as a flow without an inverse."""
 
 
 class _Vector(dist.Independent):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.program import Program, module_of
 from ppvae.weights import whole_weights
@@ -41,6 +42,7 @@ class Indexed(Program):
         return self.model(*args[:-1], **kwargs)
 
 
+@takes_numbers
 def fit_local(
     model: Callable[..., Any],
     guide: nn.Module,

@@ -26,6 +26,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
+from ppvae.distributions import NoInverse
 from ppvae.program import all_modules, local_parameters, read
 from ppvae.wrapped import innermost, method_of, owner_of
 
@@ -285,6 +286,7 @@ class Leaves(Messenger):
         if isinstance(value, Tensor) and value.requires_grad and not msg["is_observed"]:
             smooth = unrounded(value)
             leaf = smooth.detach().requires_grad_()
+            leaf._cut_from = smooth  # type: ignore[attr-defined]  # a density may belong to it
             self.pairs.append((smooth, leaf))
             self.shown.append(_shown(msg, smooth))
             msg["value"] = leaf
@@ -328,7 +330,9 @@ def weighs_alike(site: Site, value: Tensor, other: Tensor) -> bool:
     try:
         # with gradients: a flow remembers the inverse of the last tensor for the terms to come
         one, two = (site["fn"].log_prob(tensor).detach() for tensor in (value, other))
-    except KeyError as error:  # of a flow of Pyro without an inverse: the term of the site says so
+    except NoInverse:  # the term of the site says so
+        return True
+    except KeyError as error:  # the same, of a flow of Pyro
         return "intermediates cache" in str(error)
     except NotImplementedError:
         return False
@@ -463,7 +467,7 @@ def closed_form_kl_valid(
         with own_path(), unnoticed(model, guide), TrackProvenance():
             guide_trace = trace(guide, args, kwargs)
             model_trace = replay(model, guide_trace, args, kwargs)
-        in_guide, in_model = _parents(guide_trace), _parents(model_trace)
+            in_guide, in_model = _parents(guide_trace), _parents(model_trace)
         ancestors: dict[str, frozenset[str]] = {}
         for name, parents in in_guide.items():  # in the order of drawing: parents come first
             ancestors[name] = parents.union(*(ancestors[parent] for parent in parents))
@@ -489,7 +493,12 @@ def _parents(drawn: Trace) -> dict[str, frozenset[str]]:
 
 def _provenance(site: Site) -> frozenset[str]:
     """What a site's term is computed from: its distribution, and the mask of the program."""
-    provenance: frozenset[str] = get_provenance(site["fn"].log_prob(site["value"]))
+    fn = site["fn"]
+    try:
+        computed = fn.log_prob(site["value"])
+    except (NoInverse, KeyError):  # it weighs its own draws only, and tracking has copied this one
+        computed = fn.sample()
+    provenance: frozenset[str] = get_provenance(computed)
     return provenance | get_provenance(site["mask"])
 
 

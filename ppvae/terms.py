@@ -13,6 +13,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent, constraints, transform_to
 
+from ppvae.distributions import NoInverse as NoInverse
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site
 
 # The letters of (K, N), which a term of an enumerated latent has beside its own.
@@ -21,10 +22,6 @@ PARTICLE, DATAPOINT = get_symbol(0), get_symbol(1)
 
 # In Pyro's own densities bytes wrap around, and halves lose digits.
 _NARROW = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16}
-
-
-class NoInverse(ValueError):
-    """A flow cannot weigh values that it has not drawn itself."""
 
 
 class Letters(dict[Any, str]):
@@ -139,6 +136,8 @@ def log_density(site: Site, along_path: bool = False) -> Tensor:
             values = _masked_density(fn, value)
         else:
             values = fn.log_prob(value, *site["args"], **site["kwargs"])
+    except NoInverse as error:
+        raise NoInverse(f"site {site['name']!r}: {error}") from error
     except KeyError as error:
         if "intermediates cache" not in str(error):  # what Pyro's flows without an inverse say
             raise
@@ -163,8 +162,12 @@ def masked(values: Tensor, mask: Any) -> Tensor:
 def _masked_density(fn: Any, value: Tensor) -> Tensor:
     """``fn.log_prob(value)``, values that a mask inside of ``fn`` hides replaced first."""
     if isinstance(fn, MaskedDistribution) and isinstance(fn._mask, Tensor):
-        value = _filled(value, fn._mask, fn.base_dist)
-        return masked(_masked_density(fn.base_dist, value), fn._mask)
+        filled = _filled(value, fn._mask, fn.base_dist)
+        try:
+            values = _masked_density(fn.base_dist, filled)
+        except NoInverse:  # a draw of its own is inside the support
+            values = _masked_density(fn.base_dist, value)
+        return masked(values, fn._mask)
     if isinstance(fn, Independent) and distribution_mask(fn) is not None:
         values = _masked_density(fn.base_dist, value)
         n = fn.reinterpreted_batch_ndims

@@ -15,6 +15,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.enumeration import sum_out, total
 from ppvae.latents import check_auxiliary, check_latents
 from ppvae.pairs import (
@@ -158,6 +159,7 @@ class LogWeights:
         return closed_form_kl_valid(*self.pair, order=(*self.q, *self.p))
 
 
+@takes_numbers
 def log_weights(
     model: Program,
     guide: Program,

@@ -167,7 +167,7 @@ def logged(*extra, **options):
 def test_order_and_number_of_calls():
     svi, log = logged(ADAM, beside=Beside(steps=2, burn_in=1))
     svi.step(X)
-    turns = ["draw", "loss"] * 2 + ["update"]
+    turns = ["draw"] * 2 + ["loss"] * 2 + ["update"]  # the pair does not change meanwhile
     assert log == ["draw", "loss", "pair", *turns]
     log.clear()
     svi.step(X)
@@ -201,6 +201,46 @@ def test_draws_leave_buffers_of_the_pair_and_the_mode():
     assert guide.training and model.training
     for name, value in guide.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("extra", [[], [nn.BatchNorm1d(8)]], ids=["plain", "batch norm"])
+def test_the_loss_is_that_of_each_side_by_itself(extra):
+    net, (a, b) = critic(*extra), (torch.randn(20, 2), 1 + torch.randn(20, 2))
+    alone = copy.deepcopy(net)
+    expected = F.softplus(-alone(a)).sum() + F.softplus(alone(b)).sum()
+    torch.testing.assert_close(Ratio(net, None).loss(a, b), expected)
+
+
+class Nested(ppvae.Program):
+    """Sites at two depths of plates; counts its runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift, self.runs = nn.Parameter(torch.zeros(())), 0
+
+    def forward(self, x):
+        self.runs += 1
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(self.shift + torch.zeros(2), 1.0).to_event(1))
+            with pyro.plate("words", 3, dim=-2):
+                pyro.sample("w", dist.Normal(z.sum(-1), 0.01))
+
+
+def test_draws_for_several_steps_are_of_one_run_and_independent():
+    program, x = Nested(), torch.zeros(500, 1)
+    with torch.no_grad():
+        Draws(program, program, (x,), {}).guide("z")  # finds the plates
+        program.runs = 0
+        found = [
+            (each.guide("z"), each.guide("w"), each.guide("z"))
+            for each in Draws(program, program, (x,), {}, count=4).each()
+        ]
+    assert program.runs == 3  # one for each time a draw asks
+    shapes = {tuple(tuple(value.shape) for value in draw) for draw in found}
+    assert shapes == {((500, 2), (3, 500), (500, 2))}
+    columns = torch.stack([z[:, 0] for draw in found for z in (draw[0], draw[2])])
+    between = columns.corrcoef() - torch.eye(8)
+    assert between.abs().max() < 5 / 500**0.5  # standard errors of no correlation
 
 
 def test_dropout_is_off_in_forward_and_on_in_the_loss():
@@ -550,6 +590,18 @@ def test_the_denominator_has_the_marginals_and_no_two_coordinates_of_a_row():
         assert all(len(set(row.tolist())) == 4 for row in mixed)
 
 
+def test_single_coordinates_teach_a_critic_no_noise():
+    """A critic at 0 that adds up its coordinates: the loss has the slope 0 at any draws."""
+    net = nn.Linear(2, 1)
+    nn.init.zeros_(net.weight), nn.init.zeros_(net.bias)
+    svi = factor(net=net)
+    svi.prepare(X)
+    (turn,) = svi.turns.turns.values()
+    (drawn,) = turn.draw(1, (X,), {})
+    turn.loss(drawn)
+    assert turn.auxiliary.net.weight.grad.abs().max() < 1e-5  # of sums of about 50
+
+
 def test_a_critic_finds_the_total_correlation():
     torch.manual_seed(9)
     model, guide, x = aggregate(2000)
@@ -731,3 +783,30 @@ def test_the_history_is_of_the_steps_of_its_epoch():
     svi.turns.reported = {"ratio_loss": (torch.tensor(1e6), 1)}  # of steps by hand
     first, second = run(svi, epochs=2).rows
     assert first["ratio_loss"] < 2 and second["ratio_loss"] < 2
+
+
+def test_a_guide_that_mixes_particles_is_refused_where_its_draws_would_be_particles():
+    class Mixes(ppvae.Program):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z1", dist.Normal(self.loc, 1.0).to_event(1))
+                pyro.sample("z", dist.Normal(z.reshape(-1, len(x), 2).sum(0), 1.0).to_event(1))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z1", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def svi(steps):
+        loss = elbo.FactorELBO(ratio=nets.mlp(2, 8, 1))
+        return ppvae.SVI(model, Mixes(), torch.optim.Adam, loss, beside=ppvae.Beside(steps=steps))
+
+    x = torch.randn(6, 2)
+    svi(1).step(x)
+    with pytest.raises(ppvae.PairError, match="particle"):
+        svi(3).step(x)

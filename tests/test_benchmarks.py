@@ -344,3 +344,44 @@ def test_memory_of_a_step_is_what_it_allocates():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux")
     assert 50 < rise(lambda: torch.ones(20_000_000).sum()) < 120  # 80 MB
+
+
+def test_factor_vae_by_hand_is_ours_draw_for_draw():
+    """The pair's loss and the critic's, at the same noise and offsets."""
+    import speed_factor
+    import workloads
+
+    import ppvae
+    from ppvae import elbo
+
+    small = workloads.Workload("small", workloads.MLP(data=6, hidden=(5,), latent=3), 7)
+    x, networks = small.batches(1)[0], small.networks()
+    net = speed_factor.critic(small, (4,))
+    ours = elbo.FactorELBO(gamma=speed_factor.GAMMA, ratio=net)(*small.pair(networks))
+    losses = []
+    for loss in (lambda: ours(x), lambda: speed_factor.handwritten_factor_loss(networks, net, x)):
+        torch.manual_seed(3)
+        losses.append(loss().item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    z = torch.randn(7, 3)
+    torch.manual_seed(4)
+    by_hand = speed_factor.critic_loss(net, z)
+    torch.manual_seed(4)
+    own = ppvae.Ratio(net, None).loss(z, elbo.factor.shifted(z))
+    assert own.item() == pytest.approx(by_hand.item(), rel=1e-6)
+
+
+def test_speed_factor_runs(monkeypatch, tmp_path, capsys):
+    import speed_factor
+    import workloads
+
+    small = workloads.Workload("small", workloads.MLP(data=100, hidden=(5,), latent=3), 64)
+    monkeypatch.setattr(speed_factor, "WORKLOAD", small)
+    monkeypatch.setattr(speed_factor, "CRITICS", ((4,),))
+    eager = {name: speed_factor.COLUMNS[name] for name in ("ppvae-eager", "hand")}
+    eager |= {"ppvae-compiled": eager["ppvae-eager"]}  # no compiler
+    eager |= {"plain-compiled": eager["hand"]}
+    monkeypatch.setattr(speed_factor, "COLUMNS", eager)
+    speed_factor.main(["--quick", "--threads", "1", "--out", str(tmp_path / "speed.jsonl")])
+    table = capsys.readouterr().out
+    assert "## critic 3-4-1" in table and "target <= 2.2" in table

@@ -1,15 +1,19 @@
 """Checkpoints: a run that was killed ends as if it had not been; nothing saved is ever lost."""
 
+import copy
+import enum
+import errno
 import functools
 import io
 import itertools
 import os
+import pathlib
 import random
 import signal
 import threading
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, namedtuple
 
 import numpy as np
 import pytest
@@ -344,7 +348,14 @@ def unkilled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unkilled")
     started = time.perf_counter()
     killable(folder / "run", folder / "result.pt")
-    return torch.load(folder / "result.pt"), time.perf_counter() - started
+    expected = torch.load(folder / "result.pt") | {"best": best_of(folder / "run")}
+    return expected, time.perf_counter() - started
+
+
+def best_of(folder):
+    """The state in best.pt, and its step."""
+    state = Checkpoints(folder).load("best")
+    return {"step": state["svi"]["num_steps"], "objective": state["svi"]["objective"]}
 
 
 def in_child(function, *args):
@@ -382,7 +393,7 @@ def outlives_kills(tmp_path, unkilled, kills, seed):
         killed += os.WIFSIGNALED(status)
         unfinished += len(list(folder.glob(".*.unfinished")))
         everything_is_readable(folder)
-    assert_equal(torch.load(result), expected)
+    assert_equal(torch.load(result) | {"best": best_of(folder)}, expected)
     return killed, unfinished
 
 
@@ -446,8 +457,121 @@ def test_killed_while_writing(call, tmp_path, unkilled):
     assert os.WIFSIGNALED(status)
     assert everything_is_readable(folder) >= 2
     assert os.waitpid(in_child(killable, folder, result), 0)[1] == 0
-    assert_equal(torch.load(result), unkilled[0])
+    assert_equal(torch.load(result) | {"best": best_of(folder)}, unkilled[0])
     assert not list(folder.glob(".*.unfinished"))
+
+
+def killed_at(number, folder, result):
+    """Run until just before the given one of all writes, flushes, renames and removals."""
+    calls = itertools.count()
+
+    def before(function):
+        def call(*args, **kwargs):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)
+            return function(*args, **kwargs)
+
+        return call
+
+    class Dying(io.FileIO):
+        write = before(io.FileIO.write)
+
+    module = ppvae.train.checkpoint
+    module.open = Dying
+    for name in ("fsync", "replace"):
+        setattr(module.os, name, before(getattr(os, name)))
+    for name in ("unlink", "rename"):
+        setattr(module.Path, name, before(getattr(module.Path, name)))
+    killable(folder, result)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [range(25, 150, 25), pytest.param(range(400), marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_a_kill_before_any_one_operation_heals_itself(numbers, tmp_path, unkilled):
+    """And best.pt, at once, is what the latest file says is the best."""
+    died = 0
+    for number in numbers:
+        folder, result = tmp_path / f"run{number}", tmp_path / f"result{number}.pt"
+        killed = os.WIFSIGNALED(os.waitpid(in_child(killed_at, number, folder, result), 0)[1])
+        if not killed:
+            break
+        died += 1
+        everything_is_readable(folder)
+        if paths := Checkpoints(folder).paths():
+            latest = read(paths[-1])
+            if best := latest["progress"]["history"]["best_epoch"]:
+                assert best_of(folder)["step"] == 4 * best
+        assert os.waitpid(in_child(killable, folder, result), 0)[1] == 0
+        assert_equal(torch.load(result) | {"best": best_of(folder)}, unkilled[0])
+    assert died >= 5
+
+
+def test_a_damaged_best_is_healed_or_said(tmp_path, monkeypatch):
+    bounds = {4: -5.0, 8: -3.0, 12: -2.0, 16: -4.0}
+    monkeypatch.setattr("ppvae.train.fit.mean_bound", lambda svi, *args: bounds[svi.num_steps])
+    fit(vae(), valid=X, epochs=3, checkpoint=tmp_path)  # the latest is the best
+    files = Checkpoints(tmp_path)
+    whole = files.best.read_bytes()
+    files.best.write_bytes(whole[:-50])
+    assert files.load("best")["svi"]["num_steps"] == 12 and files.best.read_bytes() == whole
+    files.best.write_bytes(whole[:-50])
+    fit(vae(), valid=X, checkpoint=tmp_path, resume=True)
+    assert files.best.read_bytes() == whole
+    files.best.write_bytes(whole[:-50])
+    with pytest.warns(UserWarning, match=r"best\.pt is damaged.*now best\.pt\.aside"):
+        fit(vae(), valid=X, epochs=4, checkpoint=tmp_path, resume=True)
+    assert not files.best.exists() and (tmp_path / "best.pt.aside").exists()
+
+
+# -- two runs, and what the system refuses -----------------------------------------------------
+
+
+def test_a_second_run_in_the_folder_is_refused_with_the_name_of_the_first(tmp_path):
+    class Second(ppvae.Callback):
+        def on_step_end(self, svi, loss):
+            if svi.num_steps == 2:
+                other = vae()
+                with pytest.raises(FileExistsError, match=f"by process {os.getpid()} on "):
+                    fit(other, checkpoint=tmp_path, resume=True)
+                assert other.num_steps == 0
+
+    fit(vae(), checkpoint=tmp_path, callbacks=[Second()])
+    fit(vae(), epochs=5, checkpoint=tmp_path, resume=True)  # it has let go
+    pid = in_child(killed_at, 60, tmp_path / "killed", tmp_path / "result.pt")
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    assert (tmp_path / "killed" / ".run").exists()  # what it left behind keeps nobody out
+    killable(tmp_path / "killed", tmp_path / "result.pt")
+
+
+def test_a_full_disk_is_said_with_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
+    fit(vae(), epochs=2, checkpoint=tmp_path)
+    before = {path.name: path.read_bytes() for path in Checkpoints(tmp_path).paths()}
+
+    class Full(io.FileIO):
+        def write(self, content):
+            super().write(content[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppvae.train.checkpoint, "open", Full, raising=False)
+        with pytest.raises(OSError, match=r"No space left.*make room.*step-00000012\.pt"):
+            fit(vae(), epochs=3, checkpoint=tmp_path, resume=True)
+    assert {path.name: path.read_bytes() for path in Checkpoints(tmp_path).paths()} == before
+    assert not list(tmp_path.glob(".*.unfinished"))
+    fit(vae(), epochs=3, checkpoint=tmp_path, resume=True)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only_is_refused_before_a_step(tmp_path):
+    tmp_path.chmod(0o500)
+    svi = vae()
+    with pytest.raises(PermissionError, match="give checkpoint= another folder"):
+        fit(svi, checkpoint=tmp_path)
+    assert svi.num_steps == 0
 
 
 # -- interrupted -------------------------------------------------------------------------------
@@ -575,6 +699,35 @@ def test_any_damage_is_noticed(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(CheckpointError, match="wrong checksum"):
             read(path)
+
+
+def test_numbers_that_are_not_what_was_written_are_noticed_by_the_digest(tmp_path):
+    state = {"a": torch.arange(500.0), "b": [1, ("x", None)], "c": torch.tensor(True)}
+    path = Checkpoints(tmp_path).write(state, 7)
+    content = torch.load(path)
+    for change in (
+        lambda c: c["state"]["a"][17].add_(1e-3),
+        lambda c: c["state"].update(a=c["state"]["a"].double()),
+        lambda c: c["state"].update(a=c["state"]["a"].reshape(2, -1)),
+        lambda c: c["state"].update(b=[1.0, ("x", None)]),
+        lambda c: c["state"].update(b=[1, ["x", None]]),
+        lambda c: c["state"].pop("c"),
+        lambda c: c.update(step=8),
+        lambda c: c.update(best=True),
+        lambda c: c.pop("digest"),
+    ):
+        changed = copy.deepcopy(content)
+        change(changed)
+        torch.save(changed, path)
+        with pytest.raises(CheckpointError, match=r"is damaged: its (content|digest)"):
+            read(path)
+    for name, wrong in itertools.product(("format", "step", "state"), (None, "1", [2.0])):
+        torch.save(content | {name: wrong}, path)
+        with pytest.raises(CheckpointError, match=rf"is damaged: its {name} is absent"):
+            read(path)
+    old = {k: v for k, v in content.items() if k not in ("digest", "best")} | {"format": 1}
+    torch.save(old, path)  # before there was a digest
+    assert torch.equal(read(path)["a"], state["a"])
 
 
 @pytest.mark.parametrize("mask", [1, 128])
@@ -753,6 +906,60 @@ def test_numbers_of_numpy_are_saved_as_pythons(tmp_path):
     files = Checkpoints(tmp_path)
     files.write(state, 1)
     assert files.load() == {"a": 0.5, "b": 0.25, "c": [3], "d": True, "e": "word", "f": 2}
+
+
+class Phase(str, enum.Enum):
+    WARM = "warm"
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+Pair = namedtuple("Pair", "a b")
+
+
+@pytest.mark.parametrize(
+    ("state", "named"),
+    [
+        ({pathlib.PurePosixPath("x"): 1.0}, "has the key PurePosixPath"),
+        ({Phase.WARM: 1.0}, "a Phase of"),
+        ({(1, Phase.WARM): 1.0}, "a tuple of"),
+        ({torch.float32: 1.0}, "a dtype of torch"),
+        ({"phase": Phase.WARM}, r"\['phase'\] is Phase"),
+        ({"deep": [{"level": signal.SIGINT}]}, r"\['deep'\]\[0\]\['level'\] is Signals"),
+        ({"t": torch.ones(2).as_subclass(Mine)}, r"\['t'\] is Mine"),
+        ({"pair": Pair(1, 2)}, r"\['pair'\] is Pair"),
+        ({"set": {1}}, r"\['set'\] is set"),
+        ({"array": np.ones(2)}, r"\['array'\] is ndarray, of numpy"),
+        ({"s": torch.ones(2, 2).to_sparse()}, r"\['s'\] is a tensor without a dense block"),
+        ({"m": torch.ones(2, device="meta")}, r"\['m'\] is a tensor without"),
+    ],
+)
+def test_a_state_that_could_not_be_read_again_is_refused_before_a_step(state, named, tmp_path):
+    class Keeps(ppvae.Callback):
+        def state_dict(self):
+            return state
+
+    svi = vae()
+    with pytest.raises(TypeError, match=rf"^Keeps\.state_dict\(\).*{named}"):
+        fit(svi, checkpoint=tmp_path, callbacks=[Keeps()])
+    assert svi.num_steps == 0
+    with pytest.raises(TypeError, match=named):
+        Checkpoints(tmp_path).write(state, 1)
+    assert not Checkpoints(tmp_path).paths()
+
+
+def test_what_is_saved_is_read_with_the_same_types(tmp_path):
+    state = {
+        "a": True, "b": 2**70, "c": 1 + 2j, "d": b"x", "e": None, "f": (1, [2.5, ()]),
+        1: {2.5: {(1, "x"): "y"}}, "nan": float("inf"),
+        "t": [torch.ones(2, dtype=torch.bfloat16), torch.ones((), dtype=torch.complex64),
+              torch.ones(0, 3), torch.arange(6).reshape(2, 3).T, torch.tensor([True])],
+    }  # fmt: skip
+    Checkpoints(tmp_path).write(state, 1)
+    found = Checkpoints(tmp_path).load()
+    assert repr(found) == repr(state)
 
 
 def two_groups(parameters):

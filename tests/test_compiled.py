@@ -61,7 +61,7 @@ from ppvae.compile.compiled import Compiled
 from ppvae.elbo.penalties import Penalty, Tilt
 from ppvae.pairs import NotCompiled
 from programs import PROGRAMS
-from registry import ALL_ESTIMATORS, ALL_PAIRS, ONE_OF_EACH, build, cross
+from registry import ALL_ESTIMATORS, ALL_PAIRS, BESIDE, ONE_OF_EACH, build, cross
 
 # -- law 6 -------------------------------------------------------------------------------------
 
@@ -69,7 +69,8 @@ from registry import ALL_ESTIMATORS, ALL_PAIRS, ONE_OF_EACH, build, cross
 def law_cases():
     """Everything crossed; in `make test` each gradient and argument, and pairs of some kinds."""
     kinds = [ALL_ESTIMATORS[label] for label in ONE_OF_EACH]
-    pairs = ("pyro_modules", "tutorial", "vae_vamp_prior", "vae_conv", "cvae_quadrant")
+    pairs = ("pyro_modules", "tutorial", "vae_vamp_prior", "vae_optimal_prior", "vae_conv")
+    pairs += ("cvae_quadrant", "semi_implicit")
     for case in cross():
         pair, estimator = case.values
         every = (pair == "vae_bernoulli" and estimator in kinds) or (
@@ -86,7 +87,7 @@ def law(pair, estimator):
 @pytest.mark.parametrize(("pair", "estimator"), list(law_cases()))
 def test_three_steps_traced_equal_three_eager_steps(traced, pair, estimator):
     law(pair, estimator)
-    assert len(traced) == 1
+    assert len(traced) == 1 + (pair in BESIDE)
 
 
 @inductor
@@ -284,10 +285,22 @@ def test_the_weight_on_the_kl_is_reported(traced):
         seen = []
         for _ in range(5):
             svi.step(X)
-            seen.append(float(svi.objective.state.weight))
+            seen.append(float(svi.objective.state.shown["kl_weight"]))
         weights.append(seen)
     assert weights[1] == pytest.approx(weights[0], rel=1e-5)
     assert len(set(weights[1])) > 3
+
+
+def test_every_weight_that_changes_is_reported(traced):
+    beta, tc = elbo.LinearWarmup(4), elbo.LinearWarmup(8, start=1.0, end=3.0)
+    weights = []
+    for compile in (False, True):
+        estimator = elbo.TCELBO(alpha=beta, beta=tc, size=len(X))
+        svi = ppvae.SVI(*plain(), SGD, estimator, compile=compile)
+        for _ in range(3):
+            svi.step(X)
+        weights.append({k: float(v) for k, v in svi.objective.state.shown.items()})
+    assert weights[0] == weights[1] == {"alpha": beta(2), "beta": tc(2)}
 
 
 def changing(self, x):

@@ -673,7 +673,7 @@ def test_constraint_is_met_by_dual_ascent(
         assert -fit.mean().item() == pytest.approx(3.5, abs=0.1)
     weights = history.column("kl_weight")
     assert weights[0] != weights[-1], "the multiplier is logged"
-    assert weights[-1] == pytest.approx(svi.objective.state.weight.item())
+    assert weights[-1] == pytest.approx(svi.objective.state.shown["kl_weight"].item())
     state = svi.objective.state_dict()
     assert "state.log_multiplier" in state
     again = elbo.ELBO(4, beta=constraint)(model, guide)
@@ -908,7 +908,7 @@ def test_the_multiplier_stays_within_its_limit(linear, much: bool) -> None:
         assert objective.state.log_multiplier == (10.0 if much else -10.0)
         objective(x)
         sign = 1 if "max_rate" in target else -1
-        weight = objective.state.weight.item()
+        weight = objective.state.shown["kl_weight"].item()
         assert weight == pytest.approx(math.exp(sign * (10.0 if much else -10.0)), rel=1e-5)
 
 

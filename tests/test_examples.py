@@ -336,6 +336,17 @@ def test_custom_guide(tmp_path, latent_dim, capsys):
         example.main(["--smoke", "--out", str(tmp_path)])
 
 
+def test_semi_implicit(tmp_path, capsys):
+    assert run("semi_implicit", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "log p(x) by quadrature" in shown and "5 draws of each point" in shown
+    table = [row.split(",") for row in (tmp_path / "guides.csv").read_text().splitlines()]
+    assert len(table) == 1 + 3 and table[0][1:3] == ["ELBO", "IWELBO-30"]
+    for row in table[1:]:
+        assert float(row[2]) >= float(row[1])  # by Jensen, from the same draws
+    assert (tmp_path / "ring.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_posterior_diagnostics(tmp_path, capsys):
     import importlib
@@ -368,6 +379,12 @@ def test_posterior_diagnostics(tmp_path, capsys):
             marks=SLOWLY,
         ),
         ("autoencoder", [], ("beta-VAE", "the encoder", "the same sigma^2 beta")),
+        pytest.param(
+            "factor",
+            [],
+            ("beta-TCVAE", "tc_aggregate", "completeness", "calibration.png"),
+            marks=SLOWLY,
+        ),
         pytest.param(
             "constrained",
             [],
@@ -490,6 +507,39 @@ def test_vade_leaves_collapsed_mixtures_out(monkeypatch, capsys):
         example.start(model, guides.Normal(encoder), x, args, 0)
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--latent-dim", "1"], "--latent-dim must be 2 or more"),
+        (["--batch-size", "9"], "the critic needs as many rows"),
+        (["--epochs", "0"], "--epochs must be 1 or more"),
+    ],
+    ids=["latents", "rows", "epochs"],
+)
+def test_factor_refuses_before_any_work(tmp_path, capsys, options, match):
+    assert run("factor", tmp_path, *options) == 2
+    assert match in capsys.readouterr().err
+
+
+def test_factor_names_the_cells_that_are_missing(tmp_path, capsys):
+    assert run("factor", tmp_path / "out", "--cells", str(tmp_path)) == 2
+    assert "has no VAE-SEED.json" in capsys.readouterr().err
+
+
 def test_vade_refuses_one_latent_before_any_work(tmp_path, capsys):
     assert run("vade", tmp_path, "--latent-dim", "1") == 2
     assert "--latent-dim must be 2 or more" in capsys.readouterr().err
+
+
+def test_optimal_prior(tmp_path, capsys):
+    assert run("optimal_prior", tmp_path) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["optimum"] == pytest.approx(-np.log(4))
+    iop = results["iop"]
+    assert iop["without_log_z"] == pytest.approx(iop["elbo"] + iop["log_z"])
+    for prior in ("vae", "mixture", "vamp", "iop"):
+        assert results[prior]["elbo"] <= results[prior]["log_evidence"] < results["optimum"]
+    names = {"bound.png", "densities.png", "draws.png", "calibration.png", "results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert run("optimal_prior", tmp_path / "none", "--num-draws", "5") == 2
+    assert "--num-draws must be 100 or more" in capsys.readouterr().err

@@ -446,6 +446,14 @@ def test_the_weight_of_each_epoch_is_told():
     assert "kl_weight" not in fit(vae(loss=elbo.ELBO(beta=2.0)), X).rows[0]
 
 
+def test_other_weights_of_the_estimator_are_told(tmp_path):
+    gamma = elbo.LinearWarmup(10, end=0.5)
+    svi = vae(loss=elbo.FactorELBO(gamma=gamma, ratio=torch.nn.Linear(2, 1)))
+    history = fit(svi, X, epochs=2, checkpoint=tmp_path)
+    assert history.column("gamma") == pytest.approx([gamma(3), gamma(7)])
+    assert "kl_weight" not in history.rows[0]
+
+
 def test_lr_scheduler_steps_once_per_epoch():
     step = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.1)
     history = fit(vae(), X, epochs=5, lr_scheduler=step)
@@ -671,8 +679,12 @@ SGD0 = torch.optim.SGD([torch.zeros(1)], lr=0.0)
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"epochs": 0}, ValueError, "epochs and batch_size"),
-        ({"batch_size": 0}, ValueError, "epochs and batch_size"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"batch_size": True}, TypeError, "batch_size must be a whole number, got True"),
+        ({"steps_per_epoch": 5}, ValueError, "steps_per_epoch=5 is for a DataLoader"),
+        ({"epochs": math.nan}, TypeError, "epochs must be a whole number, got nan"),
+        ({"batch_size": 2**63}, ValueError, "batch_size must be at least 1, and below"),
         ({"patience": 3}, ValueError, "patience needs a validation bound"),
         ({"patience": 1}, ValueError, "patience needs a validation bound"),
         ({"patience": 0, "valid": X}, ValueError, "patience must be at least 1"),
@@ -704,6 +716,140 @@ def test_bad_arguments(options, error, match):
 FAR = torch.cat([X, X])  # longer than the batch that the pair is checked on
 
 
+class Source(IterableDataset):
+    """Rows from one iterator, however often it is asked for (``once``), or from the start."""
+
+    def __init__(self, rows, once=False, hidden=False, length=None):
+        self.rows, self.once, self.hidden, self.length = rows, once, hidden, length
+        self.open = iter(rows)
+
+    def __iter__(self):
+        if self.hidden:  # a new generator each time, over the same file
+            return (row for row in self.open)
+        return self.open if self.once else iter(self.rows)
+
+    def __len__(self):
+        if self.length is None:
+            raise TypeError
+        return self.length
+
+
+def noise(seed=0):
+    """Rows without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.bernoulli(torch.full((4,), 0.5), generator=generator)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return noise()
+
+
+def test_no_batch_of_a_stream_is_lost_to_the_check():
+    stream, plain = vae(), vae()
+    fit(stream, DataLoader(Source(X, once=True), batch_size=16), epochs=1)
+    loader = DataLoader(X, batch_size=16)
+    torch.manual_seed(3)
+    ppvae.fit(plain, loader, epochs=1, progress=False)
+    assert stream.num_steps == plain.num_steps == -(-len(X) // 16)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_stream_that_runs_out_raises_and_never_counts_empty_epochs(hidden):
+    rows = Source(X, once=True, hidden=hidden)
+    svi, steps = vae(), -(-len(X) // 16)
+    with pytest.raises(ValueError, match=r"__iter__ begin anew.*steps_per_epoch="):
+        fit(svi, DataLoader(rows, batch_size=16), epochs=3)
+    assert svi.num_steps == (steps if hidden else 0)  # known before the first step, or not
+    with pytest.raises(ValueError, match=r"^valid: .*__iter__ begin anew"):
+        fit(vae(), X, valid=DataLoader(Source(X, once=True, hidden=hidden), 64), epochs=2)
+    history = fit(vae(), X, valid=DataLoader(Source(X, once=True), 64), epochs=1)
+    assert math.isfinite(history.rows[0]["valid_bound"])
+
+
+def test_steps_per_epoch_go_on_through_the_loader_and_start_it_anew():
+    endless = fit(vae(), DataLoader(Endless(), batch_size=16), epochs=3, steps_per_epoch=5)
+    assert [row["step"] for row in endless.rows] == [5, 10, 15]
+    seen = []
+
+    class Noted(IterableDataset):
+        def __iter__(self):
+            for i, row in enumerate(X[:48]):
+                seen.append(i)
+                yield row
+
+    fit(vae(), DataLoader(Noted(), batch_size=16), epochs=2, steps_per_epoch=4)
+    assert seen[: 8 * 16] == [*range(48), *range(48), *range(32)]
+    once = DataLoader(Source(X, once=True), batch_size=16)
+    steps = -(-len(X) // 16)
+    fit(vae(), once, epochs=steps, steps_per_epoch=1)  # it lasts exactly as long
+    once = DataLoader(Source(X, once=True), batch_size=16)
+    with pytest.raises(ValueError, match="gives no batch a second time"):
+        fit(vae(), once, epochs=steps + 1, steps_per_epoch=1)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("every_steps", [None, 3])
+def test_a_resumed_stream_goes_on_where_it_was(epochs, every_steps, tmp_path):
+    def loader():
+        return DataLoader(Endless(), batch_size=8)
+
+    def run(number, **options):
+        svi = vae()
+        return svi, fit(svi, loader(), epochs=number, steps_per_epoch=4, **options)
+
+    expected, history = run(3)
+    files = ppvae.Checkpoints(tmp_path, every_steps=every_steps)
+    run(epochs, checkpoint=files)
+    resumed, again = run(3, checkpoint=files, resume=True)
+    assert again.column("train_objective") == history.column("train_objective")
+    for a, b in zip(resumed.objective.parameters(), expected.objective.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+    class Live(IterableDataset):  # other rows each time
+        def __iter__(self):
+            return noise(id(self) % 7919 + 1)
+
+    with pytest.raises(ppvae.CheckpointError, match="does not yield the batches again"):
+        fit(vae(), DataLoader(Live(), batch_size=8), epochs=4, steps_per_epoch=4,
+            checkpoint=tmp_path, resume=True)  # fmt: skip
+
+
+def test_batches_may_be_dictionaries_nested_tuples_and_have_a_length():
+    class TwoArguments(ppvae.Program):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, y):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                at = self.weight * z + 10 * y
+                pyro.sample("x", dist.Normal(at, 1.0), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    y = torch.arange(40.0)
+    x = 10 * y
+    ways = {
+        "tuple": [(a, b) for a, b in zip(x, y, strict=True)],
+        "dictionary": [{"y": b, "x": a} for a, b in zip(x, y, strict=True)],  # in another order
+        "nested": [((a,), [b]) for a, b in zip(x, y, strict=True)],
+    }
+    found = {}
+    for name, rows in ways.items():
+        for given in (rows, Source(rows, length=len(rows))):
+            torch.manual_seed(0)
+            svi = ppvae.SVI(TwoArguments(), guide, torch.optim.Adam)
+            history = fit(svi, DataLoader(given, batch_size=10), valid=DataLoader(given, 40))
+            found[name, type(given)] = history.column("train_objective")
+    for kind in (list, Source):
+        assert found["tuple", kind] == found["dictionary", kind] == found["nested", kind]
+
+
 def far(row, value):
     x = FAR.clone()
     x[row] = value
@@ -723,7 +869,13 @@ def far(row, value):
         (far(90, 0.5), ppvae.PairError, r"'x' in data: 4 of 400 .*\{0, 1\}, e\.g\. \[0\.5\]"),
         (far(90, 255.0), ppvae.PairError, r"\[255\.0\]"),
         (DataLoader(X[:3], batch_size=5, drop_last=True), ValueError, "yields no batch"),
-        (DataLoader([{"x": x} for x in X]), TypeError, "got dict of 'x'; give it a collate_fn"),
+        (
+            DataLoader([{"z": x} for x in X]),
+            TypeError,
+            "dictionary of 'z', and the model takes 'x'",
+        ),
+        (DataLoader([{"x": x, "w": x} for x in X]), TypeError, "dictionary of 'x', 'w'"),
+        (DataLoader([{"x": "a"} for x in X]), TypeError, "got dict of 'x'; give it a collate_fn"),
         (DataLoader([x.to_sparse() for x in X], collate_fn=torch.stack), ppvae.PairError, "sparse"),
         (X.to_sparse(), ppvae.PairError, r"'x' is sparse .*x\.to_dense\(\)"),
         (torch.tensor(2.0), ppvae.PairError, "'x' is a single number"),

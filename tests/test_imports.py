@@ -13,25 +13,36 @@ import ppvae
 
 PACKAGE = Path(ppvae.__file__).parent
 DENSITIES = {"distributions", "conditionals"}
-PAIR = {"auxiliary", "wrapped", "program", "pairs", "latents", "terms", "enumeration", "weights"}
+PAIR = {
+    "arguments",
+    "auxiliary",
+    "wrapped",
+    "program",
+    "pairs",
+    "latents",
+    "terms",
+    "enumeration",
+    "weights",
+}
 # A part may import itself and these, in functions and for types too. "ppvae", the top-level
 # package, is for nobody: its names come from everywhere.
 MAY_IMPORT: dict[str, set[str]] = {
     # what a pair is
+    "arguments": set(),
     "auxiliary": set(),
     "wrapped": set(),
     "program": {"wrapped"},
-    "pairs": {"wrapped", "program"},
+    "pairs": {"wrapped", "program", "distributions"},
     "latents": {"pairs"},
-    "terms": {"pairs"},
+    "terms": {"pairs", "distributions"},
     "enumeration": {"terms"},
-    "weights": {"pairs", "latents", "terms", "enumeration"},
+    "weights": {"arguments", "pairs", "latents", "terms", "enumeration"},
     "local": PAIR,
     "chain": {"pairs"},
     # what programs are made of
     "nets": set(),
     "distributions": set(),
-    "conditionals": {"distributions"},
+    "conditionals": {"distributions", "auxiliary", "pairs", "terms"},  # optimal.py runs a guide
     "posteriors": DENSITIES,
     "models": DENSITIES | {"program", "chain"},
     "guides": DENSITIES | PAIR | {"local", "chain", "models"},

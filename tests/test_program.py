@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ppvae
 from ppvae import conditionals, elbo, guides, models, nets
 from ppvae.program import data_plate, local_parameters, module_of
-from registry import ALL_PAIRS, PyroGuide, PyroModel, build, owners
+from registry import ALL_PAIRS, BESIDE, PyroGuide, PyroModel, build, owners
 
 STOCK = {
     "Trace": lambda: Trace_ELBO(),
@@ -27,7 +27,7 @@ STOCK = {
     "Renyi": lambda: RenyiELBO(alpha=0.5, num_particles=3, vectorize_particles=True),
 }
 # Pyro's own way with PyroModules needs a name per module: see test_pyro_modules_share_a_name.
-PAIRS = [name for name in ALL_PAIRS if name != "pyro_modules"]
+PAIRS = [name for name in ALL_PAIRS if name not in {"pyro_modules"} | BESIDE]
 
 
 def values(*programs) -> dict[str, Tensor]:

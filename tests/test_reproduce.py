@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,17 +58,40 @@ def test_unknown_cells_are_named(reproduce, monkeypatch, capsys):
 
 
 def test_the_papers_schedules(reproduce, monkeypatch, capsys):
-    for system in (reproduce.reproduce_iwae, reproduce.reproduce_ladder, reproduce.reproduce_nvae):
+    names = ("iop", "iwae", "ladder", "nvae")
+    for system in (reproduce.SYSTEMS[name] for name in names):
         for recipe in system.CELLS.values():
             longer = system.full(recipe)
             assert longer.keys() == recipe.keys()
             assert all(longer[key] >= recipe[key] for key in ("num_test", "seed"))
     stages = reproduce.reproduce_iwae.full(reproduce.reproduce_iwae.BASE)["num_stages"]
     assert sum(3**i for i in range(stages)) == 3_280
+    system = reproduce.reproduce_factor
+    for recipe in system.CELLS.values():
+        assert system.full(recipe).keys() == recipe.keys()
+    rows = 3 * 6 * 40 * 32 * 32
+    assert system.full(system.BASE)["epochs"] * rows // 64 == 299_520  # whole epochs
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "nvdm", "--full"])
     with pytest.raises(SystemExit):
         reproduce.main()
     assert "not for nvdm" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_factor_vae_on_the_file_of_dsprites(reproduce, monkeypatch, tmp_path):
+    """The paper's recipe, cut short, from a small file of that form: networks, mapped images."""
+    sprites = data.sprites(64, sizes=(3, 2, 4, 4, 4))
+    classes = sprites.factors(torch.arange(len(sprites)))
+    path = tmp_path / "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
+    color = torch.zeros(len(sprites), 1, dtype=classes.dtype)
+    classes = torch.cat([color, classes], 1).numpy()
+    np.savez(path, imgs=sprites.images[:, 0].numpy(), latents_classes=classes)
+    monkeypatch.setenv("PPVAE_DATA", str(tmp_path))
+    system = reproduce.reproduce_factor
+    recipe = system.full(system.CELLS["Factor-0"]) | {"epochs": 1, "critic": [8], "compile": False}
+    recipe |= {"ratio_steps": 5, "votes": 20, "dci_rows": 200, "dci_trees": 1}
+    found = system.run(recipe, tmp_path / "Factor-0")
+    assert found["steps"] == 6 and len(found["kl_by_unit"]) == 10  # 382 of 384 images
 
 
 @pytest.mark.parametrize("name", ["ladder", "bottom-up"])
@@ -85,10 +109,12 @@ def test_renormalise_gives_the_moments_of_all_rows(reproduce, name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ppvae.metrics.UnusedClusterWarning")
-@pytest.mark.parametrize("name", ["cvae", "iwae", "ladder", "nvae", "nvdm", "vade"])
+@pytest.mark.parametrize(
+    "name", ["cvae", "factor", "iop", "iwae", "ladder", "nvae", "nvdm", "vade"]
+)
 def test_every_cell_runs_when_it_is_cut_short(reproduce, monkeypatch, tmp_path, capsys, name):
     system = reproduce.SYSTEMS[name]
-    needed = "20newsgroups" if name == "nvdm" else "mnist"
+    needed = {"nvdm": "20newsgroups", "factor": "digits"}.get(name, "mnist")
     try:
         data.load(needed)
     except OSError as error:

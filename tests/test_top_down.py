@@ -312,7 +312,7 @@ def test_balanced_weights_by_hand():
     for name, size in sizes.items():
         assert kl[name].item() == pytest.approx(0.4 * size / mean, rel=1e-6)
     assert sum(kl.values()).item() == pytest.approx(0.4 * 3)
-    assert state.weight == pytest.approx(0.4)
+    assert state.shown["kl_weight"].item() == pytest.approx(0.4)
     done, _ = tilt(elbo.Balanced(elbo.LinearWarmup(10), alpha), rates, steps=10)
     assert all(weight == 1 for weight in done.values())
 

@@ -27,7 +27,6 @@ from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, weigh
 
 GRADIENTS = ("pathwise", "stl", "dreg", "score", "vimco")
-NO_INVERSE = "a flow of the guide has no inverse, so it can only weigh its own draws"
 
 
 # ------------------------------------------------------------------------------ supports
@@ -221,9 +220,7 @@ def possible_gradients(weights: LogWeights) -> dict[str, str]:
         model, guide, args, kwargs = weights.pair
         try:
             weigh(model, guide, args, {**kwargs, "joint": weights.joint}, 1, leaves=Leaves())
-        except NoInverse:
-            reasons |= dict.fromkeys(("stl", "dreg"), NO_INVERSE)
-        except NotAtCopies as error:
+        except (NoInverse, NotAtCopies) as error:
             reasons |= dict.fromkeys(("stl", "dreg"), str(error))
     return reasons
 

@@ -48,7 +48,7 @@ class Compiled:
     Args:
         module: holds all parameters and buffers.
         build: ``build(module, args, kwargs, progress)`` makes what is called with ``args``:
-            :class:`CompiledGradients` or :class:`CompiledWeights`.
+            :class:`CompiledGradients`, :class:`CompiledOutputs` or :class:`CompiledWeights`.
         required: raise where no graph can be built, instead of running eagerly.
         programs: model and guide, whose functions may read names from outside.
 
@@ -83,7 +83,7 @@ class Compiled:
         module, build, programs = copy.deepcopy((self.module, self.build, self.programs), memo)
         return Compiled(module, build, self.required, programs)
 
-    def __call__(self, args: tuple, kwargs: dict) -> Tensor | None:
+    def __call__(self, args: tuple, kwargs: dict) -> Any:
         """What the graph computes; None: run eagerly.
 
         Raises:
@@ -185,7 +185,7 @@ class CompiledGradients:
         self.inputs: list[Tensor] = [*self.parameters, *objective.buffers()]
         self.positions = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
         used: list[bool] = []
-        has_weight: list[bool] = []
+        shown: list[str] = []
 
         def loss_and_gradients(*inputs: Tensor) -> list[Tensor]:
             given = list(args)
@@ -198,15 +198,15 @@ class CompiledGradients:
                     loss = objective(*given, **kwargs)
                 gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
             used[:] = [gradient is not None for gradient in gradients]
-            weight = getattr(self.state, "weight", None)
-            has_weight[:] = [weight is not None]
+            weights = getattr(self.state, "shown", {})
+            shown[:] = weights
             taken = {tensor.untyped_storage()._cdata for tensor in inputs}
             norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
             outputs = [loss.detach(), norm]
             for parameter, gradient in zip(wanted, gradients, strict=True):
                 if gradient is not None:
                     outputs.append(_in_own_memory(gradient, parameter, taken))
-            return outputs if weight is None else [*outputs, weight.detach().clone()]
+            return [*outputs, *(weight.detach().clone() for weight in weights.values())]
 
         tensors = [args[i] for i in self.positions]
         like = self.parameters[0]
@@ -219,7 +219,7 @@ class CompiledGradients:
                 require_kept(owned, self.graph)
             progress()
             again = self._eager(args, kwargs)  # modules with a cache, as an LSTM, notice a trace
-        self.used, self.has_weight = used, has_weight[0]
+        self.used, self.shown = used, shown
         if _difference(first.values, again.values) is not None:
             raise NotCompiled("the program changes from call to call, at the same draws")
         self._compare(again, args, kwargs)
@@ -229,8 +229,9 @@ class CompiledGradients:
         if not (self.parameters[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             self.advance()  # a captured graph would keep this step's numbers
         loss, self.norm, *outputs = self.graph(*self.inputs, *(args[i] for i in self.positions))
-        if self.has_weight:
-            self.state.weight = outputs.pop()
+        if self.shown:
+            outputs, weights = outputs[: -len(self.shown)], outputs[-len(self.shown) :]
+            self.state.shown.update(zip(self.shown, weights, strict=True))
         gradients = iter(outputs)
         for parameter, used in zip(self.parameters, self.used, strict=True):
             parameter.grad = next(gradients) if used else None
@@ -309,7 +310,64 @@ class CompiledGradients:
         return False
 
 
-class CompiledWeights:
+class CompiledOutputs:
+    """The tensors that a function gives without gradient, by one graph.
+
+    Args:
+        function: called with ``args`` and ``kwargs``; gives a list of tensors, or none.
+        module: owns all parameters and buffers that it uses.
+        args, kwargs, progress: as :class:`CompiledGradients` has them.
+
+    Raises:
+        NotCompiled: as :class:`CompiledGradients`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        progress: Callable[[], Any],
+    ) -> None:
+        self.inputs: list[Tensor] = [*module.parameters(), *module.buffers()]
+        self.positions = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+
+        def outputs(*inputs: Tensor) -> list[Tensor]:
+            given = list(args)
+            for position, tensor in zip(self.positions, inputs[len(self.inputs) :], strict=True):
+                given[position] = tensor
+            with torch.no_grad(), local_parameters(), pyro.validation_enabled(False):
+                with standing_in(module, self.inputs, inputs[: len(self.inputs)]):
+                    found = list(function(*given, **kwargs))
+                    return [inputs[0].new_zeros(()), *found]  # of a graph without any, too
+
+        tensors = [args[i] for i in self.positions]
+        with unmoved(module), seeded(0, *self.inputs, *tensors):
+            kept = _Kept(module)
+            eager = outputs(*self.inputs, *tensors)  # also finds what is remembered of a pair
+            changes = kept.changes()
+        with unmoved(module):
+            self.graph = Graph(outputs, [*self.inputs, *tensors], differentiates=False)
+        progress()
+        with unmoved(module), seeded(0, *self.inputs, *tensors):
+            kept = _Kept(module)
+            found = self._run(args)
+            different = _different_changes(changes, kept.changes())
+        if _difference(_numbers(eager), _numbers(found)) is not None:
+            different = "what was compiled gives other numbers than the eager run"
+        if different:
+            raise NotCompiled(f"at the same draws {different}")
+        progress()
+
+    def _run(self, args: tuple) -> Sequence[Tensor]:
+        return self.graph(*self.inputs, *(args[i] for i in self.positions))
+
+    def __call__(self, args: tuple) -> Any:
+        return self._run(args)[1:]
+
+
+class CompiledWeights(CompiledOutputs):
     """Log-weights of a pair without gradient, ``(K, N)``, by one graph.
 
     Args:
@@ -331,38 +389,18 @@ class CompiledWeights:
         kwargs: dict,
         progress: Callable[[], Any],
     ) -> None:
-        self.inputs: list[Tensor] = [*module.parameters(), *module.buffers()]
-        self.positions = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+        def weigh(*args: Any, **kwargs: Any) -> list[Tensor]:
+            return [log_weights(model, guide, *args, **kwargs).log_w]
 
-        def weigh(*inputs: Tensor) -> list[Tensor]:
-            given = list(args)
-            for position, tensor in zip(self.positions, inputs[len(self.inputs) :], strict=True):
-                given[position] = tensor
-            with torch.no_grad(), local_parameters(), pyro.validation_enabled(False):
-                with standing_in(module, self.inputs, inputs[: len(self.inputs)]):
-                    return [log_weights(model, guide, *given, **kwargs).log_w]
-
-        tensors = [args[i] for i in self.positions]
-        with unmoved(module), seeded(0, *self.inputs, *tensors):
-            kept = _Kept(module)
-            eager = weigh(*self.inputs, *tensors)  # also finds what is remembered of a pair
-            changes = kept.changes()
-        with unmoved(module):
-            self.graph = Graph(weigh, [*self.inputs, *tensors], differentiates=False)
-        progress()
-        with unmoved(module), seeded(0, *self.inputs, *tensors):
-            kept = _Kept(module)
-            found = [self(args)]
-            different = _different_changes(changes, kept.changes())
-        if _difference(eager, found) is not None:
-            different = "the compiled log-weights differ from the eager ones"
-        if different:
-            raise NotCompiled(f"at the same draws {different}")
-        progress()
+        super().__init__(weigh, module, args, kwargs, progress)
 
     def __call__(self, args: tuple) -> Tensor:
-        (log_w,) = self.graph(*self.inputs, *(args[i] for i in self.positions))
+        (log_w,) = super().__call__(args)
         return log_w
+
+
+def _numbers(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t if t.is_floating_point() else t.double() for t in tensors]
 
 
 class _Change(NamedTuple):

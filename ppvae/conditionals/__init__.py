@@ -12,8 +12,8 @@ what they are called with, so they can stand in its place. Parameters below floa
 bf16 modules) are cast to float32 before the distribution is formed. Validation follows
 ``pyro.enable_validation``.
 
-A room of densities: it imports distributions, and neither pairs nor anything that is done with
-them.
+A room of densities: it imports distributions, and nothing that is done with pairs; only
+``optimal.py`` knows pairs, since its normaliser runs a guide.
 """
 
 from ppvae.conditionals.heads import (
@@ -25,6 +25,7 @@ from ppvae.conditionals.heads import (
     Scale,
     SoftNormal,
 )
+from ppvae.conditionals.optimal import OptimalPrior
 from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Conditional",
     "Mixture",
     "Normal",
+    "OptimalPrior",
     "Scale",
     "SoftNormal",
     "StandardNormal",

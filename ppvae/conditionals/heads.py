@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -51,6 +52,12 @@ class Conditional(nn.Module):
             if "type" in str(error):  # torch has many words for it
                 self._require_dtype(inputs, error)
             raise
+
+    def without_net(self) -> Conditional:
+        """The head alone: called with what :meth:`outputs` gives. All else is shared."""
+        head = copy.copy(self)
+        head._modules = {**self._modules, "net": nn.Identity()}
+        return head
 
     def _require_dtype(self, inputs: tuple[Tensor, ...], error: RuntimeError) -> None:
         """Raise ``TypeError`` if an input has another dtype than the network's parameters."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.annealing import AnnealedEvidence, Annealing, annealed_evidence
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.joint import Joint
@@ -45,6 +46,7 @@ class Sandwich:
         )
 
 
+@takes_numbers
 def ais(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -120,6 +122,7 @@ def ais(
     return annealed_evidence(parts, "lower", f"{annealing} from the {start}")
 
 
+@takes_numbers
 def reverse_ais(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -202,6 +205,7 @@ def reverse_ais(
     return result
 
 
+@takes_numbers
 def bdmc(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.chains import Point
 from ppvae.diagnostics.evidence import Estimates, log_mean_weight
 from ppvae.diagnostics.hmc import leapfrog
@@ -21,6 +22,7 @@ TARGET_ACCEPT = 0.8
 REFRESH = 10  # transitions at the posterior that separate chains started at one exact draw
 
 
+@takes_numbers
 def sigmoid_schedule(num_temperatures: int, delta: float = 4.0) -> Tensor:
     r"""Inverse temperatures from 0 to 1, dense at both ends, ``(T + 1,)``.
 

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.check.pair import names
 from ppvae.diagnostics.evidence import Evidence, summarise
 from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data, take
@@ -47,6 +48,7 @@ def require_arviz() -> None:
         raise ImportError("this needs ArviZ: pip install arviz") from error
 
 
+@takes_numbers
 def to_arviz(
     model: Callable[..., Any],
     guide: Callable[..., Any],

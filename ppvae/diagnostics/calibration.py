@@ -12,6 +12,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.rows import (
     bound,
     check_at_least,
@@ -27,7 +28,7 @@ from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
 from ppvae.enumeration import total
 from ppvae.pairs import Program, replay, sample_sites, simulate
 from ppvae.plots import diagnostics as plots
-from ppvae.terms import leftmost_plate, term
+from ppvae.terms import NoInverse, leftmost_plate, term
 from ppvae.weights import whole_weights
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ _MEANING = {
 }
 
 
+@takes_numbers
 def sbc(
     model: Program,
     guide: Program,
@@ -281,7 +283,11 @@ def _ranks(
             (_LOG_JOINT, model, weights.log_p), (_LOG_Q, guide, weights.log_q)
         ):  # fmt: skip
             at_draws = functools.reduce(torch.add, terms.values()).expand(num_draws, n)
-            at_truth = _log_density(replay(program, truth, args, {}), n)
+            try:
+                at_truth = _log_density(replay(program, truth, args, {}), n)
+            except NoInverse as error:  # of a guide: the truth is none of its draws
+                absent[name] = str(error)
+                continue
             found[name] = _rank(at_draws[..., None], at_truth[:, None])
     for name, quantity in tests.items():
         at_draws, at_truth = quantity(z_drawn, *args), quantity(z_true, *args)

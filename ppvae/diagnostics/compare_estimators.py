@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.evidence import log_evidence as importance_log_evidence
 from ppvae.diagnostics.rows import (
     bound,
@@ -28,6 +29,7 @@ from ppvae.pairs import evaluation_mode, seeded
 from ppvae.program import local_parameters
 
 
+@takes_numbers
 def compare(
     model: Callable[..., Any],
     guide: Callable[..., Any],

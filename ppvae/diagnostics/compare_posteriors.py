@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.joint import Joint
 from ppvae.diagnostics.rows import bound, check_at_least
@@ -117,6 +118,7 @@ class PosteriorComparison:
         return f"differs on {far.double().mean().item():.0%} of datapoints: {what}"
 
 
+@takes_numbers
 def compare_posteriors(
     model: Callable[..., Any],
     guide: Callable[..., Any],

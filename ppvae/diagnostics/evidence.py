@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.check.behaviour import point_masses
 from ppvae.compile.compiled import Compiled, CompiledWeights
 from ppvae.diagnostics.psis import khat
@@ -111,6 +112,7 @@ class Evidence(Estimates):
         )
 
 
+@takes_numbers
 def log_evidence(
     model: Callable[..., Any],
     guide: Callable[..., Any],

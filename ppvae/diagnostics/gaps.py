@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.ais import ais, reverse_ais
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.rows import (
@@ -138,6 +139,7 @@ class Gaps:
         return "\n".join([*lines, f"log p(x) is {self.note}", f"verdict: {verdict}"])
 
 
+@takes_numbers
 def gaps(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.chains import Point, PosteriorDraws, Settings, Transition, sample
 from ppvae.diagnostics.joint import Joint, traced
 from ppvae.diagnostics.rows import bound, check_at_least
@@ -16,6 +17,7 @@ Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 JITTER = (0.3, 1.2)  # wide: a narrow one lets the variances mix slowly (periodic trajectories)
 
 
+@takes_numbers
 def hmc(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -8,11 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.chains import Point, PosteriorDraws, Settings, Transition, sample
 from ppvae.diagnostics.joint import Joint, traced
 from ppvae.diagnostics.rows import bound
 
 
+@takes_numbers
 def metropolis(
     model: Callable[..., Any],
     guide: Callable[..., Any],

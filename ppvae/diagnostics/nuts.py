@@ -13,6 +13,7 @@ from pyro.infer import MCMC
 from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.check.sites import is_angle
 from ppvae.diagnostics.arviz_bridge import require_arviz
 from ppvae.diagnostics.chains import PosteriorDraws, convergence, joined
@@ -31,6 +32,7 @@ from ppvae.pairs import (
 from ppvae.weights import require_densities, require_whole
 
 
+@takes_numbers
 def nuts(
     model: Callable[..., Any],
     *args: Any,

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.rows import (
     bound,
     check_at_least,
@@ -85,6 +86,7 @@ class PredictiveCheck:
         return figure
 
 
+@takes_numbers
 def predictive_check(
     model: Program,
     guide: Program,

@@ -38,8 +38,11 @@ def khat(log_w: Tensor) -> Tensor:
         >>> round(diagnostics.khat(pareto).mean().item(), 1)
         0.9
     """
-    if log_w.dim() != 2:
-        raise ValueError(f"log_w must be (K, N), got shape {tuple(log_w.shape)}")
+    if not isinstance(log_w, Tensor):
+        raise TypeError(f"log_w must be a tensor (K, N), got {type(log_w).__name__}")
+    if log_w.dim() != 2 or not log_w.is_floating_point():
+        seen = f"{log_w.dtype} {tuple(log_w.shape)}"
+        raise ValueError(f"log_w must hold log-weights, real numbers (K, N), got {seen}")
     log_w, tail = log_w.detach(), tail_length(log_w.shape[0])
     if tail < MIN_TAIL:
         return torch.full((log_w.shape[1],), math.nan, dtype=torch.float64)

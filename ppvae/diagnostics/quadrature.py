@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.joint import Joint
 from ppvae.diagnostics.rows import bound
 from ppvae.pairs import seeded
@@ -60,6 +61,7 @@ class Quadrature:
         )
 
 
+@takes_numbers
 def quadrature(
     model: Callable[..., Any],
     guide: Callable[..., Any],

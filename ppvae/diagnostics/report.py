@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics import html
 from ppvae.diagnostics.arviz_bridge import elpd, export_rows
 from ppvae.diagnostics.evidence import Evidence, weigh
@@ -18,6 +19,7 @@ from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.rows import bound, check_pair_and_data, spread
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
 from ppvae.pairs import Program
+from ppvae.terms import NoInverse
 
 if TYPE_CHECKING:
     import pandas
@@ -374,6 +376,7 @@ class Report(Evidence):
         return worst.rename(columns=heads).reset_index()
 
 
+@takes_numbers
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -493,10 +496,9 @@ def _aggregate(
     """:func:`~ppvae.diagnostics.summaries.aggregate`; where there is none, ``absent`` says why."""
     try:
         found = aggregate(model, guide, args, max_pairs, num_draws, seed)
-    except (NotImplementedError, KeyError) as error:  # a flow without inverse
+    except (NoInverse, NotImplementedError, KeyError) as error:
         absent["mutual information"] = (
-            "the guide has no density at points it has not drawn, as a flow without inverse "
-            f"({type(error).__name__}: {error})"
+            f"the guide has no density at points it has not drawn ({type(error).__name__}: {error})"
         )
         return None
     if found is None:

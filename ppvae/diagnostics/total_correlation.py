@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.rows import check_at_least, check_data, evaluating, standard_error
 from ppvae.elbo.disentangling import code_covariance
 from ppvae.elbo.standard import independent_units
@@ -30,6 +31,7 @@ class TotalCorrelation(NamedTuple):
     standard_error: float
 
 
+@takes_numbers
 def total_correlation(
     guide: Program,
     *args: Any,

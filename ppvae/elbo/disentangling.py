@@ -79,9 +79,9 @@ class TCELBO(ELBO):
             raise ValueError(f"size is the number of training datapoints, >= 2: got {self.size!r}")
 
     def effective(self, weights: LogWeights, state: State) -> Tensor:
-        given: tuple[Any, ...] = (self.alpha, self.beta, self.gamma)
+        given: dict[str, Any] = {n: getattr(self, n) for n in ("alpha", "beta", "gamma")}
         plain = ELBO(self.num_particles).effective(weights, state)
-        if all(isinstance(weight, (int, float)) and weight == 1 for weight in given):
+        if all(isinstance(weight, (int, float)) and weight == 1 for weight in given.values()):
             return plain
         name, site, units = latent_units(self, weights)
         rows = weights.log_w.shape[1]
@@ -91,8 +91,8 @@ class TCELBO(ELBO):
         joint, marginals = log_aggregate(units, site["value"], self.size)
         log_q, log_p = weights.log_q[name], weights.log_p[name]
         parts = (log_q - joint, joint - marginals, marginals - log_p)
-        for weight, part in zip(given, parts, strict=True):
-            plain = plain - (state.at_step(weight) - 1) * part
+        for (column, weight), part in zip(given.items(), parts, strict=True):
+            plain = plain - (state.at_step(weight, column) - 1) * part
         return plain
 
 
@@ -173,8 +173,8 @@ class DIPELBO(ELBO):
         covariance = code_covariance(units, with_variance=self.kind == "II")
         diagonal = covariance.diagonal()
         off = covariance.square().sum() - diagonal.square().sum()
-        penalty = state.at_step(self.off_diagonal) * off
-        penalty = penalty + state.at_step(self.diagonal) * (diagonal - 1).square().sum()
+        penalty = state.at_step(self.off_diagonal, "off_diagonal") * off
+        penalty = penalty + state.at_step(self.diagonal, "diagonal") * (diagonal - 1).square().sum()
         return plain - penalty
 
 

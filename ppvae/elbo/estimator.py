@@ -155,9 +155,9 @@ class Estimator(pyro.infer.ELBO):
                 value = self.surrogate(model, guide, args, kwargs, state)
         except NoInverse as error:
             raise ValueError(
-                f"{type(self).__name__}(gradient={self.gradient!r}) needs log q at given values: "
-                f'{error}; use gradient="pathwise" of elbo.ELBO or elbo.IWELBO, or a flow with an '
-                "inverse, such as affine_autoregressive or affine_coupling"
+                f"{type(self).__name__}(gradient={self.gradient!r}) needs densities at given "
+                f'values: {error}. Use gradient="pathwise" of elbo.ELBO or elbo.IWELBO; in a model '
+                "only a distribution with a density everywhere"
             ) from error
         if state.learning:
             self.advance(state)

@@ -29,10 +29,11 @@ class FactorELBO(ELBO):
     The divergence is estimated as the mean of T(z), where the network T, a :class:`ppvae.Ratio`,
     learns log q(z) - sum_j log q(z_j) from the draws of a batch: each log-weight is lowered by
     gamma T(z). T is a constant in the pair's step, and its own loss reaches no encoder.
-    :class:`ppvae.SVI` trains it after each step of the pair (``beside=ppvae.Beside(...)``). Draws
-    from the denominator are put together of a second draw for the rows of the batch: coordinate j
-    of row n is that of row n + o_j, with as many distinct offsets o_j as there are coordinates, so
-    no two of them are of one row.
+    :class:`ppvae.SVI` trains it after each step of the pair (``beside=ppvae.Beside(...)``), on
+    fresh draws of the batch. Those from the denominator are the same ones put together anew:
+    coordinate j of row n is that of row n + o_j, with as many distinct offsets o_j as there are
+    coordinates, so no two of them are of one row. That makes what T learns of single coordinates
+    cancel in the sum, and noise with it.
 
     An immature network drives the codes apart, so let gamma rise (``elbo.LinearWarmup``), and give
     T several steps to each of the pair's.
@@ -94,7 +95,7 @@ class FactorELBO(ELBO):
     def effective(self, weights: LogWeights, state: State) -> Tensor:
         log_w = super().effective(weights, state)
         estimate: Tensor = state.ratio(self._codes(weights))
-        return log_w - state.at_step(self.gamma) * estimate
+        return log_w - state.at_step(self.gamma, "gamma") * estimate
 
     def _codes(self, weights: LogWeights) -> Tensor:
         """The draws of the latent, ``(K or 1, N, D)``."""
@@ -125,7 +126,8 @@ class Factors:
     latent: str
 
     def __call__(self, draws: Any) -> tuple[Tensor, Tensor]:
-        return draws.guide(self.latent), shifted(draws.guide(self.latent), self.latent)
+        z = draws.guide(self.latent)
+        return z, shifted(z, self.latent)
 
 
 def shifted(z: Tensor, name: str = "z") -> Tensor:

@@ -181,9 +181,8 @@ class Balanced(Penalty):
             raise ValueError(f"Balanced: {seen}; give one for each, or none")
         alpha = self.alpha or dict.fromkeys(rates, 1.0)
         sizes = torch.stack([(r.abs().mean() + 0.01) / alpha[name] for name, r in rates.items()])
-        beta = torch.as_tensor(state.at_step(self.schedule)).to(sizes)
+        beta = torch.as_tensor(state.at_step(self.schedule, "kl_weight")).to(sizes)
         shares = torch.where(beta < 1, sizes / sizes.mean(), 1.0)
-        state.weight = beta
         return Tilt(1.0, dict(zip(rates, beta * shares, strict=True)), 0.0)
 
 
@@ -249,12 +248,12 @@ class Constraint(Penalty):
         if self.max_rate is not None:
             violation = sum(rates.values()).mean() - self.max_rate  # type: ignore[union-attr]
             tilt = Tilt(1.0, dict.fromkeys(rates, multiplier), -multiplier * self.max_rate)
-            state.weight = multiplier
+            state.shown["kl_weight"] = multiplier
         else:
             assert self.max_distortion is not None
             violation = -log_likelihood.mean() - self.max_distortion
             tilt = Tilt(multiplier, dict.fromkeys(rates, 1.0), -multiplier * self.max_distortion)
-            state.weight = 1 / multiplier
+            state.shown["kl_weight"] = 1 / multiplier
         state.latest_violation = violation
         return tilt
 

@@ -18,7 +18,7 @@ from ppvae.elbo.penalties import Penalty, Tilt
 from ppvae.elbo.state import State
 from ppvae.enumeration import groups, mean, sum_of, sum_out
 from ppvae.pairs import Site
-from ppvae.terms import Term, masked, sum_plates
+from ppvae.terms import Term, masked, sum_plates, unmasked
 from ppvae.weights import LogWeights, whole_weights
 
 Weight = float | Tensor | Callable[[int], float] | Penalty
@@ -125,6 +125,8 @@ class ELBO(Estimator):
         plain = isinstance(self.beta, (int, float)) and self.beta == 1  # a tensor is not looked at
         if plain and self.kl == "sampled" and not weights.site_scales and not weights.enumerated:
             return weights.log_w
+        if isinstance(self.beta, Penalty) and getattr(self.beta, "max_distortion", None) is None:
+            self._require_known_rates(weights)
         log_likelihood, rates = self.terms(weights)
         tilt = self._tilt(rates, log_likelihood, state)
         effective = tilt.likelihood * log_likelihood - tilt.constant
@@ -135,13 +137,21 @@ class ELBO(Estimator):
             effective = effective - (weighted.sum(0) if weighted.dim() > 2 else weighted)
         return effective.expand(weights.num_particles, -1)
 
+    def _require_known_rates(self, weights: LogWeights) -> None:
+        for name in weights.q:
+            site = weights.model_trace.nodes.get(name)
+            if site is not None and hasattr(unmasked(site["fn"]), "unnormalised"):
+                raise ValueError(
+                    f"{type(self.beta).__name__} compares the KL of {name!r} with a number of "
+                    "nats, and in training the normaliser of its prior is left out: weigh the KL "
+                    "by a number or a schedule"
+                )
+
     def _tilt(self, rates: dict[str, Tensor], log_likelihood: Tensor, state: State) -> Tilt:
         if isinstance(self.beta, Penalty):
             detached = {name: rate.detach() for name, rate in rates.items()}
             return self.beta.tilt(detached, log_likelihood.detach(), state)
-        beta = state.at_step(self.beta)
-        if beta is not self.beta:
-            state.weight = torch.as_tensor(beta)
+        beta = state.at_step(self.beta, "kl_weight")
         return Tilt(1.0, dict.fromkeys(rates, beta), 0.0)
 
     def terms(self, weights: LogWeights) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,7 +18,8 @@ class State(nn.Module):
     """What an estimator remembers between steps; saved with ``state_dict()``.
 
     Attributes:
-        weight: the weight on the KL at the last training loss, a 0-d tensor, where one changes.
+        shown: weights that change, at the last training loss, by their column in the history:
+            ``"kl_weight"``, and others as their estimator names them; 0-d tensors.
     """
 
     log_multiplier: Tensor  # of a Constraint
@@ -29,7 +30,7 @@ class State(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._num_steps = 0
-        self.weight: Tensor | None = None
+        self.shown: dict[str, Tensor] = {}
         self._slots: tuple[Tensor, list[tuple[Schedule, Tensor]]] | None = None  # see traced
         self._asked = 0  # how many of them this loss has asked for
 
@@ -43,15 +44,25 @@ class State(nn.Module):
             )
         return self._num_steps
 
-    def at_step(self, weight: float | Tensor | Schedule) -> Any:
+    def at_step(self, weight: float | Tensor | Schedule, column: str | None = None) -> Any:
         """A weight as it is now: a schedule's value at this step, anything else as given.
 
         In a graph it is a tensor, which is filled anew before each step.
+
+        Args:
+            weight: a number, a 0-d tensor, or a callable of the step.
+            column: of the history, that shows a schedule's value; None: none does.
         """
         if isinstance(weight, Tensor) or not callable(weight):
             return weight
-        if self._slots is None:
-            return weight(self._num_steps)
+        now = weight(self._num_steps) if self._slots is None else self._slot(weight)
+        if column is not None:
+            self.shown[column] = torch.as_tensor(now)
+        return now
+
+    def _slot(self, weight: Schedule) -> Tensor:
+        """The tensor that stands for a schedule's value in a graph."""
+        assert self._slots is not None
         like, slots = self._slots
         if self._asked == len(slots):
             value = float(weight(self._num_steps))
@@ -71,6 +82,7 @@ class State(nn.Module):
         """
         slots: list[tuple[Schedule, Tensor]] = []
         kept, self._slots, self._asked = vars(self).copy(), (like, slots), 0
+        kept["shown"] = dict(self.shown)
         try:
             yield slots
         finally:

@@ -76,9 +76,7 @@ class Amortized(Program):
     @property
     def head(self) -> nn.Module:
         """The conditional without its network: from :meth:`outputs` to q(z | x)."""
-        head = copy.copy(_network_and_head(self.conditional))
-        head._modules = {**head._modules, "net": nn.Identity()}
-        return head
+        return _network_and_head(self.conditional).without_net()
 
     def local(self, x: Tensor, y: Tensor | None = None) -> PerDatapoint:
         """The same family with parameters of its own for each row, started where this guide is.

@@ -115,8 +115,32 @@ def modularity(codes: Any, factors: Any, bins: int = 20) -> float:
     return float(np.where(informative, 1 - others / np.where(informative, best, 1), 0).mean())
 
 
+def factor_information(codes: Any, factors: Any, bins: int = 20) -> np.ndarray:
+    """The mutual information of each code with each factor, in nats: what :func:`mig` compares.
+
+    Estimated as there, from codes cut into bins of equal width.
+
+    Args:
+        codes: ``(N, D)`` real numbers.
+        factors: ``(N, F)`` whole numbers, each with two values or more.
+        bins: >= 2, of each code.
+
+    Returns:
+        ``(D, F)``; at most the entropy of the factor, log 3 for three values of equal frequency.
+
+    Raises:
+        ValueError: as :func:`mig`.
+
+    Example:
+        >>> v = np.stack(np.meshgrid(range(3), range(4)), -1).reshape(-1, 2)
+        >>> factor_information(v, v).round(3)  # log 3, log 4
+        array([[1.099, 0.   ],
+               [0.   , 1.386]])
+    """
+    return _information(*_arrays(codes, factors), bins)
+
+
 def _information(codes: np.ndarray, factors: np.ndarray, bins: int) -> np.ndarray:
-    """Mutual information of each code, cut into bins, with each factor, ``(D, F)`` nats."""
     from sklearn.metrics import mutual_info_score
 
     if bins < 2:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,19 @@ from torch import Tensor, nn
 
 from ppvae.auxiliary import Auxiliary, auxiliaries, own_parameters
 from ppvae.check.nonfinite import NonFiniteError, bad_gradients
-from ppvae.compile.compiled import Compiled, CompiledGradients
+from ppvae.compile.compiled import Compiled, CompiledGradients, CompiledOutputs
 from ppvae.compile.graph import unmoved
-from ppvae.pairs import Program, sample_sites, seeded, simulate, trace
+from ppvae.pairs import (
+    PARTICLE_PLATE,
+    Program,
+    Site,
+    particle_plate,
+    sample_sites,
+    seeded,
+    simulate,
+    structure,
+    trace,
+)
 from ppvae.program import local_parameters, method_owners
 from ppvae.train.optimizer import build_optimizer, check_optim, take_up
 
@@ -26,8 +37,9 @@ class Beside:
     """How the auxiliaries of a pair are trained: ``ppvae.SVI(..., beside=ppvae.Beside(steps=4))``.
 
     After each step of the pair, every :class:`ppvae.Auxiliary` in it, in the order of the modules,
-    takes ``steps`` steps on new draws for the same rows; then their buffers are updated. A step of
-    the pair that was not finite, and skipped, has none after it. Learning-rate schedules and
+    takes ``steps`` steps on new draws for the same rows; then their buffers are updated. The guide
+    does not change meanwhile, so it is run once, for the draws of all these steps. A step of the
+    pair that was not finite, and skipped, has none after it. Learning-rate schedules and
     ``clip_norm`` are the pair's.
 
     Args:
@@ -64,30 +76,57 @@ class Beside:
 class Draws:
     """What an auxiliary learns from: fresh runs of the pair, which leave its buffers unmoved.
 
+    Args:
+        model, guide, args, kwargs: the pair, and what it is called with.
+        count: how often an auxiliary will draw: each run of the guide has as many particles, so
+            that its networks see the batch once.
+
     Attributes:
         args: the batch.
     """
 
-    def __init__(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> None:
+    def __init__(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict, count: int = 1
+    ) -> None:
         self.args = args
-        self._model, self._guide, self._kwargs = model, guide, kwargs
+        self._model, self._guide, self._kwargs, self._count = model, guide, kwargs, count
+        self._runs: list[dict[str, Site]] = []
+        self._particle = self._asked = 0
+
+    def each(self) -> Iterator[Draws]:
+        """Itself, once for each time an auxiliary draws."""
+        for particle in range(self._count):
+            self._particle, self._asked = particle, 0
+            yield self
 
     def guide(self, site: str) -> Tensor:
-        """A draw of one of the guide's sites, ``(N, ...)``, from a run of its own."""
-        with _buffers_kept(self._guide):
-            sites = sample_sites(trace(self._guide, self.args, self._kwargs))
+        """A draw of one of the guide's sites, ``(N, ...)``, independent of all others."""
+        if self._asked == len(self._runs):
+            found = structure(self._model, self._guide, self.args, self._kwargs)
+            with _buffers_kept(self._guide), particle_plate(found, self._count):
+                self._runs.append(sample_sites(trace(self._guide, self.args, self._kwargs)))
+        sites = self._runs[self._asked]
+        self._asked += 1
         if site not in sites:
             raise ValueError(
                 f"an auxiliary asks for site {site!r} of the guide, which has {sorted(sites)}"
             )
         value: Tensor = sites[site]["value"]
-        return value
+        return value if self._count == 1 else _of_particle(sites[site], self._particle)
 
     def model(self) -> dict[str, Tensor]:
         """A draw of every site of the model, latents and data, ``(N, ...)`` each."""
         with _buffers_kept(self._model):
             _, dream = simulate(self._model, self.args, self._kwargs)
         return {name: site["value"] for name, site in sample_sites(dream).items()}
+
+
+def _of_particle(site: Site, particle: int) -> Tensor:
+    """The value of one of K particles, of the shape that it has without their plate."""
+    dims = [-f.dim for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE and f.dim]
+    value: Tensor = site["value"][particle]
+    between = value.dim() - site["fn"].event_dim - max(dims, default=0)
+    return value.reshape(value.shape[between:])  # dims of plates that the site is not in
 
 
 @contextmanager
@@ -112,8 +151,27 @@ class AuxiliaryObjective(nn.Module):
         self.owners = method_owners(model, guide)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        with torch.no_grad():
-            drawn = self.trains.draw(Draws(self.model, self.guide, args, kwargs))
+        return self.trains.loss(*self.draw(*args, **kwargs))
+
+    @torch.no_grad()
+    def draw(self, *args: Any, _count: int = 1, **kwargs: Any) -> list[Tensor]:
+        """What so many losses are functions of, one after the other."""
+        draws = Draws(self.model, self.guide, args, kwargs, _count)
+        return [tensor for each in draws.each() for tensor in self.trains.draw(each)]
+
+
+class AuxiliaryLoss(nn.Module):
+    """The loss of an auxiliary as a module whose ``forward`` takes what was drawn.
+
+    Attributes:
+        trains: the auxiliary.
+    """
+
+    def __init__(self, auxiliary: Auxiliary) -> None:
+        super().__init__()
+        self.trains = auxiliary
+
+    def forward(self, *drawn: Tensor) -> Tensor | None:
         return self.trains.loss(*drawn)
 
 
@@ -131,34 +189,54 @@ class Turn:
         self.name, self.auxiliary, self.optim = name, auxiliary, optim
         self.objective = AuxiliaryObjective(svi.model, svi.guide, auxiliary)
         self.optimizer: torch.optim.Optimizer | None = None
+        self._own = list(own_parameters(auxiliary).values())
         if self.trained():
             self.optimizer = build_optimizer(optim, auxiliary)
         self.compiled: Compiled | None = None
+        self.drawing: Compiled | None = None
         if svi.compile and self.optimizer is not None:
-            programs, required = (svi.model, svi.guide), svi.compile is True
-            self.compiled = Compiled(self.objective, CompiledGradients, required, programs)
+            required, build = svi.compile is True, functools.partial(CompiledOutputs, self._draw)
+            self.drawing = Compiled(self.objective, build, required, (svi.model, svi.guide))
+            self.compiled = Compiled(AuxiliaryLoss(auxiliary), CompiledGradients, required)
+
+    def _draw(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return self.objective.draw(*args, **kwargs)
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that its loss trains."""
-        return [p for p in own_parameters(self.auxiliary).values() if p.requires_grad]
+        return [p for p in self._own if p.requires_grad]
 
     def take_up(self) -> None:
         """Train what the auxiliary consists of by now."""
         self.objective.owners = method_owners(self.objective.model, self.objective.guide)
+        self._own = list(own_parameters(self.auxiliary).values())
         if self.optimizer is not None:
             take_up(self.optimizer, self.optim, self.auxiliary)
 
-    def loss(self, args: tuple, kwargs: dict) -> Tensor | None:
+    def draw(self, count: int, args: tuple, kwargs: dict) -> list[tuple[Tensor, ...]]:
+        """What so many losses are functions of."""
+        if self.drawing is not None:
+            drawn = self.drawing(args, {**kwargs, "_count": count})
+            if drawn is not None:
+                return _parts(drawn, count)
+        return self.draw_eagerly(count, args, kwargs)
+
+    def draw_eagerly(self, count: int, args: tuple, kwargs: dict) -> list[tuple[Tensor, ...]]:
+        """The same without a graph."""
+        with local_parameters(), pyro.validation_enabled(False):
+            return _parts(self._draw(*args, _count=count, **kwargs), count)
+
+    def loss(self, drawn: tuple[Tensor, ...]) -> Tensor | None:
         """The loss, detached, with the gradient in its own parameters; None: nothing to train."""
         parameters = self.trained()
         if self.optimizer is None or not parameters:
-            with local_parameters(), pyro.validation_enabled(False), torch.no_grad():
-                self.objective(*args, **kwargs)
+            with torch.no_grad():
+                self.auxiliary.loss(*drawn)
             return None
-        if self.compiled is not None and (loss := self.compiled(args, kwargs)) is not None:
+        if self.compiled is not None and (loss := self.compiled(drawn, {})) is not None:
             return loss
-        with local_parameters(), pyro.validation_enabled(False), torch.enable_grad():
-            loss = self.objective(*args, **kwargs)
+        with torch.enable_grad():
+            loss = self.auxiliary.loss(*drawn)
             if loss is None:
                 return None
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -166,10 +244,10 @@ class Turn:
             parameter.grad = gradient
         return loss.detach()
 
-    def step(self, args: tuple, kwargs: dict, svi: Any, skipped: Any) -> Any:
+    def step(self, drawn: tuple[Tensor, ...], svi: Any, skipped: Any) -> Any:
         """One step of its own; returns whether it was withheld, as a number or 0-d tensor."""
         with svi.autocast():
-            loss = self.loss(args, kwargs)
+            loss = self.loss(drawn)
         if loss is None:
             return 0
         assert self.optimizer is not None
@@ -180,15 +258,19 @@ class Turn:
                     parameter.grad = torch.zeros_like(parameter)
             loss = loss.clone()
             svi.synchronize([*(p.grad for p in parameters), loss])
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        bad: Any = ~torch.isfinite(loss + norm)
+        graph = self.compiled.latest if self.compiled is not None else None
+        if graph is not None and svi.synchronize is None:
+            norm = graph.norm
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if loss.is_cuda and all(group.get("fused") for group in self.optimizer.param_groups):
             # nothing waits for the device: the optimiser reads found_inf there, and does nothing
+            bad = ~torch.isfinite(loss + norm)
             withheld = bad | torch.as_tensor(skipped, device=loss.device).bool()
             self.optimizer.found_inf = withheld.float()  # type: ignore[attr-defined]
             self.optimizer.step()
             return bad.long()
-        if not bool(bad):
+        if math.isfinite(float(loss) + float(norm)):
             self.optimizer.step()
             return 0
         if not svi.skip_nonfinite:
@@ -202,6 +284,12 @@ class Turn:
     def blamed(self) -> str:
         """The auxiliary, as a message names it."""
         return f"{type(self.auxiliary).__name__} {self.name!r} beside the pair"
+
+
+def _parts(drawn: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:
+    """A list cut into so many tuples of one length."""
+    size = len(drawn) // count
+    return [tuple(drawn[i * size : (i + 1) * size]) for i in range(count)]
 
 
 CURES = "Lower the learning rate of Beside(optim=...), or bound what its network is given"
@@ -251,7 +339,8 @@ class Turns:
         with local_parameters(), pyro.validation_enabled(False), torch.no_grad():
             for turn in self.turns.values():
                 with unmoved(self.svi.objective), seeded(0, *args):
-                    turn.objective(*args, **kwargs)
+                    for drawn in turn.draw_eagerly(self.settings.steps, args, kwargs):
+                        turn.auxiliary.loss(*drawn)
 
     def burn_in(self, args: tuple, kwargs: dict) -> None:
         """The steps before the pair's first."""
@@ -270,10 +359,11 @@ class Turns:
         total = self.svi.synchronize or (lambda tensors: None)
         several = len(self.turns) > 1
         for name, turn in self.turns.items():
-            kept = [(b, b.clone()) for b in turn.auxiliary.buffers()]
+            withheld = isinstance(skipped, Tensor)  # or not: it is known on the device
+            kept = [(b, b.clone()) for b in turn.auxiliary.buffers()] if withheld else []
             with torch.no_grad():
                 turn.auxiliary.update(total)
-                if isinstance(skipped, Tensor):
+                if withheld:
                     for buffer, value in kept:
                         buffer.copy_(torch.where(skipped.bool(), value, buffer))
                 for key, value in turn.auxiliary.report().items():
@@ -283,8 +373,12 @@ class Turns:
 
     def _steps(self, number: int, args: tuple, kwargs: dict, skipped: Any) -> None:
         for turn in self.turns.values():
-            for _ in range(number):
-                self.withheld = self.withheld + turn.step(args, kwargs, self.svi, skipped)
+            for begun in range(0, number, self.settings.steps):
+                count = min(self.settings.steps, number - begun)
+                with self.svi.autocast():
+                    drawn = turn.draw(count, args, kwargs)
+                for one in drawn:
+                    self.withheld = self.withheld + turn.step(one, self.svi, skipped)
 
     def check_finite(self) -> None:
         """Raise :class:`NonFiniteError` if a step since the last call was withheld."""
@@ -299,8 +393,8 @@ class Turns:
     @property
     def build_seconds(self) -> float:
         """Time spent compiling."""
-        compiled = [turn.compiled for turn in self.turns.values() if turn.compiled is not None]
-        return sum(graphs.build_seconds for graphs in compiled)
+        compiled = [c for turn in self.turns.values() for c in (turn.drawing, turn.compiled)]
+        return sum(graphs.build_seconds for graphs in compiled if graphs is not None)
 
     def facts(self) -> str:
         """What must be the same in a resumed run."""

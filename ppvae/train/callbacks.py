@@ -75,7 +75,9 @@ def overridden(callbacks: Any, method: str) -> list[Any]:
 
 def all_callbacks(on_epoch_end: Any, callbacks: Any) -> list[Callback]:
     """What ``fit`` was given, as a list."""
-    callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    if on_epoch_end is not None and not callable(on_epoch_end):
+        raise TypeError(f"on_epoch_end takes a function of (svi, history), got {on_epoch_end!r}")
+    callbacks = _as_list("callbacks", callbacks, isinstance(callbacks, Callback))
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise TypeError(
@@ -86,12 +88,21 @@ def all_callbacks(on_epoch_end: Any, callbacks: Any) -> list[Callback]:
 
 def all_loggers(loggers: Any, fabric: Any) -> list[Any]:
     """What ``fit`` was given, as a list, and the Fabric's."""
-    loggers = [loggers] if hasattr(loggers, "log_metrics") else list(loggers)
+    loggers = _as_list("loggers", loggers, hasattr(loggers, "log_metrics"))
     loggers += fabric.loggers if fabric is not None else []
     for logger in loggers:
         if not hasattr(logger, "log_metrics"):
-            raise TypeError(f"a logger needs log_metrics(metrics, step), and {logger!r} has none")
+            raise TypeError(f"loggers need log_metrics(metrics, step), and {logger!r} has none")
     return loggers
+
+
+def _as_list(name: str, value: Any, is_one: bool) -> list[Any]:
+    """What an argument holds that may be one thing or several."""
+    if is_one:
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} takes one of them or a list, got {value!r}")
+    return list(value)
 
 
 def log(loggers: Sequence[Any], rows: Sequence[dict[str, float]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import math
@@ -9,18 +10,24 @@ import os
 import pickle
 import random
 import re
+import socket
+import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-FORMAT = 1  # raised when an older ppvae could not read what is written
+from ppvae.arguments import takes_numbers
+
+FORMAT = 2  # raised when an older ppvae could not read what is written; 1 had no digest
 MAGIC = "ppvae checkpoint"
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 # What zipfile and torch.load raise for a damaged file; it depends on where the damage is.
@@ -38,8 +45,8 @@ class Checkpoints:
     ``step-00001200.pt`` is written after step 1200, ``best.pt`` whenever the validation bound was
     never better. A file is complete or absent, whenever the process or the machine dies: it is
     written beside its place, flushed to the disk, and only then renamed. Files hold tensors and
-    numbers, no code: they are read with ``torch.load(weights_only=True)``, and a checksum tells
-    whether they are whole.
+    numbers, no code: they are read with ``torch.load(weights_only=True)``, and a digest of all that
+    is in them tells whether they are whole. One run at a time writes to a folder.
 
     Args:
         folder: made if it is missing.
@@ -64,6 +71,7 @@ class Checkpoints:
         >>> folder.cleanup()
     """
 
+    @takes_numbers
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -102,12 +110,15 @@ class Checkpoints:
 
         Raises:
             TypeError: something else is in the state; nothing is written.
+            OSError: the disk is full, or the folder cannot be written to.
         """
         buffer = io.BytesIO()
-        content = {"ppvae": MAGIC, "format": FORMAT, "step": step, "state": plain(state)}
-        torch.save(content, buffer)
+        content = {"ppvae": MAGIC, "format": FORMAT, "step": step, "best": best}
+        content["state"] = plain(state)
+        torch.save({**content, "digest": digest(content)}, buffer)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step)
+        # if the process dies between the two, the first says that it is the best
         for target in [path, self.best] if best else [path]:
             _replace(target, buffer.getbuffer())
         others = [other for other in self.paths() if other != path]
@@ -126,6 +137,8 @@ class Checkpoints:
             CheckpointError: it is damaged, not a checkpoint, or of a newer ppvae. The message
                 names the latest good one before it.
 
+        Of a run that was killed before it had written ``best.pt``, that is written now.
+
         Example:
             ``svi.load_state_dict(Checkpoints("runs/vae").load("best")["svi"])``
         """
@@ -136,6 +149,8 @@ class Checkpoints:
             path = paths[-1]
         else:
             path = self.best if which == "best" else Path(which)
+        if path == self.best:
+            self._complete_best()
         try:
             return read(path)
         except CheckpointError as error:
@@ -152,16 +167,64 @@ class Checkpoints:
     def set_aside_after(self, step: int) -> None:
         """Rename files later than a step to ``.aside``: a run that goes on from there is now it.
 
-        And drop what a killed process was writing.
+        And drop what a killed process was writing, or write what it had no time to.
         """
-        later = [path for path in self.paths() if _number(path) > step]
-        if self.best.exists() and _step(self.best) > step:
-            later.append(self.best)
-        for path in later:
-            names = (path.with_suffix(f".pt.aside{n or ''}") for n in itertools.count())
-            path.rename(next(name for name in names if not name.exists()))
+        for path in [path for path in self.paths() if _number(path) > step]:
+            _set_aside(path)
+        damage = None
+        if self.best.exists():
+            try:
+                if _content(self.best)["step"] > step:
+                    _set_aside(self.best)
+            except CheckpointError as error:
+                damage = error
+        self._complete_best()
+        if damage is not None and not _is_whole(self.best):
+            where = _set_aside(self.best)
+            warnings.warn(
+                f"{damage}. It is now {where.name}, and best.pt will be written at the next epoch "
+                "that is better than all before",
+                stacklevel=2,
+            )
         for unfinished in self.folder.glob(".*.unfinished"):
             unfinished.unlink()
+
+    def _complete_best(self) -> None:
+        """Write ``best.pt`` where the latest file says that it is the best, and it is another."""
+        for path in self.paths()[-1:]:
+            try:
+                latest = _content(path)
+            except CheckpointError:
+                return
+            if latest["best"] and not _is_whole(self.best, latest["step"]):
+                _replace(self.best, path.read_bytes())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder; the system lets go of it when the process dies.
+
+        Raises:
+            FileExistsError: another process has it; the message says which.
+        """
+        about = self.folder / ".run"
+        lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            who = about.read_text() if about.exists() else "another process"
+            raise FileExistsError(
+                f"{self.folder} is being written to by {who}: give checkpoint= another folder, or "
+                "end that run first"
+            ) from error
+        except NotImplementedError:  # a file system without locks
+            yield
+            return
+        try:
+            about.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+        finally:
+            about.unlink(missing_ok=True)
+            lock.release()
 
 
 def checkpoints_for(
@@ -171,13 +234,29 @@ def checkpoints_for(
 
     Raises:
         FileExistsError: another run is in it.
+        OSError: it cannot be made or written to.
         ValueError: there is none to resume from.
     """
     if where is None:
         if resume:
             raise ValueError("resume needs the folder where checkpoints are: checkpoint='runs/vae'")
         return None
+    if not isinstance(where, (str, os.PathLike, Checkpoints)):
+        raise TypeError(f"checkpoint takes a folder or a ppvae.Checkpoints, got {where!r}")
+    if not isinstance(resume, (bool, str, os.PathLike)):
+        raise TypeError(f"resume takes True, False or the path of a checkpoint, got {resume!r}")
     files = where if isinstance(where, Checkpoints) else Checkpoints(where)
+    require_unused(files, resume)
+    with _naming(files.folder):  # if it fails, then before any training
+        files.folder.mkdir(parents=True, exist_ok=True)
+        tried = files.folder / f".{os.getpid()}.unfinished"
+        tried.touch()
+        tried.unlink()
+    return files
+
+
+def require_unused(files: Checkpoints, resume: bool | str | os.PathLike[str]) -> None:
+    """Raise ``FileExistsError`` if a run is in the folder that this one does not go on with."""
     present = files.paths() + ([files.best] if files.best.exists() else [])
     goes_on = resume if isinstance(resume, bool) else _is_in(Path(resume), files.folder)
     if present and not goes_on:
@@ -185,8 +264,6 @@ def checkpoints_for(
             f"{files.folder} holds the checkpoints of a run ({present[-1].name}), and this one "
             "would replace them: go on with it by resume=True, or give checkpoint= another folder"
         )
-    files.folder.mkdir(parents=True, exist_ok=True)  # if it fails, then before any training
-    return files
 
 
 def _is_in(path: Path, folder: Path) -> bool:
@@ -209,12 +286,17 @@ def _number(path: Path) -> float:
     return int(match[1]) if match else math.inf
 
 
-def _step(path: Path) -> float:
-    """The step of a file; a damaged one is later than any."""
+def _is_whole(path: Path, step: int | None = None) -> bool:
+    """Whether a file is there and whole, and of this step if one is given."""
     try:
-        return float(_content(path)["step"])
-    except CheckpointError:
-        return math.inf
+        return step in (None, _content(path)["step"])
+    except (FileNotFoundError, CheckpointError):
+        return False
+
+
+def _set_aside(path: Path) -> Path:
+    names = (path.with_suffix(f".pt.aside{n or ''}") for n in itertools.count())
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -230,13 +312,53 @@ def _content(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged or no checkpoint at all ({error})") from error
     if not isinstance(content, dict) or content.get("ppvae") != MAGIC:
         raise CheckpointError(f"{path} is not a checkpoint of ppvae.fit: load it by torch.load")
-    if content["format"] > FORMAT:
+    if isinstance(content.get("format"), int) and content["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {content['format']}, not {FORMAT}: update ppvae")
-    return content
+    said = content.pop("digest", None)
+    kinds = {"format": int, "step": int, "state": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    # a file of format 1 has no digest
+    if wrong or (said is None and content["format"] > 1):
+        raise CheckpointError(f"{path} is damaged: its {wrong[0] if wrong else 'digest'} is absent")
+    if said is not None and said != digest(content):
+        raise CheckpointError(f"{path} is damaged: its content is not what was written")
+    return {"best": False, **content}
+
+
+def digest(value: Any) -> str:
+    """A hash of all tensors, numbers and words in a state, as :func:`plain` gives it.
+
+    Example:
+        >>> digest({"theta": torch.ones(2)}) == digest({"theta": torch.ones(2, 1)})
+        False
+    """
+    found = hashlib.blake2b(digest_size=16)
+
+    def add(item: Any) -> None:
+        if isinstance(item, Tensor):
+            found.update(f"{item.dtype} {tuple(item.shape)}".encode())
+            found.update(item.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(item, dict):
+            found.update(f"{type(item).__name__} {len(item)}".encode())
+            for key, inner in item.items():
+                add(key)
+                add(inner)
+        elif isinstance(item, (list, tuple)):
+            found.update(f"{type(item).__name__} {len(item)}".encode())
+            for inner in item:
+                add(inner)
+        else:
+            found.update(f"{type(item).__name__} {item!r};".encode())
+
+    add(value)
+    return found.hexdigest()
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def plain(value: Any, where: str = "state") -> Any:
-    """A copy made of what ``weights_only=True`` loads.
+    """A copy made of what ``weights_only=True`` loads, and as that loads it.
 
     Raises:
         TypeError: naming the place of what it would not.
@@ -245,20 +367,37 @@ def plain(value: Any, where: str = "state") -> Any:
         >>> plain({"lr": np.float64(0.5), "names": ["a"]})
         {'lr': 0.5, 'names': ['a']}
     """
-    if isinstance(value, Tensor):
+    if type(value) in (Tensor, nn.Parameter, nn.Buffer):
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise TypeError(
+                f"{where} is a tensor without a dense block of memory ({value.layout}, "
+                f"{value.dtype}, {value.device}); save {where}.to_dense() or its parts"
+            )
         return value.detach()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value.item() if isinstance(value, np.generic) else value
     if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Counter):  # of a MultiStepLR
-        return Counter(value)
+        value = value.item()
+    if type(value) in _PLAIN:
+        return value
+    if type(value) is Counter:  # of a MultiStepLR
+        return Counter(plain(dict(value), where))
     if isinstance(value, Mapping):
-        return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+        return {_key(key, where): plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if type(value) in (list, tuple):
         return type(value)([plain(item, f"{where}[{i}]") for i, item in enumerate(value)])
     raise TypeError(
-        f"{where} is {type(value).__name__}; save tensors, numbers, strings, None, lists and dicts"
+        f"{where} is {type(value).__name__}, of {type(value).__module__}; save tensors, numbers, "
+        "strings, None, lists and dicts"
+    )
+
+
+def _key(key: Any, where: str) -> Any:
+    if isinstance(key, np.generic):
+        key = key.item()
+    if type(key) in _PLAIN or (type(key) is tuple and all(type(k) in _PLAIN for k in key)):
+        return key
+    raise TypeError(
+        f"{where} has the key {key!r}, a {type(key).__name__} of {type(key).__module__}; use "
+        "strings or numbers"
     )
 
 
@@ -299,14 +438,33 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def _replace(target: Path, content: Any) -> None:
     """Put a file in its place at once, and on the disk."""
     unfinished = target.with_name(f".{target.name}.unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, target)
-    if os.name == "posix":  # the rename itself
-        folder = os.open(target.parent, os.O_RDONLY)
+    with _naming(target):
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            with open(unfinished, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            unfinished.unlink(missing_ok=True)  # of a full disk, it takes what is left
+            raise
+        os.replace(unfinished, target)
+        if os.name == "posix":  # the rename itself
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of an error of the file system what could not be written, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"{error.strerror}: no checkpoint can be written there. What was written before stays; "
+            "make room or give checkpoint= another folder, and resume",
+            str(path),
+        ) from error

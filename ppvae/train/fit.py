@@ -12,6 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
+from ppvae.arguments import takes_numbers
 from ppvae.check.pair import check_batch
 from ppvae.elbo.standard import ELBO
 from ppvae.pairs import evaluation_mode, seeded
@@ -25,14 +26,17 @@ from ppvae.train.refusals import resolve_device
 from ppvae.train.run import Progress, Run, state_of
 from ppvae.train.sources import Batch, source
 from ppvae.train.svi import SVI
+from ppvae.wrapped import argument_names
 
 
+@takes_numbers
 def fit(
     svi: SVI,
     data: Any,
     *,
     epochs: int,
     batch_size: int = 128,
+    steps_per_epoch: int | None = None,
     valid: Any = None,
     patience: int | None = None,
     lr_scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
@@ -69,10 +73,13 @@ def fit(
         svi: a :class:`ppvae.SVI`.
         data: a ``ppvae.data.Dataset`` (trains on ``train``, validates on ``valid``) or one of its
             splits; a tensor ``(N, ...)``; a tuple of tensors for ``model(x, y)``; or a
-            ``DataLoader`` that yields such batches.
+            ``DataLoader`` that yields such batches, in nested tuples too, or dictionaries by the
+            names of the model's arguments.
         epochs: passes over the data, >= 1; of a resumed run, those before it included.
         batch_size: datapoints per step, over all processes, >= 1; the last batch may be smaller,
             but of one row only where no layer of batch norm would see a single value.
+        steps_per_epoch: of a ``DataLoader`` without an end: call so many steps an epoch. The next
+            one goes on from there, and the loader starts anew when it ends. None: until it ends.
         valid: validation data, as ``data`` (of a ``Dataset``, its ``valid``); overrides the data
             set's own.
         patience: stop when the validation bound has not improved for so many epochs, and return to
@@ -108,7 +115,9 @@ def fit(
         NonFiniteError: a loss or gradient became NaN or infinite; see :class:`ppvae.SVI`. The
             checkpoints written before stay.
         CollapsedComponent: after an epoch, by ``models.GaussianMixture``; checkpoints stay, too.
-        FileExistsError: ``checkpoint`` has a run in it, and ``resume`` is False.
+        FileExistsError: ``checkpoint`` has a run in it, and ``resume`` is False; or another process
+            is writing to it.
+        TypeError: the state of a callback holds what no checkpoint can.
         CheckpointError: a checkpoint is damaged, or of another model, data or set of arguments.
 
     Example:
@@ -123,21 +132,24 @@ def fit(
         [1, 2]
     """
     valid = getattr(data if valid is None else valid, "valid", valid)
-    refusals.check_arguments(epochs, batch_size, patience, valid, lr_scheduler, device, fabric)
+    refusals.check_arguments(
+        epochs, batch_size, steps_per_epoch, patience, valid, lr_scheduler, device, fabric
+    )
     files = checkpoints_for(checkpoint, resume)
     callbacks = all_callbacks(on_epoch_end, callbacks)
-    loggers = all_loggers(loggers, fabric)
     processes = Processes(fabric)
+    loggers = all_loggers(loggers, fabric)
     target = None if device is None else resolve_device(device)
     if fabric is not None:
         target = fabric.device
-    common = (batch_size, target, processes, files is not None)
+    common = (batch_size, target, processes, files is not None, argument_names(svi.model))
     data = getattr(data, "train", data)
     for given in (data, valid):
         refusals.check_tensors(svi.model, given)
-    train_data = source("data", data, *common)
+    train_data = source("data", data, *common, steps_per_epoch)
     valid_data = None if valid is None else source("valid", valid, *common)
     train_data.check_processes()
+    train_data.check_passes(epochs)
     refusals.require_whole(svi.guide, train_data)
     if target is not None:
         _move(svi, target)
@@ -149,6 +161,7 @@ def fit(
     check_model = refusals.before_fit(svi.model, train_data, first)
     has_bound = True
     if valid_data is not None:
+        valid_data.check_passes(epochs)
         first = valid_data.first()
         pair = svi.model, svi.guide
         valid_data.check(*pair, check_batch(*pair, *first))
@@ -175,14 +188,15 @@ def fit(
         patience=patience,
         has_bound=has_bound,
     )
-    if resume:
-        run.resume(resume)
-    rows = run.progress.history.rows
-    log(run.loggers, rows)  # a logger of a resumed run has all of it
-    disabled = None if progress and processes.rank == 0 else True  # None: shown in a terminal
-    bar = tqdm(total=epochs, initial=len(rows), unit="epoch", disable=disabled)
-    with bar, processes.joined(svi), interrupts(files is not None) as interrupt:
-        return _train(run, bar, interrupt)
+    with run.folder(resume):
+        if resume:
+            run.resume(resume)
+        rows = run.progress.history.rows
+        log(run.loggers, rows)  # a logger of a resumed run has all of it
+        disabled = None if progress and processes.rank == 0 else True  # None: shown in a terminal
+        bar = tqdm(total=epochs, initial=len(rows), unit="epoch", disable=disabled)
+        with bar, processes.joined(svi), interrupts(files is not None) as interrupt:
+            return _train(run, bar, interrupt)
 
 
 def _train(run: Run, bar: Any, interrupt: Interrupt) -> History:
@@ -257,9 +271,8 @@ def _row(run: Run) -> dict[str, float]:
             run.has_bound = refusals.has_bound(svi, run.valid.first())
         column = "valid_bound" if run.has_bound else "valid_estimate"
         row[column] = mean_bound(svi, run.valid.evaluation(), own_seed, processes)
-    weight = getattr(state_of(svi), "weight", None)
-    if weight is not None:
-        row["kl_weight"] = processes.sum(float(weight))[0] / processes.size
+    for column, weight in getattr(state_of(svi), "shown", {}).items():
+        row[column] = processes.sum(float(weight))[0] / processes.size
     for column, (value, steps) in (svi.turns.reported if svi.turns is not None else {}).items():
         summed, number = processes.sum(float(value), float(steps))
         row[column] = summed / number

@@ -17,9 +17,9 @@ class History:
             far), ``train_objective`` (the mean over the epoch of what is maximised, any weight on
             the KL included), ``valid_bound`` (the bound on log p(x), its weight always 1; absent
             without validation data; ``valid_estimate`` where a log-density is an estimate, so that
-            there is no bound), ``kl_weight`` (where it changes), ``skipped`` (updates
-            withheld, with ``SVI(skip_nonfinite=True)``), ``lr``, ``seconds`` (training only). Nats
-            per datapoint, larger is better.
+            there is no bound), ``kl_weight`` and other weights of the estimator, such as ``gamma``,
+            where they change, ``skipped`` (updates withheld, with ``SVI(skip_nonfinite=True)``),
+            ``lr``, ``seconds`` (training only). Nats per datapoint, larger is better.
         best_epoch: the epoch with the largest validation bound after warm-up, or None.
         stopped_early: whether patience ran out.
         interrupted: whether Ctrl-C or a termination signal ended it before its time.

@@ -163,6 +163,10 @@ def _check_fabric(fabric: Any, size: int) -> None:
                 'fabric=Fabric(devices=..., strategy="ddp") after fabric.launch()'
             )
         return
+    if not hasattr(fabric, "strategy") or not hasattr(fabric, "world_size"):
+        raise TypeError(
+            f"fabric takes a lightning_fabric.Fabric that was launched, got {type(fabric).__name__}"
+        )
     strategy, precision = type(fabric.strategy).__name__, fabric.strategy.precision.precision
     if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
         raise ValueError(f'fit sums gradients over processes: use strategy="ddp", got {strategy}')

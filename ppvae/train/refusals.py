@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import pyro
@@ -25,6 +24,7 @@ from ppvae.weights import log_weights
 def check_arguments(
     epochs: int,
     batch_size: int,
+    steps_per_epoch: int | None,
     patience: int | None,
     valid: Any,
     lr_scheduler: Any,
@@ -32,13 +32,15 @@ def check_arguments(
     fabric: Any,
 ) -> None:
     """Raise for arguments of ``fit`` that mean nothing, alone or together."""
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-        if value is not None and not isinstance(value, Integral):
-            raise TypeError(f"{name} must be a whole number, got {value!r}: give {name}=int(...)")
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience must be at least 1, or None for no early stopping: {patience}")
+    numbers = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "steps_per_epoch": steps_per_epoch,
+        "patience": patience,
+    }
+    for name, value in numbers.items():
+        if value is not None and not 1 <= value < 2**63:
+            raise ValueError(f"{name} must be at least 1, and below 2 ** 63, got {value}")
     if patience is not None and valid is None:
         raise ValueError("patience needs a validation bound: pass valid=..., or a data.Dataset")
     if lr_scheduler is not None and not callable(lr_scheduler):

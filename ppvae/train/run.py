@@ -6,7 +6,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from ppvae.train.callbacks import Callback, overridden
-from ppvae.train.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
+from ppvae.train.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    plain,
+    require_unused,
+    rng_state,
+    set_rng_state,
+)
 from ppvae.train.history import History
 from ppvae.train.processes import Processes
 from ppvae.train.sources import Batch, Source
@@ -168,6 +176,32 @@ class Run:
             "callbacks with a state": [type(callback).__name__ for callback in self.stateful],
         }
 
+    @contextmanager
+    def folder(self, resume: bool | str | os.PathLike[str]) -> Iterator[None]:
+        """Have the folder of checkpoints to itself.
+
+        Raises:
+            FileExistsError: another process is writing to it, or has been meanwhile.
+            TypeError: the state of a callback cannot be saved.
+        """
+        if self.files is None:
+            yield
+            return
+        for callback in self.stateful:
+            plain(callback.state_dict(), f"{type(callback).__name__}.state_dict()")
+        with ExitStack() as stack:
+            refused: OSError | None = None
+            if self.processes.rank == 0:
+                try:
+                    stack.enter_context(self.files.held())
+                    require_unused(self.files, resume)
+                except OSError as error:
+                    refused = error
+            for found in self.processes.gather(refused):
+                if found is not None:
+                    raise found
+            yield
+
     def write(self, best: bool = False) -> None:
         """Write a checkpoint; all processes meet here, and the first one writes.
 
@@ -178,14 +212,14 @@ class Run:
         assert files is not None
         svi.check_finite()
         buffers = {k: v.cpu() for k, v in svi.objective.named_buffers()}
-        weight = getattr(state_of(svi), "weight", None)
+        shown = getattr(state_of(svi), "shown", {})
         own = {
             "random": rng_state(),
             "data": self.data.state_dict(progress.batch),
             "valid": self.valid.state_dict(0) if self.valid is not None else {},
             "total": progress.total.cpu(),
             "count": int(progress.count),
-            "kl_weight": weight.cpu() if torch.is_tensor(weight) else weight,
+            "shown": {column: weight.cpu() for column, weight in shown.items()},
             "buffers": buffers if self.processes.size > 1 else {},
             "callbacks": [callback.state_dict() for callback in self.stateful],
             "reported": svi.turns.reported if svi.turns is not None else {},
@@ -236,9 +270,9 @@ class Run:
         with torch.no_grad():
             for name, saved in own["buffers"].items():
                 buffers[name].copy_(saved)
-        device, weight = progress.total.device, own["kl_weight"]
-        if weight is not None:
-            state_of(svi).weight = weight.to(device) if torch.is_tensor(weight) else weight
+        device = progress.total.device
+        for column, weight in own["shown"].items():
+            state_of(svi).shown[column] = weight.to(device)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
             if svi.num_steps > 0:  # else a first step of the scheduler warns
@@ -267,8 +301,11 @@ def state_of(svi: SVI) -> Any:
 
 def _require_same_run(run: Run, state: Any, path: Path) -> None:
     """The parameters and buffers, and all facts, must be those of the file."""
-    if not isinstance(state, dict) or "facts" not in state:
-        raise CheckpointError(f"{path} was not written by ppvae.fit: it holds no run")
+    parts = {"facts": dict, "svi": dict, "progress": dict, "processes": list}
+    absent = [name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
+    if absent or not isinstance(state["svi"].get("objective"), dict):
+        what = absent[0] if absent else "objective"
+        raise CheckpointError(f"{path} was not written by ppvae.fit: it holds no run ({what!r})")
     was, now = _shapes(state["svi"]["objective"]), _shapes(run.svi.objective.state_dict())
     if differ := _differences(was, now):
         raise CheckpointError(

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, default_collate
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+    default_collate,
+)
 
 from ppvae.check.pair import Checks, check_values
 from ppvae.data.split import check_unit_interval
@@ -29,7 +36,14 @@ Stored = tuple[Sequence[Tensor], str]  # tensors, and in words what else makes u
 
 
 def source(
-    label: str, data: Any, batch_size: int, device: Device, processes: Processes, saved: bool
+    label: str,
+    data: Any,
+    batch_size: int,
+    device: Device,
+    processes: Processes,
+    saved: bool,
+    names: Sequence[str] = (),
+    steps: int | None = None,
 ) -> Source:
     """The source of batches for what :func:`ppvae.fit` takes as data.
 
@@ -40,13 +54,21 @@ def source(
         device: where batches go; None leaves them where they are.
         processes: that share each batch.
         saved: whether checkpoints are written.
+        names: of the model's arguments, for batches that are dictionaries.
+        steps: of an epoch, where a ``DataLoader`` has no end, or one that does not matter.
 
     Raises:
         TypeError: it is anything else.
+        ValueError: ``steps`` for data that are no ``DataLoader``.
     """
     common = (label, batch_size, device, processes)
     if isinstance(data, DataLoader):
-        return Loaded(data, saved, *common)
+        return Loaded(data, saved, names, steps, *common)
+    if steps is not None:
+        raise ValueError(
+            f"steps_per_epoch={steps} is for a DataLoader: an epoch of {_kind(data)} has each row "
+            "once"
+        )
     if hasattr(data, "batch"):
         split = data if device is None else data.to(device)
         if getattr(split, "rows", None) is not None:
@@ -160,6 +182,9 @@ class Source(ABC):
 
     def check_processes(self) -> None:  # noqa: B027
         """Raise if the processes would train on the same rows; here each gets its own."""
+
+    def check_passes(self, epochs: int) -> None:  # noqa: B027
+        """Raise if there are not so many passes in the data; here there are."""
 
     # -- for checkpoints -------------------------------------------------------------------------
     @abstractmethod
@@ -277,16 +302,26 @@ class Loaded(Source):
     and the batches that were used are loaded again; the last of them must be the same as then.
 
     Args:
-        loader: a ``DataLoader``; it yields a tensor or a tuple of tensors.
+        loader: a ``DataLoader``; it yields a tensor, tensors in tuples, or a dictionary of them.
         saved: whether checkpoints are written.
+        names: of the model's arguments.
+        steps: of an epoch; None: until the loader ends. With a number the next epoch goes on where
+            the last one ended, and the loader starts anew when it ends.
         *args: of :class:`Source`; a loader has its own size of a batch.
     """
 
     how_to_drop = "leave a row out (drop_last=True)"
 
-    def __init__(self, loader: Any, saved: bool, *args: Any) -> None:
+    def __init__(
+        self, loader: Any, saved: bool, names: Sequence[str], steps: int | None, *args: Any
+    ) -> None:
         super().__init__(*args)
-        self._loader = loader
+        self._loader, self._names, self._steps = loader, names, steps
+        self._running: Iterator[Batch] | None = None  # through epochs of so many steps
+        self._taken = 0  # batches since the loader was started
+        # What the check has read of a stream, which may not be there a second time.
+        self._first: Batch | None = None
+        self._begun: tuple[Iterator[Any], dict[str, Any], Any] | None = None
         # The number of rows is known only if the loader itself puts single rows together.
         takes_rows = loader.batch_size is not None and loader.collate_fn is default_collate
         self._counts_rows = takes_rows and hasattr(loader.sampler, "__len__")
@@ -306,40 +341,73 @@ class Loaded(Source):
         return in_order and rows is not None and size is not None and rows <= size
 
     def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
-        for batch in self._load(epoch, skip):
+        batches = self._load(epoch, skip)
+        if self._steps is not None:
+            batches = islice(self._endless(epoch), self._steps - skip)
+        for batch in batches:
             yield batch, len(batch[0])
+
+    def _endless(self, epoch: int) -> Iterator[Batch]:
+        """Batches of one start of the loader after the other, from where the last epoch ended."""
+        while True:
+            if self._running is None:
+                self._running = self._load(epoch, self._taken)
+            yield from _left_open(self._running)
+            self._running, self._taken = None, 0
 
     def evaluation(self) -> Iterator[Batch]:
         return self._load(0)
 
     def first(self) -> Batch:
+        """One batch; of a stream it is kept, and is the first of the first epoch too."""
+        if self._first is not None:
+            return self._first
+        streams = isinstance(self._loader.dataset, IterableDataset)
         with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws
             states = self._generator_states()
-            batch = next(self._load(0), None)
+            began = {"streams": rng_state(), "generators": states}
+            batches = iter(self._loader)
+            before = rng_state() if self._keeps_streams else None
+            loaded = next(batches, None)
             self._set_generators(states)
-        if batch is None:
+        if loaded is None:
             raise ValueError(f"{self.label} is empty: the DataLoader yields no batch")
-        return batch
+        if streams:
+            self._begun = chain([loaded], batches), began, before
+        first = _placed(self._as_batch(loaded), self.device)
+        self._first = first if streams else None
+        return first
 
     def _load(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         for sampler in (self._loader.sampler, self._loader.batch_sampler):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
+        begun, self._begun = self._begun, None
+        before = None
         if skip:
             batches = self._start_after(skip, epoch)
+        elif begun is not None:
+            batches, self._streams_at_start, before = begun
         else:
             generators = self._generator_states()
             self._streams_at_start = {"streams": rng_state(), "generators": generators}
             batches = iter(self._loader)
+        self._taken = skip
         while True:
-            self._streams_before_last = rng_state() if self._keeps_streams else None
+            self._streams_before_last = before or (rng_state() if self._keeps_streams else None)
+            before = None
             loaded = next(batches, None)
             if loaded is None:
                 break
-            self._last_batch = self._as_batch(loaded)
+            self._last_batch, self._taken = self._as_batch(loaded), self._taken + 1
             batch = _placed(self._last_batch, self.device)
             self._check_rows(batch)
             yield batch
+        if not self._taken:
+            raise ValueError(
+                f"{self.label}: the DataLoader has yielded all it had, and gives no batch a second "
+                f"time. {_CURE_OF_STREAMS}"
+            )
         self._to_check = None  # all have been seen
 
     def _start_after(self, skip: int, epoch: int) -> Iterator[Any]:
@@ -368,12 +436,22 @@ class Loaded(Source):
         return batches
 
     def _as_batch(self, loaded: Any) -> Batch:
-        batch = (loaded,) if isinstance(loaded, Tensor) else loaded
-        if not isinstance(batch, (tuple, list)) or not _are_tensors(batch):
+        batch = list(_flat(loaded))
+        if isinstance(loaded, Mapping):
+            absent = [name for name in self._names[: len(loaded)] if name not in loaded]
+            unknown = [name for name in loaded if name not in self._names]
+            if absent or unknown:
+                raise TypeError(
+                    f"{self.label}: the DataLoader yields a dictionary of {_listed(loaded)}, and "
+                    f"the model takes {_listed(self._names)}: give it a collate_fn that names the "
+                    "model's arguments"
+                )
+            batch = [loaded[name] for name in self._names if name in loaded]
+        if not _are_tensors(batch):
             raise TypeError(
-                f"{self.label}: the DataLoader must yield a tensor or a tuple of tensors, as model "
-                f"and guide are called, got {_kind(loaded)}; give it a collate_fn, such as lambda "
-                "rows: torch.stack([row['x'] for row in rows])"
+                f"{self.label}: the DataLoader must yield a tensor, a tuple of tensors or a "
+                f"dictionary of them, as model and guide are called, got {_kind(loaded)}; give it "
+                "a collate_fn, such as lambda rows: torch.stack([row.x for row in rows])"
             )
         return tuple(batch)
 
@@ -406,14 +484,26 @@ class Loaded(Source):
                 f"{self.label}: the processes' DataLoaders have {lengths} batches: make them equal"
             )
 
+    def check_passes(self, epochs: int) -> None:
+        """Raise for a stream that is known to end before the last epoch."""
+        dataset, several = self._loader.dataset, epochs > 1 and self._steps is None
+        if several and isinstance(dataset, IterableDataset) and _is_read_once(dataset):
+            raise ValueError(
+                f"{self.label}: the DataLoader's dataset can be read once, and epochs={epochs} ask "
+                f"for as many passes. {_CURE_OF_STREAMS}"
+            )
+
     def facts(self) -> str:
         dataset = self._loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else "unknown"
-        return f"DataLoader, {rows} rows in batches of {self._loader.batch_size}"
+        endless = "" if self._steps is None else f", {self._steps} steps an epoch"
+        return f"DataLoader, {rows} rows in batches of {self._loader.batch_size}{endless}"
 
     def state_dict(self, batch: int) -> dict[str, Any]:
-        inside = batch > 0  # the epoch has begun
+        taken = batch if self._steps is None else self._taken
+        inside = taken > 0  # the epoch has begun
         return {  # the names are those of the file format
+            "taken": taken,
             "generators": self._generator_states(),
             "began": self._streams_at_start if inside else None,
             "before": self._streams_before_last if inside else None,
@@ -424,6 +514,10 @@ class Loaded(Source):
         self._set_generators(state["generators"])
         self._streams_at_start, self._streams_before_last = state["began"], state["before"]
         self._last_checksum = state["known"]
+        if self._steps is not None:
+            self._taken = state["taken"]
+        if self._begun is not None and not _is_read_once(self._loader.dataset):
+            self._begun = None  # it starts anew, with the random streams of the run
 
     def _generators(self) -> list[torch.Generator]:
         """The random streams that the loader has of its own."""
@@ -442,7 +536,7 @@ class Loaded(Source):
 
 def _shuffled(rows: int, seed: int, epoch: int) -> Tensor:
     """The order of rows in an epoch."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(rows, generator=generator)
 
 
@@ -452,6 +546,35 @@ def _rows(whole: Batch, index: Tensor) -> Batch:
 
 def _single_row(rows: int, size: int) -> tuple[int, int] | None:
     return (rows, size) if size == 1 or rows % size == 1 else None
+
+
+_CURE_OF_STREAMS = (
+    "Let its __iter__ begin anew each time, or give steps_per_epoch= such that the rows last"
+)
+
+
+def _left_open(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; the iterator is not closed when nobody asks for more."""
+    for batch in batches:  # noqa: UP028 - yield from would close it
+        yield batch
+
+
+def _is_read_once(dataset: Any) -> bool:
+    """Whether each ``iter`` of a dataset is the same iterator, as of a file or a generator."""
+    return iter(dataset) is iter(dataset)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """What is in tuples and lists, in their order."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(map(repr, names)) or "none by name"
 
 
 def _kind(value: Any) -> str:

@@ -14,6 +14,7 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.auxiliary import auxiliaries
 from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.check.pair import Checks, check_batch
@@ -89,6 +90,7 @@ class SVI(pyro.infer.SVI):
         True
     """
 
+    @takes_numbers
     def __init__(
         self,
         model: Callable[..., Any],
@@ -136,6 +138,8 @@ class SVI(pyro.infer.SVI):
             What :func:`ppvae.check.pair.check_batch` returns.
         """
         K = self.particles_at_once
+        if auxiliaries(self.objective):  # whose draws for all their steps are particles of one run
+            K = max(K, (self.beside or Beside()).steps)
         checks = check_batch(self.model, self.guide, *args, num_particles=K, **kwargs)
         if self.optimizer is None:
             self._build()
