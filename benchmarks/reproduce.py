@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import reproduce_avb
 import reproduce_cvae
 import reproduce_factor
 import reproduce_iop
@@ -36,6 +37,7 @@ import torch
 # run(recipe, folder), which trains and evaluates; report(found), the table as Markdown; and, where
 # the recipes are shorter than the paper's, full(recipe), which is the paper's, and takes a device.
 SYSTEMS: dict[str, ModuleType] = {
+    "avb": reproduce_avb,
     "cvae": reproduce_cvae,
     "factor": reproduce_factor,
     "iop": reproduce_iop,

@@ -6,7 +6,7 @@ They stand inside a program, or in what an estimator remembers, and have a rule 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
+from torch.distributions import TransformedDistribution
 from torch.func import functional_call
 
 Inputs = Tensor | Sequence[Tensor]
@@ -67,7 +68,8 @@ class Auxiliary(nn.Module):
         Args:
             draws: ``draws.args`` is the batch; ``draws.guide("z")`` runs the guide and is the
                 draw of a site, ``(N, ...)``; ``draws.model()`` runs the model and holds the draw of
-                each site by name, data included.
+                each site by name, data included. ``draws.guide_sites()`` and
+                ``draws.model_sites()`` are Pyro's sites of such a run, with their distributions.
         """
         return ()
 
@@ -175,6 +177,33 @@ class Ratio(Auxiliary):
         return {"ratio_loss": self.seen[0], "ratio_accuracy": self.seen[1]}
 
 
+def drawn_with(ratio: Ratio, sites: Mapping[str, dict[str, Any]], where: str) -> tuple[Any, Tensor]:
+    """The distribution and the draw of the one site whose density a ratio stands for.
+
+    Args:
+        ratio: which distributions of that kind have as an attribute.
+        sites: of a run, as Pyro has them.
+        where: whose sites they are, for the message.
+
+    Raises:
+        ValueError: no site is drawn so, or several are.
+    """
+    found = []
+    for site in sites.values():
+        fn = site["fn"]
+        while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
+            fn = fn.base_dist
+        if getattr(fn, "ratio", None) is ratio:
+            found.append((fn, site["value"]))
+    if len(found) != 1:
+        raise ValueError(
+            f"a ratio learns from the one site of the {where} that its own distribution draws, as "
+            f"it is, and {len(found)} of {sorted(sites)} are drawn so: give each site a module of "
+            "its own, and put a transform into what draws"
+        )
+    return found[0]
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a pair, or of an auxiliary, by name: without those of auxiliaries in it.
 
@@ -198,8 +227,8 @@ def _as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _one_per_row(output: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    rows = inputs[0].shape[:1]
-    if output.dim() < 2 or output.shape[-1] != 1 or output.shape[:1] != rows:
+    rows = {tensor.shape[0] for tensor in inputs}  # with particles, not of every input
+    if output.dim() < 2 or output.shape[-1] != 1 or output.shape[0] not in rows:
         raise ValueError(
             f"the network of a ratio must give one number per row, (..., 1): of inputs "
             f"{[tuple(t.shape) for t in inputs]} it gave {tuple(output.shape)}"

@@ -11,9 +11,10 @@ import torch
 from opt_einsum import get_symbol
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Independent, constraints, transform_to
+from torch.distributions import Independent
 
 from ppvae.distributions import NoInverse as NoInverse
+from ppvae.distributions.supports import filled
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site
 
 # The letters of (K, N), which a term of an enumerated latent has beside its own.
@@ -125,7 +126,7 @@ def log_density(site: Site, along_path: bool = False) -> Tensor:
     """
     fn, value, mask = site["fn"], site["value"], site["mask"]
     if isinstance(mask, Tensor) and site["is_observed"]:
-        value = _filled(value, mask, fn)
+        value = filled(value, mask, fn)
     if site["is_observed"] and isinstance(value, Tensor) and value.dtype in _NARROW:
         value = value.to(torch.get_default_dtype())
     try:
@@ -162,9 +163,9 @@ def masked(values: Tensor, mask: Any) -> Tensor:
 def _masked_density(fn: Any, value: Tensor) -> Tensor:
     """``fn.log_prob(value)``, values that a mask inside of ``fn`` hides replaced first."""
     if isinstance(fn, MaskedDistribution) and isinstance(fn._mask, Tensor):
-        filled = _filled(value, fn._mask, fn.base_dist)
+        inside = filled(value, fn._mask, fn.base_dist)
         try:
-            values = _masked_density(fn.base_dist, filled)
+            values = _masked_density(fn.base_dist, inside)
         except NoInverse:  # a draw of its own is inside the support
             values = _masked_density(fn.base_dist, value)
         return masked(values, fn._mask)
@@ -206,34 +207,6 @@ def unmasked(fn: Any) -> Any:
     if isinstance(fn, Independent) and distribution_mask(fn) is not None:
         return type(fn)(unmasked(fn.base_dist), fn.reinterpreted_batch_ndims)
     return fn
-
-
-def _filled(value: Tensor, mask: Tensor, fn: Any) -> Tensor:
-    """A value with a point of the support where the mask hides it."""
-    for _ in range(fn.event_dim):
-        mask = mask.unsqueeze(-1)
-    return torch.where(mask, value, _point_of(fn.support, value))
-
-
-def _point_of(support: Any, value: Tensor) -> Tensor:
-    """A point of a support, of a value's shape; the value where none is known."""
-    inner = support
-    while isinstance(inner, constraints.independent):
-        inner = inner.base_constraint
-    if inner is constraints.real:
-        return value.new_zeros(())
-    if inner is constraints.one_hot or isinstance(inner, constraints.multinomial):
-        first = torch.arange(value.shape[-1], device=value.device) == 0
-        return first.to(value.dtype) * getattr(inner, "upper_bound", 1)
-    if support.is_discrete:
-        lowest = getattr(inner, "lower_bound", 0 if inner is constraints.boolean else None)
-        return value if lowest is None else torch.as_tensor(lowest).to(value)
-    try:
-        transform = transform_to(support)
-        free = transform.inverse_shape(value.shape)
-    except NotImplementedError:
-        return value
-    return transform(value.new_zeros(free))
 
 
 # ------------------------------------------------------------------------------ plates

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pyro
@@ -60,8 +61,8 @@ class Scaled(nn.Module):
         super().__init__()
         self.net, self.size = net, size
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x / self.size)
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        return self.net(x / self.size, *others)
 
 
 def vae_bag_of_words() -> Pair:
@@ -72,6 +73,60 @@ def vae_bag_of_words() -> Pair:
 def nvdm() -> Pair:
     guide = guides.Normal(tanh(7, 8, 2 * Z))
     return models.NVDM(7, Z, length=7), guide, (torch.poisson(torch.ones(N, 7)),)
+
+
+def vae_counts() -> Pair:
+    """Over-dispersed counts with zeros beyond, and the log exposure of each row."""
+    head = conditionals.NegativeBinomial(tanh(Z, 8, 2 * D), theta=conditionals.Scale(2.0, (D,)))
+    model = models.VAE(conditionals.ZeroInflated(head), latent_dim=Z)
+    guide = guides.Normal(Scaled(tanh(D + 1, 8, 2 * Z), 4))
+    return model, guide, (torch.poisson(2 * torch.ones(N, D)), torch.randn(N))
+
+
+def vae_shares() -> Pair:
+    likelihood = conditionals.DirichletMultinomial(tanh(Z, 8, D + 1), total_count=9)
+    model = models.VAE(likelihood, latent_dim=Z)
+    guide = guides.Normal(Scaled(tanh(D, 8, 2 * Z), 4))
+    return model, guide, (torch.poisson(2 * torch.ones(N, D)),)
+
+
+def vae_levels() -> Pair:
+    """Grey levels under a mixture of logistic laws."""
+    head = conditionals.DiscretizedLogistic(tanh(Z, 8, 3 * 2 * D), num_levels=16, num_components=2)
+    model = models.VAE(head, latent_dim=Z)
+    x = torch.randint(16, (N, D)).to(torch.get_default_dtype())
+    return model, guides.Normal(Scaled(tanh(D, 8, 2 * Z), 16)), (x,)
+
+
+def affine_weight(net: nn.Module) -> nn.Module:
+    return conditionals.Affine(conditionals.StudentT(net), 70.0, 10.0)
+
+
+def vae_columns() -> Pair:
+    """A table with a column for every head of single values."""
+    kinds: dict[str, Any] = {
+        "weight": affine_weight,
+        "visits": conditionals.Poisson,
+        "claims": conditionals.NegativeBinomial,
+        "hits": partial(conditionals.BetaBinomial, total_count=5),
+        "job": partial(conditionals.Categorical, num_classes=3),
+        "smoker": conditionals.Bernoulli,
+        "grade": partial(conditionals.Ordinal, num_levels=3),
+        "share": conditionals.Beta,
+        "grey": conditionals.ContinuousBernoulli,
+        "error": conditionals.Laplace,
+        "income": conditionals.LogNormal,
+        "cost": conditionals.Gamma,
+        "direction": conditionals.VonMises,
+        "age": conditionals.Normal,
+    }
+    width = conditionals.Columns.width(kinds)
+    model = models.VAE(conditionals.Columns(tanh(Z, 8, width), kinds), latent_dim=Z)
+    whole = torch.randint(3, (N, 7)).to(torch.get_default_dtype())
+    whole[:, 5] = whole[:, 5].clamp(max=1)  # in the order above, one that is continuous first
+    inside = 0.1 + 0.8 * torch.rand(N, 6)
+    x = torch.cat([70 + torch.randn(N, 1), whole[:, 1:], inside, torch.randn(N, 1)], 1)
+    return model, guides.Normal(Scaled(tanh(len(kinds), 8, 2 * Z), 10)), (x,)
 
 
 def vae_mixture_prior() -> Pair:
@@ -299,6 +354,10 @@ ALL_PAIRS: dict[str, Callable[[], Pair]] = {
     "vae_normal_scale_per_dim": lambda: vae_normal(conditionals.Scale(0.7, (D,))),
     "vae_categorical": vae_categorical,
     "vae_bag_of_words": vae_bag_of_words,
+    "vae_counts": vae_counts,
+    "vae_shares": vae_shares,
+    "vae_levels": vae_levels,
+    "vae_columns": vae_columns,
     "nvdm": nvdm,
     "vae_mixture_prior": vae_mixture_prior,
     "vae_vamp_prior": vae_vamp_prior,
@@ -329,11 +388,42 @@ ALL_PAIRS: dict[str, Callable[[], Pair]] = {
 }
 
 
+def implicit(contrast: str = "adaptive") -> Pair:
+    model, _, args = vae_bernoulli()
+    sampler, net = tanh(D + 3, 8, Z), tanh(D + Z, 8, 1)
+    q = posteriors.Implicit(sampler, net, Z, noise_dim=3, contrast=contrast)
+    return model, guides.Amortized(q), args
+
+
+def cvae_implicit() -> Pair:
+    model, _, args = cvae_labels()
+    q = posteriors.Implicit(tanh(D + 3 + 2, 8, Z), tanh(D + 3 + Z, 8, 1), Z, noise_dim=2)
+    return model, guides.Amortized(q, condition=model.condition), args
+
+
+def simulator() -> Pair:
+    def simulate(z: Tensor) -> Tensor:
+        return z.repeat(1, 3)[:, :D] + torch.randn(len(z), D)
+
+    likelihood = conditionals.Simulator(simulate, tanh(D + Z, 8, 1), shape=D)
+    model = models.VAE(likelihood, latent_dim=Z)
+    return model, guides.Normal(tanh(D, 8, 2 * Z)), (torch.randn(N, D),)
+
+
+# A log-density is an estimate, so these have no bound, and the laws of bounds are not theirs.
+ESTIMATED: dict[str, Callable[[], Pair]] = {
+    "implicit": implicit,
+    "implicit_prior_contrast": lambda: implicit("prior"),
+    "cvae_implicit": cvae_implicit,
+    "simulator": simulator,
+}
+
+
 def build(name: str, seed: int = 0) -> Pair:
     """A fresh pair with its data; the same seed gives the same parameters and data."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return ALL_PAIRS[name]()
+        return (ALL_PAIRS | ESTIMATED)[name]()
 
 
 def owners(*programs: Callable[..., Any]) -> list[nn.Module]:

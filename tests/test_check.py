@@ -800,6 +800,68 @@ def test_codes_that_a_mask_hides_need_not_lie_in_the_support(how):
             use()
 
 
+@pytest.mark.parametrize(
+    ("head", "width", "column", "match"),
+    [
+        ("Poisson", 4, [-1.0, 2.0], r"0, 1, 2, .*e.g. \[-1.0\] in columns \[2\] .*Discret"),
+        ("Poisson", 4, [0.5, 2.5], r"e.g. \[0.5, 2.5\] in columns \[2\] \(positive .*LogNormal"),
+        ("Beta", 8, [0.0, 0.5], r"without its ends, e.g. \[0.0\].*ContinuousBernoulli"),
+        ("Gamma", 8, [0.0, 0.5], r"\(lower_bound=0.0\), e.g. \[0.0\]"),
+        ("ContinuousBernoulli", 4, [1.5, 0.5], r"\[0, 1\], e.g. \[1.5\]"),
+    ],
+)
+def test_values_outside_are_named_by_column_with_heads_that_take_them(head, width, column, match):
+    make = getattr(conditionals, head)
+    model, x = models.VAE(make(nets.mlp(2, width)), 2), torch.ones(6, 4)
+    x = 0.5 * x if head in ("Beta", "ContinuousBernoulli") else x
+    x[:, 2] = torch.tensor(column).repeat(3)
+    with pytest.raises(PairError, match=f"values lie outside .*{match}"):
+        check_pair(model, guides.Normal(nets.mlp(4, 4)), x)
+
+
+def test_values_outside_are_named_by_the_columns_of_a_table():
+    kinds = {
+        "age": conditionals.Normal,
+        "visits": conditionals.NegativeBinomial,
+        "job": lambda net: conditionals.Categorical(net, 3),
+    }
+    likelihood = conditionals.Columns(nets.mlp(2, conditionals.Columns.width(kinds)), kinds)
+    model, guide = models.VAE(likelihood, 2), guides.Normal(nets.mlp(3, 4))
+    x = torch.tensor([[0.3, 2.0, 0.0]]).repeat(20, 1)
+    check_pair(model, guide, x)
+    x[3, 1], x[4, 2] = 1.5, 3.0
+    seen = r"column 'visits': 0, 1, 2, .*1.5\] .*; column 'job': 0 .. 2, e.g. \[3.0\]"
+    with pytest.raises(PairError, match=f"2 of 60 values lie outside .*{seen}"):
+        check_pair(model, guide, x)
+    checks = check_batch(model, guide, x[5:])
+    with pytest.raises(PairError, match=f"'x': 2 of 60 values lie outside .*{seen}"):
+        check_values(model, guide, (x,), checks)
+
+
+@pytest.mark.parametrize(
+    ("second", "match"),
+    [
+        (torch.zeros(5), r"differ in length \(x: \(6, 4\), offset: \(5,\)\)"),
+        (torch.zeros(6, dtype=torch.long), "the log of the exposures, as floats"),
+        (torch.zeros(6, 3), r"offset has shape \(6, 3\)"),
+    ],
+)
+def test_offsets_that_are_none_are_refused(second, match):
+    model = models.VAE(conditionals.Poisson(nets.mlp(2, 4)), 2)
+
+    class Blind(guides.Normal):
+        def forward(self, x, offset=None):
+            return super().forward(x)
+
+    guide = Blind(nets.mlp(4, 4))
+    check_pair(model, guide, torch.ones(6, 4), torch.zeros(6))
+    with pytest.raises(PairError, match=match):
+        check_pair(model, guide, torch.ones(6, 4), second)
+    other = models.VAE(conditionals.Bernoulli(nets.mlp(2, 4)), 2)
+    with pytest.raises(PairError, match=r"Bernoulli was to take it: .*y are for models.CVAE"):
+        check_pair(other, guide, torch.ones(6, 4), torch.zeros(6))
+
+
 def test_all_rows_are_looked_at_with_the_checks_of_a_batch():
     model, guide = cvae(share=True)
     checks = check_batch(model, guide, X[:2], Y[:2])

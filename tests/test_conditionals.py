@@ -1,6 +1,7 @@
 """Conditionals: densities against closed forms, shapes under plates, precision, tracing."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pyro
@@ -14,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae import conditionals, distributions, nets
 from ppvae.auxiliary import own_parameters
+from ppvae.terms import log_density
 
 K, N, Z, D = 3, 4, 2, 5
 
@@ -41,6 +43,36 @@ def _binary(*shape):
 
 def _counts(*shape):
     return torch.randint(5, shape).to(torch.get_default_dtype())
+
+
+def _unit(*shape):
+    return torch.rand(shape).clamp(0.01, 0.99)
+
+
+def _positive(*shape):
+    return torch.rand(shape) + 0.1
+
+
+def _levels(size, low=0):
+    return lambda *shape: torch.randint(low, low + size, shape).to(torch.get_default_dtype())
+
+
+KINDS = {
+    "size": conditionals.Normal,
+    "visits": partial(conditionals.NegativeBinomial, theta=2.0),
+    "weight": conditionals.Normal,
+    "job": partial(conditionals.Categorical, num_classes=3),
+    "grade": partial(conditionals.Ordinal, num_levels=3),
+}
+
+
+def _table(*shape):
+    draws = (_real, _counts, _real, _levels(3), _levels(3))
+    return torch.cat([draw(*shape[:-1], 1) for draw in draws], -1)
+
+
+def _scale():
+    return conditionals.Scale(0.7, (D,))
 
 
 # name of an export -> variants: (make a conditional, draw a value of its support, event shape)
@@ -124,6 +156,95 @@ LIKELIHOODS = {
         (lambda: conditionals.BagOfWords(nets.mlp(Z, 8, D), total_count=9), _counts, (D,))
     ],
 }
+LIKELIHOODS |= {
+    "Poisson": [(lambda: conditionals.Poisson(nets.mlp(Z, 8, D)), _counts, (D,))],
+    "NegativeBinomial": [
+        (lambda: conditionals.NegativeBinomial(nets.mlp(Z, 8, 2 * D)), _counts, (D,)),
+        (lambda: conditionals.NegativeBinomial(nets.mlp(Z, 8, D), _scale()), _counts, (D,)),
+    ],
+    "ZeroInflated": [
+        (
+            lambda: conditionals.ZeroInflated(conditionals.NegativeBinomial(nets.mlp(Z, 8, 3 * D))),
+            _counts,
+            (D,),
+        ),
+    ],
+    "BetaBinomial": [
+        (lambda: conditionals.BetaBinomial(nets.mlp(Z, 8, 2 * D), 5), _counts, (D,)),
+        (
+            lambda: conditionals.BetaBinomial(
+                nets.mlp(Z, 8, D), torch.tensor([4, 5, 6, 7, 8]), _scale()
+            ),
+            _counts,
+            (D,),
+        ),
+    ],
+    "Multinomial": [(lambda: conditionals.Multinomial(nets.mlp(Z, 8, D), 9), _counts, (D,))],
+    "DirichletMultinomial": [
+        (lambda: conditionals.DirichletMultinomial(nets.mlp(Z, D + 1), None, 9), _counts, (D,)),
+        (
+            lambda: conditionals.DirichletMultinomial(
+                nets.mlp(Z, D), conditionals.Scale(2.0), total_count=9
+            ),
+            _counts,
+            (D,),
+        ),
+    ],
+    "DiscretizedLogistic": [
+        (lambda: conditionals.DiscretizedLogistic(nets.mlp(Z, 2 * D), 8), _levels(8), (D,)),
+        (
+            lambda: conditionals.DiscretizedLogistic(
+                nets.conv_decoder(Z, (3 * 3 * 2, 6, 5), (3,), hidden=()), 8, 3, -4, event_dim=3
+            ),
+            _levels(8, -4),
+            (2, 6, 5),
+        ),
+    ],
+    "Ordinal": [
+        (lambda: conditionals.Ordinal(nets.mlp(Z, 8, D), 4), _levels(4), (D,)),
+        (lambda: conditionals.Ordinal(nets.mlp(Z, 8, D), 2, D), _levels(2), (D,)),
+    ],
+    "ContinuousBernoulli": [
+        (lambda: conditionals.ContinuousBernoulli(nets.mlp(Z, 8, D)), _unit, (D,)),
+    ],
+    "Beta": [(lambda: conditionals.Beta(nets.mlp(Z, 8, 2 * D)), _unit, (D,))],
+    "Laplace": [(lambda: conditionals.Laplace(nets.mlp(Z, 8, 2 * D)), _real, (D,))],
+    "StudentT": [
+        (lambda: conditionals.StudentT(nets.mlp(Z, 8, 3 * D)), _real, (D,)),
+        (lambda: conditionals.StudentT(nets.mlp(Z, 8, D), _scale(), 5.0), _real, (D,)),
+    ],
+    "LogNormal": [(lambda: conditionals.LogNormal(nets.mlp(Z, 8, 2 * D)), _positive, (D,))],
+    "Gamma": [
+        (lambda: conditionals.Gamma(nets.mlp(Z, 8, 2 * D)), _positive, (D,)),
+        (
+            lambda: conditionals.Gamma(nets.mlp(Z, 1), conditionals.Scale(1.0), event_dim=0),
+            _positive,
+            (),
+        ),
+    ],
+    "VonMises": [(lambda: conditionals.VonMises(nets.mlp(Z, 8, 2 * D)), _real, (D,))],
+    "Affine": [
+        (
+            lambda: conditionals.Affine(
+                conditionals.Normal(nets.mlp(Z, 8, 2 * D)), torch.randn(D), torch.rand(D) + 1
+            ),
+            _real,
+            (D,),
+        ),
+        (
+            lambda: conditionals.Affine(conditionals.Gamma(nets.mlp(Z, 2 * D)), 0.0, 3.0),
+            _positive,
+            (D,),
+        ),
+    ],
+    "Columns": [
+        (
+            lambda: conditionals.Columns(nets.mlp(Z, 8, conditionals.Columns.width(KINDS)), KINDS),
+            _table,
+            (D,),
+        ),
+    ],
+}
 PRIORS = {
     "StandardNormal": [
         (lambda: conditionals.StandardNormal(Z), _real, (Z,)),
@@ -144,7 +265,7 @@ PRIORS["OptimalPrior"] = [
         (Z,),
     )
 ]
-NOT_CONDITIONALS = {"Conditional"}
+NOT_CONDITIONALS = {"Conditional", "Elementwise", "suggest"}
 
 
 def _variants(table, marks=()):
@@ -242,10 +363,18 @@ def test_modules_convert_to_float64(make, draw, event):
     assert p.log_prob(draw(N, *event).double()).dtype == torch.float64
 
 
+ONE_OF_EACH = {name: variants[:1] for name, variants in (LIKELIHOODS | PRIORS).items()}
+TRACED = {"Normal", "Bernoulli", "Categorical", "NegativeBinomial", "Columns", "Mixture"}
+
+
 @pytest.mark.parametrize(
     ("make", "draw", "event"),  # one of each, and a convolutional one
-    _variants({name: variants[:1] for name, variants in (LIKELIHOODS | PRIORS).items()})
-    + _variants({"image": LIKELIHOODS["Bernoulli"][2:]}, marks=pytest.mark.slow),
+    _variants({name: some for name, some in ONE_OF_EACH.items() if name in TRACED})
+    + _variants(
+        {name: some for name, some in ONE_OF_EACH.items() if name not in TRACED}
+        | {"image": LIKELIHOODS["Bernoulli"][2:]},
+        marks=pytest.mark.slow,
+    ),
 )
 def test_log_prob_and_gradient_trace_with_symbolic_shapes(make, draw, event):
     conditional = make()
@@ -264,6 +393,34 @@ def test_log_prob_and_gradient_trace_with_symbolic_shapes(make, draw, event):
         graph = make_fx(log_prob, tracing_mode="symbolic")(*inputs(N))
         other = inputs(7)
         torch.testing.assert_close(graph(*other), log_prob(*other))
+
+
+@likelihoods
+def test_values_can_be_hidden(make, draw, event):
+    """NaN under a mask counts 0 and has no gradient, alone and as a site of a pair."""
+    conditional, z, x = make(), torch.randn(K, N, Z), draw(N, *event)
+    x = x.to(torch.get_default_dtype())
+    observed = torch.rand(x.shape) < 0.6
+    gaps = torch.where(observed, x, math.nan)
+    if isinstance(conditional(z), distributions.WordCounts):
+        with pytest.raises(TypeError, match="no log-probability of single values"):
+            distributions.masked(conditional(z), observed)
+        return
+    fn = conditional(z)
+    each = (fn.base_dist if event else fn).log_prob(x)
+    expected = torch.where(observed, each, 0.0).reshape(K, N, -1).sum(-1)
+
+    def program():
+        with pyro.plate("particles", K, dim=-2), pyro.plate("data", N, dim=-1):
+            fn = distributions.masked(conditional(z), observed)
+            pyro.sample("x", fn, obs=gaps)
+
+    trace = pyro.poutine.trace(program).get_trace()
+    alone = distributions.masked(conditional(z), observed).log_prob(gaps)
+    for found in (alone, log_density(trace.nodes["x"])):
+        torch.testing.assert_close(found, expected)
+        slopes = torch.autograd.grad(found.sum(), list(conditional.parameters()))
+        assert all(slope.isfinite().all() for slope in slopes)
 
 
 @priors

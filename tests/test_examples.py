@@ -347,6 +347,17 @@ def test_semi_implicit(tmp_path, capsys):
     assert (tmp_path / "ring.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_implicit(tmp_path, capsys):
+    assert run("implicit", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "log p(x) by quadrature" in shown and "calibration on 100 simulated" in shown
+    table = [row.split(",") for row in (tmp_path / "guides.csv").read_text().splitlines()]
+    assert [row[0] for row in table[1:]] == ["diagonal normal", "full normal", "AVB", "AVB + AC"]
+    assert len((tmp_path / "queue.csv").read_text().splitlines()) == 1 + 3
+    for name in ("banana", "values", "calibration", "queue"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_posterior_diagnostics(tmp_path, capsys):
     import importlib

@@ -43,9 +43,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nets": set(),
     "distributions": set(),
     "conditionals": {"distributions", "auxiliary", "pairs", "terms"},  # optimal.py runs a guide
-    "posteriors": DENSITIES,
+    "posteriors": DENSITIES | {"auxiliary"},
     "models": DENSITIES | {"program", "chain"},
-    "guides": DENSITIES | PAIR | {"local", "chain", "models"},
+    "guides": DENSITIES | PAIR | {"local", "chain", "models", "posteriors"},
     # what is done with a pair
     "elbo": PAIR,
     "check": PAIR | {"distributions"},

@@ -1,5 +1,6 @@
 """Laws over every pair and every estimator, and on pairs with a known evidence."""
 
+import inspect
 import io
 import itertools
 import math
@@ -20,7 +21,16 @@ from ppvae.auxiliary import own_parameters
 from ppvae.elbo import State
 from ppvae.local import Indexed
 from ppvae.program import data_plate, local_parameters
-from registry import ALL_ESTIMATORS, ALL_PAIRS, BESIDE, WEIGHS_ANY, build, cross, owners
+from registry import (
+    ALL_ESTIMATORS,
+    ALL_PAIRS,
+    BESIDE,
+    ESTIMATED,
+    WEIGHS_ANY,
+    build,
+    cross,
+    owners,
+)
 
 pairs = pytest.mark.parametrize("pair", ALL_PAIRS)
 crossed = pytest.mark.parametrize(("pair", "estimator"), list(cross()))
@@ -227,17 +237,30 @@ def test_every_parameter_gets_a_gradient(pair: str, estimator: elbo.Estimator) -
     assert len(pyro.get_param_store()) == 0
 
 
-@pairs
+@pytest.mark.parametrize("pair", ESTIMATED)
+def test_every_parameter_gets_a_gradient_from_an_estimate_or_is_the_ratios(pair: str) -> None:
+    model, guide, args = build(pair)
+    objective = elbo.ELBO(3)(model, guide)
+    objective(*args).backward()
+    for name, parameter in objective.named_parameters():
+        if ".ratio." in name:
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("pair", [*ALL_PAIRS, *ESTIMATED])
 def test_save_and_load_reproduce_the_log_weights(pair: str) -> None:
     model, guide, args = build(pair)
-    first = ppvae.SVI(model, guide, torch.optim.Adam, elbo.IWELBO(3))
+    bound = elbo.ELBO(3) if pair in ESTIMATED else elbo.IWELBO(3)
+    first = ppvae.SVI(model, guide, torch.optim.Adam, bound)
     for _ in range(2):  # moves parameters and batch-norm statistics
         first.step(*args)
     buffer = io.BytesIO()
     torch.save(first.state_dict(), buffer)
     buffer.seek(0)
     other_model, other_guide, _ = build(pair, seed=1)
-    second = ppvae.SVI(other_model, other_guide, torch.optim.Adam, elbo.IWELBO(3))
+    second = ppvae.SVI(other_model, other_guide, torch.optim.Adam, bound)
     second.load_state_dict(torch.load(buffer, weights_only=True))
     assert second.num_steps == 2
 
@@ -256,7 +279,7 @@ def test_save_and_load_reproduce_the_log_weights(pair: str) -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("pair", WEIGHS_ANY)
+@pytest.mark.parametrize("pair", [*WEIGHS_ANY, *ESTIMATED])
 def test_k_particles_at_once_equal_k_one_by_one(pair: str) -> None:
     """Written out here with stock handlers, so this also checks what a log-weight is."""
     model, guide, args = build(pair)
@@ -347,7 +370,7 @@ def test_a_plate_of_a_data_set_scales_the_loss_only() -> None:
 TAKE_A_SIZE = [pair for pair in ALL_PAIRS if pair not in ("pyro_modules", "tutorial")]
 
 
-@pytest.mark.parametrize("pair", [*TAKE_A_SIZE, "responsibilities"])
+@pytest.mark.parametrize("pair", [*TAKE_A_SIZE, *ESTIMATED, "responsibilities"])
 def test_every_pair_knows_that_its_rows_are_some_of_more(pair: str) -> None:
     """Model and guide: plates that differ would be refused."""
     if pair == "responsibilities":
@@ -365,12 +388,13 @@ def test_every_pair_knows_that_its_rows_are_some_of_more(pair: str) -> None:
     torch.testing.assert_close(weights.log_w, plain.log_w)
 
 
-@pytest.mark.parametrize("pair", TAKE_A_SIZE)
+@pytest.mark.parametrize("pair", [*TAKE_A_SIZE, *ESTIMATED])
 def test_models_draw_the_rows_that_they_are_not_given(pair: str) -> None:
     model, _, args = build(pair)
     if isinstance(model, Indexed):
         return
     model.eval()
-    given = {"y": args[1]} if len(args) > 1 else {"size": 6}
+    second = list(inspect.signature(model.forward).parameters)[1]  # y, or an offset
+    given = {second: args[1]} if len(args) > 1 else {"size": 6}
     drawn = model(**given)
     assert drawn.shape == args[0].shape and not torch.equal(drawn, args[0])

@@ -13,8 +13,9 @@ import oracles
 import ppvae
 from oracles import LinearGuide, LinearModel
 from ppvae import elbo
+from ppvae.distributions.supports import point_of
 from ppvae.pairs import Leaves, signature, simulate, structure
-from ppvae.terms import _point_of, log_density
+from ppvae.terms import log_density
 from ppvae.weights import dream_log_q, weigh
 from registry import ALL_PAIRS, build
 
@@ -110,7 +111,7 @@ def test_a_hidden_value_is_filled_with_one_that_can_be() -> None:
     x = torch.tensor([[1.0, 2.0, 4.0], [math.nan] * 3])
     for total in (7, 1):
         fn = dist.Multinomial(total, logits=torch.zeros(2, 3), validate_args=True)
-        filled = _point_of(fn.support, x[1])
+        filled = point_of(fn.support, x[1])
         assert fn.support.check(filled)
         assert filled.sum() == total
     fn = dist.Multinomial(7, logits=torch.zeros(2, 3), validate_args=True)

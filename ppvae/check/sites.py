@@ -12,7 +12,8 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent
 
-from ppvae.distributions import WordCounts
+from ppvae.distributions import VonMises, WordCounts
+from ppvae.distributions.supports import ByColumn, heads_that_fit
 from ppvae.latents import check_auxiliary, check_latents
 from ppvae.pairs import DATA_PLATE, Site, is_discrete, kind, unrounded, weighs_alike
 from ppvae.weights import LogWeights
@@ -163,7 +164,7 @@ def known_support(fn: Any) -> Any:
         return None
 
 
-ANGLES = (dist.VonMises, dist.SineSkewed, dist.SineBivariateVonMises)
+ANGLES = (VonMises, dist.VonMises, dist.SineSkewed, dist.SineBivariateVonMises)
 CIRCLE = constraints.interval(-math.pi, math.pi)
 
 
@@ -205,13 +206,37 @@ def check_support(values: Tensor, support: Any, hidden: Tensor | None = None) ->
     bad = ~(inside | ignored.reshape(*inside.shape, -1).any(-1))
     if not bad.any():
         return
-    examples = values[bad].unique()[:3].tolist() if bad.shape == values.shape else []
-    seen = f", e.g. {[round(value, 4) for value in examples]}" if examples else ""
+    shown = values.masked_fill(ignored, math.nan) if values.is_floating_point() else values
+    faults = _outside(shown, bad, elementwise)
+    more = f"; and in {len(faults) - 3} columns more" if len(faults) > 3 else ""
     raise ValueError(
         f"{int(bad.sum())} of {bad.numel()} values lie outside the likelihood's support, "
-        f"{describe(elementwise)}{seen}. Rescale or binarise the data (data.load(..., "
+        f"{'; '.join(faults[:3])}{more}. Rescale or binarise the data (data.load(..., "
         "binarize='dynamic')), or choose a likelihood that fits"
     )
+
+
+def _outside(values: Tensor, bad: Tensor, support: Any) -> list[str]:
+    """Each support that is left, where, by which values, and the heads that would take these."""
+    if isinstance(support, ByColumn):
+        return [
+            f"column {support.names[i]!r}: {_left(values[..., i], bad[..., i], support.of(i))}"
+            for i in bad.flatten(0, -2).any(0).nonzero().flatten().tolist()
+        ]
+    if bad.shape != values.shape:
+        return [describe(support)]
+    if bad.dim() != 2 or bad.any(0).all():
+        return [_left(values, bad, support)]
+    at = bad.any(0).nonzero().flatten()
+    which = f"{at[:3].tolist()}{f' and {len(at) - 3} more' if len(at) > 3 else ''}"
+    return [_left(values[:, at], bad[:, at], support, f" in columns {which}")]
+
+
+def _left(values: Tensor, bad: Tensor, support: Any, where: str = "") -> str:
+    examples = [round(value, 4) for value in values[bad].unique()[:3].tolist()]
+    what, heads = heads_that_fit(values)
+    cure = f" ({what}: conditionals.{' or '.join(heads[:3])})" if heads else ""
+    return f"{describe(support)}, e.g. {examples}{where}{cure}"
 
 
 def hidden_values(site: Site) -> Tensor | None:
@@ -238,6 +263,10 @@ def describe(support: Any) -> str:
     if support is CIRCLE:
         return "(-pi, pi]"
     name = str(support)
+    if name == "IntegerGreaterThan(lower_bound=0)":
+        return "0, 1, 2, ..."
+    if name.startswith("IntegerInterval") and isinstance(support.upper_bound, int):
+        return f"{support.lower_bound} .. {support.upper_bound}"
     return {"Boolean()": "{0, 1}", "Interval(lower_bound=0.0, upper_bound=1.0)": "[0, 1]"}.get(
         name, name
     )

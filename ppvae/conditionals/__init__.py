@@ -16,6 +16,25 @@ A room of densities: it imports distributions, and nothing that is done with pai
 ``optimal.py`` knows pairs, since its normaliser runs a guide.
 """
 
+from ppvae.conditionals.columns import Columns
+from ppvae.conditionals.continuous import (
+    Affine,
+    Beta,
+    ContinuousBernoulli,
+    Gamma,
+    Laplace,
+    LogNormal,
+    StudentT,
+    VonMises,
+)
+from ppvae.conditionals.counts import (
+    BetaBinomial,
+    DirichletMultinomial,
+    Multinomial,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflated,
+)
 from ppvae.conditionals.heads import (
     BagOfWords,
     Bernoulli,
@@ -25,19 +44,43 @@ from ppvae.conditionals.heads import (
     Scale,
     SoftNormal,
 )
+from ppvae.conditionals.levels import DiscretizedLogistic, Ordinal
 from ppvae.conditionals.optimal import OptimalPrior
 from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
+from ppvae.conditionals.simulator import Simulator
+from ppvae.conditionals.suggest import suggest
+from ppvae.conditionals.values import Elementwise
 
 __all__ = [
+    "Affine",
     "BagOfWords",
     "Bernoulli",
+    "Beta",
+    "BetaBinomial",
     "Categorical",
+    "Columns",
     "Conditional",
+    "ContinuousBernoulli",
+    "DirichletMultinomial",
+    "DiscretizedLogistic",
+    "Elementwise",
+    "Gamma",
+    "Laplace",
+    "LogNormal",
     "Mixture",
+    "Multinomial",
+    "NegativeBinomial",
     "Normal",
     "OptimalPrior",
+    "Ordinal",
+    "Poisson",
     "Scale",
+    "Simulator",
     "SoftNormal",
     "StandardNormal",
+    "StudentT",
     "VampPrior",
+    "VonMises",
+    "ZeroInflated",
+    "suggest",
 ]

@@ -75,9 +75,13 @@ class Conditional(nn.Module):
         """The distribution given the inputs."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(*inputs)")
 
+    def num_outputs(self, num_values: int = 1) -> int:
+        """How many numbers the network has to give for so many values."""
+        raise NotImplementedError(f"{type(self).__name__} must define num_outputs(num_values)")
+
 
 class Scale(nn.Module):
-    r"""A learned positive scale, :math:`\sigma = e^{s}`, for :class:`Normal`.
+    r"""A learned positive scale, :math:`\sigma = e^{s}`, of :class:`Normal` and other heads.
 
     Args:
         init: initial value of sigma, > 0. It is not a size, so whole numbers other than 1 are
@@ -181,6 +185,9 @@ class Normal(Conditional):
         self.event_dim = event_dim
         self.positive = positive
 
+    def num_outputs(self, num_values: int = 1) -> int:
+        return num_values * (2 if self.scale is None else 1)
+
     def forward(self, *inputs: Tensor) -> DiagonalNormal:
         outputs = self.outputs(*inputs)
         if self.scale is not None:
@@ -281,6 +288,9 @@ class Bernoulli(Conditional):
         self.event_dim = event_dim
         self.grey = grey
 
+    def num_outputs(self, num_values: int = 1) -> int:
+        return num_values
+
     def forward(self, *inputs: Tensor) -> BinaryVector:
         return BinaryVector(self.outputs(*inputs), self.event_dim, self.grey)
 
@@ -311,6 +321,9 @@ class Categorical(Conditional):
         super().__init__(net)
         self.num_classes = num_classes
         self.event_dim = event_dim
+
+    def num_outputs(self, num_values: int = 1) -> int:
+        return num_values * self.num_classes
 
     def forward(self, *inputs: Tensor) -> dist.TorchDistribution:
         outputs = self.outputs(*inputs)
@@ -348,6 +361,9 @@ class BagOfWords(Conditional):
     def __init__(self, net: nn.Module, total_count: int | None = None) -> None:
         super().__init__(net)
         self.total_count = total_count
+
+    def num_outputs(self, num_values: int = 1) -> int:
+        return num_values
 
     def forward(self, *inputs: Tensor) -> WordCounts:
         return WordCounts(self.outputs(*inputs), self.total_count)

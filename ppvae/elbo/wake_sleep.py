@@ -15,7 +15,7 @@ from ppvae.elbo.gradients import coefficient, through_draws, with_gradient
 from ppvae.elbo.importance import log_mean_exp, require_number
 from ppvae.elbo.state import State
 from ppvae.pairs import Leaves
-from ppvae.weights import LogWeights, drawn_log_q, dream_log_q, weigh
+from ppvae.weights import LogWeights, drawn_log_q, dream_log_q, not_densities, weigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,11 @@ class ReweightedWakeSleep(Estimator):
     with normalised weights per datapoint. The first term is *wake-phi*, the second *sleep*. Neither
     is the gradient of a bound; nothing needs a reparameterised sampler, so discrete latents train.
     The reported value is IWELBO-K.
+
+    With ``insomnia=0`` the model's density may be an estimate, as that of a
+    ``conditionals.Simulator``: there are no weights then, the model is not trained, and the value
+    is the mean of log q(z | x) over the model's own draws, one for each row of the batch. That is
+    neural posterior estimation.
 
     Args:
         num_particles: K >= 2; with one, wake-phi only raises log q of its own draws.
@@ -76,6 +81,10 @@ class ReweightedWakeSleep(Estimator):
         K = self.num_particles
         leaves = Leaves()
         weights = weigh(model, guide, args, kwargs, K, leaves=leaves)
+        traces = weights.model_trace, weights.guide_trace
+        in_model, in_guide = (not_densities("estimated", drawn) for drawn in traces)
+        if self.insomnia == 0 and in_model and not in_guide:
+            return weights.scale * dream_log_q(model, guide, *args, **kwargs).sum()
         log_w = self.effective(weights, state)
         value, normalised = coefficient(self.bound, log_w)
         if not torch.is_grad_enabled():

@@ -4,6 +4,7 @@ from ppvae.guides.amortized import Amortized, Normal
 from ppvae.guides.auto import Auto
 from ppvae.guides.bottom_up import BottomUp
 from ppvae.guides.ladder import Ladder
+from ppvae.guides.moment_match import moment_match
 from ppvae.guides.per_datapoint import PerDatapoint
 from ppvae.guides.point_mass import PointMass
 from ppvae.guides.prior import Prior
@@ -23,4 +24,5 @@ __all__ = [
     "Responsibilities",
     "SemiAmortized",
     "TopDown",
+    "moment_match",
 ]

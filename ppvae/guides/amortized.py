@@ -49,28 +49,41 @@ class Amortized(Program):
         self.condition = condition if condition is not None else nn.Identity()
         self.latent = latent
 
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> Any:
+    def posterior(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Any:
         """q(z | x), or q(z | x, y): batch shape ``(N,)``, event shape ``(latent_dim,)``."""
-        return self.conditional(*self.inputs(x, y))
+        return self.conditional(*self.inputs(x, y, offset))
 
-    def inputs(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What the conditional's network is called with."""
-        if y is not None:
-            return x, self.condition(y)
-        if not isinstance(self.condition, nn.Identity):
+    def inputs(
+        self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """What the conditional's network is called with; numbers ``(N,)`` are one feature each."""
+        if y is None and not isinstance(self.condition, nn.Identity):
             cure = "call it with x and y: data as a tuple (x, y), or dataset.supervised()"
             raise ValueError(f"this guide was given a condition, so {cure}")
-        return (x,)
+        features = [] if y is None else [self.condition(y)]
+        features += [] if offset is None else [offset]
+        return (x, *(f if f.dim() > 1 else f.unsqueeze(-1) for f in features))
 
-    def forward(self, x: Tensor, y: Tensor | None = None, size: int | None = None) -> Tensor:
-        """Draw z, ``(N, latent_dim)``, in the plate ``"data"``; arguments as the model's."""
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        offset: Tensor | None = None,
+        size: int | None = None,
+    ) -> Tensor:
+        """Draw z, ``(N, latent_dim)``, in the plate ``"data"``; arguments as the model's.
+
+        Of a VAE with an offset this is its second argument, ``y`` here: the network sees it as it
+        sees any condition, since p(z | x) depends on the exposure of x.
+        """
         with data_plate(x, size=size):
-            z: Tensor = pyro.sample(self.latent, self.posterior(x, y))
+            z: Tensor = pyro.sample(self.latent, self.posterior(x, y, offset))
         return z
 
-    def outputs(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def outputs(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
         """What the network gives for each row: the parameters of q(z | x), ``(N, ...)``."""
-        outputs: Tensor = _network_and_head(self.conditional).outputs(*self.inputs(x, y))
+        inputs = self.inputs(x, y, offset)
+        outputs: Tensor = _network_and_head(self.conditional).outputs(*inputs)
         return outputs
 
     @property
@@ -78,14 +91,16 @@ class Amortized(Program):
         """The conditional without its network: from :meth:`outputs` to q(z | x)."""
         return _network_and_head(self.conditional).without_net()
 
-    def local(self, x: Tensor, y: Tensor | None = None) -> PerDatapoint:
+    def local(
+        self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None
+    ) -> PerDatapoint:
         """The same family with parameters of its own for each row, started where this guide is.
 
         Whatever else the head has, as the layers of a flow, is copied and stays fixed.
         """
         with torch.no_grad():
             head = copy.deepcopy(self.head).requires_grad_(False)
-            return PerDatapoint(head, self.outputs(x, y), self.latent)
+            return PerDatapoint(head, self.outputs(x, y, offset), self.latent)
 
 
 class Normal(Amortized):

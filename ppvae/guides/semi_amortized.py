@@ -88,22 +88,28 @@ class SemiAmortized(Program):
         """The name of the latent site."""
         return self.guide.latent
 
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> Any:
+    def posterior(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Any:
         """q(z | x) after refinement."""
-        return self.guide.head(self.outputs(x, y))
+        return self.guide.head(self.outputs(x, y, offset))
 
-    def forward(self, x: Tensor, y: Tensor | None = None, size: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        offset: Tensor | None = None,
+        size: int | None = None,
+    ) -> Tensor:
         """Draw z, ``(N, latent_dim)``; arguments as the model's."""
-        posterior = self.posterior(x, y)
+        posterior = self.posterior(x, y, offset)
         with data_plate(x, size=size):
             z: Tensor = pyro.sample(self.latent, posterior)
         return z
 
-    def outputs(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def outputs(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
         """The refined parameters of q(z | x), ``(N, ...)``."""
         through = self.through and torch.is_grad_enabled()
-        outputs = self.guide.outputs(x, y)
-        args = (x,) if y is None else (x, y)
+        outputs = self.guide.outputs(x, y, offset)
+        args = tuple(tensor for tensor in (x, y, offset) if tensor is not None)
         # Particles, replays and leaves are about the draw of z to come, not about these.
         with poutine.block(expose_types=["param"]), evaluation_mode(*self._model):
             with torch.enable_grad():

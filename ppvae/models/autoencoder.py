@@ -48,12 +48,14 @@ class Autoencoder(VAE):
     def __init__(self, likelihood: nn.Module, latent_dim: int) -> None:
         super().__init__(likelihood, prior=Flat(latent_dim))
 
-    def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | None = None, offset: Tensor | None = None, size: int | None = None
+    ) -> Tensor:
         """Observe ``x``, ``(N, ...)``; there is nothing to draw it from."""
         if x is None:
             cure = "fit a density to the codes, for example conditionals.Mixture, or train a VAE"
             raise ValueError(f"an autoencoder has no p(z) to draw from; {cure}")
-        return super().forward(x, size)
+        return super().forward(x, offset, size)
 
 
 class Flat(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.chain import require_likelihood
-from ppvae.models.vae import choose_prior
+from ppvae.models.vae import choose_prior, with_offset
 from ppvae.program import Program, data_plate
 
 
@@ -57,18 +57,25 @@ class CVAE(Program):
         require_likelihood(self, _for_labels)
 
     def forward(
-        self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        offset: Tensor | None = None,
+        size: int | None = None,
     ) -> Tensor:
         """Observe ``x``, ``(N, ...)``, given ``y``, ``(N, ...)``; or draw x if it is None.
 
-        With ``size``, x and y are a minibatch of a data set of that many rows.
+        With ``size``, x and y are a minibatch of a data set of that many rows. ``offset``, ``(N,)``
+        or ``(N, 1)``, is the log exposure of each row, of a likelihood of counts.
         """
         if y is None:
             raise ValueError("CVAE models x given y: call model(x, y), or model(y=y) to draw x")
         features = self.condition(y)
         with data_plate(x, y, size=size):
             z = pyro.sample("z", self.prior(features))
-            value: Tensor = pyro.sample("x", self.likelihood(z, features), obs=x)
+            value: Tensor = pyro.sample(
+                "x", with_offset(self.likelihood, offset, z, features), obs=x
+            )
         return value
 
 

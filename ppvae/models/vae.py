@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import pyro
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,9 @@ class VAE(Program):
 
     Source: Kingma & Welling, Auto-Encoding Variational Bayes, 2014.
 
+    A model of your own takes an offset, of counts, as one more argument, and hands it on:
+    ``pyro.sample("x", self.likelihood(z, offset=offset), obs=x)``.
+
     Example:
         >>> from ppvae import conditionals, models, nets
         >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(16, 256, 64)), latent_dim=16)
@@ -46,15 +52,18 @@ class VAE(Program):
         self.prior = choose_prior(prior, latent_dim)
         require_likelihood(self, lambda model: [torch.zeros(2, *model.prior().event_shape)])
 
-    def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | None = None, offset: Tensor | None = None, size: int | None = None
+    ) -> Tensor:
         """Observe ``x``, ``(N, ...)``; or draw ``size`` new rows if x is None. Returns x.
 
         With both, x is a minibatch of a data set of ``size`` rows, and Pyro scales the plate's
-        terms by size / N.
+        terms by size / N. ``offset``, ``(N,)`` or ``(N, 1)``, is the log exposure of each row, of
+        a likelihood of counts; without it the exposure is 1.
         """
-        with data_plate(x, size=size):
+        with data_plate(x, offset, size=size):
             z = pyro.sample("z", self.prior())
-            value: Tensor = pyro.sample("x", self.likelihood(z), obs=x)
+            value: Tensor = pyro.sample("x", with_offset(self.likelihood, offset, z), obs=x)
         return value
 
 
@@ -65,3 +74,18 @@ def choose_prior(prior: nn.Module | None, latent_dim: int | None) -> nn.Module:
     if prior is None and latent_dim is not None:
         return StandardNormal(latent_dim)
     raise ValueError(f"give either latent_dim or prior, got {latent_dim} and {prior}")
+
+
+def with_offset(likelihood: nn.Module, offset: Tensor | None, *inputs: Tensor) -> Any:
+    """p(x | inputs), with its rates times e^offset."""
+    if offset is None:
+        return likelihood(*inputs)
+    takes = inspect.signature(likelihood.forward).parameters
+    named = "offset" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    if not isinstance(offset, Tensor) or not named:
+        raise TypeError(
+            f"offset is {type(offset).__name__}, and {type(likelihood).__name__} was to take it: "
+            "it is the log exposure of each row, a tensor (N,), of a likelihood of counts. Labels "
+            "y are for models.CVAE; to draw rows, call model(size=5)"
+        )
+    return likelihood(*inputs, offset=offset)

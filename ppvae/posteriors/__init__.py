@@ -6,6 +6,7 @@ which weighs its own draws only.
 """
 
 from ppvae.posteriors.flows import Flow, coupling, iaf, spline
+from ppvae.posteriors.implicit import Implicit
 from ppvae.posteriors.mixture import Mixture, MixtureOfNormals
 from ppvae.posteriors.normals import FullNormal, LowRankNormal
 from ppvae.posteriors.semi_implicit import SemiImplicit
@@ -13,6 +14,7 @@ from ppvae.posteriors.semi_implicit import SemiImplicit
 __all__ = [
     "Flow",
     "FullNormal",
+    "Implicit",
     "LowRankNormal",
     "Mixture",
     "MixtureOfNormals",

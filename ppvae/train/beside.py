@@ -116,9 +116,24 @@ class Draws:
 
     def model(self) -> dict[str, Tensor]:
         """A draw of every site of the model, latents and data, ``(N, ...)`` each."""
+        return {name: site["value"] for name, site in self.model_sites().items()}
+
+    def guide_sites(self) -> dict[str, Site]:
+        """All sites of a run of the guide, by name: ``"fn"`` and ``"value"``, as Pyro has them."""
+        with _buffers_kept(self._guide):
+            return sample_sites(trace(self._guide, self.args, self._kwargs))
+
+    def model_sites(self) -> dict[str, Site]:
+        """All sites of a run of the model that draws its data, too."""
         with _buffers_kept(self._model):
             _, dream = simulate(self._model, self.args, self._kwargs)
-        return {name: site["value"] for name, site in sample_sites(dream).items()}
+        return sample_sites(dream)
+
+    def trained_in_model(self) -> list[str]:
+        """Names of the trainable parameters that are the model's own."""
+        if not isinstance(self._model, nn.Module):  # a function may own the guide's as well
+            return []
+        return [name for name, p in own_parameters(self._model).items() if p.requires_grad]
 
 
 def _of_particle(site: Site, particle: int) -> Tensor:
