@@ -265,7 +265,7 @@ PRIORS["OptimalPrior"] = [
         (Z,),
     )
 ]
-NOT_CONDITIONALS = {"Conditional", "Elementwise", "suggest"}
+NOT_CONDITIONALS = {"Conditional", "Elementwise", "Simulator", "suggest"}  # see their own tests
 
 
 def _variants(table, marks=()):
