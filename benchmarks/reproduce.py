@@ -28,6 +28,7 @@ import reproduce_factor
 import reproduce_iop
 import reproduce_iwae
 import reproduce_ladder
+import reproduce_nvae
 import reproduce_nvdm
 import reproduce_vade
 import reproduce_vq
@@ -43,6 +44,7 @@ SYSTEMS: dict[str, ModuleType] = {
     "iop": reproduce_iop,
     "iwae": reproduce_iwae,
     "ladder": reproduce_ladder,
+    "nvae": reproduce_nvae,
     "nvdm": reproduce_nvdm,
     "vade": reproduce_vade,
     "vq": reproduce_vq,

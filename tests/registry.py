@@ -263,6 +263,17 @@ def ladder_conv() -> Pair:
     return model, guides.Ladder(model, blocks, heads), (binary(1, 6, 6),)
 
 
+def top_down() -> Pair:
+    """Two scales of one and two groups, images of an odd size, batch norm everywhere."""
+    shape = (1, 6, 5)
+    parts = nets.nvae(shape, (1, 2), channels=2, latent_channels=2, blocks=1, expansion=1)
+    model = models.TopDown(parts.path, conditionals.Bernoulli(parts.out, event_dim=3))
+    for part in nn.ModuleList([*parts[:3], *parts.heads]).modules():
+        if isinstance(part, nets.SqueezeExcitation):  # of so few units all may be off
+            nn.init.constant_(part.gates[0].bias, 2.0)
+    return model, guides.TopDown(model, parts.encoder, parts.heads), (binary(*shape),)
+
+
 def semi_implicit() -> Pair:
     head = conditionals.Normal(tanh(3, 8, 2 * Z))
     return amortized(
@@ -371,6 +382,7 @@ ALL_PAIRS: dict[str, Callable[[], Pair]] = {
     "hierarchical": hierarchical,
     "ladder": ladder,
     "ladder_conv": ladder_conv,
+    "top_down": top_down,
     "pyro_modules": pyro_modules,
     "tutorial": tutorial,
 }
@@ -436,6 +448,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         {"kl": "mixed"},
         {"beta": elbo.FreeBits(1e-3)},
         {"beta": elbo.Capacity(2.0, gamma=10.0)},
+        {"beta": elbo.Balanced(0.5)},
         {"beta": elbo.Constraint(max_rate=1.0)},
     ],
     # the laws are of a bound's value, so its network has learned nothing: T = 0
@@ -499,12 +512,21 @@ ONE_OF_EACH: set[str] = one_of_each()
 
 
 BESIDE = {"vae_optimal_prior"}  # with a network beside them, which stock engines refuse to train
-OTHER_LATENTS = {"hierarchical", "ladder", "ladder_conv", "tutorial"}  # than "z"
+OTHER_LATENTS = {"hierarchical", "ladder", "ladder_conv", "top_down", "tutorial"}  # than "z"
 # Estimators that compare the dimensions of one latent refuse these pairs.
 DIMENSIONS = ("TCELBO", "DIPELBO")
 WITHOUT_DIMENSIONS = {
     *("full_normal", "full_normal_conv", "low_rank_normal", "mixture"),
-    *("iaf", "coupling", "spline", "cvae_flow", "hierarchical", "ladder", "ladder_conv"),
+    *(
+        "iaf",
+        "coupling",
+        "spline",
+        "cvae_flow",
+        "hierarchical",
+        "ladder",
+        "ladder_conv",
+        "top_down",
+    ),
     "semi_implicit",
 }
 # Pairs whose guide can only weigh its own draws.

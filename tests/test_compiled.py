@@ -1237,6 +1237,34 @@ def test_the_kink_of_a_relu_is_no_fault_of_a_graph(monkeypatch, factor, taken):
     assert all(torch.equal(before[k], v) for k, v in tensors(svi.objective).items())
 
 
+@pytest.mark.parametrize(
+    ("frequency", "factor", "taken"),
+    [(3e4, 1.003, True), (3e4, 1.03, False), (1.0, 1.003, False)],
+)
+def test_a_program_that_magnifies_rounding_is_compared_with_itself(
+    monkeypatch, frequency, factor, taken
+):
+    """The last bit of ``a`` moves its gradient by some 0.4 %; a graph may differ by as much."""
+    import torch._inductor.compile_fx
+
+    def off(graph, inputs):
+        return lambda *args: [out * factor for out in graph(*args)]
+
+    def body(self, x):
+        with pyro.plate("data", len(x)):
+            observe(x, self.net(standard(x)) + torch.sin(frequency * self.a))
+
+    torch.manual_seed(0)
+    model = Free(body, a=nn.Parameter(torch.tensor(1.0)), net=nn.Linear(Z, D))
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", off)
+    svi = ppvae.SVI(model, plain()[1], SGD, compile=True)
+    if taken:
+        assert svi._loss((X,), {}).isfinite()
+    else:
+        with pytest.raises(NotCompiled, match="at the same draws"):
+            svi.step(X)
+
+
 @pytest.mark.parametrize("compile", [False, True, "auto"])
 def test_a_network_that_no_program_owns(traced, compile):
     net = nn.Linear(Z, D)

@@ -93,6 +93,14 @@ LIKELIHOODS = {
             (2, 6, 5),
         ),
     ],
+    "SoftNormal": [
+        (lambda: conditionals.SoftNormal(nets.mlp(Z, 8, 2 * D), event_dim=1), _real, (D,)),
+        (
+            lambda: conditionals.SoftNormal(nets.conv_decoder(Z, (4, 6, 5), (3,), hidden=())),
+            _real,
+            (2, 6, 5),
+        ),
+    ],
     "Scale": [
         (lambda: conditionals.Normal(nets.mlp(Z, 8, D), conditionals.Scale(0.7)), _real, (D,)),
         (
@@ -260,8 +268,7 @@ PRIORS["OptimalPrior"] = [
         (Z,),
     )
 ]
-# priors of codes are for codes alone: test_vq.py
-# a simulator has draws and no density of its own: tests/test_simulator.py
+# priors of codes are for codes alone, simulators have no density: test_vq.py, test_simulator.py
 NOT_CONDITIONALS = {"Conditional", "CodePrior", "Elementwise", "Simulator", "suggest"}
 
 

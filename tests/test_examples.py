@@ -409,6 +409,18 @@ def test_posterior_diagnostics(tmp_path, capsys):
             marks=SLOWLY,
         ),
         pytest.param(
+            "nvae",
+            [],
+            ("-IWELBO, K = 20", "KL of z3", "z1 (4, 4, 4)"),
+            marks=SLOWLY,
+        ),
+        pytest.param(
+            "nvae",
+            ["--no-balance", "--regularizer", "0", "--groups", "1", "1", "1"],
+            ("KL of z3",),
+            marks=SLOWLY,
+        ),
+        pytest.param(
             "hierarchical",
             ["--net", "conv", "--latents", "2", "3"],
             ("'z2': (3, 2, 2)", "ladder"),

@@ -267,7 +267,7 @@ class CompiledGradients:
         for parameter in self.parameters:
             parameter.grad = None
         different = self._apart(expected, found)
-        if different and not self._is_a_kink(found, args, kwargs):
+        if different and not self._is_rounding(expected, found, args, kwargs):
             raise NotCompiled(f"at the same draws {different}, which is more than rounding")
 
     @staticmethod
@@ -282,18 +282,27 @@ class CompiledGradients:
         return _different_changes(expected.changes, found.changes)
 
     @torch.no_grad()
-    def _is_a_kink(self, found: _Outcome, args: tuple, kwargs: dict) -> bool:
+    def _is_rounding(self, expected: _Outcome, found: _Outcome, args: tuple, kwargs: dict) -> bool:
         """Whether the graph computes what the eager step does at parameters a last bit away.
 
-        Where a unit is at the kink of its ReLU, the last bit decides which slope it has.
+        Where a unit is at the kink of its ReLU, the last bit decides which slope it has. And where
+        many layers of batch norm pass rounding on, gradients move by some last bits of parameters
+        far more than by one of their own: ten times the least of that, and 0.5 % at most, is no
+        difference.
         """
         generator, kept = torch.Generator().manual_seed(0), copies(self.parameters)
+        apart, moved = _relative(expected.values, found.values), math.inf
+        same_changes = not _different_changes(expected.changes, found.changes)
         try:
-            for _ in range(16):
+            for attempt in range(16):
                 for parameter, value in zip(self.parameters, kept, strict=True):
                     sign = 2 * torch.randint(2, value.shape, generator=generator) - 1
                     parameter.copy_(value * (1 + sign.to(value) * torch.finfo(value.dtype).eps))
-                if not self._apart(self._eager(args, kwargs), found):
+                near = self._eager(args, kwargs)
+                if not self._apart(near, found):
+                    return True
+                moved = min(moved, _relative(expected.values, near.values))
+                if attempt >= 2 and same_changes and apart <= min(10 * moved, 0.005):
                     return True
         finally:
             for parameter, value in zip(self.parameters, kept, strict=True):
@@ -458,6 +467,13 @@ def _difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None
     assert loss is not None
     half = torch.is_autocast_enabled(loss.device.type)
     tolerance = 0.1 if half else 1e-3 if loss.dtype == torch.float32 else 1e-9
+    largest = _relative(expected, found)
+    return largest if largest > tolerance else None
+
+
+def _relative(expected: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> float:
+    """The largest relative difference of losses and gradients; infinity: not of one kind."""
+    largest = 0.0
     # A gradient that cancels (of a bias before batch norm) is the rounding of larger terms.
     norms = [float(tensor.nan_to_num().norm()) for tensor in expected[1:] if tensor is not None]
     floor = 0.03 * math.hypot(*norms)
@@ -471,9 +487,8 @@ def _difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None
         error = float((one - other).nan_to_num(0.0, 0.0, 0.0).norm())
         size = float(one.nan_to_num(0.0, 0.0, 0.0).norm())
         scale = size + (floor if position > 0 else 0.0)
-        if error > tolerance * scale + 1e-30:
-            return error / (scale + 1e-30)
-    return None
+        largest = max(largest, error / (scale + 1e-30))
+    return largest
 
 
 def _kind(arg: Any) -> Any:

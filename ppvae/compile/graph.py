@@ -22,6 +22,7 @@ from ppvae.compile.passes import DECOMPOSITIONS, rewrite
 from ppvae.pairs import NotCompiled, seeded
 
 INTERNAL = set(vars(nn.Module()))  # attributes that every module has
+LARGEST_CPP = 4_000  # nodes of a graph that is one piece of C++
 
 
 class Graph:
@@ -71,7 +72,8 @@ class Graph:
             rewrite(traced, differentiates)
             options = {
                 "fallback_random": True,
-                "cpp_wrapper": _on_cpu(traced),  # calls are made from C++, not from Python
+                # calls are made from C++, not from Python; a large piece takes long to compile
+                "cpp_wrapper": _on_cpu(traced) and len(traced.graph.nodes) <= LARGEST_CPP,
                 "reorder_for_peak_memory": False,  # it would change the order of draws
                 "layout_optimization": False,  # convolutions take images as the eager step does
             }

@@ -43,6 +43,7 @@ from ppvae.conditionals.heads import (
     Conditional,
     Normal,
     Scale,
+    SoftNormal,
 )
 from ppvae.conditionals.levels import DiscretizedLogistic, Ordinal
 from ppvae.conditionals.optimal import OptimalPrior
@@ -77,6 +78,7 @@ __all__ = [
     "Poisson",
     "Scale",
     "Simulator",
+    "SoftNormal",
     "StandardNormal",
     "StudentT",
     "VampPrior",

@@ -195,11 +195,7 @@ class Normal(Conditional):
             if isinstance(scale, Tensor) and scale.dtype != outputs.dtype:
                 scale = scale.to(outputs.dtype)
             return DiagonalNormal(outputs, scale, self.event_dim)
-        channels = outputs.shape[-self.event_dim]
-        if channels % 2:
-            where = f"dimension {-self.event_dim} of the outputs {tuple(outputs.shape)}"
-            raise ValueError(f"Normal splits {where} in two: make it 2 * D, or give a scale")
-        loc, raw = outputs.chunk(2, dim=-self.event_dim)
+        loc, raw = _halves(outputs, "Normal", self.event_dim)
         log_scale = raw if self.positive is torch.exp else None
         return DiagonalNormal(loc, self.positive(raw), self.event_dim, log_scale=log_scale)
 
@@ -207,6 +203,61 @@ class Normal(Conditional):
         if isinstance(self.scale, Tensor):
             return f"scale={_range(self.scale.detach())}, shape={tuple(self.scale.shape)}"
         return f"scale={self.scale}" if isinstance(self.scale, Real) else ""
+
+
+class SoftNormal(Conditional):
+    r"""A diagonal normal whose mean and log-scale are clamped softly; the normals of NVAE.
+
+    .. math:: N(\mu, \mathrm{diag}\,\sigma^2), \quad (m, s) = \mathrm{net}(x), \quad
+              \mu = c \tanh(m / c), \quad \sigma = e^{c \tanh(s / c)} + \sigma_0
+
+    So neither leaves a range that a closed-form KL can be computed in, and near 0 both are as they
+    would be without. At outputs of 0 it is N(0, (1 + sigma_0)^2).
+
+    Args:
+        net: outputs ``(..., 2 * C, H, W)``, means first, split on the first event dimension; by
+            default its input is these numbers.
+        event_dim: number of event dimensions, 1 for vectors, 3 for feature maps.
+        limit: c > 0, which means and log-scales stay below in absolute value.
+        floor: sigma_0 >= 0, added to sigma.
+
+    Raises:
+        ValueError: a limit or floor out of range; when called, outputs that do not split in two.
+
+    Source: Vahdat & Kautz, NVAE, 2020 (its code).
+
+    Example:
+        >>> q = SoftNormal(event_dim=1)(torch.tensor([1.0, 1e6, 0.0, -1e6]))
+        >>> q.mean, q.stddev
+        (tensor([0.9869, 5.0000]), tensor([1.0100, 0.0167]))
+    """
+
+    def __init__(
+        self,
+        net: nn.Module | None = None,
+        event_dim: int = 3,
+        limit: float = 5.0,
+        floor: float = 0.01,
+    ) -> None:
+        super().__init__(nn.Identity() if net is None else net)
+        if not limit > 0 or not floor >= 0:
+            seen = f"limit={limit} and floor={floor}"
+            raise ValueError(f"SoftNormal needs limit > 0 and floor >= 0, got {seen}")
+        self.event_dim, self.limit, self.floor = event_dim, limit, floor
+
+    def forward(self, *inputs: Tensor) -> DiagonalNormal:
+        clamped = self.limit * torch.tanh(self.outputs(*inputs) / self.limit)
+        loc, log_scale = _halves(clamped, "SoftNormal", self.event_dim)
+        return DiagonalNormal(loc, log_scale.exp() + self.floor, self.event_dim)
+
+
+def _halves(outputs: Tensor, owner: str, event_dim: int) -> tuple[Tensor, Tensor]:
+    """Means and raw scales; raises if the outputs do not split in two."""
+    if outputs.shape[-event_dim] % 2:
+        where = f"dimension {-event_dim} of the outputs {tuple(outputs.shape)}"
+        raise ValueError(f"{owner} splits {where} in two: make it 2 * D, or give a scale")
+    loc, raw = outputs.chunk(2, dim=-event_dim)
+    return loc, raw
 
 
 class Bernoulli(Conditional):

@@ -9,7 +9,7 @@ from ppvae.elbo.disentangling import DIPELBO, TCELBO
 from ppvae.elbo.estimator import Estimator, Objective
 from ppvae.elbo.factor import FactorELBO
 from ppvae.elbo.importance import CIWELBO, IWELBO, MIWELBO, PIWELBO, RenyiELBO
-from ppvae.elbo.penalties import Capacity, Constraint, FreeBits, Penalty, Tilt
+from ppvae.elbo.penalties import Balanced, Capacity, Constraint, FreeBits, Penalty, Tilt
 from ppvae.elbo.quantized import VQELBO
 from ppvae.elbo.schedules import CyclicalWarmup, LinearWarmup
 from ppvae.elbo.standard import ELBO
@@ -26,6 +26,7 @@ __all__ = [
     "PIWELBO",
     "TCELBO",
     "VQELBO",
+    "Balanced",
     "Capacity",
     "ChiUpperBound",
     "Constraint",

@@ -12,12 +12,13 @@ from weakref import WeakKeyDictionary
 
 import pyro.infer
 import torch
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from ppvae.elbo import gradients
 from ppvae.elbo.state import State
-from ppvae.pairs import Leaves, Memory, is_rounded, kind
+from ppvae.pairs import DATA_PLATE, Leaves, Memory, is_rounded, kind
 from ppvae.program import local_parameters, method_owners, stored
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, weigh, whole_weights
@@ -283,6 +284,7 @@ class Objective(nn.Module):
         self.model, self.guide, self.elbo = model, guide, elbo
         self.state = elbo.new_state()
         self.owners = method_owners(model, guide)
+        self.regularizer: nn.Module | None = None  # of ppvae.SVI
 
     @property
     def step(self) -> int:
@@ -290,4 +292,30 @@ class Objective(nn.Module):
         return self.state.step
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
+        if self.regularizer is None or not self.state.learning:
+            return self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
+        # the handler that looks at the plate is no engine that parameters are announced to
+        own = nullcontext() if am_i_wrapped() else local_parameters(stored)
+        with own, _DataSize() as data:
+            loss = self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
+        return loss + data.size() * self.regularizer()
+
+
+class _DataSize(Messenger):
+    """Finds how many datapoints a loss sums over: the full size of the plate ``"data"``."""
+
+    found: int | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == DATA_PLATE:
+                self.found = frame.full_size
+
+    def size(self) -> int:
+        """That number; raises if there was no such plate."""
+        if self.found is None:
+            raise ValueError(
+                "SVI(regularizer=...) adds a penalty per datapoint, and no site of the pair is in "
+                'a plate named "data", which would say how many there are'
+            )
+        return self.found

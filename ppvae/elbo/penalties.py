@@ -8,7 +8,7 @@ are those of the penalised objective, and every gradient estimator applies.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -126,6 +126,64 @@ class Capacity(Penalty):
         capacity = state.at_step(self.nats)
         weight = self.gamma * torch.sign(sum(rates.values()).mean() - capacity)  # type: ignore[union-attr]
         return Tilt(1.0, dict.fromkeys(rates, weight), -weight * capacity)
+
+
+@dataclass(frozen=True)
+class Balanced(Penalty):
+    r"""A warm-up that keeps all groups of a hierarchy in use: more weight where the KL is large.
+
+    .. math:: \mathbb E_q \log p(x \mid z) - \beta_t \sum_l c_l \mathrm{KL}_l,\qquad
+              c_l \propto \frac{\overline{|\mathrm{KL}_l|} + 0.01}{\alpha_l},\quad
+              \frac1L \sum_l c_l = 1
+
+    with the mean over the minibatch, and no gradient of c. A group that x says little about has a
+    small weight, so the prior does not take it away while the others learn. Once the weight has
+    reached 1, every c is exactly 1 and the objective is the ELBO.
+
+    Args:
+        schedule: beta, a callable of the step such as ``LinearWarmup(600, 1e-4)``, or a number.
+        alpha: by latent, > 0: how large a KL it may have before its weight grows, as
+            ``models.TopDown.balance``; None: the same for all.
+
+    Raises:
+        ValueError: an alpha that is not positive; when used, if it names other latents than there
+            are.
+
+    Source: Vahdat & Kautz, NVAE, 2020, appendix A.
+
+    Example:
+        >>> from ppvae import elbo
+        >>> balanced = elbo.Balanced(elbo.LinearWarmup(10))
+        >>> rates = {"z2": torch.full((1, 5), 2.99), "z1": torch.full((1, 5), 0.99)}
+        >>> state = elbo.State()
+        >>> for _ in range(5):
+        ...     state.count()
+        >>> balanced.tilt(rates, torch.zeros(5), state).kl  # 0.5 times 3/2 and 1/2
+        {'z2': tensor(0.7500), 'z1': tensor(0.2500)}
+    """
+
+    schedule: float | Callable[[int], float]
+    alpha: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        bad = [name for name, value in (self.alpha or {}).items() if not value > 0]
+        if bad:
+            raise ValueError(f"Balanced: alpha must be positive, and of {bad[0]!r} it is not")
+
+    @property
+    def steps(self) -> int:
+        """Steps after which a scheduled weight stays."""
+        return getattr(self.schedule, "steps", 0)
+
+    def tilt(self, rates: dict[str, Tensor], log_likelihood: Tensor, state: State) -> Tilt:
+        if self.alpha is not None and self.alpha.keys() != rates.keys():
+            seen = f"alpha is of {sorted(self.alpha)}, and the latents are {sorted(rates)}"
+            raise ValueError(f"Balanced: {seen}; give one for each, or none")
+        alpha = self.alpha or dict.fromkeys(rates, 1.0)
+        sizes = torch.stack([(r.abs().mean() + 0.01) / alpha[name] for name, r in rates.items()])
+        beta = torch.as_tensor(state.at_step(self.schedule, "kl_weight")).to(sizes)
+        shares = torch.where(beta < 1, sizes / sizes.mean(), 1.0)
+        return Tilt(1.0, dict(zip(rates, beta * shares, strict=True)), 0.0)
 
 
 @dataclass(frozen=True)

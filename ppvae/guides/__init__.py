@@ -11,6 +11,7 @@ from ppvae.guides.prior import Prior
 from ppvae.guides.quantized import Quantized, QuantizedLevels
 from ppvae.guides.responsibilities import Responsibilities
 from ppvae.guides.semi_amortized import SemiAmortized
+from ppvae.guides.top_down import TopDown
 
 __all__ = [
     "Amortized",
@@ -25,5 +26,6 @@ __all__ = [
     "QuantizedLevels",
     "Responsibilities",
     "SemiAmortized",
+    "TopDown",
     "moment_match",
 ]

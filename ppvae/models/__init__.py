@@ -6,6 +6,7 @@ from ppvae.models.hierarchical import Hierarchical
 from ppvae.models.mixture import GaussianMixture
 from ppvae.models.nvdm import NVDM
 from ppvae.models.quantized import CodeHierarchy
+from ppvae.models.top_down import TopDown
 from ppvae.models.vade import VaDE
 from ppvae.models.vae import VAE
 
@@ -17,5 +18,6 @@ __all__ = [
     "CodeHierarchy",
     "GaussianMixture",
     "Hierarchical",
+    "TopDown",
     "VaDE",
 ]

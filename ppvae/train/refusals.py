@@ -170,7 +170,7 @@ def require_bound(svi: SVI, batch: Batch, patience: int | None) -> bool:
                 'diagnostics.ais(start="prior")'
             )
         return False
-    with unnoticed(svi.model, svi.guide), pyro.validation_enabled(False):
+    with own_path(), unnoticed(svi.model, svi.guide), pyro.validation_enabled(False):
         try:
             svi.evaluator.evaluate(svi.model, svi.guide, *batch)
         except ValueError as error:

@@ -169,6 +169,7 @@ class Run:
             "optimiser": f"{type(optimizer).__name__}({given})",
             "parameters in its groups": [len(group["params"]) for group in optimizer.param_groups],
             "clip_norm": self.svi.clip_norm,
+            "regularizer": None if self.svi.regularizer is None else repr(self.svi.regularizer),
             "beside": self.svi.turns.facts() if self.svi.turns is not None else None,
             "lr_scheduler": type(self.scheduler).__name__,
             "patience": "none" if self.patience is None else "some",  # the number may change

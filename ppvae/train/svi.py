@@ -58,6 +58,10 @@ class SVI(pyro.infer.SVI):
         beside: how auxiliaries of the pair are trained, such as the ratio network of
             :class:`ppvae.elbo.FactorELBO`; None: one step after each of the pair's, with an
             optimiser made by ``optim``.
+        regularizer: a module whose ``forward()`` is a penalty per datapoint, a 0-d tensor, such as
+            :class:`ppvae.nets.Spectral`. A step's loss, and so ``train_objective``, has it times
+            the datapoints that it sums over. It is compiled, moved and saved with the pair; no
+            evaluation sees it. It should hold no parameters but the pair's.
         skip_nonfinite: go on, without an update, after a step whose loss or gradient is not
             finite, and count it; by default it raises.
 
@@ -98,6 +102,7 @@ class SVI(pyro.infer.SVI):
         compile: bool | str = False,
         skip_nonfinite: bool = False,
         beside: Beside | None = None,
+        regularizer: nn.Module | None = None,
     ) -> None:
         loss = loss if loss is not None else ELBO()
         check_optim(optim)
@@ -106,6 +111,10 @@ class SVI(pyro.infer.SVI):
         self.objective: nn.Module = loss(model, guide)
         if not isinstance(loss, Estimator):  # Pyro's own objective misses modules of methods
             self.objective.owners = method_owners(model, guide)
+        if regularizer is not None:
+            _check_regularizer(regularizer, loss)
+            self.objective.regularizer = regularizer
+        self.regularizer = regularizer
         self.optim = optim
         self.optimizer: torch.optim.Optimizer | None = None
         self.num_steps = self.num_epochs = 0
@@ -438,6 +447,18 @@ def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def _check_regularizer(regularizer: Any, loss: Any) -> None:
+    """Raise ``TypeError`` for a penalty that cannot be added to a loss."""
+    if not isinstance(regularizer, nn.Module):
+        seen = f"got a {type(regularizer).__name__}"
+        raise TypeError(f"regularizer must be a module, which is saved with the run, {seen}")
+    if not isinstance(loss, Estimator):
+        raise TypeError(
+            f"regularizer needs an estimator of ppvae.elbo: {type(loss).__name__} of Pyro is a "
+            "loss of its own"
+        )
 
 
 def _check_arguments(loss: Any, clip_norm: float | None, compile: bool | str) -> None:
