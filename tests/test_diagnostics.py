@@ -185,7 +185,7 @@ def test_khat_of_too_few_draws(K):
 
 
 def test_khat_wants_two_dimensions():
-    with pytest.raises(ValueError, match=r"\(K, N\), got shape \(100,\)"):
+    with pytest.raises(ValueError, match=r"\(K, N\), got torch\.float32 \(100,\)"):
         diagnostics.khat(torch.randn(100))
 
 

@@ -434,7 +434,7 @@ def test_names_of_arguments_and_programs() -> None:
     bound = functools.partial(decode, nn.Linear(2, 6))
     for program in (model, scaled, bound, lambda x: model(x), Decorated(), Tutorial().model):
         assert names(program, [X]) == ["x"]
-    assert names(functools.partial(scaled), [X, 3]) == ["x", "size"]
+    assert names(functools.partial(scaled), [X, 3]) == ["x", "offset"]
     assert names(print, [X]) == ["argument 0"]
     assert title(scaled) == "VAE" and title(functools.partial(decode)) == "decode"
     assert title(Tutorial().model) == "Tutorial.model" and title(lambda x: x) == "<lambda>"
