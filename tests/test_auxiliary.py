@@ -810,3 +810,20 @@ def test_a_guide_that_mixes_particles_is_refused_where_its_draws_would_be_partic
     svi(1).step(x)
     with pytest.raises(ppvae.PairError, match="particle"):
         svi(3).step(x)
+
+
+def test_a_ratio_with_batch_norm_sees_rows_whatever_the_particles():
+    net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
+    guide, x = guides.Normal(nets.mlp(4, 8, 4)), torch.ones(8, 4)
+    for particles in (1, 3):
+        loss = elbo.FactorELBO(num_particles=particles, ratio=net)
+        ppvae.SVI(model, guide, torch.optim.Adam, loss).step(x)
+
+
+@pytest.mark.parametrize("gamma", [torch.tensor(-1.0), -1.0, torch.ones(2)])
+def test_a_negative_gamma_is_refused_whatever_holds_it(gamma):
+    with pytest.raises(ValueError, match="gamma"):
+        elbo.FactorELBO(ratio=nets.mlp(2, 8, 1), gamma=gamma)
+    with pytest.raises(ValueError, match="beta"):
+        elbo.ELBO(beta=gamma)

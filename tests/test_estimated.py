@@ -141,7 +141,7 @@ def test_fit_shows_an_estimate_keeps_no_best_and_refuses_patience(pair, tmp_path
         svi(), X, valid=X, epochs=3, progress=False, checkpoint=tmp_path / "run", resume=True
     )
     assert more.column("valid_estimate")[:2] == history.column("valid_estimate")
-    with pytest.raises(ValueError, match=r"patience=2 .*ais\(start=\"prior\"\)"):
+    with pytest.raises(ValueError, match=rf"patience=2 .*'z'.*{CURE}"):
         ppvae.fit(svi(), X, valid=X, epochs=2, patience=2, progress=False)
 
 

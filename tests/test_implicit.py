@@ -195,12 +195,12 @@ def test_each_particle_has_noise_of_its_own():
     assert weights.log_q["z"].shape == (3, 4) and len(weights.log_q["z"].unique()) == 12
 
 
-@pytest.mark.parametrize("noise_dim", [1, 3, 20])
+@pytest.mark.parametrize("noise_dim", [2, 3, 20])
 def test_the_moments_are_of_the_sampler_row_by_row_and_constants(noise_dim):
     sampler = Linear(noise_dim)
     hidden = lambda x, noise: sampler(x, noise)  # noqa: E731 - without its moments
     q = posteriors.Implicit(hidden, Blind(), 2, noise_dim)
-    assert len(q.points) == {1: 32, 3: 36, 20: 40}[noise_dim]
+    assert len(q.points) == {2: 32, 3: 36, 20: 40}[noise_dim]
     x = data(5)
     loc, scale = q.moments(x)  # of a linear sampler, exact
     torch.testing.assert_close((loc, scale), sampler.moments(x))
@@ -210,9 +210,9 @@ def test_the_moments_are_of_the_sampler_row_by_row_and_constants(noise_dim):
         guide.conditional.moments(x), guide.conditional.moments(x[2:3]), strict=True
     ):
         torch.testing.assert_close(whole[2:3], rows)
-    constant = posteriors.Implicit(Constant(), Blind(), 2, noise_dim=1)
+    constant = posteriors.Implicit(Constant(), Blind(), 2, noise_dim=2)
     assert (constant.moments(x)[1] == 1e-3).all()
-    loc, scale = posteriors.Implicit(Constant(), Blind(), 2, 1, "prior").moments(x)
+    loc, scale = posteriors.Implicit(Constant(), Blind(), 2, 2, "prior").moments(x)
     assert (loc == 0).all() and (scale == 1).all()
 
 

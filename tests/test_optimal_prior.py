@@ -19,7 +19,7 @@ from torch.distributions import constraints
 
 import ppvae
 from compiling import inductor
-from ppvae import Beside, conditionals, diagnostics, elbo, guides, models, nets
+from ppvae import Beside, conditionals, diagnostics, elbo, guides, models, nets, posteriors
 from ppvae.auxiliary import own_parameters
 from ppvae.conditionals import optimal
 from registry import build
@@ -506,3 +506,17 @@ def test_onehot_reaches_its_optimum_and_a_plain_vae_does_not(monkeypatch, tmp_pa
     assert found["iop"]["exact"] > -1.42
     assert -1.50 < found["iop"]["elbo"] <= found["iop"]["log_evidence"] < -math.log(4) + 0.02
     assert found["vae"]["elbo"] < -1.65
+
+
+def test_a_normaliser_takes_no_guide_without_a_density():
+    prior = conditionals.OptimalPrior(conditionals.StandardNormal(2), nets.mlp(2, 8, 1))
+    x = torch.eye(4)
+    sampler, net = nets.mlp(4 + 2, 8, 2), nets.mlp(4 + 2, 8, 1)
+    implicit = guides.Amortized(posteriors.Implicit(sampler, net, dim=2, noise_dim=2))
+    mixing, head = conditionals.Normal(nets.mlp(4, 4)), conditionals.Normal(nets.mlp(2, 4))
+    semi = posteriors.SemiImplicit(mixing, head, num_mixing=3)
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), prior=prior)
+    for guide in (implicit, guides.Amortized(semi), guides.Amortized(semi.without_own()), model):
+        with pytest.raises(ValueError, match=r"'z'.*no density|density at other draws"):
+            prior.normalize(guide, x)
+        assert prior().unnormalised

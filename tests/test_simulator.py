@@ -350,3 +350,16 @@ def test_nothing_is_called_a_bound_or_log_p():
             evaluate(*pair, x)
     history = ppvae.fit(start(), x, valid=x, epochs=1, progress=False)
     assert "valid_estimate" in history.rows[0] and history.best_epoch is None
+
+
+def test_what_simulate_writes_on_is_not_the_models_z_and_numpys_precision_is_cast():
+    def rescales(z):
+        a = z.numpy()
+        a *= 10.0
+        return a.astype("float64")[:, :1]
+
+    simulator = conditionals.Simulator(rescales, nets.mlp(1 + 2, 8, 1), shape=1)
+    z = torch.ones(4, 2)
+    x = simulator(z).sample()
+    assert torch.equal(z, torch.ones(4, 2)) and torch.equal(x, torch.full((4, 1), 10.0))
+    assert x.dtype == z.dtype

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ppvae.auxiliary import Ratio
 from ppvae.conditionals.heads import full_precision
-from ppvae.distributions import promoted
+from ppvae.distributions import NoInverse, promoted
 from ppvae.pairs import Program, evaluation_mode, own_path, sample_sites, seeded, trace
-from ppvae.terms import unmasked
+from ppvae.terms import not_a_density, unmasked
 
 _AT_ONCE = 2**16  # candidates for which the network is run at once
 
@@ -161,8 +161,10 @@ class OptimalPrior(nn.Module):
             ("max_rows", max_rows, 1),
             ("max_pairs", max_pairs, 1),
         ):
-            if value < least:
-                raise ValueError(f"normalize: {name} must be at least {least}, got {value}")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"normalize: {name} must be at least {least}, and whole, got {value!r}"
+                )
         with own_path(), evaluation_mode(guide, self), seeded(seed, self.log_z, *args):
             with pyro.validation_enabled(False):
                 posterior, rows = self._posterior(guide, args, max_rows)
@@ -170,10 +172,18 @@ class OptimalPrior(nn.Module):
                 by_guide = posterior.sample((repeats,)).flatten(0, 1)
                 by_base = self.base().expand((len(by_guide),)).sample()
                 at_once = max(1, max_pairs // rows)
-                values = [
-                    torch.cat([self._log_weight(posterior, z, rows) for z in draws.split(at_once)])
-                    for draws in (by_base, by_guide)
-                ]
+                try:
+                    values = [
+                        torch.cat(
+                            [self._log_weight(posterior, z, rows) for z in draws.split(at_once)]
+                        )
+                        for draws in (by_base, by_guide)
+                    ]
+                except NoInverse as error:
+                    raise ValueError(
+                        f"normalize needs the guide's density at other draws than its own: {error};"
+                        " give it a guide that has one, such as a normal trained on this model"
+                    ) from error
         largest = torch.cat(values).max()
         halves = [(v - largest).exp() for v in values]
         mean = torch.stack([half.mean() for half in halves]).mean()
@@ -216,6 +226,13 @@ class OptimalPrior(nn.Module):
                 f"{tuple(posterior.batch_shape)} and event shape {tuple(posterior.event_shape)}; "
                 f"for {rows} rows the prior needs ({rows},) and {tuple(event)}, a vector per row"
             )
+        for why in ("estimated", "unnormalised"):
+            if reason := not_a_density(posterior, why):
+                raise ValueError(
+                    f"latent {self.latent!r} of the guide has no density to weigh draws by "
+                    f"({reason}): give normalize a guide that has one, such as a normal trained on "
+                    "this model"
+                )
         return posterior, rows
 
     def _log_weight(self, posterior: Any, z: Tensor, rows: int) -> Tensor:

@@ -82,7 +82,9 @@ class Simulator(nn.Module):
     def simulated(self, z: Tensor) -> Tensor:
         """What ``simulate`` makes of z ``(..., Z)``: x ``(..., *shape)``."""
         rows = z.reshape(-1, z.shape[-1])
-        x = self.simulate(rows)
+        x = self.simulate(rows.clone())  # it may write on what it is given
+        if hasattr(x, "__array__"):  # of NumPy, in its precision; or counts
+            x = torch.as_tensor(x, device=z.device).to(z.dtype)
         wanted = (len(rows), *self.shape)
         seen = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
         if seen != wanted:

@@ -81,7 +81,9 @@ class FactorELBO(ELBO):
                 "gamma must be a number, a 0-d tensor or a callable of the step such as "
                 f"elbo.LinearWarmup, got {self.gamma!r}"
             )
-        if isinstance(self.gamma, (int, float)) and not self.gamma >= 0:
+        if isinstance(self.gamma, Tensor) and self.gamma.dim() != 0:
+            raise ValueError(f"gamma must be one number, got a tensor {tuple(self.gamma.shape)}")
+        if isinstance(self.gamma, (int, float, Tensor)) and not self.gamma >= 0:
             raise ValueError(
                 f"gamma weighs the total correlation, so it must be >= 0, got {self.gamma}"
             )
@@ -94,7 +96,8 @@ class FactorELBO(ELBO):
 
     def effective(self, weights: LogWeights, state: State) -> Tensor:
         log_w = super().effective(weights, state)
-        estimate: Tensor = state.ratio(self._codes(weights))
+        codes = self._codes(weights)
+        estimate: Tensor = state.ratio(codes.flatten(0, -2)).reshape(codes.shape[:-1])
         return log_w - state.at_step(self.gamma, "gamma") * estimate
 
     def _codes(self, weights: LogWeights) -> Tensor:

@@ -79,7 +79,9 @@ class ELBO(Estimator):
                 "beta must be a number, a 0-d tensor, a callable of the step such as "
                 f"elbo.LinearWarmup, or a penalty such as elbo.FreeBits, got {self.beta!r}"
             )
-        if isinstance(self.beta, (int, float)) and not self.beta >= 0:
+        if isinstance(self.beta, Tensor) and self.beta.dim() != 0:
+            raise ValueError(f"beta must be one number, got a tensor {tuple(self.beta.shape)}")
+        if isinstance(self.beta, (int, float, Tensor)) and not self.beta >= 0:
             raise ValueError(f"beta weighs the KL, so it must be >= 0, got {self.beta}")
         if self.kl not in ("sampled", "analytic", "mixed"):
             raise ValueError(f'kl must be "sampled", "analytic" or "mixed", got {self.kl!r}')

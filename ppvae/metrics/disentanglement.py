@@ -430,6 +430,11 @@ def beta_vae_score(
 
 def _held_factors(data: FactorData, count: int, generator: torch.Generator) -> Tensor:
     """For each vote the factor that its images share, one of those that vary at all."""
+    if not hasattr(data, "sizes") or not hasattr(data, "sample"):
+        raise TypeError(
+            f"this score draws images that share a factor: give a data.Factors, as data.sprites() "
+            f"makes it, got {type(data).__name__}"
+        )
     varying = torch.tensor([k for k, size in enumerate(data.sizes) if size > 1])
     if len(varying) < 2:
         raise ValueError(f"factors of sizes {tuple(data.sizes)}: two of them must vary")

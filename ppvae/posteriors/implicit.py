@@ -89,6 +89,11 @@ class Implicit(nn.Module):
                 f'Implicit: contrast must be "adaptive" or "prior", the distribution that q is '
                 f"compared with, got {contrast!r}"
             )
+        if noise_dim < dim:
+            raise ValueError(
+                f"Implicit: draws of noise_dim={noise_dim} numbers lie on a surface in dim={dim} "
+                "dimensions, and have no density that a ratio could learn: give noise_dim >= dim"
+            )
         self.sampler, self.dim, self.noise_dim = sampler, dim, noise_dim
         self.contrast = contrast
         self.ratio = Ratio(net, self._draws_of_both)

@@ -83,8 +83,8 @@ class SemiImplicit(Conditional):
                     f"SemiImplicit({name}) must be a conditional, as conditionals.Normal(net), or "
                     f"a subclass of conditionals.Conditional; got {type(part).__name__}"
                 )
-        if num_mixing < 1:
-            raise ValueError(f"SemiImplicit(num_mixing) must be at least 1, got {num_mixing}")
+        if not isinstance(num_mixing, int) or num_mixing < 1:
+            raise ValueError(f"SemiImplicit(num_mixing) must be at least 1, got {num_mixing!r}")
         self.mixing = mixing
         self.head = head
         self.num_mixing = num_mixing

@@ -152,9 +152,14 @@ def require_rows(svi: SVI, data: Source, batch: Batch) -> None:
 
 def has_bound(svi: SVI, batch: Batch) -> bool:
     """Whether each log-density of the pair is one, as it is now: else it has no bound to report."""
+    return not _not_densities(svi, batch)
+
+
+def _not_densities(svi: SVI, batch: Batch) -> dict[str, str]:
+    """Sites whose log-density is none, and why."""
     with own_path(), unnoticed(svi.model, svi.guide), pyro.validation_enabled(False):
         weights = log_weights(svi.model, svi.guide, *batch)
-    return not (weights.estimated or weights.unnormalised)
+    return weights.estimated | weights.unnormalised
 
 
 def require_bound(svi: SVI, batch: Batch, patience: int | None) -> bool:
@@ -162,12 +167,11 @@ def require_bound(svi: SVI, batch: Batch, patience: int | None) -> bool:
 
     Where log-densities are estimates there is one to be shown, and nothing to stop by: False.
     """
-    if not has_bound(svi, batch):
+    for site, why in _not_densities(svi, batch).items():
         if patience is not None:
             raise ValueError(
-                f"patience={patience} waits for a validation bound, and this pair has none: a "
-                "log-density is estimated, or not normalised. Leave it out, and judge the pair by "
-                'diagnostics.ais(start="prior")'
+                f"patience={patience} waits for a validation bound, and there is none, since site "
+                f"{site!r} has no log-density: {why}. Leave patience out"
             )
         return False
     with own_path(), unnoticed(svi.model, svi.guide), pyro.validation_enabled(False):
