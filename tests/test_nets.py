@@ -53,7 +53,8 @@ both = pytest.mark.parametrize("batch_norm", [False, True])
 
 def test_every_exported_constructor_is_tested():
     exported = {name for name in nets.__all__ if name.islower()}
-    assert exported - {"concatenate"} == set(BUILDERS)
+    exported -= {"concatenate", "nvae", "encoder_cell", "decoder_cell"}  # test_top_down.py
+    assert exported == set(BUILDERS)
 
 
 def _warm_up(net, event):
