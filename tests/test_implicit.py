@@ -16,7 +16,7 @@ from oracles import assert_mean, gradients
 from ppvae import Beside, conditionals, diagnostics, elbo, guides, models, nets, posteriors
 from ppvae.auxiliary import auxiliaries
 from ppvae.local import Indexed
-from ppvae.train.beside import Draws
+from ppvae.train.draws import Draws
 
 SIGMA = 0.5
 WEIGHT = torch.tensor([[0.8, 0.6], [0.5, 0.7], [0.3, 0.2], [0.1, -0.3]])

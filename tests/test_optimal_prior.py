@@ -314,7 +314,7 @@ def test_the_contrast_is_of_the_aggregate_and_the_base():
     with torch.no_grad():
         guide.conditional.net.layers[-1].weight.zero_()
         guide.conditional.net.layers[-1].bias.copy_(torch.tensor([5.0, 5.0, -3.0, -3.0]))
-        draws = ppvae.train.beside.Draws(model, guide, (X.repeat(50, 1),), {})
+        draws = ppvae.train.draws.Draws(model, guide, (X.repeat(50, 1),), {})
         numerator, denominator = model.prior.ratio.draw(draws)
     assert numerator.shape == denominator.shape == (2_000, 2)
     assert (numerator - 5).abs().max() < 1
@@ -503,7 +503,7 @@ def test_onehot_reaches_its_optimum_and_a_plain_vae_does_not(monkeypatch, tmp_pa
         for name in ("iop", "vae")
     }
     # -1.398 to -1.408 where it was first run; rounding differs between machines
-    assert found["iop"]["exact"] > -1.42
+    assert found["iop"]["exact"] > -1.41
     assert -1.50 < found["iop"]["elbo"] <= found["iop"]["log_evidence"] < -math.log(4) + 0.02
     assert found["vae"]["elbo"] < -1.65
 

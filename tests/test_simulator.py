@@ -15,7 +15,7 @@ from compiling import inductor
 from oracles import assert_mean, gradients
 from ppvae import Beside, conditionals, diagnostics, elbo, guides, models, nets, posteriors
 from ppvae.auxiliary import auxiliaries
-from ppvae.train.beside import Draws
+from ppvae.train.draws import Draws
 from ppvae.weights import dream_log_q
 from test_estimated import NONLINEAR
 from test_implicit import SIGMA, WEIGHT, Blind, exact, fitted_kl

@@ -34,21 +34,18 @@ from ppvae.nets.dense import (
     mlp,
     residual,
 )
-from ppvae.nets.spectral import Spectral
-from ppvae.nets.top_down import (
+from ppvae.nets.nvae_cells import (
     NVAE,
     Cell,
     Combine,
-    Group,
-    Joined,
     SqueezeExcitation,
-    TopDown,
     Tower,
-    Zeros,
     decoder_cell,
     encoder_cell,
     nvae,
 )
+from ppvae.nets.spectral import Spectral
+from ppvae.nets.top_down import Group, Joined, TopDown, Zeros
 
 __all__ = [
     "FSQ",

@@ -12,6 +12,32 @@ from torch.nn.functional import interpolate
 from ppvae.nets.dense import MLP, Activation, FlatBatch, Residual, hidden_layers, mlp
 
 
+def _halving(
+    widths: Sequence[int], activation: Activation, batch_norm: bool, residual_blocks: int
+) -> list[nn.Module]:
+    """Convolutions from width to width, each of which halves height and width, rounding up."""
+    layers: list[nn.Module] = []
+    norm = nn.BatchNorm2d if batch_norm else None
+    for before, width in pairwise(widths):
+        layers.append(nn.Conv2d(before, width, 3, stride=2, padding=1))
+        layers += _residuals(width, residual_blocks, activation, norm)
+        layers += hidden_layers(width, activation, norm)
+    return layers
+
+
+def _doubling(
+    widths: Sequence[int], activation: Activation, batch_norm: bool, residual_blocks: int
+) -> list[nn.Module]:
+    """Transposed convolutions from width to width, each of which doubles height and width."""
+    layers: list[nn.Module] = []
+    norm = nn.BatchNorm2d if batch_norm else None
+    for width, after in pairwise(widths):
+        layers += _residuals(width, residual_blocks, activation, norm)
+        layers += hidden_layers(width, activation, norm)
+        layers.append(nn.ConvTranspose2d(width, after, 4, stride=2, padding=1))
+    return layers
+
+
 def _residuals(
     width: int, blocks: int, activation: Activation, norm: type[nn.Module] | None
 ) -> list[nn.Module]:
@@ -87,12 +113,7 @@ def conv_encoder(
         >>> net(torch.zeros(6, 1, 28, 20), torch.zeros(5, 6, 10)).shape
         torch.Size([5, 6, 32])
     """
-    layers: list[nn.Module] = []
-    norm = nn.BatchNorm2d if batch_norm else None
-    for width_in, width in pairwise((shape[0], *channels)):
-        layers.append(nn.Conv2d(width_in, width, 3, stride=2, padding=1))
-        layers += _residuals(width, residual_blocks, activation, norm)
-        layers += hidden_layers(width, activation, norm)
+    layers = _halving((shape[0], *channels), activation, batch_norm, residual_blocks)
     h, w = (_halved(size, len(channels)) for size in shape[1:])
     flat = (shape[0], *channels)[-1] * h * w
     head = mlp(flat + context_dim, *hidden, out_dim, activation=activation, batch_norm=batch_norm)
@@ -156,13 +177,8 @@ def conv_decoder(
     h, w = (_halved(size, len(channels)) for size in shape[1:])
     start = (channels[0], h, w)
     stem = mlp(in_dim, *hidden, channels[0] * h * w, activation=activation, batch_norm=batch_norm)
-    layers: list[nn.Module] = [nn.Unflatten(1, start)]
-    norm = nn.BatchNorm2d if batch_norm else None
-    for width, width_out in pairwise((*channels, shape[0])):
-        layers += _residuals(width, residual_blocks, activation, norm)
-        layers += hidden_layers(width, activation, norm)
-        layers.append(nn.ConvTranspose2d(width, width_out, 4, stride=2, padding=1))
-    return ConvDecoder(stem, FlatBatch(nn.Sequential(*layers)), shape)
+    layers = _doubling((*channels, shape[0]), activation, batch_norm, residual_blocks)
+    return ConvDecoder(stem, FlatBatch(nn.Sequential(nn.Unflatten(1, start), *layers)), shape)
 
 
 def downsample(
@@ -188,12 +204,7 @@ def downsample(
         >>> downsample(1, 16)(torch.zeros(5, 10, 1, 28, 28)).shape
         torch.Size([5, 10, 16, 7, 7])
     """
-    layers: list[nn.Module] = []
-    norm = nn.BatchNorm2d if batch_norm else None
-    for before, width in pairwise((width_in, *channels)):
-        layers.append(nn.Conv2d(before, width, 3, stride=2, padding=1))
-        layers += _residuals(width, residual_blocks, activation, norm)
-        layers += hidden_layers(width, activation, norm)
+    layers = _halving((width_in, *channels), activation, batch_norm, residual_blocks)
     layers.append(nn.Conv2d((width_in, *channels)[-1], width_out, 1))
     return FlatBatch(nn.Sequential(*layers), event_dim=3)
 
@@ -226,13 +237,9 @@ def upsample(
     """
     if not channels:
         raise ValueError("upsample needs at least one channel width, as channels=(64, 32)")
-    norm = nn.BatchNorm2d if batch_norm else None
-    layers: list[nn.Module] = [nn.Conv2d(width_in, channels[0], 3, padding=1)]
-    for width, after in pairwise((*channels, width_out)):
-        layers += _residuals(width, residual_blocks, activation, norm)
-        layers += hidden_layers(width, activation, norm)
-        layers.append(nn.ConvTranspose2d(width, after, 4, stride=2, padding=1))
-    return FlatBatch(nn.Sequential(*layers), event_dim=3)
+    first = nn.Conv2d(width_in, channels[0], 3, padding=1)
+    layers = _doubling((*channels, width_out), activation, batch_norm, residual_blocks)
+    return FlatBatch(nn.Sequential(first, *layers), event_dim=3)
 
 
 class MergeMaps(nn.Module):

@@ -270,7 +270,8 @@ def _row(run: Run) -> dict[str, float]:
         if svi.turns is not None:  # a normaliser may be out of date by now
             run.has_bound = refusals.has_bound(svi, run.valid.first())
         column = "valid_bound" if run.has_bound else "valid_estimate"
-        row[column] = mean_bound(svi, run.valid.evaluation(), own_seed, processes)
+        batches = run.valid.evaluation()
+        row[column] = mean_bound(svi, batches, own_seed, processes, run.has_bound)
     for column, weight in getattr(state_of(svi), "shown", {}).items():
         row[column] = processes.sum(float(weight))[0] / processes.size
     for column, (value, steps) in (svi.turns.reported if svi.turns is not None else {}).items():
@@ -301,19 +302,21 @@ def _show(bar: Any, history: History) -> None:
 
 
 def mean_bound(
-    svi: SVI, batches: Iterable[Batch], seed: int, processes: Processes | None = None
+    svi: SVI,
+    batches: Iterable[Batch],
+    seed: int,
+    processes: Processes | None = None,
+    has_bound: bool = True,
 ) -> float:
     """The bound on log p(x) over batches, nats per datapoint, in evaluation mode, same draws.
 
     Where the pair has no bound, :meth:`ppvae.elbo.ELBO.estimate`.
     """
-    evaluate: Any = None
+    estimate = ELBO(svi.evaluator.num_draws).estimate
+    evaluate = svi.evaluator.evaluate if has_bound else estimate
     with evaluation_mode(svi.objective), seeded(seed, *svi.objective.parameters()):
         total, count = 0.0, 0.0
         for batch in batches:
-            if evaluate is None:
-                estimate = ELBO(svi.evaluator.num_draws).estimate
-                evaluate = svi.evaluator.evaluate if refusals.has_bound(svi, batch) else estimate
             total += evaluate(svi.model, svi.guide, *batch).sum().item()
             count += len(batch[0])
     if processes is not None:
