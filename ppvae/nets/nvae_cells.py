@@ -22,6 +22,7 @@ class SqueezeExcitation(nn.Module):
     Source: Hu, Shen & Sun, Squeeze-and-Excitation Networks, 2018.
 
     Example:
+        >>> import torch
         >>> SqueezeExcitation(8)(torch.ones(2, 8, 4, 4)).shape
         torch.Size([2, 8, 4, 4])
     """
@@ -46,6 +47,7 @@ class Cell(nn.Module):
         skip: what stands for x where sizes differ.
 
     Example:
+        >>> import torch
         >>> Cell(nn.Identity(), nn.Identity())(torch.ones(1))
         tensor([1.1000])
     """
@@ -68,6 +70,7 @@ def encoder_cell(channels: int, out: int | None = None, down: bool = False) -> C
         down: halve height and width, rounding up.
 
     Example:
+        >>> import torch
         >>> encoder_cell(4, 8, down=True)(torch.zeros(2, 4, 7, 7)).shape
         torch.Size([2, 8, 4, 4])
     """
@@ -94,6 +97,7 @@ def decoder_cell(
         expansion: how many times as many channels the depthwise convolution has as the input.
 
     Example:
+        >>> import torch
         >>> decoder_cell(8, 4, size=(7, 7))(torch.zeros(2, 8, 4, 4)).shape
         torch.Size([2, 4, 7, 7])
     """
@@ -128,6 +132,7 @@ class Combine(nn.Module):
         out: C of the output.
 
     Example:
+        >>> import torch
         >>> Combine(4, 6)(torch.zeros(4, 7, 7), torch.zeros(5, 4, 7, 7)).shape
         torch.Size([5, 6, 7, 7])
     """
@@ -149,6 +154,7 @@ class Tower(nn.Module):
         stages: from the data up; all but the first start with the features of the one below.
 
     Example:
+        >>> import torch
         >>> tower = Tower([nn.Conv2d(1, 2, 1), nn.Conv2d(2, 3, 1)])
         >>> [e.shape[1] for e in tower(torch.ones(5, 1, 4, 4))]
         [3, 2]
@@ -219,6 +225,7 @@ def nvae(
     is halved, the skip has a mean over 2 x 2 pixels and a 1 x 1 convolution.
 
     Example:
+        >>> import torch
         >>> nets = nvae((1, 28, 28), groups=(1, 2))
         >>> [tuple(e.shape[1:]) for e in nets.encoder(torch.zeros(2, 1, 28, 28))]
         [(96, 4, 4), (48, 7, 7), (48, 7, 7)]

@@ -35,6 +35,8 @@ class TopDown(nn.Module):
     Source: Sønderby et al., Ladder Variational Autoencoders, 2016; Vahdat & Kautz, NVAE, 2020.
 
     Example:
+        >>> import torch
+        >>> from ppvae.nets import flat_batch
         >>> cell = flat_batch(nn.Conv2d(2 + 1, 2, 3, padding=1), event_dim=3)
         >>> path = TopDown((2, 4, 4), [Group(Zeros(1), Joined(cell))])
         >>> path(lambda name, stats, h: torch.ones(5, 1, 4, 4)).shape  # every latent is 1
@@ -99,6 +101,8 @@ class Group(nn.Module):
         absorb: from h and z to the next h.
 
     Example:
+        >>> import torch
+        >>> from ppvae.nets import flat_batch
         >>> group = Group(Zeros(1), Joined(flat_batch(nn.Conv2d(3, 2, 1), event_dim=3)))
         >>> group(torch.zeros(2, 4, 4), lambda stats, h: stats[:1]).shape
         torch.Size([2, 4, 4])
@@ -121,6 +125,7 @@ class Zeros(nn.Module):
         channels: of the latent.
 
     Example:
+        >>> import torch
         >>> Zeros(3)(torch.ones(5, 16, 4, 4)).shape
         torch.Size([6, 4, 4])
     """
@@ -141,6 +146,8 @@ class Joined(nn.Module):
             :func:`flat_batch`.
 
     Example:
+        >>> import torch
+        >>> from ppvae.nets import flat_batch
         >>> net = Joined(flat_batch(nn.Conv2d(5, 2, 1), event_dim=3))
         >>> net(torch.zeros(3, 4, 4), torch.zeros(6, 2, 4, 4)).shape  # h is a constant, z is not
         torch.Size([6, 2, 4, 4])
