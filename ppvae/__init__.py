@@ -18,7 +18,7 @@ from ppvae import (
 )
 from ppvae.auxiliary import Auxiliary, Ratio
 from ppvae.check.pair import PairError, check_pair
-from ppvae.diagnostics import diagnose
+from ppvae.diagnostics import diagnose, impute
 from ppvae.diagnostics.compare_estimators import compare
 from ppvae.program import Program
 from ppvae.train.alternate import alternate
@@ -54,6 +54,7 @@ __all__ = [
     "elbo",
     "fit",
     "fit_prior",
+    "impute",
     "guides",
     "log_weights",
     "metrics",

@@ -34,6 +34,7 @@ from ppvae.nets.dense import (
     mlp,
     residual,
 )
+from ppvae.nets.missing import Masked, SelfMasking
 from ppvae.nets.nvae_cells import (
     NVAE,
     Cell,
@@ -63,8 +64,10 @@ __all__ = [
     "FlatBatch",
     "Group",
     "Joined",
+    "Masked",
     "MergeMaps",
     "OneHot",
+    "SelfMasking",
     "Spectral",
     "SqueezeExcitation",
     "TopDown",
