@@ -601,7 +601,8 @@ def _placed(tensors: Iterable[Tensor], device: Device) -> Batch:
 
 def _stored(split: Any) -> Stored:
     """A split's tensors, and in words what else makes it up."""
-    tensors = [tensor for tensor in (split.values, split.y) if tensor is not None]
+    parts = (split.values, split.y, getattr(split, "observed", None))
+    tensors = [tensor for tensor in parts if tensor is not None]
     return tensors, f", binarize={split.binarize!r}, seed={split.seed}"
 
 
