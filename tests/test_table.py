@@ -198,9 +198,9 @@ def test_what_stands_for_no_level():
     x = table.to_tensor(people())
     for code in (0.5, 3.0, -1.0):
         x[4, 2] = code
-        with pytest.raises(ValueError, match="column 'job' has .*stands for none of its 3 levels"):
+        with pytest.raises(ValueError, match=r"column 'job' has .*stands for none of its 3 levels"):
             table.to_frame(x)
-    with pytest.raises(ValueError, match="not [(]N, 10[)]"):
+    with pytest.raises(ValueError, match=r"not [(]N, 10[)]"):
         table.to_frame(x[:, :3])
 
 
@@ -212,7 +212,7 @@ def test_kinds_are_what_the_user_says():
     x = table.to_tensor(frame, torch.float64)
     assert x[:, 1:].T.tolist() == [[0.0, 1.0, 2.0], [0.0, 1.0, 0.0]]
     assert_frame_equal(table.to_frame(x), frame)
-    with pytest.raises(ValueError, match="kinds names columns that are not there: .'age'."):
+    with pytest.raises(ValueError, match="kinds names columns that are not there"):
         data.Table.fit(frame, {"age": "number"})
     with pytest.raises(ValueError, match="kinds has 'real': use 'number'"):
         data.Table.fit(frame, {"year": "real"})

@@ -184,7 +184,7 @@ def frame_of(
         import pandas as pd
 
         columns = {name: _to_pandas(cells[name], *dtypes[name]) for name in cells}
-        frame = pd.DataFrame({i: column for i, column in enumerate(columns.values())})
+        frame = pd.DataFrame(dict(enumerate(columns.values())))
         frame.columns = pd.Index(list(columns))
         return frame if index is None else frame.set_axis(index, axis=0)
     nw = _narwhals()

@@ -267,8 +267,8 @@ def _coded(column: Column, cells: Cells) -> np.ndarray:
         bad = there[~((there >= 0) & (there <= top) & (there == np.round(there)))]
         if len(bad):
             raise ValueError(
-                f"column {name!r} is a {column.kind}, and has {bad[0]!s} in {len(bad)} cells as the "
-                f"first such: mend them, or Table.fit(frame, kinds={{{name!r}: 'number'}})"
+                f"column {name!r} is a {column.kind}, and has {len(bad)} cells such as {bad[0]}: "
+                f"mend them, or Table.fit(frame, kinds={{{name!r}: 'number'}})"
             )
     return cells.filled(there) if cells.missing.any() else there
 
@@ -283,7 +283,7 @@ def _decoded(column: Column, numbers: np.ndarray) -> np.ndarray:
     if bad.any():
         raise ValueError(
             f"column {column.name!r} has {codes[bad][0]:g}, which stands for none of its "
-            f"{len(column.levels)} levels: give draws or classes of {column.kind} columns, not means"
+            f"{len(column.levels)} levels: of a {column.kind} column give draws, no means"
         )
     cells = np.empty(len(codes), object)
     cells[:] = [column.levels[int(code)] for code in codes]
