@@ -22,9 +22,11 @@ from ppvae.data.synthetic import (
     gaussian_mixture_parameters,
     linear_gaussian_parameters,
 )
+from ppvae.data.table import Column, Table
 
 __all__ = [
     "NAMES",
+    "Column",
     "Dataset",
     "EmptyDocumentWarning",
     "Factors",
@@ -32,6 +34,7 @@ __all__ = [
     "LinearGaussian",
     "PrecisionWarning",
     "Split",
+    "Table",
     "cache_folder",
     "dsprites",
     "from_arrays",

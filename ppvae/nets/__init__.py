@@ -15,6 +15,7 @@ rows when there are ``K`` particles. So ``K`` particles at once differ from a lo
 
 from ppvae.nets.causal import CausalConv, CausalGRU, Unigram
 from ppvae.nets.codes import FSQ, Codebook, CodeTable
+from ppvae.nets.columns import Columns
 from ppvae.nets.conv import (
     ConvDecoder,
     ConvEncoder,
@@ -57,6 +58,7 @@ __all__ = [
     "Cell",
     "CodeTable",
     "Codebook",
+    "Columns",
     "Combine",
     "Constant",
     "ConvDecoder",
