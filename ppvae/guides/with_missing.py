@@ -21,12 +21,12 @@ class WithMissing(Program):
     So p(x_mis | z) cancels in the weight, and p(m | x) is what tells one draw from another.
 
     Args:
-        guide: draws z, called as ``(x, observed)``, as ``guides.Normal(nets.Masked(net))``.
+        guide: of z, with a ``posterior(x, observed)``, as ``guides.Normal(nets.Masked(net))``.
         model: the :class:`ppvae.models.MissingNotAtRandom`; it is used, and is no part of the
             guide.
 
     Raises:
-        TypeError: the model is another one.
+        TypeError: the model is another one, or the guide has no ``posterior``.
 
     Source: Ipsen, Mattei & Frellsen, not-MIWAE, 2021, equation 5.
 
@@ -35,10 +35,10 @@ class WithMissing(Program):
 
     def __init__(self, guide: nn.Module, model: MissingNotAtRandom) -> None:
         super().__init__()
-        if not isinstance(model, MissingNotAtRandom):
+        if not isinstance(model, MissingNotAtRandom) or not hasattr(guide, "posterior"):
             raise TypeError(
-                f"WithMissing is the guide of models.MissingNotAtRandom, got a "
-                f"{type(model).__name__}"
+                "WithMissing(guide, model) takes a guides.Amortized and a "
+                f"models.MissingNotAtRandom, got {type(guide).__name__}, {type(model).__name__}"
             )
         self.guide = guide
         self._model = (model,)  # in a tuple, so that it is no submodule
@@ -49,8 +49,7 @@ class WithMissing(Program):
 
     def forward(self, x: Tensor, observed: Tensor, size: int | None = None) -> Tensor:
         """Draw z and the site ``"x_missing"``; returns z."""
-        given = {} if size is None else {"size": size}
-        z: Tensor = self.guide(x, observed, **given)
         with data_plate(x, size=size):
+            z: Tensor = pyro.sample("z", self.posterior(x, observed))
             pyro.sample("x_missing", masked(self._model[0].likelihood(z), ~observed))
         return z

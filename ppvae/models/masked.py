@@ -147,8 +147,8 @@ class MissingNotAtRandom(Program):
 
     def forward(
         self, x: Tensor | None = None, observed: Tensor | None = None, size: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Observe part of ``x``; or draw ``size`` new rows. Returns complete rows and ``observed``.
+    ) -> Tensor:
+        """Observe part of ``x``; or draw ``size`` new rows. Returns complete rows.
 
         Args:
             x: ``(N, ...)``; what is not observed may hold any number, NaN included.
@@ -159,15 +159,15 @@ class MissingNotAtRandom(Program):
             z = pyro.sample("z", self.prior())
             law = self.likelihood(z)
             if x is None:
-                complete = pyro.sample("x", law)
-                missing = pyro.sample("missing", self.missing(complete))
-                return complete, missing == 0
+                complete: Tensor = pyro.sample("x", law)
+                pyro.sample("missing", self.missing(complete))
+                return complete
             require_mask(x, observed, "x")
             hidden = pyro.sample("x_missing", masked(law, ~observed))
             pyro.sample("x", masked(law, observed), obs=x)
             complete = torch.where(observed, x, hidden)
             pyro.sample("missing", self.missing(complete), obs=(~observed).to(complete.dtype))
-        return complete, observed
+        return complete
 
 
 def require_mask(values: Tensor, observed: Tensor | None, name: str) -> None:
