@@ -29,6 +29,8 @@ from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, sample_sites,
 from ppvae.terms import unmasked
 from ppvae.weights import LogWeights
 
+SUFFIX = "_missing"  # of the latent that holds a site's hidden values, where the model draws them
+
 if TYPE_CHECKING:
     import pandas
 
@@ -175,7 +177,7 @@ class _Gathered:
         both = torch.logaddexp(self.log_total[part].to(total), total)
         share = torch.where(possible, (total - both).exp(), 0.0)
         self.log_total[part] = both.cpu()
-        drawn = weights.model_trace.nodes.get(f"{self.name}_missing")
+        drawn = weights.model_trace.nodes.get(self.name + SUFFIX)
         for key, values in self._moments(site, drawn).items():  # (K, n, ...)
             w = _alongside(normal, values)
             self._mix(key, part, share, torch.where(w > 0, w * values, 0.0).sum(0))

@@ -15,7 +15,7 @@ from ppvae.arguments import takes_numbers
 from ppvae.diagnostics import html
 from ppvae.diagnostics.arviz_bridge import elpd, export_rows
 from ppvae.diagnostics.evidence import Evidence, weigh
-from ppvae.diagnostics.missing import by_missingness
+from ppvae.diagnostics.missing import SUFFIX, by_missingness
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.rows import bound, check_pair_and_data, spread
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
@@ -200,6 +200,8 @@ class Report(Evidence):
         said = []
         for name, units in self.collapsed.items():
             count, all_units = int(units.sum()), len(units)
+            if name.endswith(SUFFIX):  # drawn from the model's own law, as it should
+                continue
             if count == all_units:
                 said.append(
                     f"Posterior collapse: q = p on every unit of {name!r}, so the model ignores "
