@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,9 @@ def impute(
         ValueError: bad data or arguments; the pair does not fit; no site, or several, have values
             that are hidden; a latent is summed out.
 
+    Warns:
+        RuntimeWarning: p(x | z) has no mean at some missing values.
+
     Source: Mattei & Frellsen, MIWAE, 2019, section 4; Ipsen et al., not-MIWAE, 2021, section 3.2.
 
     Example:
@@ -244,6 +248,13 @@ class _Gathered:
                 filled[..., columns] = self.sums[i].argmax(-1).double()
             elif law.support.is_discrete:
                 filled[..., columns] = filled[..., columns].round()
+        if (absent := int((filled.isnan() & ~visible).sum())):
+            warnings.warn(
+                f"{absent} missing values have no mean, since p(x | z) has none there (a Student t "
+                "law of df <= 1, say): use draws, or a head that has one, as StudentT(net, df=5.0)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         sd = (self.sums["second"] - mean.square()).clamp(min=0).sqrt()
         draws = self.sums.get("draws")
         if draws is not None:
