@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     missingness.to_csv(out / "missingness.csv")
     columns.to_csv(out / "columns.csv")
-    table.to_frame(found.filled).to_csv(out / "imputed.csv", index=False)
+    imputed = table.to_frame(found.filled).where(frame.isna(), frame)  # with all digits that it had
+    imputed.to_csv(out / "imputed.csv", index=False, float_format="%.6g")
     draw_cells(table, truth, found).savefig(out / "cells.png", dpi=120)
     draw_pit(table, truth, found, args.seed).savefig(out / "pit.png", dpi=120)
     reporting.print_files(out, FILES)
@@ -201,6 +202,7 @@ def draw_pit(
         ax.get_legend().remove()
     for ax in axes.flat[len(table.columns):]:
         ax.set_axis_off()
+    axes[-2, -1].tick_params(labelbottom=True)  # the one below is off
     figure.supxlabel("PIT: rank of the true value among 99 draws")
     figure.supylabel("share of hidden cells below, less that of a uniform")
     return figure
