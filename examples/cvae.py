@@ -185,9 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evidence.to_html(out / "report.html", image_shape=shape)
     reporting.print_files(out, FILES)
     if (out / "report.html").exists():
-        print(
-            f"Open {out / 'report.html'}: which posteriors are to be trusted, and why not the others."
-        )
+        print(f"Open {out / 'report.html'} to see which posteriors are to be trusted.")
 
 
 def label_features(dataset: data.Dataset) -> tuple[nn.Module | None, int]:

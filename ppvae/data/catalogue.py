@@ -68,10 +68,10 @@ def load(
         flatten: store images as ``(N, D)`` rows; False keeps ``(N, C, H, W)``.
         seed: of random splits, of the binarisation and of synthetic data, 0 or more.
         **options: of one data set. ``num_valid``: "mnist", "fashion_mnist", "har", "20newsgroups".
-            ``num``: "typeset", synthetic ones, "rcv1". ``num_words``: "20newsgroups", "rcv1". ``version``:
-            "20newsgroups". ``num_components``: "gaussian_mixture". ``dim``, ``latent_dim``:
-            "linear_gaussian". ``x``, ``y``: .npz. ``label``: .csv. ``size``, ``grey``: folders.
-            ``valid``, ``test``, ``support``, ``shape``: all paths.
+            ``num``: "typeset", synthetic ones, "rcv1". ``num_words``: "20newsgroups", "rcv1".
+            ``version``: "20newsgroups". ``num_components``: "gaussian_mixture". ``dim``,
+            ``latent_dim``: "linear_gaussian". ``x``, ``y``: .npz. ``label``: .csv.
+            ``size``, ``grey``: folders. ``valid``, ``test``, ``support``, ``shape``: all paths.
 
     Raises:
         ValueError: unknown name or value of an argument, corrupt file, bad data.

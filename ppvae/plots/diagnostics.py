@@ -104,9 +104,8 @@ def khat_images(
     pixels = shaped("images", images, len(values), channels * height * width, finite="all")
     ink = pixels.reshape(-1, channels, height, width).mean(1).clip(0, 1)
     known = np.flatnonzero(~np.isnan(values))
-    bins = (
-        np.ceil(20 * values[known].clip(1e-9, 2) - 1e-9).astype(int) - 1
-    )  # a value on a limit: below
+    # A value on a limit belongs to the column below it.
+    bins = np.ceil(20 * values[known].clip(1e-9, 2) - 1e-9).astype(int) - 1
     first, columns = bins.min(), np.ptp(bins) + 1
     counts = np.bincount(bins - first)
     picture = np.ones((counts.max(), height, columns, width, 3))
