@@ -52,9 +52,7 @@ class HeavyTails(conditionals.Elementwise):
     )
 
 
-def pair(
-    dim: int, latent_dim: int, hidden: list[int]
-) -> tuple[models.Masked, guides.Amortized]:
+def pair(dim: int, latent_dim: int, hidden: list[int]) -> tuple[models.Masked, guides.Amortized]:
     likelihood = HeavyTails(nets.mlp(latent_dim, *hidden, 3 * dim), scale=None, df=None)
     model = models.Masked(models.VAE(likelihood, latent_dim=latent_dim))
     encoder = nets.Masked(nets.mlp(2 * dim, *hidden, 2 * latent_dim))

@@ -1,13 +1,13 @@
-"""A table with gaps: 30 % of its cells missing, imputed, and whether the imputations can be trusted.
+"""A table with gaps: 30 % of its cells missing, imputed, and whether that can be trusted.
 
     python examples/table.py
     python examples/table.py --quick                     # a check that all runs, in seconds
 
 442 patients of scikit-learn's diabetes data: nine numbers, a class of two words, and how far the
-disease had gone a year later in four ordered levels. Cells are hidden at random (MCAR) and put aside;
-the pair sees what is left. Then each hidden cell is compared with its posterior: errors beside those
-of a column's mean and of the nearest rows, and the PIT, which is uniform if that posterior is right.
-Source: Mattei & Frellsen, MIWAE, 2019.
+disease had gone a year later in four ordered levels. Cells are hidden at random (MCAR) and put
+aside; the pair sees what is left. Then each hidden cell is compared with its posterior: errors
+beside those of a column's mean and of the nearest rows, and the PIT, which is uniform if that
+posterior is right. Source: Mattei & Frellsen, MIWAE, 2019.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ from ppvae.diagnostics.uniformity import ecdf_band
 from ppvae.plots.common import BLUE, RED
 
 FILES = ["imputed.csv", "columns.csv", "missingness.csv", "cells.png", "pit.png"]
-NAMES = {"s1": "cholesterol", "s2": "ldl", "s3": "hdl", "s4": "ratio", "s5": "log_trig", "s6": "sugar"}
+NAMES = {
+    "s1": "cholesterol",
+    "s2": "ldl",
+    "s3": "hdl",
+    "s4": "ratio",
+    "s5": "log_trig",
+    "s6": "sugar",
+}
 
 
 def patients() -> pd.DataFrame:
@@ -53,7 +60,9 @@ def hide(frame: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
     return frame.mask(hidden)
 
 
-def pair(table: data.Table, latent_dim: int, hidden: list[int]) -> tuple[models.Masked, guides.Normal]:
+def pair(
+    table: data.Table, latent_dim: int, hidden: list[int]
+) -> tuple[models.Masked, guides.Normal]:
     heavy_tails = functools.partial(conditionals.StudentT, df=5.0)  # and a variance
     kinds = conditionals.heads_for(table, numbers=heavy_tails)
     decoder = nets.mlp(latent_dim, *hidden, conditionals.Columns.width(kinds))
@@ -153,9 +162,7 @@ def ranks(true: Tensor, draws: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ pictures
 
 
-def draw_cells(
-    table: data.Table, truth: Tensor, found: ppvae.diagnostics.Imputation
-) -> plt.Figure:
+def draw_cells(table: data.Table, truth: Tensor, found: ppvae.diagnostics.Imputation) -> plt.Figure:
     """Hidden cells: what they are against what was imputed, with two standard deviations."""
     figure, axes = plt.subplots(3, 4, figsize=(11, 8), layout="constrained")
     for i, (ax, column) in enumerate(zip(axes.flat, table.columns, strict=False)):
@@ -181,7 +188,7 @@ def draw_cells(
             ax.plot(ends, ends, color=RED, linewidth=1)
             ax.set(xlabel="imputed mean ± 2 sd")
         ax.set_title(column.name)
-    for ax in axes.flat[len(table.columns):]:
+    for ax in axes.flat[len(table.columns) :]:
         ax.set_axis_off()
     figure.supylabel("true value of the hidden cell")
     return figure
@@ -192,7 +199,9 @@ def draw_pit(
 ) -> plt.Figure:
     """By column, whether the rank of the true value among draws is uniform: the randomised PIT."""
     torch.manual_seed(seed)
-    figure, axes = plt.subplots(3, 4, figsize=(11, 7), layout="constrained", sharex=True, sharey=True)
+    figure, axes = plt.subplots(
+        3, 4, figsize=(11, 7), layout="constrained", sharex=True, sharey=True
+    )
     for i, (ax, column) in enumerate(zip(axes.flat, table.columns, strict=False)):
         hidden = ~found.observed[:, i]
         among = ranks(truth[hidden, i].double(), found.draws[:, hidden, i])
@@ -200,7 +209,7 @@ def draw_pit(
         plots.sbc_ecdf({column.name: among[:, None]}, len(found.draws), band, ax=ax)
         ax.set(title=f"{column.name} ({column.kind}, {len(among)} cells)", xlabel="", ylabel="")
         ax.get_legend().remove()
-    for ax in axes.flat[len(table.columns):]:
+    for ax in axes.flat[len(table.columns) :]:
         ax.set_axis_off()
     axes[-2, -1].tick_params(labelbottom=True)  # the one below is off
     figure.supxlabel("PIT: rank of the true value among 99 draws")

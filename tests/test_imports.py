@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "check": PAIR | {"distributions"},
     "compile": PAIR,
     "train": PAIR | {"elbo", "check", "compile", "data", "plots"},
-    "diagnostics": PAIR | {"local", "elbo", "check", "compile", "plots"},
+    "diagnostics": PAIR | {"distributions", "local", "elbo", "check", "compile", "plots"},
     # what knows no pair
     "data": set(),
     "metrics": set(),

@@ -1,4 +1,4 @@
-"""Values that are missing: evidence and imputations against exact ones, masks everywhere, faults."""
+"""Missing values: evidence and imputations against exact ones, masks everywhere, faults."""
 
 import functools
 import math
@@ -418,7 +418,7 @@ def test_a_masked_network_sees_values_and_mask():
     assert learned.fill.grad.tolist() == [0.0, 1.0, 0.0]
     conditioned = nets.Masked(nets.mlp(6 + 2, 4))
     assert conditioned(x, torch.zeros(1, 2), observed).shape == (1, 4)
-    with pytest.raises(TypeError, match="observed is torch.float32"):
+    with pytest.raises(TypeError, match=r"observed is torch\.float32"):
         net(x, observed.float())
     with pytest.raises(ValueError, match="one bool for each value"):
         net(x, observed[:, :2])
@@ -436,8 +436,8 @@ def test_arrays_with_gaps(recwarn):
     assert made.support == "real" and len(made.train.args) == 2
     rest = torch.cat([split.observed for split in (made.train, made.valid, made.test)])
     assert int((~rest).sum()) == int(np.isnan(x).sum())
-    frame = pd.DataFrame({"n": pd.array([1, None, 3] * 20, dtype="Int64"), "f": [0.5, np.nan, 2.0] * 20,
-                          "g": [1.0, 2.0, 3.0] * 20})  # fmt: skip
+    whole = pd.array([1, None, 3] * 20, dtype="Int64")
+    frame = pd.DataFrame({"n": whole, "f": [0.5, np.nan, 2.0] * 20, "g": [1.0, 2.0, 3.0] * 20})
     parts = data.from_arrays(frame, missing="mask")
     assert parts.train.observed[:, 2].all() and not parts.train.observed[:, 0].all()
     suggested = conditionals.suggest(made.train)
@@ -445,6 +445,15 @@ def test_arrays_with_gaps(recwarn):
     images = np.where(np.random.default_rng(2).random((30, 2, 2)) < 0.9, 0.5, np.nan)
     flat = data.from_arrays(images, missing="mask", flatten=True, binarize="dynamic")
     assert flat.train.observed.shape == flat.train.batch(3)[0].shape == (24, 4)
+
+
+def named(x):
+    return pd.DataFrame(x, columns=list("abc"))
+
+
+def without_masks():
+    model = linear()[0].model
+    return model, guides.Prior(model)
 
 
 def images_with_a_gap():
@@ -469,7 +478,7 @@ def hole(row=None, column=None):
         (lambda: data.from_arrays(hole(row=4), missing="mask"), "1 rows without any value.*row 4"),
         (lambda: data.from_arrays(hole(column=1), missing="mask"), "no value at all in column 1"),
         (
-            lambda: data.from_arrays(pd.DataFrame(hole(column=1), columns=list("abc")), missing="mask"),
+            lambda: data.from_arrays(named(hole(column=1)), missing="mask"),
             "no value at all in column 'b'",
         ),
         (lambda: data.from_arrays(hole(), missing="drop"), "missing='drop' is unknown"),
@@ -500,7 +509,7 @@ def hole(row=None, column=None):
         (lambda: linear()[0].model(X, ~X.isnan()), r"models.Masked\(model\)"),
         (lambda: guides.WithMissing(linear()[1], linear()[0]), "got Amortized, Masked"),
         (
-            lambda: ppvae.impute(linear()[0].model, guides.Prior(linear()[0].model), torch.ones(2, 3)),
+            lambda: ppvae.impute(*without_masks(), torch.ones(2, 3)),
             r"sites \[\]: name one of them",
         ),
         (lambda: ppvae.impute(*linear(), X, ~X.isnan(), num_particles=1), "num_particles must be"),

@@ -251,7 +251,8 @@ def _with_cure(fault: str, error: PairError) -> str:
     if " NaN or infinite values in " not in fault:
         return fault
     why = str(error).splitlines()[0].partition(";")[0]
-    return f"{fault}; drop or impute them, or let model and guide mask them (models.Masked, nets.Masked). Now {why}"
+    cure = "drop or impute them, or let model and guide mask them (models.Masked, nets.Masked)"
+    return f"{fault}; {cure}. Now {why}"
 
 
 def _weigh(

@@ -89,7 +89,8 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
         One entry for each column; of more than 30, one for all columns of a kind.
 
     Raises:
-        ValueError: fewer than ten rows, or values of a column, names of another number than columns, or NaN in the data.
+        ValueError: fewer than ten rows, or values of a column, names of another number than
+            columns, or NaN in the data.
 
     Example:
         >>> counts = torch.poisson(torch.tensor([1.0, 9.0]).repeat(250)).reshape(500, 1)
@@ -101,7 +102,12 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
     observed = getattr(split, "observed", None)
     observed = torch.ones_like(x).bool() if observed is None else observed.cpu().reshape(x.shape)
     labels = tuple(str(name) for name in (names if names is not None else range(x.shape[1])))
-    if len(x) < 10 or observed.sum(0).min() < 10 or len(labels) != x.shape[1] or not x.isfinite().all():
+    if (
+        len(x) < 10
+        or observed.sum(0).min() < 10
+        or len(labels) != x.shape[1]
+        or not x.isfinite().all()
+    ):
         raise ValueError(
             f"suggest needs ten rows of finite values and a name for each column, and got x "
             f"{tuple(x.shape)} with {int((~x.isfinite()).sum())} NaN or infinite values and "

@@ -43,8 +43,9 @@ class Split:
 
     Raises:
         TypeError: ``observed`` is not bool.
-        ValueError: lengths differ, ``observed`` has another shape or stands beside ``rows``, ``binarize`` is unknown, grey levels leave [0, 1], ``seed``
-            is negative, or ``supervised`` is set without ``y``.
+        ValueError: lengths differ, ``observed`` has another shape or stands beside ``rows``,
+            ``binarize`` is unknown, grey levels leave [0, 1], ``seed`` is negative, or
+            ``supervised`` is set without ``y``.
 
     Source: dynamic binarisation as in Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519.
 
@@ -76,7 +77,9 @@ class Split:
                 raise TypeError(f"observed is {self.observed.dtype}: give bool, ~x.isnan()")
             if self.observed.shape != self.values.shape or self.rows is not None:
                 seen = f"observed has shape {tuple(self.observed.shape)}, values "
-                seen += f"{tuple(self.values.shape)} {'with' if self.rows is not None else 'no'} rows"
+                seen += (
+                    f"{tuple(self.values.shape)} {'with' if self.rows is not None else 'no'} rows"
+                )
                 raise ValueError(f"{seen}: give one bool for each value, and no rows")
         if self.rows is not None and self.binarize == "static":
             raise ValueError("binarize='static' keeps one draw of all rows: use 'dynamic' here")

@@ -26,7 +26,7 @@ from ppvae.diagnostics.rows import (
     take,
 )
 from ppvae.distributions import Columns
-from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, sample_sites, shown, trace
+from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site, sample_sites, shown, trace
 from ppvae.terms import unmasked
 from ppvae.weights import LogWeights
 
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Imputation:
-    r"""What :func:`ppvae.impute` found, float64 on the CPU. Shapes are those of the data,
-    ``(N, *event)``.
+    r"""What :func:`ppvae.impute` found: float64, on the CPU, of the data's shape ``(N, *event)``.
 
     Attributes:
         observed: which values were observed, bool.
@@ -172,7 +171,7 @@ class _Gathered:
                 f"latents {sorted(weights.enumerated)} are summed out, and missing values are "
                 "imputed at draws: give a guide that draws them, without infer={'enumerate': ...}"
             )
-        self.name, site = hidden_site(weights.model_trace, self.site)
+        self.name, site, visible = hidden_site(weights.model_trace, self.site)
         self.parts = _parts(site["fn"])
         log_w = weights.log_w.double()
         total = log_w.logsumexp(0)
@@ -185,10 +184,9 @@ class _Gathered:
         for key, values in self._moments(site, drawn).items():  # (K, n, ...)
             w = _alongside(normal, values)
             self._mix(key, part, share, torch.where(w > 0, w * values, 0.0).sum(0))
-        self.visible = _rows(site, shown(site, site["value"]))[0]
-        self.data = _rows(site, site["value"])[0].double()
-        self._mix("data", part, torch.ones_like(share), self.data)
-        self._mix("visible", part, torch.ones_like(share), self.visible.double())
+        data = _rows(site, site["value"])[0].double()
+        self._mix("data", part, torch.ones_like(share), data)
+        self._mix("visible", part, torch.ones_like(share), _rows(site, visible)[0].double())
         if self.num_draws:
             which = torch.rand(self.num_draws, len(share), device=share.device) < share
             draws = self._draws(weights, normal, drawn).double()  # (S, n, ...)
@@ -207,7 +205,7 @@ class _Gathered:
         second = mean.square()
         if variance is not None:
             second = second + _rows(site, variance).double()
-        found = {"first": mean, "second": second}
+        found: dict[Any, Tensor] = {"first": mean, "second": second}
         for i, (law, columns) in enumerate(self.parts):
             if isinstance(law, Categorical):
                 probabilities = law.probs
@@ -248,7 +246,7 @@ class _Gathered:
                 filled[..., columns] = self.sums[i].argmax(-1).double()
             elif law.support.is_discrete:
                 filled[..., columns] = filled[..., columns].round()
-        if (absent := int((filled.isnan() & ~visible).sum())):
+        if absent := int((filled.isnan() & ~visible).sum()):
             warnings.warn(
                 f"{absent} missing values have no mean, since p(x | z) has none there (a Student t "
                 "law of df <= 1, say): use draws, or a head that has one, as StudentT(net, df=5.0)",
@@ -287,19 +285,19 @@ class _At(Messenger):
         msg["done"] = True
 
 
-def hidden_site(drawn: Any, name: str | None = None) -> tuple[str, Site]:
-    """The observed site of which a mask hides values, and its name.
+def hidden_site(drawn: Any, name: str | None = None) -> tuple[str, Site, Tensor]:
+    """The observed site of which a mask hides values: its name, itself, and what is not hidden.
 
     Raises:
         ValueError: there is none, or there are several and ``name`` is None.
     """
     found = {
-        n: site
+        n: (n, site, visible)
         for n, site in sample_sites(drawn).items()
-        if site["is_observed"] and shown(site, site["value"]) is not None
+        if site["is_observed"] and (visible := shown(site, site["value"])) is not None
     }
     if name is None and len(found) == 1:
-        return next(iter(found.items()))
+        return next(iter(found.values()))
     if name not in found:
         seen = f"site={name!r}" if name is not None else "no site is named"
         raise ValueError(
@@ -307,7 +305,7 @@ def hidden_site(drawn: Any, name: str | None = None) -> tuple[str, Site]:
             "them; if there is none, call the pair with a mask, models.Masked(model) with "
             "(x, observed)"
         )
-    return name, found[name]
+    return found[name]
 
 
 def _parts(fn: Any) -> list[tuple[Any, Any]]:
@@ -360,8 +358,8 @@ def by_missingness(
     shares, counts = [], []
     with evaluating(model, guide, args, 0):
         for part, _ in pieces(len(report.khat), 1, 2_500):
-            _, site = hidden_site(trace(model, take(args, part), {}))
-            visible = _rows(site, shown(site, site["value"]))[0].flatten(1).cpu()
+            _, site, mask = hidden_site(trace(model, take(args, part), {}))
+            visible = _rows(site, mask)[0].flatten(1).cpu()
             shares.append(1 - visible.double().mean(1))
             counts.append(visible.sum(1))
     share, count = torch.cat(shares), torch.cat(counts).double()

@@ -113,9 +113,9 @@ def predictive_check(
               p = P\big(T(x_k) \ge T(x)\big)
 
     A posterior predictive p-value uses the datapoint twice, so p near 0 or 1 is rarer than under a
-    uniform law: extremes mean something, the middle proves nothing. Values that a mask hides are
-    NaN in the data and in what is drawn, so statistics have to pass over them. With ``guides.Prior(model)`` as
-    guide it is a prior predictive check, uniform if the model is right.
+    uniform law: extremes mean something, the middle proves nothing. With ``guides.Prior(model)`` as
+    guide it is a prior predictive check, uniform if the model is right. Values that a mask hides
+    are NaN in the data and in what is drawn, so statistics have to pass over them.
 
     Args:
         model, guide: Pyro programs.

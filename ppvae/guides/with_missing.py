@@ -45,7 +45,8 @@ class WithMissing(Program):
 
     def posterior(self, x: Tensor, observed: Tensor) -> Any:
         """q(z | x_obs, m)."""
-        return self.guide.posterior(x, observed)
+        posterior: Any = self.guide.posterior
+        return posterior(x, observed)
 
     def forward(self, x: Tensor, observed: Tensor, size: int | None = None) -> Tensor:
         """Draw z and the site ``"x_missing"``; returns z."""

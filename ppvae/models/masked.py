@@ -162,7 +162,7 @@ class MissingNotAtRandom(Program):
                 complete: Tensor = pyro.sample("x", law)
                 pyro.sample("missing", self.missing(complete))
                 return complete
-            require_mask(x, observed, "x")
+            observed = require_mask(x, observed, "x")
             hidden = pyro.sample("x_missing", masked(law, ~observed))
             pyro.sample("x", masked(law, observed), obs=x)
             complete = torch.where(observed, x, hidden)
@@ -170,8 +170,8 @@ class MissingNotAtRandom(Program):
         return complete
 
 
-def require_mask(values: Tensor, observed: Tensor | None, name: str) -> None:
-    """Raise unless there is a bool for each value."""
+def require_mask(values: Tensor, observed: Tensor | None, name: str) -> Tensor:
+    """The mask; raises unless it has a bool for each value."""
     if observed is None or observed.dtype != torch.bool:
         seen = "None" if observed is None else observed.dtype
         raise TypeError(f"observed must be bool, and is {seen}: give ~x.isnan() beside x")
@@ -182,3 +182,4 @@ def require_mask(values: Tensor, observed: Tensor | None, name: str) -> None:
             f"observed has shape {tuple(observed.shape)}, and {name} has values "
             f"{tuple(values.shape)}: give one bool for each value, of the same rows"
         )
+    return observed
