@@ -90,7 +90,7 @@ def from_arrays(
         ('real', 2, 80, 10, 10)
     """
     check_binarize(binarize)
-    array = _numbers(x, "x")
+    array = numbers(x, "x")
     _check_rows(array, support)
     natural_shape = _natural_shape(array.shape[1:], shape)
     mapped, lossy = isinstance(x, np.memmap), lossy_columns(array)
@@ -246,7 +246,7 @@ def _size(name: str, share: float | int, num: int) -> int:
     raise ValueError(f"{name}={share!r}: give a share in (0, 1) or a number of rows, 1 or more")
 
 
-def _numbers(array: Any, name: str) -> np.ndarray:
+def numbers(array: Any, name: str) -> np.ndarray:
     """``array`` as numpy numbers, not yet of a float type."""
     columns = getattr(array, "dtypes", None)  # of a data frame
     if isinstance(array, Tensor):
@@ -297,7 +297,7 @@ def _finite(array: np.ndarray, name: str) -> Tensor:
 
 def _labels_or_conditions(y: Any, num: int) -> tuple[Tensor, int | None]:
     """``y`` as int64 labels ``(N,)`` and their number, or as float conditions ``(N, D)``."""
-    array = _numbers(y, "y")
+    array = numbers(y, "y")
     if array.ndim not in (1, 2) or len(array) != num:
         seen = f"y has shape {array.shape} and x {num} rows"
         raise ValueError(f"{seen}: give ({num},) labels or ({num}, D) conditions")
@@ -311,7 +311,7 @@ def _labels_or_conditions(y: Any, num: int) -> tuple[Tensor, int | None]:
 
 def class_labels(array: Any, name: str, otherwise: str = "") -> Tensor:
     """Labels ``(N,)`` as int64, if they are whole numbers from 0; ``otherwise`` is another cure."""
-    array = _numbers(array, name)
+    array = numbers(array, name)
     bad = ~(np.isfinite(array) & (array == np.round(array)) & (array >= 0))
     if bad.any():
         row = int(bad.argmax())

@@ -70,6 +70,24 @@ def cells_of(frame: Any) -> dict[Any, Cells]:
     return {name: _of_narwhals(name, native[name]) for name in names}
 
 
+def numeric(frame: Any, name: str) -> np.ndarray:
+    """A frame whose columns are all numbers as one array, ``(N, D)``, missing cells NaN.
+
+    Raises:
+        TypeError: a column holds something else; the message names it.
+    """
+    cells = cells_of(frame)
+    words = [column for column, cell in cells.items() if cell.levels not in (None, (False, True))]
+    if words:
+        raise TypeError(
+            f"{name} has columns of words, such as {words[0]!r}: fit a table to the frame, "
+            "table = data.Table.fit(frame), and give table.to_tensor(frame)"
+        )
+    columns = [c.filled(c.observed) if c.missing.any() else c.observed for c in cells.values()]
+    array = np.stack(columns, 1)
+    return array.astype(bool) if all(c.levels for c in cells.values()) else array
+
+
 def _narwhals() -> Any:
     try:
         import narwhals

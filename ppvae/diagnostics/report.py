@@ -18,6 +18,7 @@ from ppvae.diagnostics.evidence import Evidence, weigh
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.rows import bound, check_pair_and_data, spread
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
+from ppvae.intake import takes_rows
 from ppvae.pairs import Program
 from ppvae.terms import NoInverse
 
@@ -377,6 +378,7 @@ class Report(Evidence):
 
 
 @takes_numbers
+@takes_rows
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],
