@@ -29,6 +29,7 @@ from ppvae.train.ex_post import fit_prior
 from ppvae.train.fit import fit
 from ppvae.train.history import History
 from ppvae.train.svi import SVI
+from ppvae.verbs import encode, generate, log_prob, reconstruct
 from ppvae.weights import LogWeights, log_weights
 
 __version__ = "0.1.0"
@@ -52,13 +53,17 @@ __all__ = [
     "diagnose",
     "diagnostics",
     "elbo",
+    "encode",
     "fit",
     "fit_prior",
+    "generate",
     "guides",
+    "log_prob",
     "log_weights",
     "metrics",
     "models",
     "nets",
     "posteriors",
     "program",
+    "reconstruct",
 ]

@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compile": PAIR,
     "train": PAIR | {"elbo", "check", "compile", "data", "intake", "plots"},
     "diagnostics": PAIR | {"local", "elbo", "check", "compile", "intake", "plots"},
+    "verbs": PAIR | {"data", "diagnostics", "distributions", "intake"},
     # what knows no pair
     "data": set(),
     "metrics": set(),

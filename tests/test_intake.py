@@ -289,9 +289,7 @@ def test_a_frame_may_have_columns_called_train_and_valid():
 
 def test_a_data_set_is_shuffled_by_the_seed():
     orders = [
-        torch.cat(
-            [*intake.for_training(Rows(X), "data", 16, seed, *counts_pair())]
-        ).tolist()
+        torch.cat([*intake.for_training(Rows(X), "data", 16, seed, *counts_pair())]).tolist()
         for seed in (0, 0, 1)
     ]
     assert orders[0] == orders[1] != orders[2]

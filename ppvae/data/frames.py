@@ -210,6 +210,22 @@ def frame_of(
     return nw.from_dict({s.name: s for s in series}).to_native()
 
 
+def frame_of_numbers(backend: str, array: np.ndarray, names: list[Any], index: Any = None) -> Any:
+    """A frame of an array ``(N, D)``, or a column of ``(N,)``, of the array's dtype."""
+    if backend == "pandas":
+        import pandas as pd
+
+        if array.ndim == 1:
+            return pd.Series(array, index, name=names[0])
+        return pd.DataFrame(array, index, pd.Index(names))
+    nw = _narwhals()
+    parts = array[:, None] if array.ndim == 1 else array
+    series = [nw.new_series(n, parts[:, i], backend=backend) for i, n in enumerate(names)]
+    if array.ndim == 1:
+        return series[0].to_native()
+    return nw.from_dict({s.name: s for s in series}).to_native()
+
+
 def _to_pandas(values: np.ndarray, dtype: str, levels: tuple[Any, ...]) -> Any:
     import pandas as pd
 
