@@ -21,6 +21,7 @@ from ppvae.check.pair import PairError, check_pair
 from ppvae.diagnostics import diagnose
 from ppvae.diagnostics.compare_estimators import compare
 from ppvae.program import Program
+from ppvae.saved import load, save
 from ppvae.train.alternate import alternate
 from ppvae.train.beside import Beside
 from ppvae.train.callbacks import Callback
@@ -58,6 +59,7 @@ __all__ = [
     "fit_prior",
     "generate",
     "guides",
+    "load",
     "log_prob",
     "log_weights",
     "metrics",
@@ -66,4 +68,5 @@ __all__ = [
     "posteriors",
     "program",
     "reconstruct",
+    "save",
 ]

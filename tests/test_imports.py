@@ -54,6 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": PAIR | {"elbo", "check", "compile", "data", "intake", "plots"},
     "diagnostics": PAIR | {"local", "elbo", "check", "compile", "intake", "plots"},
     "verbs": PAIR | {"data", "diagnostics", "distributions", "intake"},
+    "described": set(),
+    "saved": {"data", "described", "program", "train", "wrapped"},
     # what knows no pair
     "data": set(),
     "metrics": set(),
