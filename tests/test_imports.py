@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verbs": PAIR | {"data", "diagnostics", "distributions", "intake"},
     "described": set(),
     "saved": {"data", "described", "program", "train", "wrapped"},
+    "sklearn": {"conditionals", "data", "guides", "models", "nets", "train", "verbs"},
     # what knows no pair
     "data": set(),
     "metrics": set(),
