@@ -293,3 +293,73 @@ def test_a_data_set_is_shuffled_by_the_seed():
         for seed in (0, 0, 1)
     ]
     assert orders[0] == orders[1] != orders[2]
+
+
+def cells():
+    """Counts of two batches of cells, stored sparse, with another layer."""
+    obs = pd.DataFrame(
+        {
+            "batch": pd.Categorical(["b1", "b2"] * (N // 2)),
+            "age": np.linspace(20.0, 60.0, N),
+            "hours": np.linspace(1.0, 2.0, N),
+        },
+        index=[f"cell{i}" for i in range(N)],
+    )
+    counts = scipy.sparse.csr_matrix(X + 1)
+    anndata = pytest.importorskip("anndata")
+    return anndata.AnnData(counts * 2.0, obs=obs, layers={"counts": counts})
+
+
+def test_cells_have_counts_covariates_and_a_library_size():
+    annotated = cells()
+    found = data.from_anndata(annotated, "counts", ["batch", "age"], offset="library")
+    assert list(found) == ["x", "y", "offset"]
+    x = intake.tensors([found["x"]], lambda x: None)[0]
+    assert np.array_equal(x.numpy(), X + 1)
+    assert np.allclose(found["offset"].exp(), (X + 1).sum(1))
+    assert found["y"][:2, :2].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert abs(found["y"][:, 2].mean()) < 1e-6 and abs(found["y"][:, 2].std() - 1) < 1e-6
+    hours = data.from_anndata(annotated, offset="hours")
+    assert np.allclose(hours["offset"].exp(), annotated.obs["hours"], rtol=1e-6)
+    assert np.array_equal(intake.tensors([hours["x"]], lambda x: None)[0], 2 * (X + 1))
+
+
+# anndata 0.12 with pandas 3.1, whenever it cuts
+@pytest.mark.filterwarnings("ignore:The 'mode.chained_assignment' option")
+def test_levels_of_some_cells_keep_their_places():
+    annotated = cells()
+    table = data.Table.fit(annotated.obs[["batch"]])
+    some = annotated[1::2].copy()  # the levels of the others are dropped from such a part
+    assert data.from_anndata(some, covariates=table)["y"][0].tolist() == [0.0, 1.0]
+
+
+def test_cells_train_and_are_evaluated():
+    torch.manual_seed(0)
+    likelihood = conditionals.NegativeBinomial(nets.mlp(2 + 2, 8, 2 * D))
+    model = models.CVAE(likelihood, latent_dim=2)
+    guide = guides.Normal(nets.mlp(D + 2 + 1, 8, 4))
+    found = data.from_anndata(cells(), covariates=["batch"], offset="library")
+    history = trained((model, guide), found, valid=found, batch_size=16)
+    assert np.isfinite(history).all()
+    dense = {name: torch.as_tensor(np.asarray(v)) for name, v in found.items() if name != "x"}
+    given = torch.from_numpy(2 * (X + 1)), dense["y"], dense["offset"]
+    sparse = diagnostics.log_evidence(model, guide, found, num_particles=5, seed=0)
+    by_hand = diagnostics.log_evidence(model, guide, *given, num_particles=5, seed=0)
+    assert torch.equal(sparse.log_evidence, by_hand.log_evidence)
+
+
+def test_cells_that_cannot_be():
+    annotated = cells()
+    with pytest.raises(ValueError, match="no 'raw' in its layers: it has 'counts'"):
+        data.from_anndata(annotated, "raw")
+    with pytest.raises(ValueError, match="no 'site' in its obs: it has 'batch', 'age', 'hours'"):
+        data.from_anndata(annotated, covariates=["site"])
+    annotated.X = annotated.X.multiply(np.arange(N)[:, None] != 3).tocsr()
+    with pytest.raises(ValueError, match="cell 'cell3' has no count, as have 0 more"):
+        data.from_anndata(annotated, offset="library")
+    annotated.obs["hours"] = 0.0
+    with pytest.raises(ValueError, match="cell 'cell0' has no 'hours' above 0"):
+        data.from_anndata(annotated, offset="hours")
+    annotated.obs.loc["cell4", "age"] = np.nan
+    with pytest.raises(ValueError, match="column 'age' has missing cells"):
+        data.from_anndata(annotated, covariates=["age"])

@@ -48,7 +48,7 @@ def conditional():
 
 
 def test_codes_are_the_means_of_the_guide():
-    model, guide = pair()
+    guide = pair()[1]
     x = rows()
     assert torch.equal(ppvae.encode(guide, x), guide.posterior(x).mean.detach())
 
@@ -146,7 +146,7 @@ def test_log_prob_is_that_of_log_evidence():
 
 def test_generate_tells_a_program_without_size_what_to_do():
     program = TutorialVAE()
-    with pytest.raises(TypeError, match="takes no size.*give like=x"):
+    with pytest.raises(TypeError, match=r"takes no size.*give like=x"):
         ppvae.generate(program.model, 5)
     x = torch.ones(2, 5)
     with pytest.raises(TypeError, match="takes no size"):
@@ -155,7 +155,7 @@ def test_generate_tells_a_program_without_size_what_to_do():
 
 
 def test_seeds():
-    model, guide = pair()
+    model = pair()[0]
     torch.manual_seed(0)
     assert not torch.equal(ppvae.generate(model, 9), ppvae.generate(model, 9))
     before = torch.get_rng_state()
@@ -390,12 +390,12 @@ def changed(folder: Path, change) -> None:
 def test_names_in_the_file_are_not_imported(tmp_path, name):
     ppvae.save(tmp_path, *pair())
     changed(tmp_path, lambda content: content["modules"][0].update({"class": name}))
-    with pytest.raises(CheckpointError, match="is no class or function of ppvae or torch.nn"):
+    with pytest.raises(CheckpointError, match="is no class or function of ppvae"):
         ppvae.load(tmp_path)
     ppvae.save(tmp_path, *pair())
     attribute = {"positive": {"known": name}}
     changed(tmp_path, lambda content: content["modules"][0]["attributes"].update(attribute))
-    with pytest.raises(CheckpointError, match="is no class or function of ppvae or torch.nn"):
+    with pytest.raises(CheckpointError, match="is no class or function of ppvae"):
         ppvae.load(tmp_path)
 
 
@@ -473,7 +473,7 @@ def test_make_is_asked_for_and_checked(tmp_path, monkeypatch):
         ValueError, match=r"guide.conditional.net.layer.weight' is \[8, 4\] and was"
     ):
         ppvae.load(tmp_path, make=lambda: (model, guides.Normal(Own(8))))
-    with pytest.raises(ValueError, match="make.. gives another pair: 'guide.conditional.net"):
+    with pytest.raises(ValueError, match=r"make.. gives another pair: 'guide.conditional.net"):
         ppvae.load(tmp_path, make=lambda: pair())
     with pytest.raises(TypeError, match="make must give"):
         ppvae.load(tmp_path, make=lambda: model)
