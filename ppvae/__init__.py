@@ -13,13 +13,16 @@ from ppvae import (
     metrics,
     models,
     nets,
+    plots,
     posteriors,
     program,
 )
 from ppvae.auxiliary import Auxiliary, Ratio
+from ppvae.check.nonfinite import NonFiniteError
 from ppvae.check.pair import PairError, check_pair
 from ppvae.diagnostics import diagnose
 from ppvae.diagnostics.compare_estimators import compare
+from ppvae.pairs import NotCompiled
 from ppvae.program import Program
 from ppvae.saved import load, save
 from ppvae.train.alternate import alternate
@@ -43,6 +46,8 @@ __all__ = [
     "Checkpoints",
     "History",
     "LogWeights",
+    "NonFiniteError",
+    "NotCompiled",
     "PairError",
     "Program",
     "Ratio",
@@ -65,6 +70,7 @@ __all__ = [
     "metrics",
     "models",
     "nets",
+    "plots",
     "posteriors",
     "program",
     "reconstruct",
