@@ -480,6 +480,12 @@ def closed_form_kl_valid(
     return valid
 
 
+def latent_parents(program: Program, args: Args) -> dict[str, frozenset[str]]:
+    """The latent sites that each latent of a program directly depends on; the run is unnoticed."""
+    with own_path(), unnoticed(program, program), TrackProvenance():
+        return _parents(trace(program, args, {}))
+
+
 def _parents(drawn: Trace) -> dict[str, frozenset[str]]:
     """The latent sites that each latent's term is directly computed from."""
     sites = sample_sites(drawn)

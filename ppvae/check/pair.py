@@ -26,6 +26,7 @@ from ppvae.check.sites import (
     plate_faults,
     weight_faults,
 )
+from ppvae.intake import takes_rows
 from ppvae.pairs import Site, own_path, position_fault, reason, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.weights import LogWeights, log_weights, weigh, whole_weights
@@ -40,6 +41,7 @@ class PairError(ValueError):
     """A model/guide pair, or the data it is given, cannot work; the message lists every fault."""
 
 
+@takes_rows
 def check_pair(
     model: Callable[..., Any],
     guide: Callable[..., Any],

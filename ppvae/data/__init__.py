@@ -6,6 +6,7 @@ Example:
     torch.Size([1297, 64])
 """
 
+from ppvae.data.annotated import from_anndata
 from ppvae.data.arrays import from_arrays
 from ppvae.data.catalogue import NAMES, load
 from ppvae.data.dataset import Dataset
@@ -37,6 +38,7 @@ __all__ = [
     "Table",
     "cache_folder",
     "dsprites",
+    "from_anndata",
     "from_arrays",
     "from_counts",
     "from_csv",

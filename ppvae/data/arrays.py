@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ppvae.data.dataset import Dataset, Support
-from ppvae.data.gaps import as_floats, require_columns, without_gaps
+from ppvae.data.frames import is_frame, numeric
+from ppvae.data.gaps import require_columns, without_gaps
 from ppvae.data.precision import float_type, lossy_columns, pieces, warn_of_lost_digits
 from ppvae.data.split import (
     Binarize,
@@ -98,7 +99,7 @@ def from_arrays(
     check_binarize(binarize)
     check_choice("missing", missing, ("mask", None))
     columns, observed = getattr(x, "columns", None), None
-    array = _numbers(x if missing is None else as_floats(x), "x")
+    array = numbers(numeric(x, "x") if missing and is_frame(x) else x, "x")
     if missing is not None:
         array, observed = without_gaps(array, columns)
     _check_rows(array, support)
@@ -263,7 +264,7 @@ def _size(name: str, share: float | int, num: int) -> int:
     raise ValueError(f"{name}={share!r}: give a share in (0, 1) or a number of rows, 1 or more")
 
 
-def _numbers(array: Any, name: str) -> np.ndarray:
+def numbers(array: Any, name: str) -> np.ndarray:
     """``array`` as numpy numbers, not yet of a float type."""
     columns = getattr(array, "dtypes", None)  # of a data frame
     if isinstance(array, Tensor):
@@ -317,7 +318,7 @@ def _finite(array: np.ndarray, name: str) -> Tensor:
 
 def _labels_or_conditions(y: Any, num: int) -> tuple[Tensor, int | None]:
     """``y`` as int64 labels ``(N,)`` and their number, or as float conditions ``(N, D)``."""
-    array = _numbers(y, "y")
+    array = numbers(y, "y")
     if array.ndim not in (1, 2) or len(array) != num:
         seen = f"y has shape {array.shape} and x {num} rows"
         raise ValueError(f"{seen}: give ({num},) labels or ({num}, D) conditions")
@@ -331,7 +332,7 @@ def _labels_or_conditions(y: Any, num: int) -> tuple[Tensor, int | None]:
 
 def class_labels(array: Any, name: str, otherwise: str = "") -> Tensor:
     """Labels ``(N,)`` as int64, if they are whole numbers from 0; ``otherwise`` is another cure."""
-    array = _numbers(array, name)
+    array = numbers(array, name)
     bad = ~(np.isfinite(array) & (array == np.round(array)) & (array >= 0))
     if bad.any():
         row = int(bad.argmax())

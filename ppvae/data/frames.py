@@ -70,6 +70,24 @@ def cells_of(frame: Any) -> dict[Any, Cells]:
     return {name: _of_narwhals(name, native[name]) for name in names}
 
 
+def numeric(frame: Any, name: str) -> np.ndarray:
+    """A frame whose columns are all numbers as one array, ``(N, D)``, missing cells NaN.
+
+    Raises:
+        TypeError: a column holds something else; the message names it.
+    """
+    cells = cells_of(frame)
+    words = [column for column, cell in cells.items() if cell.levels not in (None, (False, True))]
+    if words:
+        raise TypeError(
+            f"{name} has columns of words, such as {words[0]!r}: fit a table to the frame, "
+            "table = data.Table.fit(frame), and give table.to_tensor(frame)"
+        )
+    columns = [c.filled(c.observed) if c.missing.any() else c.observed for c in cells.values()]
+    array = np.stack(columns, 1)
+    return array.astype(bool) if all(c.levels for c in cells.values()) else array
+
+
 def _narwhals() -> Any:
     try:
         import narwhals
@@ -189,6 +207,22 @@ def frame_of(
         return frame if index is None else frame.set_axis(index, axis=0)
     nw = _narwhals()
     series = [_to_narwhals(nw, backend, name, cells[name], *dtypes[name]) for name in cells]
+    return nw.from_dict({s.name: s for s in series}).to_native()
+
+
+def frame_of_numbers(backend: str, array: np.ndarray, names: list[Any], index: Any = None) -> Any:
+    """A frame of an array ``(N, D)``, or a column of ``(N,)``, of the array's dtype."""
+    if backend == "pandas":
+        import pandas as pd
+
+        if array.ndim == 1:
+            return pd.Series(array, index, name=names[0])
+        return pd.DataFrame(array, index, pd.Index(names))
+    nw = _narwhals()
+    parts = array[:, None] if array.ndim == 1 else array
+    series = [nw.new_series(n, parts[:, i], backend=backend) for i, n in enumerate(names)]
+    if array.ndim == 1:
+        return series[0].to_native()
     return nw.from_dict({s.name: s for s in series}).to_native()
 
 

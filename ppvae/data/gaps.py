@@ -10,16 +10,6 @@ import torch
 from torch import Tensor
 
 
-def as_floats(x: Any) -> Any:
-    """A data frame whose own types mark missing values as an array with NaN; the rest as it is."""
-    if not (hasattr(x, "to_numpy") and hasattr(x, "columns")):
-        return x
-    try:
-        return x.to_numpy(dtype=np.float64, na_value=np.nan)
-    except (TypeError, ValueError):  # words: whoever wants numbers says which columns
-        return x
-
-
 def without_gaps(array: np.ndarray, columns: Sequence[Any] | None) -> tuple[np.ndarray, Tensor]:
     """Numbers that can be checked as if nothing was missing, and which of them were there.
 

@@ -173,6 +173,14 @@ class Table:
         dtypes = {column.name: (column.dtype, column.levels) for column in self.columns}
         return frame_of(self.backend, cells, dtypes, index)
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """Rows whose codes stand for levels: the nearest ones, for means of binary and ordered."""
+        columns = [
+            x[:, i].round().clamp(0, c.num_levels - 1) if c.levels else x[:, i]
+            for i, c in enumerate(self.columns)
+        ]
+        return torch.stack(columns, 1)
+
     def __repr__(self) -> str:
         width = max(len(str(name)) for name in self.names)
         lines = [f"  {c.name!s:{width}}  {c.kind:8}  {_shown(c)}" for c in self.columns]

@@ -26,6 +26,7 @@ from ppvae.diagnostics.rows import (
     take,
 )
 from ppvae.distributions import Columns
+from ppvae.intake import takes_rows
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site, sample_sites, shown, trace
 from ppvae.terms import unmasked
 from ppvae.weights import LogWeights
@@ -85,6 +86,7 @@ class Imputation:
 
 
 @takes_numbers
+@takes_rows
 def impute(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -20,6 +20,7 @@ from ppvae.diagnostics.rows import (
     rows_first,
     take,
 )
+from ppvae.intake import takes_rows
 from ppvae.pairs import (
     Program,
     particle_plate,
@@ -96,6 +97,7 @@ class PredictiveCheck:
 
 
 @takes_numbers
+@takes_rows
 def predictive_check(
     model: Program,
     guide: Program,

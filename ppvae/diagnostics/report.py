@@ -19,6 +19,7 @@ from ppvae.diagnostics.missing import SUFFIX, by_missingness
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.rows import bound, check_pair_and_data, spread
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
+from ppvae.intake import takes_rows
 from ppvae.pairs import Program
 from ppvae.terms import NoInverse
 
@@ -395,6 +396,7 @@ class Report(Evidence):
 
 
 @takes_numbers
+@takes_rows
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],

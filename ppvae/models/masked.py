@@ -57,19 +57,29 @@ class Masked(Program):
         super().__init__()
         self.model, self.site = model, site
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Called as the model inside, with ``observed`` after its other arguments."""
-        if not args or args[0] is None:
-            return self.model(*args, **kwargs)
-        *given, observed = args
-        if not isinstance(observed, Tensor) or observed.dtype != torch.bool or not given:
+    def forward(
+        self, x: Tensor | None = None, *others: Any, size: int | None = None, **kwargs: Any
+    ) -> Any:
+        """Called as the model inside, with ``observed`` behind its other arguments.
+
+        Args:
+            x: rows, or None to draw new ones.
+            others: what else the model takes by position, and last the mask of x, bool.
+            size: how many rows to draw; with x, of how many rows it is a minibatch.
+            kwargs: passed to the model.
+        """
+        given = {} if size is None else {"size": size}
+        if x is None:
+            return self.model(x, *others, **given, **kwargs)
+        *others, observed = others or (x,)  # type: ignore[assignment]
+        if not isinstance(observed, Tensor) or observed.dtype != torch.bool or observed is x:
             seen = getattr(observed, "dtype", type(observed).__name__)
             raise TypeError(
                 f"the last argument of models.Masked says what is observed, and is {seen}: give "
                 "bool, of the shape of the values, as (x, ~x.isnan())"
             )
         with _Hide(self.site, observed) as hide:
-            value = self.model(*given, **kwargs)
+            value = self.model(x, *others, **given, **kwargs)
         if not hide.found:
             raise ValueError(
                 f"models.Masked hides values of the observed site {self.site!r}, and the model has "
