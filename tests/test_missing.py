@@ -188,6 +188,30 @@ def test_imputations_are_those_of_the_exact_posterior(float64, wrong):
     assert found.num_missing == int((~observed).sum()) and "Imputation of" in repr(found)
 
 
+def test_pieces_are_one_set_of_weights(float64):
+    """Where one particle has all the weight, whichever piece it is in, it is what is imputed."""
+    likelihood = conditionals.Normal(Line(), scale=1e-3)
+    model = models.Masked(models.VAE(likelihood, latent_dim=2))
+    guide = guides.Amortized(Posterior(factor=4.0))
+    x = X.expand(8, 3) + 0.1 * torch.arange(8.0)[:, None]
+    how = {"num_particles": 301, "max_rows": 100, "seed": 0}
+    found = ppvae.impute(model, guide, x, ~x.isnan(), **how)
+    torch.manual_seed(0)
+    for n, row in enumerate(x[:, None]):
+        sizes = (100, 100, 100, 1)
+        parts = [ppvae.log_weights(model, guide, row, ~row.isnan(), num_particles=s) for s in sizes]
+        w = torch.cat([part.log_w[:, 0] for part in parts]).softmax(0)
+        z = torch.cat([p.guide_trace.nodes["z"]["value"].reshape(-1, 2) for p in parts])
+        means = (z @ W.T + B)[:, 2]
+        torch.testing.assert_close(found.mean[n, 2], (w * means).sum())
+        variance = (w * (means - found.mean[n, 2]) ** 2).sum() + 1e-6
+        torch.testing.assert_close(found.sd[n, 2], variance.sqrt())
+    drawn = ppvae.impute(model, guide, x, ~x.isnan(), num_draws=9, **how)
+    assert (drawn.ess < 1.5).sum() >= 6
+    apart = (drawn.draws[..., 2] - drawn.mean[:, 2]).abs()
+    assert (apart < 5 * drawn.sd[:, 2]).all()
+
+
 def test_weights_matter_where_the_guide_is_wrong(float64):
     """Without them the third value would be off by far more than by the draws."""
     model, guide = linear(shift=0.8)
