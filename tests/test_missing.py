@@ -185,6 +185,7 @@ def test_imputations_are_those_of_the_exact_posterior(float64, wrong):
         torch.testing.assert_close(found.mean[n, ~hidden], x[n, ~hidden])
         assert (found.sd[n, ~hidden] == 0).all()
         assert (found.draws[:, n, ~hidden] == x[n, ~hidden]).all()
+    assert torch.equal(found.filled[observed], x[observed])
     assert found.num_missing == int((~observed).sum()) and "Imputation of" in repr(found)
 
 
@@ -339,6 +340,23 @@ def test_a_mechanism_that_does_not_look_is_at_random(float64):
     assert model(size=4).shape == (4, 3)
 
 
+def test_classes_that_the_model_draws_are_counted(float64):
+    """Where the mask does not depend on them, they are as probable as at random."""
+    model = mixed()
+    x = torch.tensor([[0.4, NAN, NAN, 2.0]])
+    observed, guide = ~x.isnan(), guides.Amortized(Wide())
+    mechanism = conditionals.Bernoulli(nets.SelfMasking(4))
+    drawing = models.MissingNotAtRandom(model.likelihood, mechanism, latent_dim=1)
+    how = {"num_particles": 20_000, "num_draws": 4000, "seed": 0}
+    found = ppvae.impute(drawing, guides.WithMissing(guide, drawing), x, observed, **how)
+    other = ppvae.impute(models.Masked(model), guide, x, observed, **how)
+    assert found.mean[0, 1].isnan() and found.filled[0, 1] == other.filled[0, 1]
+    shares = [torch.bincount(f.draws[:, 0, 1].long(), minlength=3) / 4000 for f in (found, other)]
+    few = min(4000, found.ess.item(), other.ess.item())
+    assert (shares[0] - shares[1]).abs().max() < 4.5 * (4 * 0.25 / few) ** 0.5
+    assert found.mean[0, 2].item() == pytest.approx(other.mean[0, 2].item(), abs=0.03)
+
+
 def test_self_masking_keeps_a_known_sign():
     x = torch.linspace(-2, 2, 5)[:, None].expand(5, 2)
     for sign in (-1, 1):
@@ -407,6 +425,9 @@ def test_a_report_by_how_much_is_missing(float64):
     expected = report.log_evidence[full].sum() / (3 * full.sum())
     assert first["nats per observed value"] == pytest.approx(expected.item())
     assert first["k-hat"] == pytest.approx(report.khat[full].median().item())
+    some = (~full) & (observed.sum(1) == 2)
+    expected = report.log_evidence[some].sum() / (2 * some.sum())
+    assert table.iloc[1]["nats per observed value"] == pytest.approx(expected.item())
     assert first["KL"] == pytest.approx(report.rate[full].mean().item())
     assert 1 <= len(report.by_missingness(2)) <= 2
     with pytest.raises(ValueError, match="ascending order"):
