@@ -77,17 +77,7 @@ def top_down() -> tuple[Any, ...]:
     return model, guides.TopDown(model, parts.encoder, parts.heads), torch.zeros(4, 1, 6, 6)
 
 
-def not_at_random() -> tuple[Any, ...]:
-    """A mask that depends on what it hides."""
-    likelihood = conditionals.Normal(nets.mlp(Z, D), scale=0.5)
-    mechanism = conditionals.Bernoulli(nets.SelfMasking(D))
-    model = models.MissingNotAtRandom(likelihood, mechanism, latent_dim=Z)
-    encoder = guides.Normal(nets.Masked(nets.mlp(2 * D, 2 * Z)))
-    return model, guides.WithMissing(encoder, model), torch.zeros(4, D), torch.rand(4, D) < 0.5
-
-
-FAMILIES = (vae, cvae, mixture, vade, bottom_up, ladder, top_down, not_at_random)
-PAIRS = {f.__name__: f for f in FAMILIES}
+PAIRS = {f.__name__: f for f in (vae, cvae, mixture, vade, bottom_up, ladder, top_down)}
 
 
 def draw() -> None:

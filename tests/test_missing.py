@@ -487,6 +487,8 @@ def test_arrays_with_gaps(recwarn):
     assert parts.train.observed[:, 2].all() and not parts.train.observed[:, 0].all()
     suggested = conditionals.suggest(made.train)
     assert [s.kind for s in suggested] == ["counts", "positive numbers", "positive numbers"]
+    counts = np.where(np.isnan(x), np.nan, np.floor(np.nan_to_num(x)))
+    assert data.from_arrays(counts, missing="mask").support == "counts"
     images = np.where(np.random.default_rng(2).random((30, 2, 2)) < 0.9, 0.5, np.nan)
     flat = data.from_arrays(images, missing="mask", flatten=True, binarize="dynamic")
     assert flat.train.observed.shape == flat.train.batch(3)[0].shape == (24, 4)
