@@ -491,7 +491,8 @@ def test_arrays_with_gaps(recwarn):
     assert data.from_arrays(counts, missing="mask").support == "counts"
     images = np.where(np.random.default_rng(2).random((30, 2, 2)) < 0.9, 0.5, np.nan)
     flat = data.from_arrays(images, missing="mask", flatten=True, binarize="dynamic")
-    assert flat.train.observed.shape == flat.train.batch(3)[0].shape == (24, 4)
+    assert [t.shape for t in flat.train.batch(3)] == [(24, 4), (24, 4)]
+    assert torch.equal(flat.train.batch(3)[1], flat.train.observed)
 
 
 def named(x):
