@@ -63,7 +63,7 @@ CELLS |= {"conv-1": BASE | {"seed": 1, "prior": "conv", "prior_width": 48}}
 CELLS |= {"two-levels-1": BASE | {"seed": 1, "levels": 2}}
 QUICK = {
     "codes": 8, "width": 4, "prior_width": 8, "epochs": 1, "prior_epochs": 1, "num_test": 200,
-    "smoke": True,
+    "smoke": True, "steps": 3,
 }  # fmt: skip
 CIFAR = {
     "data": "cifar10.npz", "steps": 10_000, "batch_size": 32, "lr": 3e-4, "codes": 512, "dim": 64,
@@ -99,19 +99,21 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     model, guide = vq.quantised(dataset, args)
     commitment = elbo.VQELBO(commitment=args.commitment)
     timed("codes", vq.train, model, guide, dataset, args.epochs, args, commitment)
-    lengths = {"uniform": vq.code_length(model, guide, x)}
+    lengths, fitted = {"uniform": vq.code_length(model, guide, x)}, {"uniform": model}
     for kind in vq.PRIORS[1:]:
-        fitted = vq.with_prior(model, guide, kind, args)
+        fitted[kind] = vq.with_prior(model, guide, kind, args)
         if kind == "unigram":
-            vq.count(fitted, guide, dataset.train.args[0])
+            vq.count(fitted[kind], guide, dataset.train.args[0])
         else:
-            timed(kind, vq.train_prior, fitted, guide, dataset, args)
-        lengths[kind] = vq.code_length(fitted, guide, x)
+            timed(kind, vq.train_prior, fitted[kind], guide, dataset, args)
+        lengths[kind] = vq.code_length(fitted[kind], guide, x)
     numbers = vq.all_numbers(guide, dataset.valid.args[0])
     found = {
         "lengths": lengths,
         "perplexity": {n: metrics.code_perplexity(c, args.codes) for n, c in numbers.items()},
     }
+    print(found, flush=True)
+    vq.draw(dataset, fitted, guide, x[:10], numbers, folder, args)
     if args.vae_epochs:
         vae = vq.plain(dataset, args)
         timed("vae", vq.train, *vae, dataset, args.vae_epochs, args, elbo.ELBO())
@@ -137,7 +139,8 @@ def run_cifar(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     map_size = 8 * 8 * recipe["dim"]
     commitment = recipe["beta"] * train[0].numel() / (2 * map_size)
     adam = functools.partial(torch.optim.Adam, lr=recipe["lr"])
-    svi = ppvae.SVI(model, guide, adam, elbo.VQELBO(commitment=commitment), compile="auto")
+    compile = "auto" if "device" in recipe else False  # on the CPU the build takes a minute
+    svi = ppvae.SVI(model, guide, adam, elbo.VQELBO(commitment=commitment), compile=compile)
     steps_per_epoch = -(-len(train) // recipe["batch_size"])
     ppvae.fit(
         svi,

@@ -69,13 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(lengths, used, args)
     reporting.clear(out, FILES)
     write(out, args, dataset, lengths, used, time.perf_counter() - started)
-    finest = next(iter(numbers))
-    reporting.save(
-        plots.code_usage(torch.bincount(numbers[finest].flatten(), minlength=args.codes)),
-        out / "usage.png",
-    )
-    draw_codes(dataset, model, guide, x[:10], out / "codes.png")
-    draw_samples(dataset, fitted, out / "samples.png", args.seed)
+    draw(dataset, fitted, guide, x[:10], numbers, out, args)
     reporting.print_files(out, FILES)
 
 
@@ -329,6 +323,22 @@ def write(
 
 
 # ------------------------------------------------------------------------------ pictures
+
+
+def draw(
+    dataset: data.Dataset,
+    fitted: dict[str, Any],
+    guide: Any,
+    x: Tensor,
+    numbers: dict[str, Tensor],
+    out: Path,
+    args: argparse.Namespace,
+) -> None:
+    """How often each of the finest codes is used, codes of some images, samples."""
+    count = torch.bincount(next(iter(numbers.values())).flatten(), minlength=args.codes)
+    reporting.save(plots.code_usage(count), out / "usage.png")
+    draw_codes(dataset, fitted["uniform"], guide, x, out / "codes.png")
+    draw_samples(dataset, fitted, out / "samples.png", args.seed)
 
 
 @torch.no_grad()
