@@ -230,9 +230,10 @@ class CodePrior(nn.Module):
         super().__init__()
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"CodePrior: shape is the (h, w) of a code map, got {shape}")
-        if getattr(net, "num_codes", quantizer.num_codes) != quantizer.num_codes:
+        in_net = getattr(net, "num_codes", quantizer.num_codes)
+        if in_net != quantizer.num_codes:
             raise ValueError(
-                f"CodePrior: a network of {net.num_codes} codes beside a quantiser of "
+                f"CodePrior: a network of {in_net} codes beside a quantiser of "
                 f"{quantizer.num_codes}: give {type(net).__name__} the quantiser's num_codes"
             )
         self.quantizer, self.shape, self.net = quantizer, tuple(shape), net
