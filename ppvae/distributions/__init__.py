@@ -23,6 +23,7 @@ from ppvae.distributions.counts import (
     Poisson,
     ZeroInflated,
 )
+from ppvae.distributions.labels import PartlyKnown, partly_known
 from ppvae.distributions.levels import DiscretizedLogistic, Ordinal
 from ppvae.distributions.supports import masked
 from ppvae.distributions.values import Law
@@ -55,6 +56,7 @@ __all__ = [
     "NegativeBinomial",
     "NoInverse",
     "Ordinal",
+    "PartlyKnown",
     "Poisson",
     "StudentT",
     "UnitNormal",
@@ -62,4 +64,5 @@ __all__ = [
     "WordCounts",
     "ZeroInflated",
     "masked",
+    "partly_known",
 ]

@@ -4,6 +4,7 @@ from ppvae.guides.amortized import Amortized, Normal
 from ppvae.guides.auto import Auto
 from ppvae.guides.bottom_up import BottomUp
 from ppvae.guides.ladder import Ladder
+from ppvae.guides.m2 import M2, log_q_of_labels
 from ppvae.guides.moment_match import moment_match
 from ppvae.guides.per_datapoint import PerDatapoint
 from ppvae.guides.point_mass import PointMass
@@ -14,6 +15,7 @@ from ppvae.guides.semi_amortized import SemiAmortized
 from ppvae.guides.top_down import TopDown
 
 __all__ = [
+    "M2",
     "Amortized",
     "Auto",
     "BottomUp",
@@ -27,5 +29,6 @@ __all__ = [
     "Responsibilities",
     "SemiAmortized",
     "TopDown",
+    "log_q_of_labels",
     "moment_match",
 ]
