@@ -72,7 +72,7 @@ def partly_known(categorical: Any, y: Tensor | None, prior: bool = False) -> Any
     Raises:
         TypeError: ``categorical`` is no ``Categorical``.
         ValueError: labels that are not integers ``(N,)``; with validation on, others than -1 to
-            C - 1. (Without, the log-weight of such a row is NaN, which no entry point takes.)
+            C - 1. (Without, such a row has p(x, y) = 0, which no entry point takes.)
 
     Source: Kingma, Rezende, Mohamed & Welling, Semi-supervised Learning with Deep Generative
     Models, 2014, equations 6 and 7, in one batch.
@@ -101,10 +101,12 @@ def partly_known(categorical: Any, y: Tensor | None, prior: bool = False) -> Any
     check_labels(y, num_classes, values=bool(categorical._validate_args))
     match = y.unsqueeze(-1) == torch.arange(num_classes, device=y.device)
     logits = logits.expand(*torch.broadcast_shapes(logits.shape[:-1], y.shape), num_classes)
-    zero = logits.new_zeros(())
+    zero, known = logits.new_zeros(()), match.any(-1)
+    offset = torch.where(match, logits, zero).sum(-1) if prior else zero.expand(known.shape)
+    if prior:  # what is no class has probability 0
+        offset = torch.where(known | (y == UNKNOWN), offset, -math.inf)
     certain = torch.where(match, zero, -math.inf)
-    offset = torch.where(match, logits, zero).sum(-1) if prior else zero.expand(match.shape[:-1])
-    logits = torch.where((y != UNKNOWN).unsqueeze(-1), certain, logits)
+    logits = torch.where(known.unsqueeze(-1), certain, logits)
     return PartlyKnown(logits, offset, validate_args=False)
 
 

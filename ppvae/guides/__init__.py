@@ -4,7 +4,7 @@ from ppvae.guides.amortized import Amortized, Normal
 from ppvae.guides.auto import Auto
 from ppvae.guides.bottom_up import BottomUp
 from ppvae.guides.ladder import Ladder
-from ppvae.guides.m2 import M2, log_q_of_labels
+from ppvae.guides.m2 import M2, Labelled, log_q_of_labels
 from ppvae.guides.moment_match import moment_match
 from ppvae.guides.per_datapoint import PerDatapoint
 from ppvae.guides.point_mass import PointMass
@@ -19,6 +19,7 @@ __all__ = [
     "Amortized",
     "Auto",
     "BottomUp",
+    "Labelled",
     "Ladder",
     "Normal",
     "PerDatapoint",

@@ -73,7 +73,9 @@ def _one_hot(y: Tensor, like: Tensor) -> Tensor:
     return (y.unsqueeze(-1) == torch.arange(like.shape[-1], device=y.device)).to(like.dtype)
 
 
-def log_q_of_labels(model: Any, guide: Any, x: Tensor, y: Tensor | None = None) -> Tensor:
+def log_q_of_labels(
+    model: Any, guide: Any, x: Tensor, y: Tensor | None = None, size: int | None = None
+) -> Tensor:
     r"""log q(y | x) of rows that have a label, 0 of the others, ``(N,)``: a term of ``elbo.Plus``.
 
     The bound of a labelled row has no q(y | x), so only this trains the classifier on labels. With
@@ -85,6 +87,7 @@ def log_q_of_labels(model: Any, guide: Any, x: Tensor, y: Tensor | None = None) 
         guide: has ``classes(x)``, q(y | x), as :class:`M2` does.
         x: ``(N, ...)``.
         y: classes ``(N,)``, -1 where they are not known.
+        size: of the data set that these rows are a minibatch of, as the pair takes it; not asked.
 
     Raises:
         ValueError: no y, or labels that are not integers ``(N,)``.
@@ -105,3 +108,63 @@ def log_q_of_labels(model: Any, guide: Any, x: Tensor, y: Tensor | None = None) 
     known = y != UNKNOWN
     chosen = logits.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return torch.where(known, chosen, chosen.new_zeros(()))
+
+
+class Labelled:
+    r"""The mean of log q(y | x) over labelled rows of its own: a term of ``elbo.Plus``.
+
+    .. math:: t = \frac1S \sum_{s=1}^S \log q(y_s \mid x_s)
+
+    the same for each row of the batch. It has the expectation of :func:`log_q_of_labels` times N /
+    N_l, so with the weight alpha it is the paper's term, too. But where labels are few, most
+    batches have none or one: here the classifier sees S of them at each step.
+
+    Args:
+        x, y: the labelled rows, ``(N_l, ...)`` and classes ``(N_l,)``.
+        size: S, how many are drawn at each step, with replacement; None: all, none drawn.
+        draw: from rows to what the pair sees of them, such as ``torch.bernoulli`` for grey levels
+            that are binarised anew in each epoch; None: the rows as they are.
+
+    Raises:
+        ValueError: no rows, different lengths, or labels that are not integers from 0.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import data, elbo, guides
+        >>> train = data.with_labels(data.load("digits").train, per_class=3)
+        >>> known = train.y >= 0
+        >>> term = guides.Labelled(train.values[known], train.y[known], draw=torch.bernoulli)
+        >>> elbo.Plus(elbo.ELBO(), term, weight=10.0)
+        Plus(ELBO(num_particles=1, gradient='pathwise', beta=1.0, kl='sampled'), Labelled(30 rows), weight=10.0)
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        size: int | None = None,
+        draw: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if not len(x) or len(x) != len(y):
+            raise ValueError(f"give labelled rows and a label of each, got {len(x)} and {len(y)}")
+        if y.dim() != 1 or y.is_floating_point() or y.min() < 0:
+            raise ValueError(
+                "these rows are labelled: y must be integers from 0, (N,), got "
+                f"{y.dtype} of shape {tuple(y.shape)}; leave out rows with y = -1"
+            )
+        if size is not None and size < 1:
+            raise ValueError(f"size is how many rows are drawn at each step, 1 or more: {size}")
+        self.x, self.y, self.size, self.draw = x, y, size, draw
+
+    def __repr__(self) -> str:
+        drawn = "" if self.size is None else f", {self.size} at each step"
+        return f"Labelled({len(self.x)} rows{drawn})"
+
+    def __call__(self, model: Any, guide: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """The term, ``(N,)``, for a batch of N rows."""
+        rows, labels = self.x.to(x.device), self.y.to(x.device)
+        if self.size is not None:
+            chosen = torch.randint(len(rows), (self.size,), device=x.device)
+            rows, labels = rows[chosen], labels[chosen]
+        rows = rows if self.draw is None else self.draw(rows)
+        return log_q_of_labels(model, guide, rows, labels).mean().expand(len(x))
