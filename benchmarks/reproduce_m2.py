@@ -2,8 +2,8 @@
 
 Labels of so many rows of each class, the choice by the seed; all other rows of the training part
 without. x is binarised, anew in each epoch. The weight alpha of the classifier's term (equation 9)
-is the one of ``alphas`` with the smallest error on the validation part, whose labels are used for that
-and for the epoch at which the classifier is taken. The test part is looked at once.
+is the one of ``alphas`` with the smallest error on the validation part, whose labels are used for
+that and for the epoch at which the classifier is taken. The test part is looked at once.
 
 - digits: scikit-learn's, 8 x 8.
 - m2: MNIST's pixels.
@@ -29,7 +29,7 @@ from ppvae.pairs import evaluation_mode
 
 DIGITS = {
     "data": "digits", "kind": "m2", "alphas": [0.3, 1.0, 3.0], "latent_dim": 8, "width": 256,
-    "epochs": 100, "batch_size": 100, "lr": 3e-3, "labelled_per_step": 100, "dropout": 0.3,
+    "epochs": 100, "batch_size": 100, "lr": 3e-3, "labelled_per_step": 100, "dropout": 0.0,
     "compile": False,
 }  # fmt: skip
 MNIST = {
@@ -224,7 +224,7 @@ def features(recipe: dict[str, Any], dataset: data.Dataset, folder: Path) -> dat
             for part in (dataset.train, dataset.valid, dataset.test)
         ]
     loc, scale = parts[0].mean(0), parts[0].std(0)
-    scale = torch.where(scale > 0.1, scale, 1.0)  # of a unit that is off there is nothing to blow up
+    scale = torch.where(scale > 0.1, scale, 1.0)  # a unit may be off
     splits = (dataset.train, dataset.valid, dataset.test)
     train, valid, test = (
         data.Split((part - loc) / scale, split.y) for part, split in zip(parts, splits, strict=True)

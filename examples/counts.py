@@ -1,6 +1,6 @@
 """Over-dispersed counts, as of genes in cells: negative binomial against Poisson, and the truth.
 
-    python examples/counts.py               # made here: 2 batches, library sizes that differ tenfold
+    python examples/counts.py               # made here: 2 batches, sizes that differ tenfold
     python examples/counts.py --dispersion 30   # nearly Poisson
     python examples/counts.py --smoke       # a check that all runs, in seconds
 
@@ -46,13 +46,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = reporting.open_folder(args.out, args.overwrite, FILES)
     cells = Cells(args.genes, args.dispersion, args.seed)
     train, valid, test = (cells.draw(n, seed) for seed, n in enumerate(args.rows))
-    x, batch, log_size = test
-    print(f"{args.rows[0]} cells of {args.genes} genes; {float((x == 0).float().mean()):.0%} zeros")
+    zeros = float((test[0] == 0).float().mean())
+    print(f"{args.rows[0]} cells of {args.genes} genes; {zeros:.0%} zeros")
 
     heads = {
         "Poisson": conditionals.Poisson,
         "NegativeBinomial": lambda net: conditionals.NegativeBinomial(
-            net, theta=conditionals.Scale(1.0, args.genes)  # one dispersion for each gene
+            net,
+            theta=conditionals.Scale(1.0, args.genes),  # one dispersion for each gene
         ),
     }
     statistics = {
@@ -83,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             model, guide, *test, statistics=statistics, num_draws=100, seed=args.seed
         )
         print(f"\n{name}: {len(history.rows)} epochs, {seconds:.0f} s\n{checks[name]}")
-        results[name] = numbers(evidence[name], checks[name]) | independent(name, model, guide, test)
+        results[name] = numbers(evidence[name], checks[name]) | independent(
+            name, model, guide, test
+        )
 
     truth = cells.log_evidence(*test)
     results["truth"] = {"log_evidence": float(truth.mean())}
@@ -146,7 +149,11 @@ class Cells:
             z, batch = torch.randn(rows, 2), torch.arange(rows) % BATCHES
             log_size = 0.5 * torch.randn(rows)
             mean = self.log_mean(z, batch, log_size).exp()
-            return torch.poisson(dist.Gamma(self.theta, self.theta / mean).sample()), batch, log_size
+            return (
+                torch.poisson(dist.Gamma(self.theta, self.theta / mean).sample()),
+                batch,
+                log_size,
+            )
 
     def log_evidence(self, x: Tensor, batch: Tensor, log_size: Tensor, points: int = 161) -> Tensor:
         """log p(x | batch, size) of the process, by a grid over the plane, ``(N,)``."""
@@ -216,8 +223,12 @@ def table(
             f"{r['khat_above_0.7']:.0%} of cells; scipy differs by "
             f"{r['scipy_largest_difference']:.1e} at most",
         ))  # fmt: skip
-    rows.append(("the process itself", reporting.number(float(truth.mean()), standard_error(truth))))
-    rows.append(("NegativeBinomial - Poisson", reporting.number(float(gain.mean()), standard_error(gain))))
+    rows.append(
+        ("the process itself", reporting.number(float(truth.mean()), standard_error(truth)))
+    )
+    rows.append(
+        ("NegativeBinomial - Poisson", reporting.number(float(gain.mean()), standard_error(gain)))
+    )
     reporting.print_table(
         f"log p(x | batch, library size) of {len(truth)} held-out cells [nats per cell]", rows
     )
@@ -232,7 +243,7 @@ def draw_dispersion(pairs: dict[str, Any], test: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     x, batch, log_size = test
-    figure, every = plt.subplots(1, len(pairs), figsize=(9, 4), sharey=True, layout="constrained")
+    _, every = plt.subplots(1, len(pairs), figsize=(9, 4), sharey=True, layout="constrained")
     for ax, (name, (model, guide)) in zip(every, pairs.items(), strict=True):
         z = guide.posterior(*test).sample()
         law = model.likelihood(z, model.condition(batch), offset=log_size)
@@ -256,7 +267,9 @@ def draw_nats(evidence: dict[str, diagnostics.Evidence], truth: Tensor, path: Pa
     for name, found in evidence.items():
         lost = truth - found.log_evidence.double()
         label = f"{name}: {float(lost.mean()):.1f} nats"
-        ax.hist(lost.clamp(-10, 150).numpy(), bins=np.linspace(-10, 150, 65), alpha=0.6, label=label)
+        ax.hist(
+            lost.clamp(-10, 150).numpy(), bins=np.linspace(-10, 150, 65), alpha=0.6, label=label
+        )
     xlabel = "log p(x) of the process - log p(x) of the model, nats (150 and more in the last bar)"
     ax.set_xlabel(xlabel, fontsize="small")
     ax.set_ylabel("held-out cells")
@@ -277,7 +290,9 @@ def draw_khat(evidence: dict[str, diagnostics.Evidence], path: Path) -> None:
 @torch.no_grad()
 def draw_latent(guide: guides.Normal, test: Any, path: Path) -> None:
     """Means of q(z | x) by batch: what the condition explains, z need not."""
-    ax = plots.latent_scatter(guide.posterior(*test).mean[:, :2], labels=test[1], class_names=["batch 0", "batch 1"])
+    ax = plots.latent_scatter(
+        guide.posterior(*test).mean[:, :2], labels=test[1], class_names=["batch 0", "batch 1"]
+    )
     ax.set_title("means of q(z | x)", fontsize="medium")
     reporting.save(ax, path)
 

@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                   f"the labelled rows alone {found[1]:.1%}", flush=True)  # fmt: skip
     seconds = time.perf_counter() - started
 
-    means = {n: [statistics.mean(v) for v in zip(*pairs, strict=True)] for n, pairs in errors.items()}
+    means = {
+        n: [statistics.mean(v) for v in zip(*pairs, strict=True)] for n, pairs in errors.items()
+    }
     reporting.print_table(
         f"{dataset.name}: test error of argmax q(y | x), mean of {args.seeds} seeds",
         [(f"{n} labels", f"M2 {a:6.1%}   network alone {b:6.1%}") for n, (a, b) in means.items()],
@@ -205,8 +207,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=60)
     add("--batch-size", type=int, default=100)
     add("--latent-dim", type=int, default=8)
-    add("--width", type=int, default=128)
-    add("--dropout", type=float, default=0.2)
+    add("--width", type=int, default=256)
+    add("--dropout", type=float, default=0.0)
     add("--lr", type=float, default=3e-3)
     args = parser.parse_args(argv)
     if args.quick:

@@ -488,7 +488,9 @@ def all_estimators() -> dict[str, Estimator]:
     concrete = [
         cls
         for cls in exported
-        if isinstance(cls, type) and issubclass(cls, Estimator) and cls is not Estimator
+        if isinstance(cls, type)
+        and issubclass(cls, Estimator)
+        and cls is not Estimator
         and cls is not elbo.Plus  # any of the others, with a term: tests/test_few_labels.py
     ]
     missing = {cls.__name__ for cls in concrete} ^ ARGUMENTS.keys()

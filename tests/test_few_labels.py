@@ -1,4 +1,4 @@
-"""Few labels: classes known for some rows, M2 against enumeration by hand, a term beside a bound."""
+"""Few labels: classes known for some rows, M2 by hand, a term beside a bound."""
 
 import math
 import warnings
@@ -97,7 +97,9 @@ def test_a_wrong_classifier_costs_its_kl_where_the_class_is_not_known():
     guide, x = MixtureGuide(model, (0.7, 0.0, -0.4)), X
     log_p = model.log_joint(x)
     kl = kl_divergence(guide.classes(x), dist.Categorical(logits=log_p))
-    expected = torch.where(Y < 0, log_p.logsumexp(-1) - kl, log_p.gather(-1, Y.abs()[:, None])[:, 0])
+    expected = torch.where(
+        Y < 0, log_p.logsumexp(-1) - kl, log_p.gather(-1, Y.abs()[:, None])[:, 0]
+    )
     torch.testing.assert_close(elbo.ELBO().evaluate(model, guide, x, Y), expected)
     # the same, value and gradient, by Pyro's own estimator
     ours = elbo.ELBO()(model, guide)(x, Y)
@@ -297,7 +299,9 @@ def test_compiled_equals_eager():
         model, guide, x = pair()
         known = LABELS["mixed"] >= 0
         term = guides.Labelled(x[known], LABELS["mixed"][known], size=2, draw=torch.bernoulli)
-        svi = ppvae.SVI(model, guide, torch.optim.SGD, elbo.Plus(elbo.ELBO(), term, 3.0), compile=compile)
+        svi = ppvae.SVI(
+            model, guide, torch.optim.SGD, elbo.Plus(elbo.ELBO(), term, 3.0), compile=compile
+        )
         svi.prepare(x, LABELS["mixed"])
         torch.manual_seed(1)
         values.append([svi.step(x, y) for y in LABELS.values() if y is not None])
@@ -329,7 +333,9 @@ def test_plus_adds_its_term_to_every_estimator(label):
     torch.testing.assert_close(found[1][0], found[0][0] - term, rtol=1e-5, atol=1e-4)
     of_term = torch.autograd.grad(term, parameters, allow_unused=True)
     for plain, more, own in zip(found[0][1], found[1][1], of_term, strict=True):
-        torch.testing.assert_close(more, plain - (0.0 if own is None else own), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            more, plain - (0.0 if own is None else own), rtol=1e-4, atol=1e-4
+        )
     for e in (estimator, plus):
         torch.manual_seed(0)
         found.append(e.evaluate(model, guide, x))
@@ -442,7 +448,10 @@ def test_partly_known_is_certain_where_it_is_known():
 @pytest.mark.parametrize(
     ("y", "match"),
     [
-        (torch.tensor([0.0, 1.0]), r"integers of shape \(N,\), -1 where unknown, got torch.float32"),
+        (
+            torch.tensor([0.0, 1.0]),
+            r"integers of shape \(N,\), -1 where unknown, got torch.float32",
+        ),
         (torch.tensor([True, False]), "got torch.bool"),
         (torch.eye(3).long(), r"of shape \(3, 3\)"),
         (torch.tensor([0, 3]), r"0 .. 2, or be -1 where unknown, got 0 .. 3.*num_classes=4"),
@@ -504,12 +513,12 @@ def test_m2_and_its_terms_refuse():
     ):
         with pytest.raises(ValueError, match=match):
             models.M2(likelihood, Z, **arguments)
-    with pytest.raises(TypeError, match="likelihood gives a .*MLP|likelihood"):
+    with pytest.raises(TypeError, match=r"likelihood gives a .*Tensor"):
         models.M2(nets.mlp(Z + C, D), Z, C)
     _, guide, x = pair()
     with pytest.raises(ValueError, match=r"train on \(x, y\)"):
         guides.log_q_of_labels(None, guide, x)
-    with pytest.raises(TypeError, match="partly_known is of a pyro.distributions.Categorical"):
+    with pytest.raises(TypeError, match=r"partly_known is of a pyro\.distributions\.Categorical"):
         partly_known(dist.Bernoulli(0.5), LABELS["mixed"])
     for rows, labels, match in (
         (x[:0], LABELS["all"][:0], "give labelled rows"),
@@ -540,7 +549,7 @@ def test_with_labels_keeps_some_of_each_class():
     assert int((fewer.y >= 0).sum()) == 20 and bool((few.y[fewer.y >= 0] >= 0).all())
     with pytest.raises(ValueError, match="per_class=500, and class 0 has"):
         data.with_labels(train, 500)
-    with pytest.raises(ValueError, match="integers of shape .* y is None"):
+    with pytest.raises(ValueError, match=r"integers of shape .* y is None"):
         data.with_labels(data.Split(torch.zeros(3, 2)), 1)
     with pytest.raises(ValueError, match="give 1 or more"):
         data.with_labels(train, 0)

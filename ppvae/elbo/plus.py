@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -16,7 +15,6 @@ from ppvae.weights import LogWeights
 Term = Callable[..., Tensor]
 
 
-@dataclass(frozen=True, eq=False, init=False)
 class Plus(Estimator):
     r"""Any estimator, with a weighted term of each datapoint added to what is maximised.
 

@@ -134,8 +134,8 @@ class Labelled:
         >>> train = data.with_labels(data.load("digits").train, per_class=3)
         >>> known = train.y >= 0
         >>> term = guides.Labelled(train.values[known], train.y[known], draw=torch.bernoulli)
-        >>> elbo.Plus(elbo.ELBO(), term, weight=10.0)
-        Plus(ELBO(num_particles=1, gradient='pathwise', beta=1.0, kl='sampled'), Labelled(30 rows), weight=10.0)
+        >>> elbo.Plus(elbo.IWELBO(), term, weight=10.0)
+        Plus(IWELBO(num_particles=1, gradient='pathwise'), Labelled(30 rows), weight=10.0)
     """
 
     def __init__(
