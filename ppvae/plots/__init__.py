@@ -11,6 +11,7 @@ from ppvae.plots.curves import khat, latent_scatter, training_curve
 from ppvae.plots.diagnostics import (
     coverage,
     khat_histogram,
+    khat_images,
     kl_per_unit,
     predictive_check,
     rate_distortion,
@@ -47,6 +48,7 @@ __all__ = [
     "interpolation",
     "khat",
     "khat_histogram",
+    "khat_images",
     "kl_per_unit",
     "latent_scatter",
     "levels_over_training",
