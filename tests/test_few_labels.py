@@ -321,13 +321,15 @@ def test_plus_adds_its_term_to_every_estimator(label):
     plus = elbo.Plus(estimator, term_of, weight=0.3)
     model, guide, (x,) = build("vae_bernoulli")
     parameters = trainable(model, guide)
-    found = []
+    found, states = [], []
     for loss in (estimator(model, guide), plus(model, guide)):
         torch.manual_seed(0)
         value = loss(x)
         grads = torch.autograd.grad(value, parameters, allow_unused=True)
         found.append((value, [torch.zeros(()) if g is None else g for g in grads]))
+        states.append(loss.state.state_dict())
         assert loss.step == 1
+    torch.testing.assert_close(*states)  # what the estimator learns itself
     term = 0.3 * term_of(model, guide, x).sum()
     # both estimators are maximised, an upper bound is minimised: the term is always maximised
     torch.testing.assert_close(found[1][0], found[0][0] - term, rtol=1e-5, atol=1e-4)
@@ -438,11 +440,18 @@ def test_partly_known_is_certain_where_it_is_known():
         (q, partly_known(prior, y, prior=True)),
         (q, prior),
         (partly_known(prior, y), p),
+        (partly_known(prior, y, prior=True), p),  # neither sums to 1
     ):
         log_q, log_p = one.log_prob(every), other.log_prob(every)
+        mass = log_q.logsumexp(0)  # 1, but for a form of the model, whose class is certain
         by_sum = torch.where(log_q > -math.inf, log_q.exp() * (log_q - log_p), 0.0).sum(0)
+        by_sum = by_sum / mass.exp()
         torch.testing.assert_close(kl_divergence(one, other).expand(2), by_sum.expand(2))
     assert partly_known(prior, None) is prior
+    unchecked = dist.Categorical(logits=torch.zeros(3), validate_args=False)
+    for label in (-2, 3):  # no class: impossible, and not unknown
+        fn = partly_known(unchecked, torch.tensor([label]), prior=True)
+        assert fn.log_prob(every).max() == -math.inf
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_unknown_cells_are_named(reproduce, monkeypatch, capsys):
 
 
 def test_the_papers_schedules(reproduce, monkeypatch, capsys):
-    systems = [reproduce.SYSTEMS[name] for name in ("avb", "iop", "iwae", "ladder", "nvae")]
+    systems = [reproduce.SYSTEMS[name] for name in ("avb", "iop", "iwae", "ladder", "m2", "nvae")]
     for system in systems:
         for recipe in system.CELLS.values():
             longer = system.full(recipe)
@@ -114,7 +114,7 @@ def test_renormalise_gives_the_moments_of_all_rows(reproduce, name):
 )
 def test_every_cell_runs_when_it_is_cut_short(reproduce, monkeypatch, tmp_path, capsys, name):
     system = reproduce.SYSTEMS[name]
-    needed = {"nvdm": "20newsgroups", "factor": "digits"}.get(name, "mnist")
+    needed = {"nvdm": "20newsgroups", "factor": "digits", "m2": "digits"}.get(name, "mnist")
     try:
         data.load(needed)
     except OSError as error:

@@ -32,7 +32,7 @@ class Classes(nn.Module):
 
     def __init__(self, probs: Tensor) -> None:
         super().__init__()
-        self.register_buffer("logits", probs.log() - probs.sum().log())
+        self.register_buffer("logits", probs.log())
 
     def forward(self, y: Tensor | None) -> dist.Categorical:
         """p(y), or p(y) 1[y = label]; batch shape ``()`` or ``(N,)``."""
