@@ -110,6 +110,12 @@ def partly_known(categorical: Any, y: Tensor | None, prior: bool = False) -> Any
     return PartlyKnown(logits, offset, validate_args=False)
 
 
+def one_hot(y: Tensor, like: Tensor) -> Tensor:
+    """Classes ``(...)`` as vectors ``(..., C)``, as many as ``like`` has logits, and of its dtype."""
+    every = torch.arange(like.shape[-1], device=y.device)
+    return (y.unsqueeze(-1) == every).to(like.dtype)
+
+
 def check_labels(y: Tensor, num_classes: int, values: bool = True) -> None:
     """Raise ``ValueError`` unless labels are integers ``(N,)``, and from -1 to C - 1.
 

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.distributions.labels import UNKNOWN, check_labels, partly_known
+from ppvae.distributions.labels import UNKNOWN, check_labels, one_hot, partly_known
 from ppvae.program import Program, data_plate
 from ppvae.wrapped import innermost, owner_of
 
@@ -52,7 +52,7 @@ class M2(Program):
 
     def posterior(self, x: Tensor, y: Tensor) -> Any:
         """q(z | x, y) for classes ``(..., N)``, none of them -1."""
-        return self.conditional(x, _one_hot(y, self.classes(x).logits))
+        return self.conditional(x, one_hot(y, self.classes(x).logits))
 
     def forward(self, x: Tensor, y: Tensor | None = None, size: int | None = None) -> Tensor:
         """Draw z, ``(C, N, latent_dim)``, one for each class, in the plate ``"data"``.
@@ -64,13 +64,8 @@ class M2(Program):
         with data_plate(x, size=size):
             classes = self.classes(x)
             c = pyro.sample("y", partly_known(classes, y), infer=infer)
-            z: Tensor = pyro.sample("z", self.conditional(x, _one_hot(c, classes.logits)))
+            z: Tensor = pyro.sample("z", self.conditional(x, one_hot(c, classes.logits)))
         return z
-
-
-def _one_hot(y: Tensor, like: Tensor) -> Tensor:
-    """As many classes as there are logits."""
-    return (y.unsqueeze(-1) == torch.arange(like.shape[-1], device=y.device)).to(like.dtype)
 
 
 def log_q_of_labels(

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.chain import require_likelihood
-from ppvae.distributions.labels import UNKNOWN, check_labels, partly_known
+from ppvae.distributions.labels import UNKNOWN, check_labels, one_hot, partly_known
 from ppvae.models.vae import choose_prior
-from ppvae.nets import OneHot
 from ppvae.program import Program, data_plate
 
 
@@ -100,7 +99,6 @@ class M2(Program):
         self.likelihood = likelihood
         self.prior = choose_prior(prior, latent_dim)
         self.classes = Classes(probs)
-        self.one_hot = OneHot(num_classes)
         require_likelihood(
             self,
             lambda model: [
@@ -123,6 +121,10 @@ class M2(Program):
             value: Tensor = pyro.sample("x", self.likelihood(z, self.one_hot(c)), obs=x)
         return value
 
+    def one_hot(self, y: Tensor) -> Tensor:
+        """What the likelihood sees of classes ``(...,)``: vectors ``(..., C)``."""
+        return one_hot(y, self.classes.logits)
+
     def before_fit(self, rows: int | None, x: Tensor, y: Tensor | None = None, *_: Tensor) -> None:
         """What :func:`ppvae.fit` calls: refuse data without a label, warn of a class without one.
 
@@ -130,7 +132,7 @@ class M2(Program):
         """
         if y is None or len(y) != rows:
             return
-        count = self.one_hot.num_classes
+        count = len(self.classes.logits)
         check_labels(y, count)
         labelled = y[y != UNKNOWN]
         if not len(labelled):
