@@ -293,6 +293,7 @@ def draw_latent(guide: guides.Normal, test: Any, path: Path) -> None:
     ax = plots.latent_scatter(
         guide.posterior(*test).mean[:, :2], labels=test[1], class_names=["batch 0", "batch 1"]
     )
+    ax.get_legend().set_title("")
     ax.set_title("means of q(z | x)", fontsize="medium")
     reporting.save(ax, path)
 

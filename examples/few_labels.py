@@ -173,7 +173,7 @@ def draw_styles(dataset: data.Dataset, model: models.M2, guide: guides.M2, path:
         z = guide.posterior(x[rows], classes).mean  # the style, given the class it is taken for
         every = torch.arange(C)[:, None].expand(C, len(rows))
         images = model.likelihood(z, model.one_hot(every)).mean  # (class, row, pixel)
-    shown = torch.cat([x[rows][None], images])
+    shown = torch.cat([dataset.test.values[rows][None], images])  # its grey levels
     labels = ["image", *(f"as a {c}" for c in range(C))]
     ax = plots.image_grid(reporting.to_pixels(dataset, shown), dataset.shape, row_labels=labels)
     ax.set_title("one style in each column", fontsize="medium")
@@ -204,7 +204,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--per-class", type=int, nargs="+", default=[1, 3, 10, 30], metavar="N")
     add("--seeds", type=int, default=3)
     add("--alpha", type=float, default=1.0)
-    add("--epochs", type=int, default=60)
+    add("--epochs", type=int, default=100)
     add("--batch-size", type=int, default=100)
     add("--latent-dim", type=int, default=8)
     add("--width", type=int, default=256)
