@@ -380,6 +380,38 @@ def test_what_fit_reports_is_the_bound(float64):
     torch.testing.assert_close(evidence.log_evidence, EXACT, rtol=0, atol=1e-9)
 
 
+def test_a_run_with_a_term_is_taken_up_where_it_ended(tmp_path):
+    args, whole = (build("m2")[2][0], LABELS["mixed"]), None
+    known = args[1] >= 0
+    for epochs in ((4,), (2, 4)):
+        model, guide, _ = build("m2")
+        term = guides.Labelled(args[0][known], args[1][known], size=2, draw=torch.bernoulli)
+        loss = elbo.Plus(elbo.ELBO(), term, elbo.LinearWarmup(20, end=3.0))
+        torch.manual_seed(0)
+        for end in epochs:
+            svi = ppvae.SVI(model, guide, torch.optim.Adam, loss)
+            folder = tmp_path / str(len(epochs))
+            ppvae.fit(svi, args, epochs=end, batch_size=2, checkpoint=folder, resume=True)
+        state = [p.detach().clone() for p in trainable(model, guide)]
+        whole = whole or state
+    assert all(map(torch.equal, whole, state))
+    other = elbo.Plus(elbo.ELBO(), guides.log_q_of_labels, 3.0)
+    svi = ppvae.SVI(model, guide, torch.optim.Adam, other)
+    with pytest.raises(ppvae.CheckpointError, match="log_q_of_labels"):
+        ppvae.fit(svi, args, epochs=5, batch_size=2, checkpoint=folder, resume=True)
+
+
+def test_float64_modules_and_comparison():
+    model, guide, x = pair()
+    model.double(), guide.double()
+    y = LABELS["mixed"]
+    loss = elbo.Plus(elbo.ELBO(2), guides.log_q_of_labels, 1e6)
+    assert loss(model, guide)(x.double(), y).dtype == torch.float64
+    both = {"plain": elbo.ELBO(2), "with a term": loss}
+    table = ppvae.compare(model, guide, (x.double(), y), both, repeats=5, timing_rounds=1)
+    assert (table["bound"] > -100).all()  # by a million times, the term would show
+
+
 def test_stock_pyro_trains_it():
     model, guide, x = pair()
     loss = elbo.Plus(elbo.ELBO(), guides.log_q_of_labels, 2.0)
@@ -527,6 +559,8 @@ def test_m2_and_its_terms_refuse():
     _, guide, x = pair()
     with pytest.raises(ValueError, match=r"train on \(x, y\)"):
         guides.log_q_of_labels(None, guide, x)
+    with pytest.raises(TypeError, match=r"q\(y \| x\), and Normal has no method classes"):
+        guides.log_q_of_labels(None, guides.Normal(nets.mlp(D, 2 * Z)), x, LABELS["mixed"])
     with pytest.raises(TypeError, match=r"partly_known is of a pyro\.distributions\.Categorical"):
         partly_known(dist.Bernoulli(0.5), LABELS["mixed"])
     for rows, labels, match in (

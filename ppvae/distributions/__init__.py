@@ -23,7 +23,7 @@ from ppvae.distributions.counts import (
     Poisson,
     ZeroInflated,
 )
-from ppvae.distributions.labels import PartlyKnown, partly_known
+from ppvae.distributions.labels import partly_known
 from ppvae.distributions.levels import DiscretizedLogistic, Ordinal
 from ppvae.distributions.supports import masked
 from ppvae.distributions.values import Law
@@ -56,7 +56,6 @@ __all__ = [
     "NegativeBinomial",
     "NoInverse",
     "Ordinal",
-    "PartlyKnown",
     "Poisson",
     "StudentT",
     "UnitNormal",

@@ -111,7 +111,7 @@ def partly_known(categorical: Any, y: Tensor | None, prior: bool = False) -> Any
 
 
 def one_hot(y: Tensor, like: Tensor) -> Tensor:
-    """Classes ``(...)`` as vectors ``(..., C)``, as many as ``like`` has logits, and of its dtype."""
+    """Classes ``(...)`` as vectors ``(..., C)``, of the number and dtype of logits ``like``."""
     every = torch.arange(like.shape[-1], device=y.device)
     return (y.unsqueeze(-1) == every).to(like.dtype)
 

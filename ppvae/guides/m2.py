@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ppvae.distributions.labels import UNKNOWN, check_labels, one_hot, partly_known
 from ppvae.program import Program, data_plate
-from ppvae.wrapped import innermost, owner_of
+from ppvae.wrapped import innermost, owner_of, title
 
 
 class M2(Program):
@@ -85,6 +85,7 @@ def log_q_of_labels(
         size: of the data set that these rows are a minibatch of, as the pair takes it; not asked.
 
     Raises:
+        TypeError: the guide has no ``classes``.
         ValueError: no y, or labels that are not integers ``(N,)``.
 
     Example:
@@ -97,7 +98,12 @@ def log_q_of_labels(
     """
     if y is None:
         raise ValueError("log_q_of_labels is of labels: train on (x, y), y = -1 where unknown")
-    classes: Callable[[Tensor], Any] = owner_of(innermost(guide)).classes
+    classes: Callable[[Tensor], Any] | None = getattr(owner_of(innermost(guide)), "classes", None)
+    if classes is None:
+        raise TypeError(
+            f"log_q_of_labels asks a guide for q(y | x), and {title(guide)} has no method "
+            "classes(x) that returns it, as guides.M2 has"
+        )
     logits = classes(x).logits
     check_labels(y, logits.shape[-1], values=False)
     known = y != UNKNOWN
