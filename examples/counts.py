@@ -1,6 +1,6 @@
 """Over-dispersed counts, as of genes in cells: negative binomial against Poisson, and the truth.
 
-    python examples/counts.py               # made here: 2 batches, sizes that differ tenfold
+    python examples/counts.py               # made here: two batches; 40 seconds
     python examples/counts.py --dispersion 30   # nearly Poisson
     python examples/counts.py --smoke       # a check that all runs, in seconds
 
