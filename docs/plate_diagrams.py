@@ -35,6 +35,13 @@ def cvae() -> tuple[Any, ...]:
     return model, guide, torch.zeros(4, D), torch.tensor([0, 1, 2, 0])
 
 
+def m2() -> tuple[Any, ...]:
+    """A class that is known for some rows, and a style."""
+    model = models.M2(conditionals.Bernoulli(nets.mlp(Z + C, D)), Z, num_classes=C)
+    guide = guides.M2(nets.mlp(D, C), conditionals.Normal(nets.mlp(D + C, 2 * Z)))
+    return model, guide, torch.zeros(4, D), torch.tensor([0, -1, 2, -1])
+
+
 def mixture() -> tuple[Any, ...]:
     """c summed out or given by an E step."""
     model = models.GaussianMixture(C, D)
@@ -77,7 +84,7 @@ def top_down() -> tuple[Any, ...]:
     return model, guides.TopDown(model, parts.encoder, parts.heads), torch.zeros(4, 1, 6, 6)
 
 
-PAIRS = {f.__name__: f for f in (vae, cvae, mixture, vade, bottom_up, ladder, top_down)}
+PAIRS = {f.__name__: f for f in (vae, cvae, m2, mixture, vade, bottom_up, ladder, top_down)}
 
 
 def draw() -> None:

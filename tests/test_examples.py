@@ -396,6 +396,8 @@ def test_posterior_diagnostics(tmp_path, capsys):
             ("beta-TCVAE", "tc_aggregate", "completeness", "calibration.png"),
             marks=SLOWLY,
         ),
+        pytest.param("few_labels", [], ("network alone", "30 labels"), marks=SLOWLY),
+        pytest.param("counts", [], ("the process itself", "scipy differs by"), marks=SLOWLY),
         pytest.param(
             "constrained",
             [],

@@ -133,11 +133,11 @@ def test_renormalise_gives_the_moments_of_all_rows(reproduce, name):
 @pytest.mark.filterwarnings("ignore::ppvae.metrics.UnusedClusterWarning")
 @pytest.mark.parametrize(
     "name",
-    ["avb", "cvae", "factor", "iop", "iwae", "ladder", "miwae", "nvae", "nvdm", "vade", "vq"],
+    ["avb", "cvae", "factor", "iop", "iwae", "ladder", "m2", "miwae", "nvae", "nvdm", "vade", "vq"],
 )
 def test_every_cell_runs_when_it_is_cut_short(reproduce, monkeypatch, tmp_path, capsys, name):
     system = reproduce.SYSTEMS[name]
-    needed = {"nvdm": "20newsgroups", "factor": "digits"}.get(name, "mnist")
+    needed = {"nvdm": "20newsgroups", "factor": "digits", "m2": "digits"}.get(name, "mnist")
     try:
         data.load(needed)
     except OSError as error:

@@ -238,6 +238,45 @@ class Split:
         return (x, y, *last)
 
 
+def with_labels(split: Split, per_class: int, seed: int = 0) -> Split:
+    """A part of which some rows of each class have their label, and all others -1: few labels.
+
+    Its batches are ``(x, y)``. Which rows they are is a function of the seed alone. The part that
+    was given has the labels still, to count errors by.
+
+    Args:
+        split: with labels ``y``, ``(N,)``, integers from 0; -1 where they are not known already.
+        per_class: how many rows of each class keep their label, at least 1.
+        seed: of the choice.
+
+    Raises:
+        ValueError: no labels, or fewer rows of a class than ``per_class``.
+
+    Example:
+        >>> from ppvae import data
+        >>> train = with_labels(data.load("digits").train, per_class=3)
+        >>> len(train), int((train.y >= 0).sum()), [t.dtype for t in train.args]
+        (1297, 30, [torch.float32, torch.int64])
+    """
+    check_at_least(1, per_class=per_class)
+    check_at_least(0, seed=seed)
+    y = split.y
+    if y is None or y.dim() != 1 or y.is_floating_point():
+        seen = "None" if y is None else f"{y.dtype} of shape {tuple(y.shape)}"
+        raise ValueError(f"with_labels takes labels y, integers of shape (N,), and y is {seen}")
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    kept = torch.full_like(y, -1)
+    for label in y[y >= 0].unique().tolist():
+        rows = order[y[order] == label]
+        if len(rows) < per_class:
+            raise ValueError(
+                f"per_class={per_class}, and class {label} has {len(rows)} rows: give a smaller "
+                "number, or more rows of it"
+            )
+        kept[rows[:per_class]] = label
+    return replace(split, y=kept, supervised=True)
+
+
 def binarised(
     splits: Iterable[Split], binarize: Binarize | None, seed: int
 ) -> tuple[Split, Split, Split]:

@@ -23,6 +23,7 @@ from ppvae.distributions.counts import (
     Poisson,
     ZeroInflated,
 )
+from ppvae.distributions.labels import partly_known
 from ppvae.distributions.levels import DiscretizedLogistic, Ordinal
 from ppvae.distributions.supports import masked
 from ppvae.distributions.values import Law
@@ -62,4 +63,5 @@ __all__ = [
     "WordCounts",
     "ZeroInflated",
     "masked",
+    "partly_known",
 ]

@@ -306,26 +306,31 @@ class Objective(nn.Module):
             return self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
         # the handler that looks at the plate is no engine that parameters are announced to
         own = nullcontext() if am_i_wrapped() else local_parameters(stored)
-        with own, _DataSize() as data:
+        with own, DataPlate() as plate:
             loss = self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
-        return loss + data.size() * self.regularizer()
+        size = plate.found("SVI(regularizer=...) adds a penalty").full_size
+        return loss + size * self.regularizer()
 
 
-class _DataSize(Messenger):
-    """Finds how many datapoints a loss sums over: the full size of the plate ``"data"``."""
+class DataPlate(Messenger):
+    """Finds the plate ``"data"`` of the sites that are run inside.
 
-    found: int | None = None
+    Attributes:
+        frame: of the plate; None: no site was in one.
+    """
+
+    frame: Any = None
 
     def _pyro_sample(self, msg: Any) -> None:
         for frame in msg["cond_indep_stack"]:
             if frame.name == DATA_PLATE:
-                self.found = frame.full_size
+                self.frame = frame
 
-    def size(self) -> int:
-        """That number; raises if there was no such plate."""
-        if self.found is None:
+    def found(self, asked_by: str) -> Any:
+        """The frame; raises ``ValueError`` if there was no such plate."""
+        if self.frame is None:
             raise ValueError(
-                "SVI(regularizer=...) adds a penalty per datapoint, and no site of the pair is in "
-                'a plate named "data", which would say how many there are'
+                f'{asked_by} per datapoint, and no site of the pair is in a plate named "data", '
+                "which would say how many there are"
             )
-        return self.found
+        return self.frame
