@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Literal, get_args
 
 import torch
@@ -147,3 +148,12 @@ class Dataset:
             f"  binarisation  {binarisation}\n"
             f"  source        {self.source}"
         )
+
+    def _repr_html_(self) -> str:
+        head, *lines = repr(self).splitlines()
+        rows = (
+            f"<tr><th>{escape(line[2:16].strip())}</th>"
+            f"<td style='text-align: left'>{escape(line[16:])}</td></tr>"
+            for line in lines
+        )
+        return f"<p>{escape(head)}</p><table>{''.join(rows)}</table>"

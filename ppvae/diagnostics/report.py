@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
 from ppvae.intake import takes_rows
 from ppvae.pairs import Program
 from ppvae.terms import NoInverse
+from ppvae.wrapped import title as name_of
 
 if TYPE_CHECKING:
     import pandas
@@ -51,6 +54,7 @@ class Report(Evidence):
             :class:`~ppvae.diagnostics.summaries.Aggregate`; None where it is absent.
         absent: by quantity that this pair does not have, the reason.
         pair: model, guide and args.
+        seed: that the draws were made with; None: from the random stream as it was.
     """
 
     kl: dict[str, Tensor]
@@ -64,6 +68,7 @@ class Report(Evidence):
     aggregate: Aggregate | None
     absent: dict[str, str]
     pair: tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]] = field(repr=False)
+    seed: int | None = None
 
     # -- per datapoint -------------------------------------------------------------------------
 
@@ -214,6 +219,12 @@ class Report(Evidence):
                     "use them. If it should, try elbo.LinearWarmup or elbo.FreeBits; if not, make "
                     "the latent smaller."
                 )
+        named = [name for name in self.activity if not name.endswith(SUFFIX)]
+        if named and not self.active_units and not said:
+            said.append(
+                f"No unit is active: the posterior means of {', '.join(map(repr, named))} hardly "
+                "change from one datapoint to the next. Train for longer, or as for a collapse."
+            )
         return said
 
     def _about_prior(self) -> list[str]:
@@ -334,15 +345,32 @@ class Report(Evidence):
         Returns:
             The path.
         """
-        return html.write(
-            Path(path),
+        return html.write(Path(path), self._page(image_shape, title))
+
+    def _repr_html_(self) -> str:
+        return html.framed(self._page(None, None))
+
+    def _page(self, image_shape: Sequence[int] | None, title: str | None) -> str:
+        return html.render(
             title=title or "Can this posterior be trusted?",
             report=self,
             pictures=self._pictures(image_shape),
             summary=self._summary(),
             units={site: self._units(site) for site in self.activity},
             datapoints=self._worst_rows(100),
+            origin=self._origin(),
         )
+
+    def _origin(self) -> str:
+        """Of which pair, data and draws this is, with which versions, and when it was written."""
+        model, guide, args = self.pair
+        data = ", ".join(str(tuple(arg.shape)) for arg in args if isinstance(arg, Tensor))
+        draws = f"K = {self.num_particles}, seed {self.seed}"
+        versions = ", ".join(
+            f"{name} {importlib.metadata.version(name)}" for name in ("ppvae", "torch", "pyro-ppl")
+        )
+        now = datetime.datetime.now().isoformat(" ", "minutes")
+        return f"{name_of(model)} and {name_of(guide)}; data {data}; {draws}; {versions}; {now}"
 
     def _pictures(self, image_shape: Sequence[int] | None) -> list[html.Picture]:
         x = next(arg for arg in self.pair[2] if isinstance(arg, Tensor))
@@ -501,6 +529,7 @@ def diagnose(
         aggregate=found,
         absent=absent,
         pair=(model, guide, args),
+        seed=seed,
     )
 
 
