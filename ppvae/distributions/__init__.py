@@ -24,6 +24,7 @@ from ppvae.distributions.counts import (
     ZeroInflated,
 )
 from ppvae.distributions.levels import DiscretizedLogistic, Ordinal
+from ppvae.distributions.reshaped import Reshaped
 from ppvae.distributions.supports import masked
 from ppvae.distributions.values import Law
 from ppvae.distributions.vectors import (
@@ -56,6 +57,7 @@ __all__ = [
     "NoInverse",
     "Ordinal",
     "Poisson",
+    "Reshaped",
     "StudentT",
     "UnitNormal",
     "VonMises",
