@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppvae.guides.amortized import Amortized
 from ppvae.pairs import evaluation_mode
+from ppvae.distributions import Reshaped
 from ppvae.program import Program, data_plate
 from ppvae.weights import log_weights
 
