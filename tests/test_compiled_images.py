@@ -23,7 +23,7 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 @pytest.mark.parametrize(("affine", "running"), [*itertools.product((True, False), repeat=2)])
 def test_batch_norm_is_torchs(shape, affine, running):
     x, g = 3 + 2 * torch.randn(2, *shape)
-    weight, bias = (torch.randn(2, shape[1]) if affine else (None, None))
+    weight, bias = torch.randn(2, shape[1]) if affine else (None, None)
     kept = [(torch.zeros(shape[1]), torch.ones(shape[1])) if running else (None, None)] * 2
     kept = [tuple(t if t is None else t.clone() for t in pair) for pair in kept]
     expected = aten.native_batch_norm(x, weight, bias, *kept[0], True, 0.05, 1e-5)
@@ -101,8 +101,12 @@ def test_a_traced_graph_has_the_sums():
     trace = make_fx(run, decomposition_table=DECOMPOSITIONS, tracing_mode="fake")
     traced = trace(*(t.detach() for t in tensors), torch.randn(4, 1, 6, 6))
     targets = [node.target for node in traced.graph.nodes]
-    assert not {aten.native_batch_norm.default, aten.native_batch_norm_backward.default} & {*targets}
-    wanted = [n.args[-1] for n in traced.graph.nodes if n.target is aten.convolution_backward.default]
+    assert not {aten.native_batch_norm.default, aten.native_batch_norm_backward.default} & {
+        *targets
+    }
+    wanted = [
+        n.args[-1] for n in traced.graph.nodes if n.target is aten.convolution_backward.default
+    ]
     assert sorted(wanted) == [[False, True, True], [True, False, False]]  # of the first; dx
 
 

@@ -133,7 +133,7 @@ def _convolution_backward(
     if not wanted[1] or not (depthwise and small and plain and _in_full_precision(x)):
         return NotImplemented
     last: dict[str, Any] = {"memory_format": torch.channels_last}
-    (rows, columns), (height, width) = kernel.shape[2:], gradient.shape[2:]
+    rows, (height, width) = kernel.shape[2], gradient.shape[2:]
     g = gradient.contiguous(**last)
     padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])).contiguous(**last)
     sums = []

@@ -61,14 +61,15 @@ class OptimalPrior(nn.Module):
     Args:
         base: p0, a prior such as :class:`StandardNormal`, whose event is a vector or map, and whose
             parameters, if it has any, are frozen: they would change Z.
-        net: T, from ``(N, D)``, or ``(N, C, H, W)``, to ``(N, 1)``; it may have dropout, which is off in the density.
+        net: T, from ``(N, D)``, or ``(N, C, H, W)``, to ``(N, 1)``; it may have
+            dropout, which is off in the density.
         latent: the name that the latent has in the guide.
         num_candidates: of a draw, >= 1.
 
     Raises:
         TypeError: base is no module that gives a distribution with a density.
-        ValueError: its event is a single number, or it would be trained; the network does not give one
-            number per row; ``num_candidates`` out of range.
+        ValueError: its event is a single number, or it would be trained; the network does not
+            give one number per row; ``num_candidates`` out of range.
         RuntimeError: one of Pyro's own engines runs it, which would never train T.
 
     Source: Takahashi, Iwata, Yamanaka, Yamada & Yagi, Variational Autoencoder with Implicit Optimal
@@ -364,7 +365,7 @@ class _AgainstBase:
 
 
 def _check_base(base: Any) -> None:
-    """Raise unless it gives a distribution of vectors or maps that has a density, and nothing to train."""
+    """Raise unless it gives vectors or maps, with a density, and has nothing to train."""
     p0: Any = None
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -96,9 +96,7 @@ class TCELBO(ELBO):
         return plain
 
 
-def log_aggregate(
-    units: Any, value: Tensor, size: int, dims: int = 1
-) -> tuple[Tensor, Tensor]:
+def log_aggregate(units: Any, value: Tensor, size: int, dims: int = 1) -> tuple[Tensor, Tensor]:
     """Log of the estimated aggregate at each draw, and of its marginals' product, ``(K, N)``.
 
     Args:

@@ -112,8 +112,8 @@ class FactorELBO(ELBO):
         shape = tuple(site["fn"].event_shape)
         if not shape or plates or weights.enumerated or weights.joint:
             raise ValueError(
-                f"the total correlation is of a vector or map per row, drawn: {self.latent!r} has event "
-                f"shape {shape}, inner plates {sorted(plates)}, beside enumerated "
+                f"the total correlation is of a vector or map per row, drawn: {self.latent!r} has "
+                f"event shape {shape}, inner plates {sorted(plates)}, beside enumerated "
                 f"{sorted(weights.enumerated)}; give .to_event(1), one row per datapoint"
             )
         if site["mask"] is not None:

@@ -13,9 +13,9 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ppvae.distributions import Reshaped
 from ppvae.guides.amortized import Amortized
 from ppvae.pairs import evaluation_mode
-from ppvae.distributions import Reshaped
 from ppvae.program import Program, data_plate
 from ppvae.weights import log_weights
 
