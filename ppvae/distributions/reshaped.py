@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -36,7 +36,7 @@ class Reshaped(dist.TorchDistribution):
         torch.Size([10, 5, 3, 2, 2])
     """
 
-    arg_constraints = {}  # noqa: RUF012 - as torch has it
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, base_dist: Any, shape: Sequence[int]) -> None:
         if tuple(base_dist.event_shape) != (math.prod(shape),):
@@ -50,7 +50,7 @@ class Reshaped(dist.TorchDistribution):
         self._validate_args = base_dist._validate_args
 
     @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
+    def has_rsample(self) -> bool:
         return bool(self.base_dist.has_rsample)
 
     @property
