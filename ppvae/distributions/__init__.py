@@ -25,6 +25,7 @@ from ppvae.distributions.counts import (
 )
 from ppvae.distributions.labels import partly_known
 from ppvae.distributions.levels import DiscretizedLogistic, Ordinal
+from ppvae.distributions.reshaped import Reshaped
 from ppvae.distributions.supports import masked
 from ppvae.distributions.values import Law
 from ppvae.distributions.vectors import (
@@ -57,6 +58,7 @@ __all__ = [
     "NoInverse",
     "Ordinal",
     "Poisson",
+    "Reshaped",
     "StudentT",
     "UnitNormal",
     "VonMises",
