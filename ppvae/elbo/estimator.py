@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
@@ -13,13 +12,12 @@ from weakref import WeakKeyDictionary
 import pyro.infer
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from ppvae.elbo import gradients
 from ppvae.elbo.state import State
-from ppvae.pairs import DATA_PLATE, Leaves, Memory, is_rounded, kind
-from ppvae.program import local_parameters, method_owners, stored
+from ppvae.pairs import DATA_PLATE, Leaves, Memory, is_rounded, kind, own_path
+from ppvae.program import method_owners, stored
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, weigh, whole_weights
 from ppvae.wrapped import innermost
@@ -151,7 +149,7 @@ class Estimator(pyro.infer.ELBO):
         """The loss as a differentiable scalar; with a gradient it counts as a training step."""
         try:
             # called as Pyro's own estimators are: what a program puts into the store stays there
-            with nullcontext() if am_i_wrapped() else local_parameters(stored):
+            with own_path(stored):
                 value = self.surrogate(model, guide, args, kwargs, state)
         except NoInverse as error:
             raise ValueError(
@@ -295,8 +293,7 @@ class Objective(nn.Module):
         if self.regularizer is None or not self.state.learning:
             return self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
         # the handler that looks at the plate is no engine that parameters are announced to
-        own = nullcontext() if am_i_wrapped() else local_parameters(stored)
-        with own, _DataSize() as data:
+        with own_path(stored), _DataSize() as data:
             loss = self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
         return loss + data.size() * self.regularizer()
 
