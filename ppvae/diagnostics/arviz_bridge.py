@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -43,7 +44,8 @@ Variables = dict[str, tuple[list[str], Any]]  # by name: dimensions, and an arra
 def require_arviz() -> None:
     """Raise ``ImportError`` with the cure if ArviZ is missing: before any work."""
     try:
-        import arviz  # noqa: F401
+        with warnings.catch_warnings():  # what it imports adds filters for the whole process
+            import arviz  # noqa: F401
     except ImportError as error:
         raise ImportError("this needs ArviZ: pip install arviz") from error
 

@@ -249,7 +249,13 @@ class PeakMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._seen: set[int] = set()
+        self._watched: dict[int, weakref.finalize] = {}
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for watch in self._watched.values():  # of what lives on: nobody counts it any more
+            watch.detach()
+        self._watched.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -260,13 +266,12 @@ class PeakMemory(TorchDispatchMode):
 
     def _note(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
+        if key in self._watched:
             return
-        self._seen.add(key)
         self.alive += size
         self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._forget, key, size)
+        self._watched[key] = weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
+        self._watched.pop(key, None)
         self.alive -= size
