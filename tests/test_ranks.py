@@ -1,5 +1,6 @@
 """Processes that disagree, raise, die or freeze: the others end too, and say which rank it was."""
 
+import functools
 import os
 import pickle
 import signal
@@ -104,7 +105,10 @@ def disagreements(folder):
 
 def disagree(fabric, folder):
     rank = fabric.global_rank
-    found = {n: said(lambda: fit(fabric, **o(rank))) for n, o in disagreements(folder).items()}
+    found = {
+        name: said(functools.partial(fit, fabric, **options(rank)))
+        for name, options in disagreements(folder).items()
+    }
     agreed = said(lambda: fit(fabric, seed=3, valid=X))  # none of it has left a trace
     return pickle.dumps(Processes(fabric).gather((found, agreed)))
 

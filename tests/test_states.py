@@ -1,6 +1,5 @@
-"""What belongs to the whole process, left as it was: handlers, validation, modes, signals, filters."""
+"""What belongs to the whole process is left as it was: handlers, validation, modes, filters."""
 
-import gc
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 
 import ppvae
-from ppvae import conditionals, diagnostics, elbo, guides, models, nets
+from ppvae import conditionals, elbo, guides, models, nets
 from ppvae.program import one_thread
 
 X = torch.bernoulli(torch.full((40, 4), 0.5), generator=torch.Generator().manual_seed(1))
@@ -163,14 +162,13 @@ def test_the_lock_is_free_again_after_an_error_and_in_a_fork():
 
 
 def test_compare_leaves_no_finalizer():
-    before = len(weakref.finalize._registry)
     model, guide = pair()
     for _ in range(2):
         ppvae.compare(
             model, guide, X, [elbo.ELBO()], repeats=2, evidence_particles=10, timing_rounds=0
         )
-    gc.collect()
-    assert len(weakref.finalize._registry) == before
+    kept = [watch.func.__qualname__ for watch in list(weakref.finalize._registry.values())]
+    assert "PeakMemory._forget" not in kept  # others are of pairs and libraries that live on
 
 
 FILTERS = """

@@ -182,7 +182,7 @@ class Run:
         }
 
     def facts_of_ranks(self, resume: bool | str | os.PathLike[str]) -> dict[str, str]:
-        """What must be the same in all processes; of parameters the shapes: rank 0 has the values."""
+        """What must be the same in all processes; of parameters only the shapes."""
         svi, files = self.svi, self.files
         parameters, buffers = svi.objective.named_parameters(), svi.objective.named_buffers()
         facts = {

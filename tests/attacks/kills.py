@@ -46,7 +46,7 @@ class Stream(IterableDataset):
 
 
 def build(kind):
-    """A pair with batch norm, dropout and a warm-up, whose steps draw, compiled if that is asked."""
+    """A pair with batch norm, dropout and a warm-up, compiled or not."""
     torch.manual_seed(0)
     how = {} if kind == "compiled" else {"batch_norm": True, "dropout": 0.2}
     model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 16, 6, **how)), latent_dim=2)
