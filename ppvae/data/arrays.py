@@ -143,10 +143,19 @@ def _check_rows(array: np.ndarray, support: Support | None) -> None:
 
 def _natural_shape(event: tuple[int, ...], shape: tuple[int, ...] | None) -> tuple[int, ...]:
     size = math.prod(event)
+    if shape is not None and not _are_sizes(shape):
+        raise TypeError(f"shape={shape!r}: give sizes, such as (1, 28, 28)")
     if shape is not None and math.prod(shape) != size:
         seen = f"shape={shape} has {math.prod(shape)} values and a row of x {size}"
         raise ValueError(f"{seen}: make them agree")
     return tuple(event if shape is None else shape)
+
+
+def _are_sizes(shape: Any) -> bool:
+    """Whether it is a tuple or a list of whole numbers from 1."""
+    return isinstance(shape, (tuple, list)) and all(
+        isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 1 for n in shape
+    )
 
 
 def _map_tensor(array: np.ndarray) -> Tensor:

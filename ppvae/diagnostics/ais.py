@@ -182,6 +182,8 @@ def reverse_ais(
         True
     """
     model, guide = bound(model, guide, kwargs)
+    if not isinstance(draws, PosteriorDraws):
+        raise TypeError(f"draws takes those of diagnostics.hmc, got a {type(draws).__name__}")
     annealing = Annealing(start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows)
     joint = Joint(model, guide, *args)
     chains, kept, N, D = draws.unconstrained.shape

@@ -110,6 +110,7 @@ def to_arviz(
     model, guide = bound(model, guide, kwargs)
     require_arviz()
     check_at_least(1, num_draws=num_draws)
+    _check_labels(coords, dims)
     check_pair_and_data(model, guide, args, joint=joint)
     weights, traces = _draw(model, guide, args, num_draws, joint, predictive, seed)
     numbers = summarise(weights.log_w) if num_draws > 1 else {}
@@ -146,6 +147,13 @@ def export_rows(
     numbers = {name: getattr(evidence, name)[index] for name in wanted}
     coords = {"datapoint": index.numpy(), **(coords or {})}
     return _export(weights, traces, numbers, _constants(model, some, weights), coords, dims)
+
+
+def _check_labels(coords: Any, dims: Any) -> None:
+    """Raise ``TypeError`` unless coordinates and dimensions are given by name."""
+    for name, value in (("coords", coords), ("dims", dims)):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} takes a dictionary, {{name: ...}}, got {value!r}")
 
 
 def _chosen(datapoints: Any, count: int) -> Tensor:

@@ -94,6 +94,8 @@ def compare(
     import pandas
 
     check_at_least(2, repeats=repeats)
+    check_at_least(2 if log_evidence is None else 0, evidence_particles=evidence_particles)
+    check_at_least(0, timing_rounds=timing_rounds)
     args = (data,) if isinstance(data, Tensor) else tuple(data)
     rows = check_pair_and_data(model, guide, args)
     if log_evidence is not None:
@@ -139,6 +141,8 @@ def _by_name(estimators: Any) -> dict[str, Estimator]:
     if isinstance(estimators, pyro.infer.ELBO):
         estimators = [estimators]
     mapped = isinstance(estimators, Mapping)
+    if not mapped and not isinstance(estimators, Sequence):
+        estimators = [estimators]  # which is refused by its name
     values = list(estimators.values() if mapped else estimators)
     wrong = next((repr(e) for e in values if not isinstance(e, Estimator)), None)
     if wrong or not values:

@@ -56,12 +56,12 @@ class Estimator(pyro.infer.ELBO):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if not isinstance(self.num_particles, Integral) or self.num_particles < 1:
+        if not isinstance(self.num_particles, Integral) or not 1 <= self.num_particles < 2**63:
             raise ValueError(
                 f"{name}: num_particles must be at least 1 and a whole number, got "
                 f"{self.num_particles!r}"
             )
-        if self.gradient not in self.gradients:
+        if not isinstance(self.gradient, str) or self.gradient not in self.gradients:
             hint = "" if isinstance(self.gradient, str) else "; name other arguments: num_groups=8"
             raise ValueError(
                 f"{name}: gradient={self.gradient!r} is not defined; use one of "
