@@ -6,7 +6,7 @@ import odd_calls
 
 
 @pytest.mark.parametrize(
-    ("calls", "seed"), [(60, 1), pytest.param(2000, 0, marks=pytest.mark.slow)]
+    ("calls", "seed"), [(40, 1), pytest.param(2000, 0, marks=pytest.mark.slow)]
 )
 def test_an_odd_call_is_taken_or_named(calls, seed, capsys):
     found, wrong = odd_calls.attack(calls, seed)
