@@ -75,11 +75,11 @@ def choose_prior(prior: nn.Module | None, latent_dim: int | None) -> nn.Module:
             raise TypeError(f"prior is a module that gives p(z), got {prior!r}")
         return prior
     if prior is None and latent_dim is not None:
-        is_shape = isinstance(latent_dim, tuple)
-        sizes = [number("latent_dim", n, int) for n in (latent_dim if is_shape else (latent_dim,))]
+        given = latent_dim if isinstance(latent_dim, tuple) else (latent_dim,)
+        sizes = [number("latent_dim", size, int) for size in given]
         if not all(1 <= size < 2**31 for size in sizes):
             raise ValueError(f"latent_dim must be at least 1, and below 2 ** 31, got {latent_dim}")
-        return StandardNormal(tuple(sizes) if is_shape else sizes[0])
+        return StandardNormal(tuple(sizes) if isinstance(latent_dim, tuple) else sizes[0])
     raise ValueError(f"give either latent_dim or prior, got {latent_dim} and {prior}")
 
 

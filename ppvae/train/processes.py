@@ -65,7 +65,8 @@ class Processes:
         except RuntimeError as error:
             raise LostProcess(f"not all {self.size} ranks have called ppvae.fit: {error}") from None
         store = distributed.distributed_c10d._get_default_store()
-        self._words = distributed.PrefixStore(f"ppvae/{self._group.group_name}", store)
+        where = f"ppvae/{self._group.group_name}"
+        self._words = distributed.PrefixStore(where, store)  # type: ignore[attr-defined]
         try:
             yield
         except BaseException as error:
