@@ -1,5 +1,7 @@
 """What belongs to the whole process is left as it was: handlers, validation, modes, filters."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -136,6 +138,7 @@ def error_of(call):
     return None
 
 
+@pytest.mark.forks
 def test_the_lock_is_free_again_after_an_error_and_in_a_fork():
     with pytest.raises(Mishap), one_thread():
         raise Mishap
@@ -152,6 +155,13 @@ def test_the_lock_is_free_again_after_an_error_and_in_a_fork():
     entered.wait(10)
     with pytest.raises(RuntimeError, match="one stack of handlers"), one_thread():
         pass
+    pid = os.fork()
+    if pid == 0:  # without the thread that holds it
+        code = 1
+        with contextlib.suppress(RuntimeError), one_thread():
+            code = 0
+        os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
     leave.set(), holder.join()
     with one_thread(), one_thread():  # a thread may enter twice
         seen.append(1)
