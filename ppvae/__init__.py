@@ -13,13 +13,16 @@ from ppvae import (
     metrics,
     models,
     nets,
+    plots,
     posteriors,
     program,
 )
 from ppvae.auxiliary import Auxiliary, Ratio
+from ppvae.check.nonfinite import NonFiniteError
 from ppvae.check.pair import PairError, check_pair
 from ppvae.diagnostics import diagnose
 from ppvae.diagnostics.compare_estimators import compare
+from ppvae.pairs import NotCompiled
 from ppvae.program import Program
 from ppvae.train.alternate import alternate
 from ppvae.train.beside import Beside
@@ -41,6 +44,8 @@ __all__ = [
     "Checkpoints",
     "History",
     "LogWeights",
+    "NonFiniteError",
+    "NotCompiled",
     "PairError",
     "Program",
     "Ratio",
@@ -59,6 +64,7 @@ __all__ = [
     "metrics",
     "models",
     "nets",
+    "plots",
     "posteriors",
     "program",
 ]

@@ -485,13 +485,13 @@ def _parents(drawn: Trace) -> dict[str, frozenset[str]]:
     sites = sample_sites(drawn)
     latents = {name for name, site in sites.items() if not site["is_observed"]}
     return {
-        name: (_provenance(site) & latents) - {name}
+        name: (provenance_of(site) & latents) - {name}
         for name, site in sites.items()
         if name in latents
     }
 
 
-def _provenance(site: Site) -> frozenset[str]:
+def provenance_of(site: Site) -> frozenset[str]:
     """What a site's term is computed from: its distribution, and the mask of the program."""
     fn = site["fn"]
     try:

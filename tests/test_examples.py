@@ -558,8 +558,8 @@ def test_optimal_prior(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("levels", ["1", "2"])
-def test_vqvae(tmp_path, levels, capsys):
-    assert run("vqvae", tmp_path, "--levels", levels) == 0
+def test_vq(tmp_path, levels, capsys):
+    assert run("vq", tmp_path, "--levels", levels) == 0
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {"results.json", "usage.png", "codes.png", "samples.png"}
     results = json.loads((tmp_path / "results.json").read_text())

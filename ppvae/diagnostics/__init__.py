@@ -15,6 +15,7 @@ from ppvae.diagnostics.predictive import PredictiveCheck, predictive_check
 from ppvae.diagnostics.psis import khat
 from ppvae.diagnostics.quadrature import Quadrature, quadrature
 from ppvae.diagnostics.report import Report, diagnose
+from ppvae.diagnostics.simulated import Divergence, simulated_divergence
 from ppvae.diagnostics.summaries import Aggregate
 from ppvae.diagnostics.total_correlation import TotalCorrelation, total_correlation
 
@@ -22,6 +23,7 @@ __all__ = [
     "Aggregate",
     "AnnealedEvidence",
     "Calibration",
+    "Divergence",
     "Evidence",
     "Gaps",
     "PosteriorComparison",
@@ -47,6 +49,7 @@ __all__ = [
     "reverse_ais",
     "sbc",
     "sigmoid_schedule",
+    "simulated_divergence",
     "to_arviz",
     "total_correlation",
 ]

@@ -44,7 +44,6 @@ class Estimator(pyro.infer.ELBO):
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "dreg", "score", "vimco")
     # +1: a bound from below, maximised; -1: a bound from above, minimised by the guide alone.
     sign: ClassVar[int] = 1
-    linear: ClassVar[bool] = False  # whether the bound is the mean of the log-weights
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if "beta" in kwargs and "beta" not in cls.__dataclass_fields__:
@@ -90,6 +89,17 @@ class Estimator(pyro.infer.ELBO):
     @abstractmethod
     def bound(self, log_w: Tensor) -> Tensor:
         """The bound of each datapoint: log-weights ``(K, N)`` to ``(N,)``, in nats."""
+
+    def bound_of_others(self, log_w: Tensor, put: Tensor | None = None) -> Tensor:
+        """The bound without particle k, or with ``put[k]`` in its place, for each k: ``(K, N)``.
+
+        It is the baseline of the score functions: what does not depend on z_k adds no bias. This
+        is K bounds in turn; where a bound is made of sums, :mod:`ppvae.elbo.importance` has a way
+        that takes the time of two.
+        """
+        middle = log_w[:0].expand(len(log_w), 0, *log_w.shape[1:]) if put is None else put[:, None]
+        rows = (torch.cat([log_w[:k], middle[k], log_w[k + 1 :]]) for k in range(len(log_w)))
+        return torch.stack([self.bound(row) for row in rows])
 
     def dreg_coefficient(self, log_w: Tensor) -> Tensor:
         r""":math:`c_k - \partial c_k / \partial \ell_k` of the bound, ``(K, N)``."""
@@ -178,7 +188,7 @@ class Estimator(pyro.infer.ELBO):
             if self.gradient in ("score", "vimco"):
                 scored = gradients.scored_log_q(weights)
                 vimco = self.gradient == "vimco"
-                score = gradients.score(self.bound, log_w, scored, vimco, self.linear)
+                score = gradients.score(self.bound, self.bound_of_others, log_w, scored, vimco)
                 value = gradients.with_gradient(value, value + score)
             else:
                 self.require_reparameterised(weights)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from ppvae.elbo.estimator import Estimator
+from ppvae.elbo.gradients import mean_of_others
 from ppvae.elbo.penalties import Penalty, Tilt
 from ppvae.elbo.state import State
 from ppvae.enumeration import groups, mean, sum_of, sum_out
@@ -70,7 +71,6 @@ class ELBO(Estimator):
     kl: str = "sampled"
 
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "stl", "score")
-    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,6 +93,9 @@ class ELBO(Estimator):
 
     def bound(self, log_w: Tensor) -> Tensor:
         return log_w.mean(0) if len(log_w) > 1 else log_w.squeeze(0)
+
+    def bound_of_others(self, log_w: Tensor, put: Tensor | None = None) -> Tensor:
+        return mean_of_others(log_w, put)
 
     def new_state(self) -> State:
         state = State()
