@@ -28,6 +28,7 @@ import reproduce_factor
 import reproduce_iop
 import reproduce_iwae
 import reproduce_ladder
+import reproduce_miwae
 import reproduce_nvae
 import reproduce_nvdm
 import reproduce_vade
@@ -44,6 +45,7 @@ SYSTEMS: dict[str, ModuleType] = {
     "iop": reproduce_iop,
     "iwae": reproduce_iwae,
     "ladder": reproduce_ladder,
+    "miwae": reproduce_miwae,
     "nvae": reproduce_nvae,
     "nvdm": reproduce_nvdm,
     "vade": reproduce_vade,

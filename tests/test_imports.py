@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "enumeration": {"terms"},
     "weights": {"arguments", "pairs", "latents", "terms", "enumeration"},
     "local": PAIR,
+    "intake": {"data", "program", "wrapped"},
     "chain": {"pairs"},
     # what programs are made of
     "nets": {"arguments", "auxiliary"},
@@ -48,10 +49,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guides": DENSITIES | PAIR | {"local", "chain", "models", "posteriors"},
     # what is done with a pair
     "elbo": PAIR,
-    "check": PAIR | {"distributions"},
+    "check": PAIR | {"distributions", "intake"},
     "compile": PAIR,
-    "train": PAIR | {"elbo", "check", "compile", "data", "plots"},
-    "diagnostics": PAIR | {"local", "elbo", "check", "compile", "plots"},
+    "train": PAIR | {"elbo", "check", "compile", "data", "intake", "plots"},
+    "diagnostics": PAIR | {"distributions", "local", "elbo", "check", "compile", "intake", "plots"},
+    "verbs": PAIR | {"data", "diagnostics", "distributions", "intake"},
+    "described": set(),
+    "saved": {"data", "described", "program", "train", "wrapped"},
+    "sklearn": {"conditionals", "data", "guides", "models", "nets", "train", "verbs"},
     # what knows no pair
     "data": set(),
     "metrics": set(),

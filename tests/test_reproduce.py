@@ -132,7 +132,8 @@ def test_renormalise_gives_the_moments_of_all_rows(reproduce, name):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ppvae.metrics.UnusedClusterWarning")
 @pytest.mark.parametrize(
-    "name", ["avb", "cvae", "factor", "iop", "iwae", "ladder", "nvae", "nvdm", "vade", "vq"]
+    "name",
+    ["avb", "cvae", "factor", "iop", "iwae", "ladder", "miwae", "nvae", "nvdm", "vade", "vq"],
 )
 def test_every_cell_runs_when_it_is_cut_short(reproduce, monkeypatch, tmp_path, capsys, name):
     system = reproduce.SYSTEMS[name]

@@ -27,6 +27,7 @@ from ppvae.check.sites import (
     plate_faults,
     weight_faults,
 )
+from ppvae.intake import takes_rows
 from ppvae.pairs import Site, own_path, position_fault, reason, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.weights import LogWeights, log_weights, weigh, whole_weights
@@ -41,6 +42,7 @@ class PairError(ValueError):
     """A model/guide pair, or the data it is given, cannot work; the message lists every fault."""
 
 
+@takes_rows
 def check_pair(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -220,7 +222,7 @@ def require_runs(args: Sequence[Any], **programs: Any) -> None:
 def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
     """Raise :class:`PairError` unless the tensors are finite, not empty and of equal length."""
     if fault := number_fault(check_shapes(program, args)):
-        raise PairError(f"{fault}; drop or impute them")
+        raise PairError(f"{fault}; drop or impute them, or put 0 where a mask hides them")
 
 
 def check_shapes(program: Callable[..., Any], args: Sequence[Any]) -> dict[str, Tensor]:
@@ -276,7 +278,8 @@ def _with_cure(fault: str, error: PairError) -> str:
     if " NaN or infinite values in " not in fault:
         return fault
     why = str(error).splitlines()[0].partition(";")[0]
-    return f"{fault}; drop or impute them, or let model and guide mask them. Now {why}"
+    cure = "drop or impute them, or let model and guide mask them (models.Masked, nets.Masked)"
+    return f"{fault}; {cure}. Now {why}"
 
 
 def _weigh(

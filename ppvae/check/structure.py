@@ -78,7 +78,7 @@ def structure(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Structu
         name: track_provenance(value, frozenset({name})) if isinstance(value, Tensor) else value
         for name, value in by_name.items()
     }
-    by_position = [tracked.pop(name) for name in names[: len(args)]]
+    by_position = tuple(tracked.pop(name) for name in names[: len(args)])
     with own_path(), unnoticed(program, program), TrackProvenance():
         sites = sample_sites(trace(program, by_position, tracked))
         origins = {name: provenance_of(site) for name, site in sites.items()}

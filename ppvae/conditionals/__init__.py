@@ -17,7 +17,7 @@ A room of densities: it imports distributions, and nothing that is done with pai
 """
 
 from ppvae.conditionals.codes import CodePrior
-from ppvae.conditionals.columns import Columns
+from ppvae.conditionals.columns import Columns, heads_for
 from ppvae.conditionals.continuous import (
     Affine,
     Beta,
@@ -84,5 +84,6 @@ __all__ = [
     "VampPrior",
     "VonMises",
     "ZeroInflated",
+    "heads_for",
     "suggest",
 ]

@@ -6,6 +6,7 @@ Example:
     torch.Size([1297, 64])
 """
 
+from ppvae.data.annotated import from_anndata
 from ppvae.data.arrays import from_arrays
 from ppvae.data.catalogue import NAMES, load
 from ppvae.data.dataset import Dataset
@@ -22,9 +23,11 @@ from ppvae.data.synthetic import (
     gaussian_mixture_parameters,
     linear_gaussian_parameters,
 )
+from ppvae.data.table import Column, Table
 
 __all__ = [
     "NAMES",
+    "Column",
     "Dataset",
     "EmptyDocumentWarning",
     "Factors",
@@ -32,8 +35,10 @@ __all__ = [
     "LinearGaussian",
     "PrecisionWarning",
     "Split",
+    "Table",
     "cache_folder",
     "dsprites",
+    "from_anndata",
     "from_arrays",
     "from_counts",
     "from_csv",

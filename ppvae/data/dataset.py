@@ -138,6 +138,7 @@ class Dataset:
         exact = "" if self.log_evidence is None else ", log p(x) known"
         widths = ", ".join(str(tuple(t.shape[1:])) for t in self.train.args)
         names = "x, y" if self.train.supervised else "x"
+        names += "" if self.train.observed is None else ", observed"
         sizes = f"train {len(self.train):,}, valid {len(self.valid):,}, test {len(self.test):,}"
         return (
             f"Dataset {self.name!r}: support {self.support}, shape {self.shape}{classes}{exact}\n"

@@ -10,6 +10,7 @@ from ppvae.diagnostics.evidence import Evidence, log_evidence
 from ppvae.diagnostics.gaps import Gaps, gaps
 from ppvae.diagnostics.hmc import hmc
 from ppvae.diagnostics.metropolis import metropolis
+from ppvae.diagnostics.missing import Imputation, impute
 from ppvae.diagnostics.nuts import nuts
 from ppvae.diagnostics.predictive import PredictiveCheck, predictive_check
 from ppvae.diagnostics.psis import khat
@@ -26,6 +27,7 @@ __all__ = [
     "Divergence",
     "Evidence",
     "Gaps",
+    "Imputation",
     "PosteriorComparison",
     "PosteriorDraws",
     "PredictiveCheck",
@@ -40,6 +42,7 @@ __all__ = [
     "diagnose",
     "gaps",
     "hmc",
+    "impute",
     "khat",
     "log_evidence",
     "metropolis",

@@ -17,6 +17,7 @@ from ppvae.check.pair import names
 from ppvae.diagnostics.evidence import Evidence, summarise
 from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data, take
 from ppvae.enumeration import draw
+from ppvae.intake import takes_rows
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
@@ -51,6 +52,7 @@ def require_arviz() -> None:
 
 
 @takes_numbers
+@takes_rows
 def to_arviz(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -26,6 +26,7 @@ from ppvae.diagnostics.rows import (
 )
 from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
 from ppvae.enumeration import total
+from ppvae.intake import takes_rows
 from ppvae.pairs import Program, replay, sample_sites, simulate
 from ppvae.plots import diagnostics as plots
 from ppvae.terms import NoInverse, leftmost_plate, term
@@ -174,6 +175,7 @@ _MEANING = {
 
 
 @takes_numbers
+@takes_rows
 def sbc(
     model: Program,
     guide: Program,

@@ -25,6 +25,7 @@ from ppvae.diagnostics.rows import (
     trainable,
 )
 from ppvae.elbo import Estimator, Objective
+from ppvae.intake import tensors
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.program import local_parameters
 
@@ -33,7 +34,7 @@ from ppvae.program import local_parameters
 def compare(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    data: Tensor | Sequence[Tensor],
+    data: Any,
     estimators: Mapping[str, Estimator] | Sequence[Estimator],
     *,
     repeats: int = 100,
@@ -54,7 +55,8 @@ def compare(
 
     Args:
         model, guide: Pyro programs.
-        data: a batch ``x``, or a tuple ``(x, y)``.
+        data: a batch ``x``, or a tuple ``(x, y)``; arrays, frames and the other containers of
+            :func:`ppvae.fit`.
         estimators: a list, or a mapping from the names to show.
         repeats: R >= 2 independent gradients and bounds per estimator.
         log_evidence: exact log p(x) of each datapoint, ``(N,)`` nats, where it is known; otherwise
@@ -96,7 +98,7 @@ def compare(
     check_at_least(2, repeats=repeats)
     check_at_least(2 if log_evidence is None else 0, evidence_particles=evidence_particles)
     check_at_least(0, timing_rounds=timing_rounds)
-    args = (data,) if isinstance(data, Tensor) else tuple(data)
+    args = tensors(data if isinstance(data, (tuple, list)) else (data,), model, guide)
     rows = check_pair_and_data(model, guide, args)
     if log_evidence is not None:
         check_log_evidence(log_evidence, rows)

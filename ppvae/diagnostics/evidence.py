@@ -28,6 +28,7 @@ from ppvae.diagnostics.rows import (
     standard_error,
     take,
 )
+from ppvae.intake import takes_rows
 from ppvae.pairs import Program
 from ppvae.weights import LogWeights, whole_weights
 
@@ -113,6 +114,7 @@ class Evidence(Estimates):
 
 
 @takes_numbers
+@takes_rows
 def log_evidence(
     model: Callable[..., Any],
     guide: Callable[..., Any],

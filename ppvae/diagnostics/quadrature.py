@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.joint import Joint
 from ppvae.diagnostics.rows import bound
+from ppvae.intake import takes_rows
 from ppvae.pairs import seeded
 
 EDGE = 36.0  # nats below the highest mode at which a density is cut: 2e-16
@@ -62,6 +63,7 @@ class Quadrature:
 
 
 @takes_numbers
+@takes_rows
 def quadrature(
     model: Callable[..., Any],
     guide: Callable[..., Any],

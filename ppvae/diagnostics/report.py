@@ -15,9 +15,11 @@ from ppvae.arguments import takes_numbers
 from ppvae.diagnostics import html
 from ppvae.diagnostics.arviz_bridge import elpd, export_rows
 from ppvae.diagnostics.evidence import Evidence, weigh
+from ppvae.diagnostics.missing import SUFFIX, by_missingness
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.rows import bound, check_pair_and_data, spread
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
+from ppvae.intake import takes_rows
 from ppvae.pairs import Program
 from ppvae.terms import NoInverse
 
@@ -93,6 +95,21 @@ class Report(Evidence):
             columns["reconstruction"] = self.reconstruction
         frame = pandas.DataFrame({name: column.numpy() for name, column in columns.items()})
         return frame.rename_axis("datapoint")
+
+    def by_missingness(self, bins: int | Sequence[float] = 4) -> pandas.DataFrame:
+        """Evidence, gap, KL, ESS and k-hat of rows with about the same share of missing values.
+
+        Log p(x) is of the observed part, so rows with different masks do not compare: nats per
+        observed value do roughly. Of a model of the mask, too, its nats are among them.
+
+        Args:
+            bins: how many intervals of the share missing, of as many rows each where shares
+                differ; or their edges in ascending order, as ``(0, 0.25, 0.5, 1)``.
+
+        Raises:
+            ValueError: the pair hides no values; the edges do not ascend.
+        """
+        return by_missingness(self, self.pair, self.rate, bins)
 
     # -- units and the aggregated posterior ----------------------------------------------------
 
@@ -184,6 +201,8 @@ class Report(Evidence):
         said = []
         for name, units in self.collapsed.items():
             count, all_units = int(units.sum()), len(units)
+            if name.endswith(SUFFIX):  # drawn from the model's own law, as it should
+                continue
             if count == all_units:
                 said.append(
                     f"Posterior collapse: q = p on every unit of {name!r}, so the model ignores "
@@ -377,6 +396,7 @@ class Report(Evidence):
 
 
 @takes_numbers
+@takes_rows
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -13,6 +13,7 @@ from ppvae.check.pair import check_programs, require_runs
 from ppvae.diagnostics.rows import check_at_least, check_data, evaluating, standard_error
 from ppvae.elbo.disentangling import code_covariance
 from ppvae.elbo.standard import independent_units
+from ppvae.intake import takes_rows
 from ppvae.pairs import Program, sample_sites, trace
 
 
@@ -33,6 +34,7 @@ class TotalCorrelation(NamedTuple):
 
 
 @takes_numbers
+@takes_rows
 def total_correlation(
     guide: Program,
     *args: Any,

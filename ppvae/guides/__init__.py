@@ -12,6 +12,7 @@ from ppvae.guides.quantized import Quantized, QuantizedLevels
 from ppvae.guides.responsibilities import Responsibilities
 from ppvae.guides.semi_amortized import SemiAmortized
 from ppvae.guides.top_down import TopDown
+from ppvae.guides.with_missing import WithMissing
 
 __all__ = [
     "Amortized",
@@ -27,5 +28,6 @@ __all__ = [
     "Responsibilities",
     "SemiAmortized",
     "TopDown",
+    "WithMissing",
     "moment_match",
 ]

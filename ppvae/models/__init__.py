@@ -3,6 +3,7 @@
 from ppvae.models.autoencoder import Autoencoder
 from ppvae.models.cvae import CVAE
 from ppvae.models.hierarchical import Hierarchical
+from ppvae.models.masked import Masked, MissingNotAtRandom
 from ppvae.models.mixture import GaussianMixture
 from ppvae.models.nvdm import NVDM
 from ppvae.models.quantized import CodeHierarchy
@@ -18,6 +19,8 @@ __all__ = [
     "CodeHierarchy",
     "GaussianMixture",
     "Hierarchical",
+    "Masked",
+    "MissingNotAtRandom",
     "TopDown",
     "VaDE",
 ]

@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.data import Dataset, Split
+from ppvae.intake import part_of, tensors
 from ppvae.pairs import evaluation_mode, own_path, sample_sites, seeded, trace
 from ppvae.program import Program, data_plate
 from ppvae.train.fit import fit
@@ -45,7 +45,7 @@ def fit_prior(
             ``nets.Constant``, ``conditionals.CodePrior`` with a network. It is changed in place.
         guide: a program; it is run in evaluation mode, and stays as it is.
         data: a ``ppvae.data.Dataset`` (its ``train``), a split, a tensor, or a tuple of tensors as
-            the guide is called with.
+            the guide is called with; arrays, frames and the other containers of :func:`ppvae.fit`.
         epochs: passes over the codes, >= 1.
         optim: as that of :class:`ppvae.SVI`.
         latent: the name of the guide's site.
@@ -72,7 +72,9 @@ def fit_prior(
         >>> models.VAE(model.likelihood, prior=prior)(size=3).shape
         torch.Size([3, 64])
     """
-    codes = _codes(guide, _tensors(data), latent, seed)
+    data = part_of(data, "train", data)
+    given = data if isinstance(data, (tuple, list)) else (data,)
+    codes = _codes(guide, tensors(given, guide), latent, seed)
     _check_shape(prior, codes, latent)
     svi = SVI(_Observed(prior), _Nothing(), optim)
     return fit(svi, codes, epochs=epochs, seed=seed, **options)
@@ -96,15 +98,6 @@ class _Nothing(Program):
 
     def forward(self, z: Tensor, size: int | None = None) -> None:
         pass
-
-
-def _tensors(data: Any) -> tuple[Tensor, ...]:
-    """What the guide is called with."""
-    if isinstance(data, Dataset):
-        data = data.train
-    if isinstance(data, Split):
-        return data.args
-    return (data,) if isinstance(data, Tensor) else tuple(data)
 
 
 @torch.no_grad()

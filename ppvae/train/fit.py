@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ppvae.arguments import takes_numbers
 from ppvae.check.pair import check_batch
 from ppvae.elbo.standard import ELBO
+from ppvae.intake import for_training, part_of
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.program import one_thread
 from ppvae.train import refusals
@@ -73,9 +74,10 @@ def fit(
     Args:
         svi: a :class:`ppvae.SVI`.
         data: a ``ppvae.data.Dataset`` (trains on ``train``, validates on ``valid``) or one of its
-            splits; a tensor ``(N, ...)``; a tuple of tensors for ``model(x, y)``; or a
-            ``DataLoader`` that yields such batches, in nested tuples too, or dictionaries by the
-            names of the model's arguments.
+            splits; an array, frame or tensor ``(N, ...)``; a tuple of these for ``model(x, y)``, or
+            a dictionary of them by the names of the model's arguments; scipy's sparse rows or an
+            AnnData, made dense batch by batch; a data set of torch or Hugging Face; or a
+            ``DataLoader`` that yields such batches, in nested tuples too, or dictionaries.
         epochs: passes over the data, >= 1; of a resumed run, those before it included.
         batch_size: datapoints per step, over all processes, >= 1; the last batch may be smaller,
             but of one row only where no layer of batch norm would see a single value.
@@ -136,18 +138,20 @@ def fit(
     """
     processes = Processes(fabric)
     with one_thread(), processes.connected():
-        valid = getattr(data if valid is None else valid, "valid", valid)
+        valid = part_of(data, "valid", None) if valid is None else part_of(valid, "valid", valid)
         refusals.check_arguments(
             epochs, batch_size, steps_per_epoch, patience, valid, lr_scheduler, device, fabric
         )
         files = checkpoints_for(checkpoint, resume)
-        callbacks = all_callbacks(on_epoch_end, callbacks)
+        callbacks, pair = all_callbacks(on_epoch_end, callbacks), (svi.model, svi.guide)
         loggers = all_loggers(loggers, fabric)
         target = None if device is None else resolve_device(device)
         if fabric is not None:
             target = fabric.device
         common = (batch_size, target, processes, files is not None, argument_names(svi.model))
-        data = getattr(data, "train", data)
+        data = for_training(part_of(data, "train", data), "data", batch_size, seed, *pair)
+        if valid is not None:
+            valid = for_training(valid, "valid", batch_size, seed, *pair)
         for given in (data, valid):
             refusals.check_tensors(svi.model, given)
         train_data = source("data", data, *common, steps_per_epoch)
@@ -167,7 +171,6 @@ def fit(
         if valid_data is not None:
             valid_data.check_passes(epochs)
             first = valid_data.first()
-            pair = svi.model, svi.guide
             valid_data.check(*pair, check_batch(*pair, *first))
             has_bound = refusals.require_bound(svi, first, patience)
 
