@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from ppvae.distributions import NoInverse
-from ppvae.program import all_modules, local_parameters, read
+from ppvae.program import all_modules, local_parameters, one_thread, read
 from ppvae.wrapped import innermost, method_of, owner_of
 
 DATA_PLATE = "data"
@@ -533,12 +533,12 @@ def position_fault(guide: Program, args: Args, kwargs: Kwargs) -> str | None:
 
 
 @contextmanager
-def own_path() -> Iterator[None]:
+def own_path(bare: Callable[[Any], None] = read) -> Iterator[None]:
     """:func:`~ppvae.program.local_parameters`, unless somebody is listening who decides that.
 
     What a stock engine has trained in Pyro's store is read.
     """
-    with nullcontext() if am_i_wrapped() else local_parameters(read):
+    with one_thread(), nullcontext() if am_i_wrapped() else local_parameters(bare):
         yield
 
 

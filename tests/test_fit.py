@@ -1530,8 +1530,8 @@ def test_what_stops_one_process_stops_all(monkeypatch):
     with pytest.raises(ValueError, match="here"):
         alone.together(fails)
     alone.together(lambda: None)
-    monkeypatch.setattr(alone, "any", lambda flag: True)  # as where another one has failed
-    with pytest.raises(RuntimeError, match="another process has stopped"):
+    monkeypatch.setattr(alone, "gather", lambda value: [value, "ValueError: there"])
+    with pytest.raises(RuntimeError, match="rank 1 has ended the run: ValueError: there"):
         alone.together(lambda: None)
 
 

@@ -41,11 +41,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "intake": {"data", "program", "wrapped"},
     "chain": {"pairs"},
     # what programs are made of
-    "nets": {"auxiliary"},
+    "nets": {"arguments", "auxiliary"},
     "distributions": set(),
     "conditionals": {"distributions", "auxiliary", "pairs", "terms"},  # optimal.py runs a guide
     "posteriors": DENSITIES | {"auxiliary"},
-    "models": DENSITIES | {"program", "chain"},
+    "models": DENSITIES | {"arguments", "program", "chain"},
     "guides": DENSITIES | PAIR | {"local", "chain", "models", "posteriors"},
     # what is done with a pair
     "elbo": PAIR,

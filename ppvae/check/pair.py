@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ppvae.arguments import require_programs
 from ppvae.check.apart import Apart, keeps_apart
 from ppvae.check.behaviour import possible_gradients
 from ppvae.check.data import number_fault, refused_rows, rows_without_numbers, shape_fault
@@ -195,6 +196,29 @@ def check_values(
 _MOST_ROWS = 100
 
 
+def check_programs(**programs: Any) -> None:
+    """Raise ``TypeError`` unless each, passed by its name, can be run as a program.
+
+    Its parameters must have values, so none may be on the device "meta".
+    """
+    require_programs(**programs)
+    for name, program in programs.items():
+        owner = module_of(program)
+        if owner is not None and any(parameter.is_meta for parameter in owner.parameters()):
+            raise TypeError(
+                f"{name} has parameters on the device 'meta', which keeps no values: build it on "
+                f"another, or load a state after {name}.to_empty(device=...)"
+            )
+
+
+def require_runs(args: Sequence[Any], **programs: Any) -> None:
+    """Raise :class:`PairError` unless each program, passed by its name, runs on its own."""
+    first, *_, last = [*programs.values()] * 2
+    with own_path(), unnoticed(first, last), pyro.validation_enabled(False):
+        for role, program in programs.items():
+            _run(role, program, args, {})
+
+
 def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
     """Raise :class:`PairError` unless the tensors are finite, not empty and of equal length."""
     if fault := number_fault(check_shapes(program, args)):
@@ -230,6 +254,7 @@ def _examine(
     Raises:
         PairError: its sites or the batch are wrong. What it mixes up is in the result.
     """
+    check_programs(model=model, guide=guide)
     tensors = check_shapes(model, args)
     if fault := position_fault(guide, args, kwargs):
         raise PairError(fault)

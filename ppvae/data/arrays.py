@@ -161,10 +161,19 @@ def _check_rows(array: np.ndarray, support: Support | None) -> None:
 
 def _natural_shape(event: tuple[int, ...], shape: tuple[int, ...] | None) -> tuple[int, ...]:
     size = math.prod(event)
+    if shape is not None and not _are_sizes(shape):
+        raise TypeError(f"shape={shape!r}: give sizes, such as (1, 28, 28)")
     if shape is not None and math.prod(shape) != size:
         seen = f"shape={shape} has {math.prod(shape)} values and a row of x {size}"
         raise ValueError(f"{seen}: make them agree")
     return tuple(event if shape is None else shape)
+
+
+def _are_sizes(shape: Any) -> bool:
+    """Whether it is a tuple or a list of whole numbers from 1."""
+    return isinstance(shape, (tuple, list)) and all(
+        isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 1 for n in shape
+    )
 
 
 def _map_tensor(array: np.ndarray) -> Tensor:
@@ -268,8 +277,12 @@ def numbers(array: Any, name: str) -> np.ndarray:
     """``array`` as numpy numbers, not yet of a float type."""
     columns = getattr(array, "dtypes", None)  # of a data frame
     if isinstance(array, Tensor):
-        array = array.detach().cpu()
-        array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has none
+        array = _plain(array, name)
+    if np.ma.is_masked(array):
+        raise ValueError(
+            f"{name} is a masked array, and {int(np.ma.getmaskarray(array).sum())} of its values "
+            f"are hidden: fill them in, or give {name}.filled(np.nan) and missing='mask'"
+        )
     try:
         array = np.asarray(array)
     except ValueError as error:  # numpy's "inhomogeneous shape"
@@ -279,6 +292,17 @@ def numbers(array: Any, name: str) -> np.ndarray:
     if array.size == 0:
         raise ValueError(f"{name} is empty, shape {array.shape}: give at least 3 rows")
     return array
+
+
+def _plain(values: Tensor, name: str) -> Tensor:
+    """A tensor that numpy takes; raises ``TypeError`` for one without a dense block of numbers."""
+    if values.layout != torch.strided or values.is_quantized or values.is_meta:
+        raise TypeError(
+            f"{name} is a tensor without a dense block of numbers ({values.layout}, "
+            f"{values.dtype}, {values.device}): give {name}.to_dense() or {name}.dequantize()"
+        )
+    values = values.detach().cpu()
+    return values.float() if values.dtype == torch.bfloat16 else values  # numpy has none
 
 
 def _no_numbers(array: np.ndarray, name: str, columns: Any) -> str:
@@ -294,7 +318,8 @@ def _no_numbers(array: np.ndarray, name: str, columns: Any) -> str:
             f"has columns that are no numbers of numpy, {shown}: give {name}.astype(float) where "
             "they are numbers with missing ones (and missing='mask'), pandas.get_dummies for words"
         )
-    if array.dtype.kind in "US":
+    words = array.dtype.kind == "O" and array.size and all(isinstance(v, str) for v in array.flat)
+    if array.dtype.kind in "USTO" and (words or array.dtype.kind != "O"):
         how = f"as np.unique({name}, return_inverse=True)[1] does"
         return f"holds words ({array.dtype}): code them as numbers, {how}"
     return f"holds {array.dtype}: give real numbers, dense"

@@ -11,6 +11,7 @@ from typing import Any
 from ppvae.data import binary_images, har, images, synthetic, text, typeset
 from ppvae.data.dataset import Dataset
 from ppvae.data.files import from_csv, from_images, from_npz
+from ppvae.data.split import check_at_least
 
 LOADERS: dict[str, Callable[..., Dataset]] = {
     "digits": images.digits,
@@ -87,6 +88,9 @@ def load(
           source        Alpaydin and Kaynak (1998), https://archive.ics.uci.edu/dataset/80, as \
 bundled with scikit-learn; grey levels / 16; split at random by class, seed 0
     """
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise TypeError(f"name={name!r}: give the name of a data set, or a path")
+    check_at_least(0, seed=seed)
     if str(name) in LOADERS:
         loader = LOADERS[str(name)]
         accepted = set(inspect.signature(loader).parameters)

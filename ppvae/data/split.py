@@ -305,15 +305,19 @@ def _columns(rows: Tensor, positions: Tensor | None) -> Tensor:
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not any(
+        value is choice or (isinstance(value, str) and value == choice) for choice in choices
+    ):
         raise ValueError(f"{name}={value!r} is unknown: use {', '.join(map(repr, choices))}")
 
 
 def check_at_least(least: int, **arguments: int) -> None:
     """Raise ``ValueError`` unless every argument is ``least`` or more."""
     for name, value in arguments.items():
-        if value < least:
-            raise ValueError(f"{name}={value}: give {least} or more")
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: give a whole number, {least} or more")
+        if not least <= value < 2**64:
+            raise ValueError(f"{name}={value}: give {least} or more, of 64 bits")
 
 
 def check_binarize(binarize: object) -> None:

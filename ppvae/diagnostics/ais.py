@@ -187,6 +187,8 @@ def reverse_ais(
     model, guide = bound(model, guide, kwargs)
     annealing = Annealing(start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows)
     joint = Joint(model, guide, *args)
+    if not isinstance(draws, PosteriorDraws):
+        raise TypeError(f"draws takes those of diagnostics.hmc, got a {type(draws).__name__}")
     chains, kept, N, D = draws.unconstrained.shape
     if (joint.num_datapoints, joint.dim) != (N, D):
         raise ValueError(

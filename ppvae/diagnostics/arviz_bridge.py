@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -44,7 +45,8 @@ Variables = dict[str, tuple[list[str], Any]]  # by name: dimensions, and an arra
 def require_arviz() -> None:
     """Raise ``ImportError`` with the cure if ArviZ is missing: before any work."""
     try:
-        import arviz  # noqa: F401
+        with warnings.catch_warnings():  # what it imports adds filters for the whole process
+            import arviz  # noqa: F401
     except ImportError as error:
         raise ImportError("this needs ArviZ: pip install arviz") from error
 
@@ -111,6 +113,7 @@ def to_arviz(
     model, guide = bound(model, guide, kwargs)
     require_arviz()
     check_at_least(1, num_draws=num_draws)
+    _check_labels(coords, dims)
     check_pair_and_data(model, guide, args, joint=joint)
     weights, traces = _draw(model, guide, args, num_draws, joint, predictive, seed)
     numbers = summarise(weights.log_w) if num_draws > 1 else {}
@@ -147,6 +150,13 @@ def export_rows(
     numbers = {name: getattr(evidence, name)[index] for name in wanted}
     coords = {"datapoint": index.numpy(), **(coords or {})}
     return _export(weights, traces, numbers, _constants(model, some, weights), coords, dims)
+
+
+def _check_labels(coords: Any, dims: Any) -> None:
+    """Raise ``TypeError`` unless coordinates and dimensions are given by name."""
+    for name, value in (("coords", coords), ("dims", dims)):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} takes a dictionary, {{name: ...}}, got {value!r}")
 
 
 def _chosen(datapoints: Any, count: int) -> Tensor:

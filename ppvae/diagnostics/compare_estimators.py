@@ -96,6 +96,8 @@ def compare(
     import pandas
 
     check_at_least(2, repeats=repeats)
+    check_at_least(2 if log_evidence is None else 0, evidence_particles=evidence_particles)
+    check_at_least(0, timing_rounds=timing_rounds)
     args = tensors(data if isinstance(data, (tuple, list)) else (data,), model, guide)
     rows = check_pair_and_data(model, guide, args)
     if log_evidence is not None:
@@ -141,6 +143,8 @@ def _by_name(estimators: Any) -> dict[str, Estimator]:
     if isinstance(estimators, pyro.infer.ELBO):
         estimators = [estimators]
     mapped = isinstance(estimators, Mapping)
+    if not mapped and not isinstance(estimators, Sequence):
+        estimators = [estimators]  # which is refused by its name
     values = list(estimators.values() if mapped else estimators)
     wrong = next((repr(e) for e in values if not isinstance(e, Estimator)), None)
     if wrong or not values:
@@ -251,7 +255,13 @@ class PeakMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._seen: set[int] = set()
+        self._watched: dict[int, weakref.finalize] = {}
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for watch in self._watched.values():  # of what lives on: nobody counts it any more
+            watch.detach()
+        self._watched.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -262,13 +272,12 @@ class PeakMemory(TorchDispatchMode):
 
     def _note(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
+        if key in self._watched:
             return
-        self._seen.add(key)
         self.alive += size
         self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._forget, key, size)
+        self._watched[key] = weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
+        self._watched.pop(key, None)
         self.alive -= size

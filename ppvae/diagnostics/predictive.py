@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppvae.arguments import takes_numbers
+from ppvae.arguments import require_functions, takes_numbers
 from ppvae.diagnostics.rows import (
     bound,
     check_at_least,
@@ -151,6 +151,9 @@ def predictive_check(
     model, guide = bound(model, guide, kwargs)
     check_at_least(20, num_draws=num_draws)
     check_at_least(1, max_rows=max_rows)
+    require_functions("statistics", statistics)
+    if site is not None and not isinstance(site, str):
+        raise TypeError(f"site takes the name of an observed site, got {site!r}")
     if not statistics:
         raise ValueError('statistics is empty: give functions, e.g. {"mean": lambda x: x.mean(-1)}')
     rows = check_pair_and_data(model, guide, args, estimates=True)

@@ -123,6 +123,8 @@ def quadrature(
         tensor([1.0000], dtype=torch.float64)
     """
     model, guide = bound(model, guide, kwargs)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance}")
     if num_points < 33 or num_points % 2 == 0:
         raise ValueError(f"num_points must be odd and at least 33, got {num_points}")
     joint = Joint(model, guide, *args)

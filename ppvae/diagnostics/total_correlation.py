@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppvae.arguments import takes_numbers
+from ppvae.check.pair import check_programs, require_runs
 from ppvae.diagnostics.rows import check_at_least, check_data, evaluating, standard_error
 from ppvae.elbo.disentangling import code_covariance
 from ppvae.elbo.standard import independent_units
@@ -77,9 +78,11 @@ def total_correlation(
         >>> [round(tc.aggregate, 3) for tc in found]
         [0.0, 0.693]
     """
+    check_programs(guide=guide)
     check_at_least(1, num_draws=num_draws, max_pairs=max_pairs)
     rows = check_data(guide, args)
     check_at_least(2, rows=rows)
+    require_runs(args, guide=guide)
     with evaluating(guide, guide, args, seed):
         units, dims = _units(guide, args)
         covariance = code_covariance(units, with_variance=True, dims=dims).double()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
@@ -13,13 +12,12 @@ from weakref import WeakKeyDictionary
 import pyro.infer
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from ppvae.elbo import gradients
 from ppvae.elbo.state import State
-from ppvae.pairs import DATA_PLATE, Leaves, Memory, is_rounded, kind
-from ppvae.program import local_parameters, method_owners, stored
+from ppvae.pairs import DATA_PLATE, Leaves, Memory, is_rounded, kind, own_path
+from ppvae.program import method_owners, stored
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, weigh, whole_weights
 from ppvae.wrapped import innermost
@@ -57,12 +55,12 @@ class Estimator(pyro.infer.ELBO):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if not isinstance(self.num_particles, Integral) or self.num_particles < 1:
+        if not isinstance(self.num_particles, Integral) or not 1 <= self.num_particles < 2**63:
             raise ValueError(
                 f"{name}: num_particles must be at least 1 and a whole number, got "
                 f"{self.num_particles!r}"
             )
-        if self.gradient not in self.gradients:
+        if not isinstance(self.gradient, str) or self.gradient not in self.gradients:
             hint = "" if isinstance(self.gradient, str) else "; name other arguments: num_groups=8"
             raise ValueError(
                 f"{name}: gradient={self.gradient!r} is not defined; use one of "
@@ -161,7 +159,7 @@ class Estimator(pyro.infer.ELBO):
         """The loss as a differentiable scalar; with a gradient it counts as a training step."""
         try:
             # called as Pyro's own estimators are: what a program puts into the store stays there
-            with nullcontext() if am_i_wrapped() else local_parameters(stored):
+            with own_path(stored):
                 value = self.surrogate(model, guide, args, kwargs, state)
         except NoInverse as error:
             raise ValueError(
@@ -305,8 +303,7 @@ class Objective(nn.Module):
         if self.regularizer is None or not self.state.learning:
             return self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
         # the handler that looks at the plate is no engine that parameters are announced to
-        own = nullcontext() if am_i_wrapped() else local_parameters(stored)
-        with own, DataPlate() as plate:
+        with own_path(stored), DataPlate() as plate:
             loss = self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
         size = plate.found("SVI(regularizer=...) adds a penalty").full_size
         return loss + size * self.regularizer()

@@ -66,7 +66,7 @@ class _Grouped(Estimator):
     num_groups: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_groups, Integral) or self.num_groups < 1:
+        if not isinstance(self.num_groups, Integral) or not 1 <= self.num_groups < 2**63:
             raise ValueError(
                 f"{type(self).__name__}: num_groups must be at least 1 and a whole number, got "
                 f"{self.num_groups!r}"

@@ -83,6 +83,10 @@ class Checkpoints:
         if every < 1 or keep < 1 or (every_steps is not None and every_steps < 1):
             numbers = f"{every}, {every_steps} and {keep}"
             raise ValueError(f"every, every_steps and keep must be at least 1, got {numbers}")
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"folder must be a path, got {folder!r}")
+        if not os.fspath(folder):
+            raise ValueError("folder is empty, and would be where the program was started")
         self.folder = Path(folder)
         self.every, self.every_steps, self.keep = every, every_steps, keep
 
@@ -241,7 +245,7 @@ def checkpoints_for(
         if resume:
             raise ValueError("resume needs the folder where checkpoints are: checkpoint='runs/vae'")
         return None
-    if not isinstance(where, (str, os.PathLike, Checkpoints)):
+    if not isinstance(where, (str, os.PathLike, Checkpoints)) or where == "":
         raise TypeError(f"checkpoint takes a folder or a ppvae.Checkpoints, got {where!r}")
     if not isinstance(resume, (bool, str, os.PathLike)):
         raise TypeError(f"resume takes True, False or the path of a checkpoint, got {resume!r}")

@@ -172,6 +172,10 @@ class Source(ABC):
             trains = self.label == "data"
             check_values(model, guide, batch, checks, where=f" in {self.label}", trains=trains)
 
+    def num_batches(self) -> int | None:
+        """How many batches an epoch of a ``DataLoader`` has; of other data it follows."""
+        return None
+
     def check_processes(self) -> None:  # noqa: B027
         """Raise if the processes would train on the same rows; here each gets its own."""
 
@@ -462,11 +466,9 @@ class Loaded(Source):
                 f"{self.label}: {self.processes.size} processes would each see every row of this "
                 "DataLoader; give it sampler=torch.utils.data.DistributedSampler(dataset)"
             )
-        lengths = self.processes.gather(len(self._loader))
-        if len(set(lengths)) > 1:
-            raise ValueError(
-                f"{self.label}: the processes' DataLoaders have {lengths} batches: make them equal"
-            )
+
+    def num_batches(self) -> int | None:
+        return len(self._loader) if self._counts_rows else None
 
     def check_passes(self, epochs: int) -> None:
         """Raise for a stream that is known to end before the last epoch."""

@@ -15,10 +15,10 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
-from ppvae.arguments import takes_numbers
+from ppvae.arguments import require_programs, takes_numbers
 from ppvae.auxiliary import auxiliaries
 from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
-from ppvae.check.pair import Checks, check_batch
+from ppvae.check.pair import Checks, PairError, check_batch, names
 from ppvae.compile.compiled import Compiled, CompiledGradients
 from ppvae.compile.cuda_graph import CudaGraph
 from ppvae.compile.fixed import Fixed
@@ -106,6 +106,7 @@ class SVI(pyro.infer.SVI):
         beside: Beside | None = None,
         regularizer: nn.Module | None = None,
     ) -> None:
+        require_programs(model=model, guide=guide)
         loss = loss if loss is not None else ELBO()
         check_optim(optim)
         _check_arguments(loss, clip_norm, compile)
@@ -157,6 +158,12 @@ class SVI(pyro.infer.SVI):
         Returns:
             What :func:`ppvae.check.pair.check_batch` returns.
         """
+        for name, arg in zip(names(self.model, args), args, strict=True):
+            if isinstance(arg, Tensor) and arg.is_inference():
+                raise PairError(
+                    f"argument {name!r} was made in inference mode, and a step differentiates "
+                    f"through what it computes of it: give {name}.clone()"
+                )
         K = self.particles_at_once
         if auxiliaries(self.objective):  # whose draws for all their steps are particles of one run
             K = max(K, (self.beside or Beside()).steps)
@@ -490,7 +497,7 @@ def _check_arguments(loss: Any, clip_norm: float | None, compile: bool | str) ->
         )
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}; use None for no clipping")
-    if compile not in (True, False, "auto"):
+    if not isinstance(compile, (bool, str)) or compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
     if compile is True and not isinstance(loss, Estimator):
         raise ValueError(
