@@ -2,8 +2,12 @@
 
 import doctest
 import os
+import sys
+from pathlib import Path
 
 import ppvae
+
+sys.path.insert(0, str(Path(__file__).parent))  # plate_diagrams
 
 project = "ppvae"
 author = "The ppvae authors"
@@ -24,6 +28,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
+html_static_path = ["_static"]
+html_css_files = ["ppvae.css"]
 
 # Names of other packages link to their pages. Their indices are read over the network, which a
 # build on a train or in a sandbox has not: it asks for them by PPVAE_DOCS_ONLINE=1.
@@ -64,3 +70,10 @@ import torch
 pyro.set_rng_seed(0)
 torch.set_num_threads(1)  # small networks: more threads are no faster, and slow on a shared machine
 """
+
+
+def setup(app):
+    """Draw the diagrams of programs.md, from the programs, before its pictures are looked for."""
+    import plate_diagrams
+
+    app.connect("builder-inited", lambda app: plate_diagrams.draw())

@@ -20,7 +20,7 @@ from ppvae import (
 from ppvae.auxiliary import Auxiliary, Ratio
 from ppvae.check.nonfinite import NonFiniteError
 from ppvae.check.pair import PairError, check_pair
-from ppvae.diagnostics import diagnose
+from ppvae.diagnostics import diagnose, impute
 from ppvae.diagnostics.compare_estimators import compare
 from ppvae.pairs import NotCompiled
 from ppvae.program import Program
@@ -64,6 +64,7 @@ __all__ = [
     "fit_prior",
     "generate",
     "guides",
+    "impute",
     "load",
     "log_prob",
     "log_weights",

@@ -288,7 +288,7 @@ class Leaves(Messenger):
             leaf = smooth.detach().requires_grad_()
             leaf._cut_from = smooth  # type: ignore[attr-defined]  # a density may belong to it
             self.pairs.append((smooth, leaf))
-            self.shown.append(_shown(msg, smooth))
+            self.shown.append(shown(msg, smooth))
             msg["value"] = leaf
             if smooth is not value:
                 msg["value"] = value.detach() + (leaf - leaf.detach())
@@ -306,7 +306,7 @@ class Leaves(Messenger):
         self.weighed.add(msg["name"])
 
 
-def _shown(site: Site, value: Tensor) -> Tensor | None:
+def shown(site: Site, value: Tensor) -> Tensor | None:
     """What no mask hides of a value: those of the program, and those its distribution carries."""
     fn = site["fn"]
     masks = [(site["mask"], fn.event_dim)]
@@ -314,13 +314,13 @@ def _shown(site: Site, value: Tensor) -> Tensor | None:
         if isinstance(fn, MaskedDistribution):
             masks.append((fn._mask, fn.event_dim))
         fn = fn.base_dist
-    shown: Tensor | None = None
+    visible: Tensor | None = None
     for mask, event_dim in masks:
         if mask is not None and mask is not True:
             mask = torch.as_tensor(mask, device=value.device)
             mask = mask.reshape(*mask.shape, *(1,) * event_dim)
-            shown = mask if shown is None else shown & mask
-    return shown
+            visible = mask if visible is None else visible & mask
+    return visible
 
 
 def weighs_alike(site: Site, value: Tensor, other: Tensor) -> bool:
@@ -491,13 +491,13 @@ def _parents(drawn: Trace) -> dict[str, frozenset[str]]:
     sites = sample_sites(drawn)
     latents = {name for name, site in sites.items() if not site["is_observed"]}
     return {
-        name: (_provenance(site) & latents) - {name}
+        name: (provenance_of(site) & latents) - {name}
         for name, site in sites.items()
         if name in latents
     }
 
 
-def _provenance(site: Site) -> frozenset[str]:
+def provenance_of(site: Site) -> frozenset[str]:
     """What a site's term is computed from: its distribution, and the mask of the program."""
     fn = site["fn"]
     try:

@@ -606,7 +606,7 @@ def test_image_folders(tmp_path):
     [
         ("minst", {}, ValueError, "did you mean 'mnist'"),
         ("fashion-mnist", {}, ValueError, "did you mean 'fashion_mnist'"),
-        ("xyzzy", {}, ValueError, "The names are digits, mnist"),
+        ("xyzzy", {}, ValueError, "The names are digits, typeset, mnist"),
         ("nothing.npz", {}, ValueError, "existing .npz"),
         ("digits", {"binarize": "maybe"}, ValueError, "binarize='maybe'"),
         ("mnist", {"binarize": "maybe"}, ValueError, "binarize='maybe'"),

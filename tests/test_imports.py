@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "check": PAIR | {"distributions", "intake"},
     "compile": PAIR,
     "train": PAIR | {"elbo", "check", "compile", "data", "intake", "plots"},
-    "diagnostics": PAIR | {"local", "elbo", "check", "compile", "intake", "plots"},
+    "diagnostics": PAIR | {"distributions", "local", "elbo", "check", "compile", "intake", "plots"},
     "verbs": PAIR | {"data", "diagnostics", "distributions", "intake"},
     "described": set(),
     "saved": {"data", "described", "program", "train", "wrapped"},

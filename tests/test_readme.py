@@ -30,3 +30,10 @@ def test_readme_is_short_and_its_links_lead_somewhere() -> None:
     local = [a or b for a, b in targets if not (a or b).startswith("http")]
     assert len(local) > 20
     assert [target for target in local if not (README.parent / target).exists()] == []
+
+
+def test_every_example_is_in_the_gallery() -> None:
+    root = README.parent
+    gallery = (root / "docs" / "gallery.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in (root / "examples").glob("*.py")} - {"reporting.py"}
+    assert {name for name in scripts if f"../examples/{name}" not in gallery} == set()

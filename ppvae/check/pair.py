@@ -198,7 +198,7 @@ _MOST_ROWS = 100
 def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
     """Raise :class:`PairError` unless the tensors are finite, not empty and of equal length."""
     if fault := number_fault(check_shapes(program, args)):
-        raise PairError(f"{fault}; drop or impute them")
+        raise PairError(f"{fault}; drop or impute them, or put 0 where a mask hides them")
 
 
 def check_shapes(program: Callable[..., Any], args: Sequence[Any]) -> dict[str, Tensor]:
@@ -253,7 +253,8 @@ def _with_cure(fault: str, error: PairError) -> str:
     if " NaN or infinite values in " not in fault:
         return fault
     why = str(error).splitlines()[0].partition(";")[0]
-    return f"{fault}; drop or impute them, or let model and guide mask them. Now {why}"
+    cure = "drop or impute them, or let model and guide mask them (models.Masked, nets.Masked)"
+    return f"{fault}; {cure}. Now {why}"
 
 
 def _weigh(

@@ -48,6 +48,7 @@ from ppvae.conditionals.heads import (
 from ppvae.conditionals.levels import DiscretizedLogistic, Ordinal
 from ppvae.conditionals.optimal import OptimalPrior
 from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
+from ppvae.conditionals.reshaped import Reshaped
 from ppvae.conditionals.simulator import Simulator
 from ppvae.conditionals.suggest import suggest
 from ppvae.conditionals.values import Elementwise
@@ -76,6 +77,7 @@ __all__ = [
     "OptimalPrior",
     "Ordinal",
     "Poisson",
+    "Reshaped",
     "Scale",
     "Simulator",
     "SoftNormal",

@@ -16,7 +16,7 @@ from ppvae.data.files import from_csv, from_images, from_npz
 from ppvae.data.precision import PrecisionWarning
 from ppvae.data.quadrant import quadrants
 from ppvae.data.sparse import EmptyDocumentWarning, from_counts
-from ppvae.data.split import Split
+from ppvae.data.split import Split, with_labels
 from ppvae.data.synthetic import (
     GaussianMixture,
     LinearGaussian,
@@ -50,4 +50,5 @@ __all__ = [
     "quadrants",
     "shapes3d",
     "sprites",
+    "with_labels",
 ]

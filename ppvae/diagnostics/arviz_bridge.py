@@ -83,7 +83,8 @@ def to_arviz(
         num_draws: draws per datapoint.
         coords: coordinate values by dimension, e.g. ``{"datapoint": names}``.
         dims: names of the event dimensions by site; by default ``latent`` for the only latent,
-            ``z_dim`` for one of several, and ``x_dim`` for data.
+            ``z_dim`` for one of several, and ``x_dim`` for data; those of maps and images are
+            numbered from the left, ``latent_0`` the channel, ``latent_1`` the row.
         joint: for a pair with latents outside the data plate: one weight per draw for the whole
             batch.
         predictive: draw x too; False where the likelihood cannot be drawn from.

@@ -46,7 +46,6 @@ class Estimator(pyro.infer.ELBO):
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "dreg", "score", "vimco")
     # +1: a bound from below, maximised; -1: a bound from above, minimised by the guide alone.
     sign: ClassVar[int] = 1
-    linear: ClassVar[bool] = False  # whether the bound is the mean of the log-weights
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if "beta" in kwargs and "beta" not in cls.__dataclass_fields__:
@@ -92,6 +91,17 @@ class Estimator(pyro.infer.ELBO):
     @abstractmethod
     def bound(self, log_w: Tensor) -> Tensor:
         """The bound of each datapoint: log-weights ``(K, N)`` to ``(N,)``, in nats."""
+
+    def bound_of_others(self, log_w: Tensor, put: Tensor | None = None) -> Tensor:
+        """The bound without particle k, or with ``put[k]`` in its place, for each k: ``(K, N)``.
+
+        It is the baseline of the score functions: what does not depend on z_k adds no bias. This
+        is K bounds in turn; where a bound is made of sums, :mod:`ppvae.elbo.importance` has a way
+        that takes the time of two.
+        """
+        middle = log_w[:0].expand(len(log_w), 0, *log_w.shape[1:]) if put is None else put[:, None]
+        rows = (torch.cat([log_w[:k], middle[k], log_w[k + 1 :]]) for k in range(len(log_w)))
+        return torch.stack([self.bound(row) for row in rows])
 
     def dreg_coefficient(self, log_w: Tensor) -> Tensor:
         r""":math:`c_k - \partial c_k / \partial \ell_k` of the bound, ``(K, N)``."""
@@ -180,7 +190,7 @@ class Estimator(pyro.infer.ELBO):
             if self.gradient in ("score", "vimco"):
                 scored = gradients.scored_log_q(weights)
                 vimco = self.gradient == "vimco"
-                score = gradients.score(self.bound, log_w, scored, vimco, self.linear)
+                score = gradients.score(self.bound, self.bound_of_others, log_w, scored, vimco)
                 value = gradients.with_gradient(value, value + score)
             else:
                 self.require_reparameterised(weights)
@@ -296,26 +306,31 @@ class Objective(nn.Module):
             return self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
         # the handler that looks at the plate is no engine that parameters are announced to
         own = nullcontext() if am_i_wrapped() else local_parameters(stored)
-        with own, _DataSize() as data:
+        with own, DataPlate() as plate:
             loss = self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
-        return loss + data.size() * self.regularizer()
+        size = plate.found("SVI(regularizer=...) adds a penalty").full_size
+        return loss + size * self.regularizer()
 
 
-class _DataSize(Messenger):
-    """Finds how many datapoints a loss sums over: the full size of the plate ``"data"``."""
+class DataPlate(Messenger):
+    """Finds the plate ``"data"`` of the sites that are run inside.
 
-    found: int | None = None
+    Attributes:
+        frame: of the plate; None: no site was in one.
+    """
+
+    frame: Any = None
 
     def _pyro_sample(self, msg: Any) -> None:
         for frame in msg["cond_indep_stack"]:
             if frame.name == DATA_PLATE:
-                self.found = frame.full_size
+                self.frame = frame
 
-    def size(self) -> int:
-        """That number; raises if there was no such plate."""
-        if self.found is None:
+    def found(self, asked_by: str) -> Any:
+        """The frame; raises ``ValueError`` if there was no such plate."""
+        if self.frame is None:
             raise ValueError(
-                "SVI(regularizer=...) adds a penalty per datapoint, and no site of the pair is in "
-                'a plate named "data", which would say how many there are'
+                f'{asked_by} per datapoint, and no site of the pair is in a plate named "data", '
+                "which would say how many there are"
             )
-        return self.found
+        return self.frame

@@ -80,6 +80,11 @@ def with_offset(likelihood: nn.Module, offset: Tensor | None, *inputs: Tensor) -
     """p(x | inputs), with its rates times e^offset."""
     if offset is None:
         return likelihood(*inputs)
+    if isinstance(offset, Tensor) and offset.dtype == torch.bool:
+        raise TypeError(
+            "offset is torch.bool, and is the log exposure of each row: a mask of what is observed "
+            "is for models.Masked(model), called as (x, observed) or (x, offset, observed)"
+        )
     takes = inspect.signature(likelihood.forward).parameters
     named = "offset" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
     if not isinstance(offset, Tensor) or not named:

@@ -20,6 +20,7 @@ from ppvae.nets.conv import (
     ConvDecoder,
     ConvEncoder,
     MergeMaps,
+    PositionEmbedding,
     conv_decoder,
     conv_encoder,
     downsample,
@@ -35,6 +36,7 @@ from ppvae.nets.dense import (
     mlp,
     residual,
 )
+from ppvae.nets.missing import Masked, SelfMasking
 from ppvae.nets.nvae_cells import (
     NVAE,
     Cell,
@@ -65,8 +67,11 @@ __all__ = [
     "FlatBatch",
     "Group",
     "Joined",
+    "Masked",
     "MergeMaps",
     "OneHot",
+    "PositionEmbedding",
+    "SelfMasking",
     "Spectral",
     "SqueezeExcitation",
     "TopDown",

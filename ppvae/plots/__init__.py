@@ -34,6 +34,7 @@ from ppvae.plots.images import (
 )
 from ppvae.plots.models import em_steps, gaussian_components, levels_over_training
 from ppvae.plots.posteriors import gap_bars, posterior_contours, posterior_intervals
+from ppvae.plots.programs import plates
 
 __all__ = [
     "bound_against_particles",
@@ -53,6 +54,7 @@ __all__ = [
     "latent_scatter",
     "levels_over_training",
     "manifold",
+    "plates",
     "posterior_contours",
     "posterior_intervals",
     "predictive_check",

@@ -56,7 +56,8 @@ def fit_prior(
         The :class:`ppvae.History` of mean log p(z), nats per row.
 
     Raises:
-        ValueError: the guide has no such site; else as :func:`ppvae.fit`.
+        ValueError: the guide has no such site, or draws NaN or infinity there; the prior is over
+            values of another shape; else as :func:`ppvae.fit`.
 
     Source: Ghosh et al., From Variational to Deterministic Autoencoders, 2020, section 4.1.
 
@@ -74,6 +75,7 @@ def fit_prior(
     data = part_of(data, "train", data)
     given = data if isinstance(data, (tuple, list)) else (data,)
     codes = _codes(guide, tensors(given, guide), latent, seed)
+    _check_shape(prior, codes, latent)
     svi = SVI(_Observed(prior), _Nothing(), optim)
     return fit(svi, codes, epochs=epochs, seed=seed, **options)
 
@@ -110,4 +112,21 @@ def _codes(guide: Any, args: tuple[Tensor, ...], latent: str, seed: int) -> Tens
                     f"fit_prior(latent={latent!r}): the guide has no such site, but {sorted(sites)}"
                 )
             parts.append(sites[latent]["value"])
-    return torch.cat(parts)
+    codes = torch.cat(parts)
+    broken = int((~codes.isfinite()).flatten(1).any(1).sum())
+    if broken:
+        raise ValueError(
+            f"fit_prior: the guide draws NaN or infinity in {latent!r} for {broken} of "
+            f"{len(codes)} rows: look at its encoder's outputs"
+        )
+    return codes
+
+
+def _check_shape(prior: nn.Module, codes: Tensor, latent: str) -> None:
+    """Raise ``ValueError`` unless the prior is over values of the codes' shape."""
+    expected = prior().event_shape
+    if expected != codes.shape[1:]:
+        raise ValueError(
+            f"fit_prior: the prior is over values of shape {tuple(expected)}, and the guide's "
+            f"{latent!r} has {tuple(codes.shape[1:])}: make the prior of that shape"
+        )

@@ -336,5 +336,6 @@ def _move(svi: SVI, device: torch.device) -> None:
 
 
 def _name(elbo: Any) -> str:
+    elbo = getattr(elbo, "estimator", elbo)  # of elbo.Plus: what is reported is its bound
     K = getattr(elbo, "num_draws", elbo.num_particles)
     return f"{type(elbo).__name__}-{K}" if K > 1 else type(elbo).__name__

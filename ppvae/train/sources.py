@@ -586,7 +586,7 @@ def _placed(tensors: Iterable[Tensor], device: Device) -> Batch:
 def _stored(split: Any) -> Stored:
     """A split's tensors, and in words what else makes it up."""
     held = split.columns if hasattr(split, "columns") else (split.values, split.y)
-    tensors = [tensor for tensor in held if tensor is not None]
+    tensors = [tensor for tensor in (*held, getattr(split, "observed", None)) if tensor is not None]
     return tensors, f", binarize={split.binarize!r}, seed={split.seed}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import warnings
@@ -28,6 +29,7 @@ from ppvae.program import local_parameters, method_owners, require_own_parameter
 from ppvae.train.beside import Beside, Turns
 from ppvae.train.optimizer import build_optimizer, check_optim, left_out, take_up
 from ppvae.weights import log_weights
+from ppvae.wrapped import title
 
 _CURES = "Lower the learning rate, clip (SVI(clip_norm=...)), bound the predicted scale"
 
@@ -130,6 +132,24 @@ class SVI(pyro.infer.SVI):
         self._buffers: list[dict[str, Tensor | None]] = []  # of modules: a move replaces tensors
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
         self._reported = (0, 0)  # steps and skipped steps when check_finite was last called
+
+    def __repr__(self) -> str:
+        optim = self.optimizer if self.optimizer is not None else self.optim
+        made = optim.func if isinstance(optim, functools.partial) else optim
+        name = (
+            made.__name__ if callable(made) and hasattr(made, "__name__") else type(made).__name__
+        )
+        settings = optim.keywords if isinstance(optim, functools.partial) else {}
+        if self.optimizer is not None:
+            settings = {"lr": self.optimizer.param_groups[0]["lr"]}
+        shown = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        size = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
+        return (
+            f"SVI of {title(self.model)} and {title(self.guide)}, {size:,} parameters\n"
+            f"  loss       {self.elbo!r}\n"
+            f"  optimiser  {name}({shown})\n"
+            f"  steps      {self.num_steps}, compile={self.compile!r}"
+        )
 
     def prepare(self, *args: Any, **kwargs: Any) -> Checks:
         """Check the pair on a batch and build the optimiser; :meth:`step` does it when needed.
