@@ -35,8 +35,6 @@ from ppvae.pairs import DATA_PLATE, Program, Site, latent_parents, replay, sampl
 from ppvae.terms import unmasked
 from ppvae.wrapped import argument_names, title
 
-Rows = Any  # a tensor, array or frame of N rows
-
 
 @takes_numbers
 def encode(
@@ -48,7 +46,7 @@ def encode(
     max_rows: int = 10_000,
     seed: int | None = 0,
     **kwargs: Any,
-) -> Rows | dict[str, Rows]:
+) -> Any:
     r"""The codes of rows: the mean of q(z | x), or draws of it.
 
     .. math:: \bar z_n = \mathrm E_{q(z \mid x_n)}\, z \qquad\text{or}\qquad z_n \sim q(z \mid x_n)
@@ -123,7 +121,7 @@ def reconstruct(
     max_rows: int = 10_000,
     seed: int | None = 0,
     **kwargs: Any,
-) -> Rows | dict[str, Rows]:
+) -> Any:
     r"""Rows after the pair's bottleneck: the mean of p(x | z) at the mean of q(z | x), or draws.
 
     .. math:: \hat x_n = \mathrm E[x \mid z = \bar z_n] \qquad\text{or}\qquad
@@ -187,7 +185,7 @@ def generate(
     max_rows: int = 10_000,
     seed: int | None = None,
     **kwargs: Any,
-) -> Rows:
+) -> Any:
     r"""New rows: z from the prior, x from p(x | z).
 
     .. math:: z \sim p(z),\qquad x \sim p(x \mid z)
@@ -261,7 +259,7 @@ def log_prob(
     max_rows: int = 2_500,
     seed: int | None = 0,
     **kwargs: Any,
-) -> Rows | tuple[Rows, Rows]:
+) -> Any:
     r"""log p(x) of each row, nats, by importance sampling: :func:`ppvae.diagnostics.log_evidence`.
 
     That gives k-hat and the effective sample size too, which say where the estimate is one.
@@ -290,7 +288,11 @@ def log_prob(
         ((3,), True)
     """
     box = _Container(args, table)
-    options = {"num_particles": num_particles, "max_rows": max_rows, "seed": seed}
+    options: dict[str, Any] = {
+        "num_particles": num_particles,
+        "max_rows": max_rows,
+        "seed": seed,
+    }
     found = log_evidence(model, guide, *box.tensors(model, guide), **options, **kwargs)
     nats = box.one(found.log_evidence, name="log_prob")
     return (nats, box.one(found.log_evidence_se, name="se")) if with_se else nats

@@ -340,6 +340,16 @@ def test_what_is_shared_is_shared_again(tmp_path):
     assert again.guide.training is guide.training
 
 
+def test_tied_weights_are_tied_again(tmp_path):
+    one, two = nn.Linear(D, D), nn.Linear(D, D)
+    two.weight = one.weight
+    guide = guides.Normal(nn.Sequential(one, two))
+    ppvae.save(tmp_path, pair()[0], guide)
+    net = ppvae.load(tmp_path).guide.conditional.net
+    assert net[0].weight is net[1].weight
+    assert net[0].bias is not net[1].bias
+
+
 def test_a_new_process_has_the_same_weights(tmp_path):
     frame = people()
     table = data.Table.fit(frame)
