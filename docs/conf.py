@@ -1,6 +1,10 @@
 """Sphinx configuration; `make docs` builds the site and runs its examples."""
 
 import doctest
+import hashlib
+import logging
+import os
+from pathlib import Path
 
 import ppvae
 
@@ -10,7 +14,7 @@ copyright = "2026, The ppvae authors"
 version = release = ppvae.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # myst_parser, and pages that are notebooks: the course
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
@@ -23,6 +27,17 @@ html_title = "ppvae"
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+# The course is executed once for all builders, and again when a lesson or the package changes.
+_sources = [*Path(ppvae.__file__).parent.rglob("*.py"), Path(__file__).parent / "course" / "checks.py"]
+_digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_sources))).hexdigest()[:12]
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / f"lessons-{_digest}")
+nb_execution_timeout = 300  # seconds a cell
+nb_execution_raise_on_error = True
+nb_output_stderr = "warn"
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, on a kernel without ipywidgets
+logging.getLogger("traitlets").setLevel(logging.WARNING)
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -1,0 +1,39 @@
+"""What the exercises of the course are checked with; put this file beside a lesson to run it elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class NotYet(AssertionError):
+    """The answer is still blank, or it is wrong."""
+
+
+def check(got: Any, exact: Any, tolerance: float = 1e-4) -> None:
+    """Print the answer beside the exact value, or raise.
+
+    Args:
+        got: the answer, a number, list of numbers or tensor; with ``...`` in it while it is blank.
+        exact: the same by another route.
+        tolerance: the largest difference allowed, relative to the largest of the exact values if
+            that is above 1.
+
+    Raises:
+        NotYet: blank, of another shape, or further from the exact value than that.
+    """
+    if got is ... or isinstance(got, list | tuple) and ... in got:
+        raise NotYet("still blank: put your code where the dots are")
+    got, exact = (torch.as_tensor(value).detach().double() for value in (got, exact))
+    if got.shape != exact.shape:
+        raise NotYet(f"shape {tuple(got.shape)}, should be {tuple(exact.shape)}")
+    allowed = tolerance * max(1.0, float(exact.abs().max()))
+    if not bool(((got - exact).abs() <= allowed).all()):  # NaN is not
+        raise NotYet(f"got {_short(got)}, exact {_short(exact)}")
+    print(f"right: {_short(got)}, exact {_short(exact)}")
+
+
+def _short(values: torch.Tensor) -> str:
+    flat = [f"{value:.5g}" for value in values.flatten().tolist()]
+    return ", ".join(flat[:4]) + (", ..." if len(flat) > 4 else "")
