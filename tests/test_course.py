@@ -49,7 +49,7 @@ def test_blanks_fail_answers_pass_and_wrong_ones_do_not(lesson, checks, monkeypa
     def off(got, exact, tolerance=1e-4):
         """5 % and a little off: refused, or the checker checks nothing."""
         with pytest.raises(checks.NotYet, match="got"):
-            checks.check(1.05 * torch.as_tensor(got) + 0.02, exact, tolerance)
+            checks.check(1.05 * checks.tensor(got) + 0.02, exact, tolerance)
         compared.append(got)
 
     for tags, code in cells(lesson):
