@@ -36,6 +36,7 @@ nb_execution_cache_path = str(Path(__file__).parent / "_build" / f"lessons-{_dig
 nb_execution_timeout = 300  # seconds a cell
 nb_execution_raise_on_error = True
 nb_output_stderr = "warn"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the examples have it
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, on a kernel without ipywidgets
 logging.getLogger("traitlets").setLevel(logging.WARNING)
 
