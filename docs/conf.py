@@ -29,10 +29,11 @@ myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 # The course is executed once for all builders, and again when a lesson or the package changes.
-_sources = [*Path(ppvae.__file__).parent.rglob("*.py"), Path(__file__).parent / "course" / "checks.py"]
+_here = Path(__file__).parent
+_sources = [*Path(ppvae.__file__).parent.rglob("*.py"), _here / "course" / "checks.py"]
 _digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_sources))).hexdigest()[:12]
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(Path(__file__).parent / "_build" / f"lessons-{_digest}")
+nb_execution_cache_path = str(_here / "_build" / f"lessons-{_digest}")
 nb_execution_timeout = 300  # seconds a cell
 nb_execution_raise_on_error = True
 nb_output_stderr = "warn"

@@ -1,4 +1,4 @@
-"""What the exercises of the course are checked with; put this file beside a lesson to run it elsewhere."""
+"""What the course's exercises are checked with; a lesson run elsewhere needs this file beside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check(got: Any, exact: Any, tolerance: float = 1e-4) -> None:
     Raises:
         NotYet: blank, of another shape, or further from the exact value than that.
     """
-    if got is ... or isinstance(got, list | tuple) and any(one is ... for one in got):
+    if got is ... or (isinstance(got, list | tuple) and any(one is ... for one in got)):
         raise NotYet("still blank: put your code where the dots are")
     got, exact = tensor(got), tensor(exact)
     if got.shape != exact.shape:
