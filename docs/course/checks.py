@@ -1,4 +1,4 @@
-"""What the course's exercises are checked with; a lesson run elsewhere needs this file beside it."""
+"""What the course's exercises are checked with; to run a lesson elsewhere put this file beside it."""
 
 from __future__ import annotations
 
