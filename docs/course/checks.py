@@ -1,4 +1,4 @@
-"""What the course's exercises are checked with; to run a lesson elsewhere put this file beside it."""
+"""What the exercises of the course are checked with; a lesson run elsewhere needs this file."""
 
 from __future__ import annotations
 
