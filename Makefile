@@ -13,17 +13,22 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PY := $(VENV)/bin/python
 SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py docs/course/checks.py)
 
-.PHONY: help demo test test-arviz1 test-slow test-all faults lint format docs bench clean clean-all
+.PHONY: help demo test test-arviz1 test-slow test-all faults lint format docs bench coverage dist clean clean-all
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-$(VENV)/.installed: setup.cfg constraints.txt
+# What ppvae itself needs; .installed adds the tests, the docs and the tools.
+$(VENV)/.runtime: setup.cfg constraints.txt
 	@$(or $(PYTHON),false) -c '$(CHECK)' 2>/dev/null || { \
 		echo "ppvae needs Python 3.10 to 3.13 with venv and pip; found: $$($(or $(PYTHON),python3) --version 2>&1 || true)"; \
 		echo "Install one (Debian: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3"; \
 		exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --progress-bar off -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.runtime
 	$(PIP) install --progress-bar off -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -31,8 +36,8 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(PIP) install --progress-bar off -c constraints.txt -e '.[bench]'
 	@touch $@
 
-demo: $(VENV)/.installed ## train a conditional VAE on real digits; pictures and a report in out/demo
-	$(PY) examples/cvae.py --data digits --out out/demo --overwrite
+demo: $(VENV)/.runtime ## train a conditional VAE on digits of 28 x 28; pictures and a report in out/demo
+	$(PY) examples/cvae.py --data typeset --latent-dim 5 --hidden 512 --epochs 30 --out out/demo --overwrite
 
 test: $(VENV)/.installed ## the fast tests and every docstring example
 	$(PY) -m pytest -q -m "not slow and not cuda"
@@ -80,9 +85,21 @@ docs: $(VENV)/.installed ## the site, in docs/_build/html, and the examples on i
 BENCH_OUT := out/bench.jsonl
 bench: $(VENV)/.bench ## compare speed with NumPyro, pythae, stock Pyro and hand-written PyTorch; resumes
 	$(PY) -m pytest -q tests/test_benchmarks.py -m "not slow and not cuda"
-	@for name in speed speed_scaling speed_factor speed_fit speed_build evidence data_path; do \
+	@for name in speed speed_scaling speed_factor speed_nvae speed_fit speed_build evidence data_path; do \
 		echo "== benchmarks/$$name.py"; \
 		$(PY) benchmarks/$$name.py --out $(BENCH_OUT) $(BENCH_ARGS); done
+
+coverage: $(VENV)/.installed ## which lines the fast tests run; out/coverage/index.html
+	$(PIP) install --progress-bar off -c constraints.txt coverage
+	$(PY) -m coverage run --source=ppvae -m pytest -q -m "not slow and not cuda"
+	$(PY) -m coverage html -d out/coverage
+	$(PY) -m coverage report --skip-covered
+
+dist: $(VENV)/.installed ## sdist and wheel in dist/, checked as an index would; packaging/try_wheel.sh tries the wheel
+	$(PIP) install --progress-bar off -c constraints.txt build twine
+	rm -rf dist
+	$(PY) -m build --outdir dist .
+	$(PY) -m twine check --strict dist/*
 
 clean: ## remove caches and what was built
 	rm -rf build dist ./*.egg-info docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,6 +28,8 @@ import reproduce_factor
 import reproduce_iop
 import reproduce_iwae
 import reproduce_ladder
+import reproduce_m2
+import reproduce_miwae
 import reproduce_nvae
 import reproduce_nvdm
 import reproduce_vade
@@ -44,6 +46,8 @@ SYSTEMS: dict[str, ModuleType] = {
     "iop": reproduce_iop,
     "iwae": reproduce_iwae,
     "ladder": reproduce_ladder,
+    "m2": reproduce_m2,
+    "miwae": reproduce_miwae,
     "nvae": reproduce_nvae,
     "nvdm": reproduce_nvdm,
     "vade": reproduce_vade,

@@ -4,9 +4,12 @@ import doctest
 import hashlib
 import logging
 import os
+import sys
 from pathlib import Path
 
 import ppvae
+
+sys.path.insert(0, str(Path(__file__).parent))  # plate_diagrams
 
 project = "ppvae"
 author = "The ppvae authors"
@@ -16,11 +19,29 @@ version = release = ppvae.__version__
 extensions = [
     "myst_nb",  # myst_parser, and pages that are notebooks: the course
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
 ]
 exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+html_static_path = ["_static"]
+html_css_files = ["ppvae.css"]
+
+# Names of other packages link to their pages. Their indices are read over the network, which a
+# build on a train or in a sandbox has not: it asks for them by PPVAE_DOCS_ONLINE=1.
+if os.environ.get("PPVAE_DOCS_ONLINE") or os.environ.get("READTHEDOCS"):
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+        "pyro": ("https://docs.pyro.ai/en/stable", None),
+        "arviz": ("https://python.arviz.org/en/stable", None),
+    }
 
 html_theme = "furo"
 html_title = "ppvae"
@@ -37,9 +58,15 @@ nb_execution_cache_path = str(_here / "_build" / f"lessons-{_digest}")
 nb_execution_timeout = 300  # seconds a cell
 nb_execution_raise_on_error = True
 nb_output_stderr = "warn"
+nb_merge_streams = True  # one block for all that a cell prints
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the examples have it
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, on a kernel without ipywidgets
 logging.getLogger("traitlets").setLevel(logging.WARNING)
+
+autosummary_ignore_module_all = False  # a page for each name of __all__, wherever it is defined
+autosummary_imported_members = True
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -59,3 +86,10 @@ import torch
 pyro.set_rng_seed(0)
 torch.set_num_threads(1)  # small networks: more threads are no faster, and slow on a shared machine
 """
+
+
+def setup(app):
+    """Draw the diagrams of programs.md, from the programs, before its pictures are looked for."""
+    import plate_diagrams
+
+    app.connect("builder-inited", lambda app: plate_diagrams.draw())

@@ -1,6 +1,7 @@
 """A conditional VAE, p(x | y): images of a given class, or the missing quadrants of an image.
 
     python examples/cvae.py                                        # digits given their label
+    python examples/cvae.py --data typeset --latent-dim 5          # the same, larger: make demo
     python examples/cvae.py --task quadrant --missing 3            # fill in three quadrants
     python examples/cvae.py --data mnist --task quadrant --elbo iw
     python examples/cvae.py --data my.npz                          # arrays x and y of your own
@@ -36,6 +37,8 @@ FILES = [
     "class_grid.png",
     "completion.png",
     "khat.png",
+    "trust.png",
+    "report.html",
 ]
 
 
@@ -143,10 +146,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     history = fit(svi)
     train_seconds = time.perf_counter() - started
 
-    # Evaluation: importance sampling from the guide, log p(x | y) of each test row.
-    evidence = diagnostics.log_evidence(
-        model, guide, x, y, num_particles=args.num_samples, seed=args.seed
-    )
+    # Evaluation: importance sampling from the guide, log p(x | y) of each test row, and what else
+    # its draws tell of the posterior; k-hat takes more than 20.
+    evaluate = ppvae.diagnose if args.num_samples > 20 else diagnostics.log_evidence
+    evidence = evaluate(model, guide, x, y, num_particles=args.num_samples, seed=args.seed)
     results = reporting.summary(args, dataset, history, evidence, train_seconds, device)
     results["task"] = args.task
     results["num_parameters"] = reporting.count_parameters(model, guide)
@@ -171,9 +174,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     reporting.save_khat(evidence, out / "khat.png")
     if reporting.is_image(dataset):
         draw_images(dataset, model, guide, x[:10], y[:10], out)
+        if evidence.khat.isfinite().any():
+            images = whole_images(dataset, x[:200], y[:200])
+            ax = plots.khat_images(images, evidence.khat[:200], dataset.shape)
+            reporting.save(ax, out / "trust.png")
     else:
         print(f"\nNo pictures of x: rows of shape {dataset.shape} are not images.")
+    if isinstance(evidence, diagnostics.Report):
+        shape = None if quadrant or not reporting.is_image(dataset) else dataset.shape
+        evidence.to_html(out / "report.html", image_shape=shape)
     reporting.print_files(out, FILES)
+    if (out / "report.html").exists():
+        print(f"Open {out / 'report.html'} to see which posteriors are to be trusted.")
 
 
 def label_features(dataset: data.Dataset) -> tuple[nn.Module | None, int]:
@@ -199,6 +211,13 @@ def reconstruct(model: models.CVAE, guide: guides.Normal, x: Tensor, y: Tensor) 
     return model.likelihood(guide.posterior(x, y).mean, model.condition(y)).mean
 
 
+def whole_images(dataset: data.Dataset, x: Tensor, y: Tensor) -> Tensor:
+    """x, or x and its visible part y, as flat grey levels."""
+    if dataset.train.missing is not None:
+        x = dataset.join(x, y).flatten(-len(dataset.shape))
+    return reporting.to_pixels(dataset, x)
+
+
 @torch.no_grad()
 def draw_images(
     dataset: data.Dataset,
@@ -210,10 +229,7 @@ def draw_images(
 ) -> None:
     """Originals, reconstructions and samples; then what the task is about."""
     quadrant = dataset.train.missing is not None
-
-    def image(x: Tensor) -> Tensor:  # x, or x and its visible part y, as flat grey levels
-        whole = dataset.join(x, y).flatten(-len(dataset.shape)) if quadrant else x
-        return reporting.to_pixels(dataset, whole)
+    image = functools.partial(whole_images, dataset, y=y)
 
     samples = generate(model, y, num=4)
     reconstruction = image(reconstruct(model, guide, x, y))

@@ -13,14 +13,18 @@ from ppvae import (
     metrics,
     models,
     nets,
+    plots,
     posteriors,
     program,
 )
 from ppvae.auxiliary import Auxiliary, Ratio
+from ppvae.check.nonfinite import NonFiniteError
 from ppvae.check.pair import PairError, check_pair
-from ppvae.diagnostics import diagnose
+from ppvae.diagnostics import diagnose, impute
 from ppvae.diagnostics.compare_estimators import compare
+from ppvae.pairs import NotCompiled
 from ppvae.program import Program
+from ppvae.saved import load, save
 from ppvae.train.alternate import alternate
 from ppvae.train.beside import Beside
 from ppvae.train.callbacks import Callback
@@ -29,6 +33,7 @@ from ppvae.train.ex_post import fit_prior
 from ppvae.train.fit import fit
 from ppvae.train.history import History
 from ppvae.train.svi import SVI
+from ppvae.verbs import encode, generate, log_prob, reconstruct
 from ppvae.weights import LogWeights, log_weights
 
 __version__ = "0.1.0"
@@ -41,6 +46,8 @@ __all__ = [
     "Checkpoints",
     "History",
     "LogWeights",
+    "NonFiniteError",
+    "NotCompiled",
     "PairError",
     "Program",
     "Ratio",
@@ -52,13 +59,21 @@ __all__ = [
     "diagnose",
     "diagnostics",
     "elbo",
+    "encode",
     "fit",
     "fit_prior",
+    "generate",
     "guides",
+    "impute",
+    "load",
+    "log_prob",
     "log_weights",
     "metrics",
     "models",
     "nets",
+    "plots",
     "posteriors",
     "program",
+    "reconstruct",
+    "save",
 ]

@@ -1,10 +1,10 @@
-"""Numbers as callers give them: Python's, NumPy's, tensors of one number."""
+"""Arguments as callers give them: numbers of NumPy and torch, and what is no number or program."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -35,6 +35,7 @@ def takes_numbers(function: Callable[P, R]) -> Callable[P, R]:
     """
     wanted: dict[str, tuple[type, bool]] = {}
     positions: dict[str, int] = {}
+    rest: tuple[str, int] | None = None  # of *names, and where they begin
     for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
         annotation = parameter.annotation
         annotation = annotation.__name__ if annotation in (int, float) else str(annotation)
@@ -43,7 +44,9 @@ def takes_numbers(function: Callable[P, R]) -> Callable[P, R]:
         if kind is None or len(options - {"None"}) > 1:
             continue
         wanted[name] = kind, "None" in options
-        if parameter.kind is not parameter.KEYWORD_ONLY:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            rest = name, i
+        elif parameter.kind is not parameter.KEYWORD_ONLY:
             positions[name] = i
 
     @functools.wraps(function)
@@ -54,6 +57,9 @@ def takes_numbers(function: Callable[P, R]) -> Callable[P, R]:
                 kwargs[name] = number(name, kwargs[name], kind, optional)
             elif name in positions and positions[name] < len(given):
                 given[positions[name]] = number(name, given[positions[name]], kind, optional)
+        if rest is not None:
+            name, first = rest
+            given[first:] = [number(name, value, *wanted[name]) for value in given[first:]]
         return function(*given, **kwargs)  # type: ignore[arg-type]
 
     return call
@@ -80,6 +86,34 @@ def number(name: str, value: Any, kind: type, optional: bool = False) -> Any:
     if type(plain) is int and not -(2**63) <= plain < 2**64:
         raise ValueError(f"{name} takes more than 64 bits: {plain}")
     return kind(plain)
+
+
+def require_programs(**programs: Any) -> None:
+    """Raise ``TypeError`` for what cannot be run as a Pyro program; each is passed by its name.
+
+    Example:
+        >>> require_programs(model=lambda x: None, guide=3)
+        Traceback (most recent call last):
+        TypeError: guide must be a Pyro program, something to call with the data, got 3
+    """
+    for name, program in programs.items():
+        if isinstance(program, type):
+            raise TypeError(
+                f"{name} is the class {program.__name__}: give an object, {program.__name__}(...)"
+            )
+        if not callable(program):
+            raise TypeError(
+                f"{name} must be a Pyro program, something to call with the data, got "
+                f"{_shown(program)}"
+            )
+
+
+def require_functions(name: str, functions: Any) -> None:
+    """Raise ``TypeError`` unless an argument holds functions by their names."""
+    if not isinstance(functions, Mapping) or not all(map(callable, functions.values())):
+        raise TypeError(
+            f'{name} takes functions by name, {{"mean": lambda ...}}, got {_shown(functions)}'
+        )
 
 
 def _shown(value: Any) -> str:

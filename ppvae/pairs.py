@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from ppvae.distributions import NoInverse
-from ppvae.program import all_modules, local_parameters, read
+from ppvae.program import all_modules, local_parameters, one_thread, read
 from ppvae.wrapped import innermost, method_of, owner_of
 
 DATA_PLATE = "data"
@@ -288,7 +288,7 @@ class Leaves(Messenger):
             leaf = smooth.detach().requires_grad_()
             leaf._cut_from = smooth  # type: ignore[attr-defined]  # a density may belong to it
             self.pairs.append((smooth, leaf))
-            self.shown.append(_shown(msg, smooth))
+            self.shown.append(shown(msg, smooth))
             msg["value"] = leaf
             if smooth is not value:
                 msg["value"] = value.detach() + (leaf - leaf.detach())
@@ -306,7 +306,7 @@ class Leaves(Messenger):
         self.weighed.add(msg["name"])
 
 
-def _shown(site: Site, value: Tensor) -> Tensor | None:
+def shown(site: Site, value: Tensor) -> Tensor | None:
     """What no mask hides of a value: those of the program, and those its distribution carries."""
     fn = site["fn"]
     masks = [(site["mask"], fn.event_dim)]
@@ -314,13 +314,13 @@ def _shown(site: Site, value: Tensor) -> Tensor | None:
         if isinstance(fn, MaskedDistribution):
             masks.append((fn._mask, fn.event_dim))
         fn = fn.base_dist
-    shown: Tensor | None = None
+    visible: Tensor | None = None
     for mask, event_dim in masks:
         if mask is not None and mask is not True:
             mask = torch.as_tensor(mask, device=value.device)
             mask = mask.reshape(*mask.shape, *(1,) * event_dim)
-            shown = mask if shown is None else shown & mask
-    return shown
+            visible = mask if visible is None else visible & mask
+    return visible
 
 
 def weighs_alike(site: Site, value: Tensor, other: Tensor) -> bool:
@@ -480,18 +480,24 @@ def closed_form_kl_valid(
     return valid
 
 
+def latent_parents(program: Program, args: Args) -> dict[str, frozenset[str]]:
+    """The latent sites that each latent of a program directly depends on; the run is unnoticed."""
+    with own_path(), unnoticed(program, program), TrackProvenance():
+        return _parents(trace(program, args, {}))
+
+
 def _parents(drawn: Trace) -> dict[str, frozenset[str]]:
     """The latent sites that each latent's term is directly computed from."""
     sites = sample_sites(drawn)
     latents = {name for name, site in sites.items() if not site["is_observed"]}
     return {
-        name: (_provenance(site) & latents) - {name}
+        name: (provenance_of(site) & latents) - {name}
         for name, site in sites.items()
         if name in latents
     }
 
 
-def _provenance(site: Site) -> frozenset[str]:
+def provenance_of(site: Site) -> frozenset[str]:
     """What a site's term is computed from: its distribution, and the mask of the program."""
     fn = site["fn"]
     try:
@@ -527,12 +533,12 @@ def position_fault(guide: Program, args: Args, kwargs: Kwargs) -> str | None:
 
 
 @contextmanager
-def own_path() -> Iterator[None]:
+def own_path(bare: Callable[[Any], None] = read) -> Iterator[None]:
     """:func:`~ppvae.program.local_parameters`, unless somebody is listening who decides that.
 
     What a stock engine has trained in Pyro's store is read.
     """
-    with nullcontext() if am_i_wrapped() else local_parameters(read):
+    with one_thread(), nullcontext() if am_i_wrapped() else local_parameters(bare):
         yield
 
 

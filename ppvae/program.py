@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -300,6 +302,46 @@ class _WholePlate(pyro.plate):
         (BroadcastMessenger._pyro_sample if torch._C._is_tracing() else _broadcast)(msg)
 
 
+class _OneThread:
+    """Which thread runs pairs; in a forked child, none does."""
+
+    def __init__(self) -> None:
+        self.lock, self.name = threading.RLock(), ""
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        self.lock = threading.RLock()  # another thread may have held it, which is not here
+
+
+_running = _OneThread()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep other threads out: Pyro's handlers and validation, and torch's random stream, are one.
+
+    They belong to the process, so two threads that run pairs would run under each other's handlers
+    and take each other's random numbers. ppvae enters it wherever it runs a pair itself, and
+    ``ppvae.fit`` for the whole run.
+
+    Raises:
+        RuntimeError: another thread is inside.
+    """
+    lock = _running.lock
+    if not lock.acquire(blocking=False):
+        raise RuntimeError(
+            f"thread {threading.current_thread().name!r} would run a pair while thread "
+            f"{_running.name!r} does, and Pyro has one stack of handlers for both: give each run a "
+            "process of its own, or let one thread wait for the other (threading.Lock)"
+        )
+    _running.name = threading.current_thread().name
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 @contextmanager
 def local_parameters(bare: Callable[[Any], None] = refused) -> Iterator[None]:
     """Run programs with parameters in their modules only; Pyro's store stays untouched.
@@ -320,7 +362,7 @@ def local_parameters(bare: Callable[[Any], None] = refused) -> Iterator[None]:
     """
     token = _parameters_are_local.set(True)
     try:
-        with _local_state(), _Store(bare):
+        with one_thread(), _local_state(), _Store(bare):
             yield
     finally:
         _parameters_are_local.reset(token)

@@ -15,7 +15,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppvae.arguments import takes_numbers
+from ppvae.arguments import require_programs, takes_numbers
 from ppvae.enumeration import sum_out, total
 from ppvae.latents import check_auxiliary, check_latents
 from ppvae.pairs import (
@@ -206,8 +206,11 @@ def log_weights(
         >>> torch.allclose(weights.log_w, exact.expand(5, 2), atol=1e-5)  # constant, and log p(x)
         True
     """
-    if num_particles < 1:
-        raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+    require_programs(model=model, guide=guide)
+    if not 1 <= num_particles < 2**63:
+        raise ValueError(
+            f"num_particles must be at least 1, and below 2 ** 63, got {num_particles}"
+        )
     return weigh(model, guide, args, {**kwargs, "joint": joint}, num_particles)
 
 

@@ -70,6 +70,77 @@ def test_entry_points_take_numpys_numbers_and_name_what_is_none(argument):
             CALLS[argument](*pair(), value)
 
 
+def test_numbers_behind_a_star_are_named_too():
+    assert nets.mlp(np.int64(4), torch.tensor(8), 2)(torch.ones(3, 4)).shape == (3, 2)
+    for wrong in ("4", 4.0, None):
+        with pytest.raises(TypeError, match=r"^sizes must be a whole number"):
+            nets.mlp(4, wrong, 2)
+    with pytest.raises(ValueError, match=r"sizes >= 1 and dropout in \[0, 1\)"):
+        nets.mlp(4, 0, 2)
+
+
+@pytest.mark.parametrize("role", ["model", "guide"])
+@pytest.mark.parametrize("what", [3, None, models.VAE, "meta"])
+def test_what_is_no_program_is_named_by_every_entry_point(role, what):
+    model, guide = pair()
+    given = {"model": model, "guide": guide}
+    given[role] = given[role].to("meta") if what == "meta" else what
+    match = f"^{role} (must be a Pyro program|is the class VAE|has parameters on the device 'meta')"
+    for call in (
+        ppvae.check_pair,
+        diagnostics.log_evidence,
+        diagnostics.ais,
+        diagnostics.hmc,
+        diagnostics.quadrature,
+        diagnostics.sbc,
+        diagnostics.to_arviz,
+    ):
+        with pytest.raises(TypeError, match=match):
+            call(given["model"], given["guide"], X)
+    with pytest.raises(TypeError, match=match):
+        ppvae.compare(given["model"], given["guide"], X, [])
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:.*prototype stage")
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: X.to_sparse(), "is sparse"),
+        (lambda: X.to("meta"), "is on the device 'meta'"),
+        (lambda: torch.quantize_per_tensor(X, 0.1, 0, torch.quint8), "is quantised"),
+        (lambda: X.to(torch.complex64), "is complex"),
+        (lambda: torch.nested.nested_tensor([X[0], X[1]]), "is a nested tensor"),
+    ],
+)
+def test_tensors_without_numbers_are_named_by_every_entry_point(make, match):
+    svi = ppvae.SVI(*pair())
+    for call in (
+        svi.step,
+        lambda x: ppvae.fit(svi, x, epochs=1, progress=False),
+        lambda x: ppvae.compare(svi.model, svi.guide, x, [ppvae.elbo.ELBO()]),
+        *(
+            lambda x, evaluate=evaluate: evaluate(svi.model, svi.guide, x)
+            for evaluate in (diagnostics.ais, diagnostics.hmc, diagnostics.quadrature)
+        ),
+        *(
+            lambda x, evaluate=evaluate: evaluate(svi.model, svi.guide, x)
+            for evaluate in (diagnostics.sbc, diagnostics.to_arviz, ppvae.check_pair)
+        ),
+    ):
+        with pytest.raises(ppvae.PairError, match=f"argument 'x' {match}"):
+            call(make())
+    assert svi.num_steps == 0
+
+
+def test_tensors_with_a_gradient_or_of_inference_mode():
+    with torch.inference_mode():
+        frozen = X.clone()
+    with pytest.raises(ppvae.PairError, match=r"'x' was made in inference mode.*x\.clone\(\)"):
+        ppvae.SVI(*pair()).step(frozen)
+    diagnostics.log_evidence(*pair(), frozen, num_particles=5)
+    assert ppvae.SVI(*pair()).step(X.clone().requires_grad_()) > 0
+
+
 @pytest.mark.parametrize("seed", [0, 2**40 + 1, 2**63 - 1, 2**64 - 1])
 def test_any_seed_of_64_bits(seed):
     first, second = (

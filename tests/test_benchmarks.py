@@ -385,3 +385,11 @@ def test_speed_factor_runs(monkeypatch, tmp_path, capsys):
     speed_factor.main(["--quick", "--threads", "1", "--out", str(tmp_path / "speed.jsonl")])
     table = capsys.readouterr().out
     assert "## critic 3-4-1" in table and "target <= 2.2" in table
+
+
+def test_speed_nvae_runs(monkeypatch, tmp_path, capsys):
+    import speed_nvae
+
+    monkeypatch.setattr(speed_nvae, "RECIPE", speed_nvae.RECIPE | {"channels": 2, "groups": [1]})
+    speed_nvae.main(["--quick", "--threads", "1", "--out", str(tmp_path / "speed.jsonl")])
+    assert "compiled / eager" in capsys.readouterr().out

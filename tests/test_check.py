@@ -460,7 +460,6 @@ def test_the_report_reads_well():
         (X[:, :3], ("(5, 3)", "width 4")),
         (X.double(), ("float64", "give x.to(torch.float32)")),
         (X.byte(), ("uint8", "give x.to(torch.float32)")),
-        (X.numpy(), ("x: ndarray",)),
         ([1.0, 2.0], ("x: list",)),
         (None, ("x: NoneType",)),
     ],

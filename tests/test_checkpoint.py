@@ -435,7 +435,7 @@ def test_killed_while_writing(call, tmp_path, unkilled):
 
     def run():
         files = itertools.count(1)
-        replace = ppvae.train.checkpoint._replace
+        replace = ppvae.train.checkpoint.replace_file
 
         def dying(target, content):
             if next(files) == 9:
@@ -450,7 +450,7 @@ def test_killed_while_writing(call, tmp_path, unkilled):
                     setattr(ppvae.train.checkpoint.os, call, die)
             replace(target, content)
 
-        ppvae.train.checkpoint._replace = dying
+        ppvae.train.checkpoint.replace_file = dying
         killable(folder, result)
 
     status = os.waitpid(in_child(run), 0)[1]

@@ -272,6 +272,20 @@ def test_gaussian_mixture_density_integrates_to_one():
     assert dataset.num_classes == 3
 
 
+def test_typeset_digits_are_a_function_of_the_seed_and_can_be_told_apart():
+    """Centres of the classes read two unseen digits in three, where chance reads one in ten."""
+    first, again, other = (data.load("typeset", num=400, binarize=None, seed=s) for s in (0, 0, 1))
+    assert torch.equal(first.train.x, again.train.x)
+    assert not torch.equal(first.train.x, other.train.x)
+    assert first.support == "unit_interval"
+    assert data.load("typeset", num=100, flatten=False).train.x.unique().tolist() == [0, 1]
+    centres = torch.stack([first.train.x[first.train.y == d].mean(0) for d in range(10)])
+    seen = torch.cdist(other.train.x, centres).argmin(1) == other.train.y
+    assert seen.float().mean() > 0.6
+    with pytest.raises(ValueError, match="num"):
+        data.load("typeset", num=10)
+
+
 def test_bad_synthetic():
     with pytest.raises(ValueError, match="latent_dim=0"):
         data.load("linear_gaussian", latent_dim=0)
@@ -592,7 +606,7 @@ def test_image_folders(tmp_path):
     [
         ("minst", {}, ValueError, "did you mean 'mnist'"),
         ("fashion-mnist", {}, ValueError, "did you mean 'fashion_mnist'"),
-        ("xyzzy", {}, ValueError, "The names are digits, mnist"),
+        ("xyzzy", {}, ValueError, "The names are digits, typeset, mnist"),
         ("nothing.npz", {}, ValueError, "existing .npz"),
         ("digits", {"binarize": "maybe"}, ValueError, "binarize='maybe'"),
         ("mnist", {"binarize": "maybe"}, ValueError, "binarize='maybe'"),

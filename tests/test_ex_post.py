@@ -80,6 +80,19 @@ def test_a_guide_without_the_latent():
         fitted(conditionals.Mixture(1, 2), guide, z, latent="w")
 
 
+def test_priors_and_codes_that_do_not_fit():
+    guide, z = points()
+    with pytest.raises(ValueError, match=r"values of shape \(3,\), and the guide's 'z' has \(2,\)"):
+        fitted(conditionals.Mixture(1, 3), guide, z)
+    z[7, 1] = torch.nan
+    with pytest.raises(ValueError, match="draws NaN or infinity in 'z' for 1 of 500 rows"):
+        fitted(conditionals.Mixture(1, 2), guide, z)
+    book = nets.Codebook(4, 2)
+    broken = guides.Quantized(nn.Unflatten(-1, (2, 1, 1)), book)
+    with pytest.raises(ValueError, match="draws NaN or infinity in 'z' for 1 of 500 rows"):
+        fitted(conditionals.CodePrior(book, (1, 1), nets.Unigram(4)), broken, z)
+
+
 def test_maps_as_latents_from_training_to_the_report():
     """A latent of shape (C, h, w): prior, guide, mixture after training, diagnosis, ArviZ."""
     torch.manual_seed(0)

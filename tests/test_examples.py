@@ -396,6 +396,8 @@ def test_posterior_diagnostics(tmp_path, capsys):
             ("beta-TCVAE", "tc_aggregate", "completeness", "calibration.png"),
             marks=SLOWLY,
         ),
+        pytest.param("few_labels", [], ("network alone", "30 labels"), marks=SLOWLY),
+        pytest.param("counts", [], ("the process itself", "scipy differs by"), marks=SLOWLY),
         pytest.param(
             "constrained",
             [],
@@ -542,6 +544,21 @@ def test_vade_refuses_one_latent_before_any_work(tmp_path, capsys):
     assert "--latent-dim must be 2 or more" in capsys.readouterr().err
 
 
+@SLOWLY
+def test_table(tmp_path, capsys):
+    import pandas as pd
+
+    assert run("table", tmp_path) == 0
+    assert "cells are missing" in capsys.readouterr().out
+    imputed = pd.read_csv(tmp_path / "imputed.csv")
+    assert imputed.shape == (442, 11) and not imputed.isna().any().any()
+    assert set(imputed["course"]) <= {"little", "some", "more", "much"}
+    errors = pd.read_csv(tmp_path / "columns.csv", index_col="column")
+    assert (errors["imputed"] < 2).all() and errors["hidden"].between(100, 170).all()
+    for name in ("cells.png", "pit.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
 def test_optimal_prior(tmp_path, capsys):
     assert run("optimal_prior", tmp_path) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -558,8 +575,8 @@ def test_optimal_prior(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("levels", ["1", "2"])
-def test_vqvae(tmp_path, levels, capsys):
-    assert run("vqvae", tmp_path, "--levels", levels) == 0
+def test_vq(tmp_path, levels, capsys):
+    assert run("vq", tmp_path, "--levels", levels) == 0
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {"results.json", "usage.png", "codes.png", "samples.png"}
     results = json.loads((tmp_path / "results.json").read_text())

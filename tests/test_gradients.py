@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -446,6 +448,54 @@ def test_dreg_and_pathwise_give_the_model_the_same_gradient() -> None:
             torch.manual_seed(0)
             grads.append(torch.autograd.grad(estimator(model, guide)(x), trainable(model)))
         torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("put", [False, True])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        elbo.ELBO(6),
+        elbo.IWELBO(6),
+        elbo.MIWELBO(3, num_groups=2),
+        elbo.CIWELBO(6, beta=0.0),
+        elbo.CIWELBO(6, beta=0.3),
+        elbo.CIWELBO(6, beta=1.0),
+        *(elbo.RenyiELBO(6, alpha=a) for a in (-math.inf, -1.0, 0.0, 0.5, 1 - 1e-5, 3.0)),
+    ],
+    ids=repr,
+)
+def test_the_bound_of_the_others_is_that_of_each_set_of_others(estimator, put: bool) -> None:
+    """Also if one particle has all the weight, and if two are the largest."""
+    generator = torch.Generator().manual_seed(0)
+    log_w = 5 * torch.randn(6, 40, generator=generator, dtype=torch.float64) - 300
+    log_w[2, 10:20] += 200
+    log_w[4, 20:30] = log_w[1, 20:30] = 7.0
+    values = torch.randn(6, 40, generator=generator, dtype=torch.float64) if put else None
+    if not put and isinstance(estimator, elbo.MIWELBO):
+        pytest.skip("its groups would be of unequal size: it has no score gradient")
+    exact = elbo.Estimator.bound_of_others(estimator, log_w, values)
+    found = estimator.bound_of_others(log_w, values)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", ["score", "vimco"])
+def test_the_score_of_many_particles_takes_memory_in_proportion(gradient: str) -> None:
+    """10,000 particles of 1,000 rows in less than 1 GB: the square would be 400 GB."""
+    script = f"""
+import resource, torch, ppvae
+from ppvae.elbo import IWELBO, gradients
+log_w = torch.randn(10_000, 1_000)
+log_q = torch.zeros_like(log_w).requires_grad_()
+bound = IWELBO(10_000, {gradient!r})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+vimco = {gradient!r} == "vimco"
+gradients.score(bound.bound, bound.bound_of_others, log_w, log_q, vimco).backward()
+assert log_q.grad.isfinite().all()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 1.0  # GB
 
 
 def test_a_schedule_stays_at_its_end_from_its_last_step_on() -> None:

@@ -64,6 +64,7 @@ CALLS = {
     ),
     "levels_over_training": ([[1, 2], {"z1": [3.0, 9.0], "z2": [0.0, 1.0]}, "KL [nats]"], {}),
     "khat": ([torch.tensor([0.1, 0.9, 0.6, 0.3])], {}),
+    "khat_images": ([X.reshape(6, 12)[:4], torch.tensor([0.1, 0.9, 0.6, 0.3]), (3, 4)], {}),
     "khat_histogram": ([torch.tensor([0.1, 0.9, 0.6, 0.3])], {}),
     "worst_points": ([X, torch.tensor([2.0, 1.0, 0.9, 0.8, 0.7, 0.6]), (3, 4)], {}),
     "kl_per_unit": ([torch.tensor([0.1, 2.0, 0.0]), torch.tensor([True, True, False])], {}),
@@ -206,6 +207,21 @@ def test_a_khat_at_a_limit_belongs_to_the_better_band(ax):
     assert legend(ax) == ["good: 2", "usable: 1", "unreliable: 2"]
     assert sum(bar.get_height() for bar in ax.patches) == 5  # 3.0 in the last bar
     assert ax.get_xlabel().endswith("(above 2 in the last bar)")
+
+
+def test_each_image_stands_in_the_column_of_its_khat_in_its_colour(ax):
+    """Full images of one pixel: what is not white is the brick of one datapoint."""
+    khats = [0.5, 0.5 + 1e-6, 0.7, 0.71, -3.0, 9.0, torch.nan]
+    plots.khat_images(torch.ones(7, 1), khats, (1, 1), ax=ax)
+    picture = np.asarray(ax.images[0].get_array())
+    assert picture.shape == (1, 40, 3)  # 0.05 wide, from 0 to 2
+    columns = {9: common.BLUE, 10: common.ORANGE, 13: common.ORANGE, 14: common.RED}
+    for column, colour in (columns | {0: common.BLUE, 39: common.RED}).items():
+        np.testing.assert_allclose(picture[0, column], to_rgba(colour)[:3], atol=1e-9)
+    assert (picture == 1).all(-1).sum() == 40 - 6
+    assert legend(ax) == ["good: 33%", "usable: 33%", "unreliable: 33%"]
+    with pytest.raises(ValueError, match="images"):
+        plots.khat_images(torch.ones(3, 1), khats, (1, 1), ax=ax)
 
 
 @pytest.mark.parametrize("values", [[0.0] * 3, [-1.5, 0.3, 0.7], [-4.0, 0.1, 1.2], [0.6, 0.6, 2.0]])

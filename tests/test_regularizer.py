@@ -55,6 +55,23 @@ def test_the_gradient_of_a_singular_value_is_u_v():
     assert found[1].count_nonzero() == 1
 
 
+@pytest.mark.usefixtures("float64")
+def test_kernels_of_all_sizes_and_of_zeros():
+    net = nn.Sequential(nn.Conv2d(3, 70, 1), nn.Conv2d(70, 70, 1), nn.Conv2d(40, 2, 1))
+    with torch.no_grad():
+        net[1].weight.zero_()
+    spectral = nets.Spectral(net, weight=1.0, iterations=400)
+    exact = [torch.linalg.svdvals(kernel)[0] for kernel in kernels(net)]
+    torch.testing.assert_close(torch.cat(spectral.singular_values()), torch.stack(exact))
+    spectral().backward()
+    assert not net[1].weight.grad.any()
+    with torch.no_grad():
+        net[1].weight.normal_()  # it has left 0: the iterations see it
+    exact = torch.linalg.svdvals(kernels(net)[1])[0]
+    spectral()
+    torch.testing.assert_close(spectral.singular_values()[1][0], exact, rtol=1e-3, atol=0)
+
+
 def test_iterations_follow_the_weights_in_training_only():
     net = network()
     spectral = nets.Spectral(net, iterations=30)

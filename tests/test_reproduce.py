@@ -94,6 +94,28 @@ def test_factor_vae_on_the_file_of_dsprites(reproduce, monkeypatch, tmp_path):
     assert found["steps"] == 6 and len(found["kl_by_unit"]) == 10  # 382 of 384 images
 
 
+def test_codes_of_cifar_images(reproduce, monkeypatch, tmp_path, capsys):
+    """The recipe of 10,000 steps, cut short, from a small file of that form."""
+    system = reproduce.reproduce_vq
+    whole = system.full(system.CELLS["mnist-1"])
+    assert (whole["steps"], whole["codes"], whole["batch_size"]) == (10_000, 512, 32)
+    assert whole["steps"] % (whole["num_train"] // whole["batch_size"]) == 0  # whole epochs
+    command = ["reproduce.py", "vq", "--full", "--quick", "--cells", "mnist-1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path)])
+    monkeypatch.setenv("PPVAE_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="write CIFAR-10 there"):
+        reproduce.main()
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (96, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "cifar10.npz", x=images)
+    reproduce.main()
+    found = json.loads((tmp_path / "vq" / "quick" / "mnist-1.json").read_text())
+    assert found["steps"] == 3 and found["recipe"]["codes"] == 8
+    assert 0.9 < found["nmse"] < 1.5  # of noise nothing can be learned in three steps
+    assert 1 <= found["perplexity_in_batches"] <= found["perplexity"] <= 8
+    assert "| mnist-1 | " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["ladder", "bottom-up"])
 def test_renormalise_gives_the_moments_of_all_rows(reproduce, name):
     system = reproduce.SYSTEMS["ladder"]
@@ -110,11 +132,12 @@ def test_renormalise_gives_the_moments_of_all_rows(reproduce, name):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ppvae.metrics.UnusedClusterWarning")
 @pytest.mark.parametrize(
-    "name", ["avb", "cvae", "factor", "iop", "iwae", "ladder", "nvae", "nvdm", "vade", "vq"]
+    "name",
+    ["avb", "cvae", "factor", "iop", "iwae", "ladder", "m2", "miwae", "nvae", "nvdm", "vade", "vq"],
 )
 def test_every_cell_runs_when_it_is_cut_short(reproduce, monkeypatch, tmp_path, capsys, name):
     system = reproduce.SYSTEMS[name]
-    needed = {"nvdm": "20newsgroups", "factor": "digits"}.get(name, "mnist")
+    needed = {"nvdm": "20newsgroups", "factor": "digits", "m2": "digits"}.get(name, "mnist")
     try:
         data.load(needed)
     except OSError as error:

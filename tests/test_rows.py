@@ -42,8 +42,6 @@ EVALUATORS = {
 }
 WRONG = {
     "none": ((), "^no data: pass tensors"),
-    "array": ((X.numpy(),), "^argument 'x' must be a tensor, got ndarray"),
-    "array beside": ((X, X.numpy()), "^argument 'size' must be a tensor, got ndarray"),
     "scalar": ((torch.tensor(1.0),), "^argument 'x' is a single number"),
     "empty": ((X[:0],), "^argument 'x' is empty"),
     "nan": ((torch.where(X == 0, math.nan, X),), "^argument 'x' has 12 NaN or infinite values"),

@@ -15,7 +15,17 @@ from torch import nn
 
 import ppvae
 from compiling import inductor
-from ppvae import Beside, conditionals, diagnostics, elbo, guides, models, nets, posteriors
+from ppvae import (
+    Beside,
+    conditionals,
+    diagnostics,
+    elbo,
+    guides,
+    metrics,
+    models,
+    nets,
+    posteriors,
+)
 from ppvae.check.pair import PairError
 from ppvae.conditionals.codes import CausalCodes, CodeMap
 from ppvae.guides.quantized import PointCodes
@@ -841,6 +851,42 @@ def test_every_parameter_of_two_levels_gets_a_gradient():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+# -- places that differ --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leading", [(), (7,), (2, 7)], ids=str)
+def test_a_position_embedding_adds_a_vector_to_each_place(leading):
+    net = nets.PositionEmbedding(D, (SIDE, SIDE), scale=0.5)
+    x = torch.randn(*leading, D, SIDE, SIDE)
+    assert torch.equal(net(x), x + net.vectors)
+    (net(x) * x).sum().backward()
+    torch.testing.assert_close(net.vectors.grad, x.reshape(-1, D, SIDE, SIDE).sum(0))
+
+
+def test_its_first_vectors_are_of_the_given_size():
+    torch.manual_seed(0)
+    vectors = nets.PositionEmbedding(64, (8, 8), scale=0.3).vectors.detach()  # 4,096
+    assert abs(float(vectors.mean())) < 4.5 * 0.3 / 64
+    assert abs(float(vectors.std()) - 0.3) < 4.5 * 0.3 / (2 * 4096) ** 0.5
+    assert not nets.PositionEmbedding(2, (3, 3), scale=0.0).vectors.any()
+
+
+def test_places_that_look_alike_have_codes_of_their_own_that_cost_nothing():
+    """All-black images: nine codes in equal use, which a prior that knows the place foretells."""
+    torch.manual_seed(0)
+    book = nets.Codebook(SIDE**2, D)
+    net = nn.Sequential(encoder(), nets.PositionEmbedding(D, (SIDE, SIDE), 1.0))
+    guide, black = guides.Quantized(net, book), torch.zeros(40, 1, 6, 6)
+    with torch.no_grad():
+        book.codes.copy_(guide.conditional.net(black[:1])[0].flatten(1).T)
+    numbers = guide.indices(black)
+    assert metrics.code_perplexity(numbers, book.num_codes) == pytest.approx(9)
+    prior = conditionals.CodePrior(book, (SIDE, SIDE), nets.CausalGRU(9, (SIDE, SIDE), hidden=16))
+    optim = functools.partial(torch.optim.Adam, lr=0.1)
+    ppvae.fit_prior(prior, guide, black, optim=optim, epochs=40, progress=False)
+    assert prior.code_length(book.lookup(numbers)).max() < 0.1  # a unigram takes 9 log 9 = 19.8
+
+
 # -- laws that hold for every pair ---------------------------------------------------------------
 
 
@@ -920,9 +966,28 @@ def not_finite():
     return model, guide
 
 
+def other_places():
+    model, guide = pair()
+    guide.conditional.net = nn.Sequential(encoder(), nets.PositionEmbedding(D, (2, 2)))
+    return model, guide
+
+
+class Logits(nn.Module):
+    """A network of one's own with a logit too many."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_places = nn.Parameter(torch.zeros(K + 1, SIDE, SIDE))
+
+    def forward(self, numbers, *context):
+        return self.of_places.expand(len(numbers), -1, -1, -1)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
+        (lambda: pair(net=Logits()), r"have shape \(B, 5, 3, 3\), and .* gave \(50, 6, 3, 3\)"),
+        (other_places, r"maps of shape \(2, 2, 2\), and saw \(2, 3, 3\)"),
         (other_channels, r"codes of 2 numbers.*\(\.\.\., 2, h, w\).*\(50, 3, 3, 3\)"),
         (other_shape, r"latent 'z': event shape|\(2, 2, 2\)"),
         (other_shape_of_a_network, r"code maps of shape \(2, 2\)"),
@@ -948,7 +1013,14 @@ def test_pairs_that_do_not_fit_are_named_before_the_first_step(make, match):
         (lambda: nets.FSQ([]), ValueError, "levels are numbers >= 2"),
         (lambda: nets.CausalConv(4, layers=0), ValueError, "layers >= 1"),
         (lambda: nets.upsample(4, 1, channels=()), ValueError, "at least one channel"),
+        (lambda: nets.PositionEmbedding(4, (2, 2), -1.0), ValueError, "scale must be >= 0"),
         (lambda: conditionals.CodePrior(nets.FSQ([3]), (3,)), ValueError, r"the \(h, w\)"),
+        (lambda: conditionals.CodePrior(nets.FSQ([3]), (3, 3), nets.CausalConv(4)), ValueError,
+         "a network of 4 codes beside a quantiser of 3"),
+        (lambda: conditionals.CodePrior(nets.FSQ([3]), (3, 3), nets.CausalGRU(4, (3, 3))),
+         ValueError, "give CausalGRU the quantiser's num_codes"),
+        (lambda: conditionals.CodePrior(nets.FSQ([3]), (3, 3), nets.Unigram(2)), ValueError,
+         "give Unigram"),
         (lambda: elbo.VQELBO(commitment=-1.0), ValueError, "must be >= 0"),
         (lambda: elbo.VQELBO(commitment="much"), TypeError, "commitment must be a number"),
         (lambda: pair()[1].soften(0.0), ValueError, "tau must be positive"),

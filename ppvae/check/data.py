@@ -11,6 +11,8 @@ from torch import Tensor
 def shape_fault(tensors: Mapping[str, Tensor]) -> str:
     """Why tensors, by their names, are not rows of datapoints; "" if they are."""
     for label, tensor in tensors.items():
+        if kind := _no_numbers(tensor):
+            return f"argument {label!r} {kind}"
         if tensor.layout != torch.strided:
             return f"argument {label!r} is sparse ({tensor.layout}): give {label}.to_dense()"
         if tensor.dim() == 0:
@@ -26,6 +28,19 @@ def shape_fault(tensors: Mapping[str, Tensor]) -> str:
     if len({len(tensor) for tensor in tensors.values()}) > 1:
         seen = ", ".join(f"{label}: {tuple(t.shape)}" for label, t in tensors.items())
         return f"the arguments differ in length ({seen}); each needs one row per datapoint"
+    return ""
+
+
+def _no_numbers(tensor: Tensor) -> str:
+    """Why a tensor has no values that a density could be taken of, and the cure; "" if it has."""
+    if tensor.is_nested:
+        return "is a nested tensor, of rows of different lengths: pad them, and mask the padding"
+    if tensor.is_meta:
+        return "is on the device 'meta', which keeps no values: give the tensor itself"
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype}): give its dequantize()"
+    if tensor.is_complex():
+        return f"is complex ({tensor.dtype}): give torch.view_as_real(...) of it"
     return ""
 
 

@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ppvae.arguments import require_programs
 from ppvae.check.apart import Apart, keeps_apart
 from ppvae.check.behaviour import possible_gradients
 from ppvae.check.data import number_fault, refused_rows, rows_without_numbers, shape_fault
@@ -26,6 +27,7 @@ from ppvae.check.sites import (
     plate_faults,
     weight_faults,
 )
+from ppvae.intake import takes_rows
 from ppvae.pairs import Site, own_path, position_fault, reason, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.weights import LogWeights, log_weights, weigh, whole_weights
@@ -40,6 +42,7 @@ class PairError(ValueError):
     """A model/guide pair, or the data it is given, cannot work; the message lists every fault."""
 
 
+@takes_rows
 def check_pair(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -193,10 +196,33 @@ def check_values(
 _MOST_ROWS = 100
 
 
+def check_programs(**programs: Any) -> None:
+    """Raise ``TypeError`` unless each, passed by its name, can be run as a program.
+
+    Its parameters must have values, so none may be on the device "meta".
+    """
+    require_programs(**programs)
+    for name, program in programs.items():
+        owner = module_of(program)
+        if owner is not None and any(parameter.is_meta for parameter in owner.parameters()):
+            raise TypeError(
+                f"{name} has parameters on the device 'meta', which keeps no values: build it on "
+                f"another, or load a state after {name}.to_empty(device=...)"
+            )
+
+
+def require_runs(args: Sequence[Any], **programs: Any) -> None:
+    """Raise :class:`PairError` unless each program, passed by its name, runs on its own."""
+    first, *_, last = [*programs.values()] * 2
+    with own_path(), unnoticed(first, last), pyro.validation_enabled(False):
+        for role, program in programs.items():
+            _run(role, program, args, {})
+
+
 def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
     """Raise :class:`PairError` unless the tensors are finite, not empty and of equal length."""
     if fault := number_fault(check_shapes(program, args)):
-        raise PairError(f"{fault}; drop or impute them")
+        raise PairError(f"{fault}; drop or impute them, or put 0 where a mask hides them")
 
 
 def check_shapes(program: Callable[..., Any], args: Sequence[Any]) -> dict[str, Tensor]:
@@ -228,6 +254,7 @@ def _examine(
     Raises:
         PairError: its sites or the batch are wrong. What it mixes up is in the result.
     """
+    check_programs(model=model, guide=guide)
     tensors = check_shapes(model, args)
     if fault := position_fault(guide, args, kwargs):
         raise PairError(fault)
@@ -251,7 +278,8 @@ def _with_cure(fault: str, error: PairError) -> str:
     if " NaN or infinite values in " not in fault:
         return fault
     why = str(error).splitlines()[0].partition(";")[0]
-    return f"{fault}; drop or impute them, or let model and guide mask them. Now {why}"
+    cure = "drop or impute them, or let model and guide mask them (models.Masked, nets.Masked)"
+    return f"{fault}; {cure}. Now {why}"
 
 
 def _weigh(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import NamedTuple
 
 from torch import Tensor
@@ -54,6 +55,15 @@ class PairReport:
             refused = [name for name, other in self.gradients.items() if other == why]
             lines.append(f"  - not {', '.join(refused)}: {why}")
         return "\n".join([*lines, *(f"  ? {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        head, *lines = repr(self).splitlines()
+        marks = {"+": "&#10003;", "-": "&#10007;", "?": "?"}
+        left = "<td style='text-align: left'>"
+        rows = (
+            f"<tr><td>{marks[line[2]]}</td>{left}{escape(line[4:])}</td></tr>" for line in lines
+        )
+        return f"<p>{escape(head)}</p><table>{''.join(rows)}</table>"
 
 
 class Answer(NamedTuple):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ppvae.compile import images
+
 
 def _softplus_backward(gradient: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     """By a sigmoid; torch has a quotient of exponentials, which are kept in memory."""
@@ -38,11 +40,13 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.softplus_backward.default: _softplus_backward,
     torch.ops.aten.add.Tensor: _add,
     torch.ops.aten.add_.Tensor: _add_,
+    **images.IMAGES,
 }
 
 
 def rewrite(traced: GraphModule, differentiates: bool) -> None:
     """Run all passes over a graph, which computes gradients or does not."""
+    images.lower()
     _draw_in_order_of_memory(traced)
     _sum_softplus_as_products(traced)
     if onednn_is_faster(differentiates):

@@ -17,7 +17,7 @@ A room of densities: it imports distributions, and nothing that is done with pai
 """
 
 from ppvae.conditionals.codes import CodePrior
-from ppvae.conditionals.columns import Columns
+from ppvae.conditionals.columns import Columns, heads_for
 from ppvae.conditionals.continuous import (
     Affine,
     Beta,
@@ -48,6 +48,7 @@ from ppvae.conditionals.heads import (
 from ppvae.conditionals.levels import DiscretizedLogistic, Ordinal
 from ppvae.conditionals.optimal import OptimalPrior
 from ppvae.conditionals.priors import Mixture, StandardNormal, VampPrior
+from ppvae.conditionals.reshaped import Reshaped
 from ppvae.conditionals.simulator import Simulator
 from ppvae.conditionals.suggest import suggest
 from ppvae.conditionals.values import Elementwise
@@ -76,6 +77,7 @@ __all__ = [
     "OptimalPrior",
     "Ordinal",
     "Poisson",
+    "Reshaped",
     "Scale",
     "Simulator",
     "SoftNormal",
@@ -84,5 +86,6 @@ __all__ = [
     "VampPrior",
     "VonMises",
     "ZeroInflated",
+    "heads_for",
     "suggest",
 ]

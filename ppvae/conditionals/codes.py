@@ -154,6 +154,12 @@ class CausalCodes(CodeDistribution):
             for tensor in self.context
         ]
         logits = full_precision(self.net(flat, *context))
+        if logits.shape[1:] != (self.quantizer.num_codes, *self.shape):
+            raise ValueError(
+                f"CodePrior(net=...): logits of {self.quantizer.num_codes} codes at each place "
+                f"have shape (B, {self.quantizer.num_codes}, {self.shape[0]}, {self.shape[1]}), "
+                f"and the network gave {tuple(logits.shape)}"
+            )
         return logits.reshape(leading + logits.shape[1:])
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -205,7 +211,8 @@ class CodePrior(nn.Module):
     level's codes, a label's features as ``one_hot[..., None, None]``.
 
     Raises:
-        ValueError: a shape that is none; when it weighs a value, a map of another shape.
+        ValueError: a shape that is none, a network of another number of codes; when it weighs a
+            value, a map of another shape.
 
     Example:
         >>> from ppvae import nets
@@ -223,6 +230,12 @@ class CodePrior(nn.Module):
         super().__init__()
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"CodePrior: shape is the (h, w) of a code map, got {shape}")
+        in_net = getattr(net, "num_codes", quantizer.num_codes)
+        if in_net != quantizer.num_codes:
+            raise ValueError(
+                f"CodePrior: a network of {in_net} codes beside a quantiser of "
+                f"{quantizer.num_codes}: give {type(net).__name__} the quantiser's num_codes"
+            )
         self.quantizer, self.shape, self.net = quantizer, tuple(shape), net
         zeros = torch.zeros(quantizer.num_codes, 1, 1)
         self.register_buffer("zeros", zeros, persistent=False)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import Independent
 
 from ppvae import distributions
-from ppvae.conditionals.heads import Conditional
+from ppvae.conditionals.continuous import Affine
+from ppvae.conditionals.counts import NegativeBinomial
+from ppvae.conditionals.heads import Bernoulli, Categorical, Conditional, Normal
+from ppvae.conditionals.levels import Ordinal
 
 Make = Callable[[nn.Module], Conditional]
 
@@ -103,6 +107,60 @@ class Columns(Conditional):
         Of a density it is per unit of the column, so numbers of two columns do not compare.
         """
         return self(*inputs, offset=offset).base_dist.by_column(x)
+
+
+def heads_for(
+    table: Any, numbers: Make = Normal, counts: Make = NegativeBinomial
+) -> dict[Any, Make]:
+    r"""What :class:`Columns` needs for a table: a head for each column, by its kind.
+
+    Numbers have ``Affine(numbers(net), loc, scale)``, with the column's own mean and standard
+    deviation, so what the network predicts is about unit size and log p(x) is in the table's
+    units: with s_d the scale of a number's column and v its standardised rows,
+
+    .. math:: \log p(x \mid z) = \log p_v(v \mid z) - \sum_d \log s_d
+
+    Counts have ``counts(net)``; binary columns :class:`Bernoulli`, categories
+    :class:`Categorical`, ordered ones :class:`Ordinal` with cutpoints of their own. Columns of one
+    kind and size share a head. It is a dictionary: put another head in for a column as you like.
+
+    Args:
+        table: a :class:`ppvae.data.Table`, or what has its ``columns``.
+        numbers: the head of numbers, of a network.
+        counts: the head of counts, of a network.
+
+    Example:
+        >>> import pandas as pd
+        >>> from ppvae import data
+        >>> frame = pd.DataFrame({"age": [20.5, 31.0, 64.5], "job": ["smith", "nurse", "clerk"]})
+        >>> kinds = heads_for(data.Table.fit(frame))
+        >>> Columns.width(kinds)  # mean and log scale of the age, three logits of the job
+        5
+        >>> head = Columns(nn.Linear(2, 5), kinds)
+        >>> age = head(torch.zeros(1, 2)).base_dist.parts[0]
+        >>> 20.5 < age.mean.item() < 64.5
+        True
+    """
+    alike: dict[tuple[str, int], list[Any]] = {}
+    for column in table.columns:
+        alike.setdefault((column.kind, column.num_levels), []).append(column)
+    makers = {key: _maker(*key, columns, numbers, counts) for key, columns in alike.items()}
+    return {column.name: makers[column.kind, column.num_levels] for column in table.columns}
+
+
+def _maker(kind: str, num_levels: int, columns: Sequence[Any], numbers: Make, counts: Make) -> Make:
+    """What makes the one head of columns of a kind and size."""
+    if kind == "count":
+        return counts
+    if kind == "binary":
+        return Bernoulli
+    if kind == "category":
+        return lambda net: Categorical(net, num_levels)
+    if kind == "ordered":
+        return lambda net: Ordinal(net, num_levels, shape=len(columns))
+    # in float64 until Affine rounds them
+    loc, scale = torch.tensor([(c.loc, c.scale) for c in columns], dtype=torch.float64).T
+    return lambda net: Affine(numbers(net), loc, scale)
 
 
 def takes_offset(head: nn.Module) -> bool:

@@ -296,7 +296,7 @@ class Bernoulli(Conditional):
 
 
 class Categorical(Conditional):
-    r"""Independent values in ``0 .. num_classes - 1``.
+    r"""Independent whole values, 0 to ``num_classes`` - 1.
 
     .. math:: \log p(x \mid z) = \sum_d \log \mathrm{softmax}(\ell_d)_{x_d}
 

@@ -59,16 +59,17 @@ class OptimalPrior(nn.Module):
     ``guide(x)`` for rows x of the data.
 
     Args:
-        base: p0, a prior such as :class:`StandardNormal`, whose event is a vector and whose
+        base: p0, a prior such as :class:`StandardNormal`, whose event is a vector or map, and whose
             parameters, if it has any, are frozen: they would change Z.
-        net: T, from ``(N, D)`` to ``(N, 1)``; it may have dropout, which is off in the density.
+        net: T, from ``(N, D)``, or ``(N, C, H, W)``, to ``(N, 1)``; it may have
+            dropout, which is off in the density.
         latent: the name that the latent has in the guide.
         num_candidates: of a draw, >= 1.
 
     Raises:
         TypeError: base is no module that gives a distribution with a density.
-        ValueError: its event is no vector, or it would be trained; the network does not give one
-            number per row; ``num_candidates`` out of range.
+        ValueError: its event is a single number, or it would be trained; the network does not
+            give one number per row; ``num_candidates`` out of range.
         RuntimeError: one of Pyro's own engines runs it, which would never train T.
 
     Source: Takahashi, Iwata, Yamanaka, Yamada & Yagi, Variational Autoencoder with Implicit Optimal
@@ -224,7 +225,7 @@ class OptimalPrior(nn.Module):
             raise ValueError(
                 f"latent {self.latent!r} of the guide has batch shape "
                 f"{tuple(posterior.batch_shape)} and event shape {tuple(posterior.event_shape)}; "
-                f"for {rows} rows the prior needs ({rows},) and {tuple(event)}, a vector per row"
+                f"for {rows} rows the prior needs ({rows},) and {tuple(event)}"
             )
         for why in ("estimated", "unnormalised"):
             if reason := not_a_density(posterior, why):
@@ -238,17 +239,17 @@ class OptimalPrior(nn.Module):
     def _log_weight(self, posterior: Any, z: Tensor, rows: int) -> Tensor:
         """log p0 + T - log r at draws ``(m, D)``; ``(m,)``, float64."""
         base = self.base().expand((len(z),)).log_prob(z).double()
-        each = posterior.log_prob(z.unsqueeze(1).expand(-1, rows, -1)).double()  # (m, M)
+        each = posterior.log_prob(z.unsqueeze(1).expand(len(z), rows, *z.shape[1:])).double()
         aggregate = each.logsumexp(1) - math.log(rows)
         r = torch.logaddexp(base, aggregate) - math.log(2)
         return base + self._tilt()(z).double() - r
 
     def _tilt(self) -> Callable[[Tensor], Tensor]:
-        """T of ``(..., D)``, ``(...)``, float32 at least, with the weights as they are now."""
-        log_ratio = self.ratio.held()
-        return lambda z: full_precision(log_ratio(self._as_rows(z))).reshape(z.shape[:-1])
+        """T of ``(..., *event)``, ``(...)``, float32 at least, with the weights as they are now."""
+        log_ratio, dims = self.ratio.held(), len(self.base().event_shape)
+        return lambda z: full_precision(log_ratio(self._as_rows(z, dims))).reshape(z.shape[:-dims])
 
-    def _as_rows(self, z: Tensor) -> Tensor:
+    def _as_rows(self, z: Tensor, dims: int) -> Tensor:
         """What the network is given: one batch dimension, and its own precision."""
         like = next((p for p in self.ratio.net.parameters() if p.is_floating_point()), z)
         z = z.to(like.dtype) if like.dtype != full_precision(like).dtype else promoted(z, like)
@@ -258,7 +259,7 @@ class OptimalPrior(nn.Module):
                 f"z.to({like.dtype}), or make the pair {z.dtype} by model.to({z.dtype}) and "
                 f"guide.to({z.dtype})"
             )
-        return z.reshape(-1, z.shape[-1])
+        return z.reshape(-1, *z.shape[-dims:])
 
     @torch.no_grad()
     def _fingerprint(self) -> int:
@@ -285,8 +286,8 @@ class Tilted(dist.TorchDistribution):
     .. math:: p(z) = p_0(z)\, e^{T(z)} / Z
 
     Args:
-        base: p0, a distribution of vectors.
-        log_tilt: T, from ``(..., D)`` to ``(...)``.
+        base: p0, a distribution of vectors or maps.
+        log_tilt: T, from ``(..., *event)`` to ``(...)``.
         log_z: log Z, 0-d.
         num_candidates: of each draw: draws of the base, of which one is taken in proportion to e^T.
         unnormalised: says why ``log_z`` is not the normaliser, or gives an empty word.
@@ -331,7 +332,8 @@ class Tilted(dist.TorchDistribution):
         That is the one of largest T + g, with g independent Gumbel noise; candidates are made in
         portions.
         """
-        rows = max(1, self._extended_shape(torch.Size(sample_shape))[:-1].numel())
+        event = (None,) * len(self.event_shape)
+        rows = max(1, (torch.Size(sample_shape) + self.batch_shape).numel())
         portion = max(1, _AT_ONCE // rows)
         best: Tensor | None = None
         chosen: Tensor | None = None
@@ -341,9 +343,9 @@ class Tilted(dist.TorchDistribution):
             score = self.log_tilt(z)
             score = score - torch.empty_like(score).exponential_().log()
             score, index = score.max(0)
-            z = z.gather(0, index[None, ..., None].expand(1, *z.shape[1:])).squeeze(0)
+            z = z.gather(0, index[(None, ..., *event)].expand(1, *z.shape[1:])).squeeze(0)
             if best is not None and chosen is not None:
-                z = torch.where((score > best).unsqueeze(-1), z, chosen)
+                z = torch.where((score > best)[(..., *event)], z, chosen)
                 score = torch.maximum(score, best)
             best, chosen = score, z
         assert chosen is not None
@@ -363,7 +365,7 @@ class _AgainstBase:
 
 
 def _check_base(base: Any) -> None:
-    """Raise unless it gives a distribution of vectors that has a density, and nothing to train."""
+    """Raise unless it gives vectors or maps, with a density, and has nothing to train."""
     p0: Any = None
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -374,10 +376,9 @@ def _check_base(base: Any) -> None:
             "OptimalPrior(base): give a prior that can be drawn and has a density, such as "
             f"conditionals.StandardNormal(2), got {type(base).__name__}"
         ) from error
-    if len(p0.event_shape) != 1:
+    if not p0.event_shape:
         raise ValueError(
-            "OptimalPrior is the prior of a latent that is a vector: base has event shape "
-            f"{tuple(p0.event_shape)}"
+            "OptimalPrior is the prior of a latent that is a vector or map: base has event shape ()"
         )
     trained = [name for name, p in base.named_parameters() if p.requires_grad]
     if trained:

@@ -80,7 +80,8 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
 
     Args:
         split: a :class:`ppvae.data.Split`, or values ``(N, ...)``. Every fifth row of a random
-            order is held out; of large data some rows are looked at.
+            order is held out; of large data some rows are looked at, and of a split with missing
+            values each column's observed ones.
         names: of the columns; their numbers if None.
         seed: of the order of the rows.
 
@@ -88,7 +89,8 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
         One entry for each column; of more than 30, one for all columns of a kind.
 
     Raises:
-        ValueError: fewer than ten rows, names of another number than columns, or NaN in the data.
+        ValueError: fewer than ten rows, or values of a column, names of another number than
+            columns, or NaN in the data.
 
     Example:
         >>> counts = torch.poisson(torch.tensor([1.0, 9.0]).repeat(250)).reshape(500, 1)
@@ -97,8 +99,15 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
     """
     x = torch.as_tensor(getattr(split, "x", split)).detach().cpu().double()
     x = x.reshape(len(x), -1)
+    observed = getattr(split, "observed", None)
+    observed = torch.ones_like(x).bool() if observed is None else observed.cpu().reshape(x.shape)
     labels = tuple(str(name) for name in (names if names is not None else range(x.shape[1])))
-    if len(x) < 10 or len(labels) != x.shape[1] or not x.isfinite().all():
+    if (
+        len(x) < 10
+        or observed.sum(0).min() < 10
+        or len(labels) != x.shape[1]
+        or not x.isfinite().all()
+    ):
         raise ValueError(
             f"suggest needs ten rows of finite values and a name for each column, and got x "
             f"{tuple(x.shape)} with {int((~x.isfinite()).sum())} NaN or infinite values and "
@@ -106,14 +115,19 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
         )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x = x[order[: min(MAX_ROWS, max(200, MAX_VALUES // x.shape[1]))]]
+    observed = observed[order[: len(x)]]
+    gaps = not bool(observed.all())
     groups: dict[tuple[str, int], list[int]] = {}
     for column, values in enumerate(x.unbind(1)):
+        values = values[observed[:, column]]
         constant = bool((values == values[0]).all())
         kind = "constant" if constant else heads_that_fit(values)[0]
-        single = column if len(labels) <= MAX_SINGLE and not constant else -1
+        alone = gaps or (len(labels) <= MAX_SINGLE and not constant)
+        single = column if alone else -1
         groups.setdefault((kind, single), []).append(column)
     return Suggestions(
-        _candidates(kind, x[:, at], [labels[i] for i in at]) for (kind, _), at in groups.items()
+        _candidates(kind, x[observed[:, at].all(1)][:, at], [labels[i] for i in at])
+        for (kind, _), at in groups.items()
     )
 
 

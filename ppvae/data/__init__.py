@@ -6,6 +6,7 @@ Example:
     torch.Size([1297, 64])
 """
 
+from ppvae.data.annotated import from_anndata
 from ppvae.data.arrays import from_arrays
 from ppvae.data.catalogue import NAMES, load
 from ppvae.data.dataset import Dataset
@@ -15,16 +16,18 @@ from ppvae.data.files import from_csv, from_images, from_npz
 from ppvae.data.precision import PrecisionWarning
 from ppvae.data.quadrant import quadrants
 from ppvae.data.sparse import EmptyDocumentWarning, from_counts
-from ppvae.data.split import Split
+from ppvae.data.split import Split, with_labels
 from ppvae.data.synthetic import (
     GaussianMixture,
     LinearGaussian,
     gaussian_mixture_parameters,
     linear_gaussian_parameters,
 )
+from ppvae.data.table import Column, Table
 
 __all__ = [
     "NAMES",
+    "Column",
     "Dataset",
     "EmptyDocumentWarning",
     "Factors",
@@ -32,8 +35,10 @@ __all__ = [
     "LinearGaussian",
     "PrecisionWarning",
     "Split",
+    "Table",
     "cache_folder",
     "dsprites",
+    "from_anndata",
     "from_arrays",
     "from_counts",
     "from_csv",
@@ -45,4 +50,5 @@ __all__ = [
     "quadrants",
     "shapes3d",
     "sprites",
+    "with_labels",
 ]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ppvae.data.dataset import Dataset, Support
+from ppvae.data.frames import is_frame, numeric
+from ppvae.data.gaps import require_columns, without_gaps
 from ppvae.data.precision import float_type, lossy_columns, pieces, warn_of_lost_digits
 from ppvae.data.split import (
     Binarize,
@@ -45,6 +47,7 @@ def from_arrays(
     shape: tuple[int, ...] | None = None,
     binarize: Binarize | None = None,
     flatten: bool = False,
+    missing: Literal["mask"] | None = None,
     seed: int = 0,
     name: str = "arrays",
 ) -> Dataset:
@@ -72,13 +75,17 @@ def from_arrays(
         binarize: "dynamic" or "static" for ``x`` in [0, 1] read as grey levels, so that the model
             sees Bernoulli draws (see ``Split``); else None.
         flatten: store each row flat, ``(N, D)``, keeping its shape in ``shape``.
+        missing: "mask": NaN in ``x``, and what a data frame calls missing, is not observed. A batch
+            is then ``(x, observed)``, or ``(x, y, observed)``, as ``models.Masked`` and
+            ``nets.Masked`` take it; x is 0 where nothing is observed. None: NaN is refused.
         seed: of the split and of the binarisation, 0 or more.
         name: of the data set.
 
     Raises:
         TypeError: arrays of objects, text or complex numbers.
         ValueError: empty, NaN or infinite ``x``, wrong rank, channels last, 8-bit images without
-            ``support``, values outside ``support``, bad labels, or a split with no rows.
+            ``support``, values outside ``support``, bad labels, or a split with no rows; with
+            ``missing="mask"`` a row, or a column of all or of the training rows, without any value.
 
     Warns:
         PrecisionWarning: what columns of ``x``, or of conditions ``y``, lose.
@@ -90,7 +97,11 @@ def from_arrays(
         ('real', 2, 80, 10, 10)
     """
     check_binarize(binarize)
-    array = _numbers(x, "x")
+    check_choice("missing", missing, ("mask", None))
+    columns, observed = getattr(x, "columns", None), None
+    array = numbers(numeric(x, "x") if missing and is_frame(x) else x, "x")
+    if missing is not None:
+        array, observed = without_gaps(array, columns)
     _check_rows(array, support)
     natural_shape = _natural_shape(array.shape[1:], shape)
     mapped, lossy = isinstance(x, np.memmap), lossy_columns(array)
@@ -103,20 +114,27 @@ def from_arrays(
     else:
         values, found = _checked_values(array, "x", given, binarize)
     found = found if given is None else given
-    warn_of_lost_digits(array, lossy, "x", getattr(x, "columns", None))
+    warn_of_lost_digits(array, lossy, "x", columns)
     labels, num_classes = (None, None) if y is None else _labels_or_conditions(y, len(values))
     by_class = None if num_classes is None else np.asarray(labels)
     index = [torch.from_numpy(i) for i in split_rows(len(values), valid, test, seed, by_class)]
+    if observed is not None:
+        values[~observed] = 0
+        require_columns(observed[index[0]], "the training part of x", columns)
+        observed = observed.flatten(1) if flatten else observed
     values = values.flatten(1) if flatten else values
 
     def part(rows: Tensor, stays: bool) -> Split:
         own_y = None if labels is None else labels[rows]
         if stays:
             return Split(values, own_y, rows=rows)
-        return Split(values[rows].to(torch.get_default_dtype()), own_y)
+        own_mask = None if observed is None else observed[rows]
+        return Split(values[rows].to(torch.get_default_dtype()), own_y, observed=own_mask)
 
     parts = [part(rows, stays=mapped and rows is index[0]) for rows in index]
     stated = f"support {found!r} inferred" if support is None else f"support {support!r} given"
+    if observed is not None:
+        stated += f"; {1 - observed.double().mean():.1%} of the values missing"
     how = "at random" if num_classes is None else "at random by class"
     return Dataset(
         name,
@@ -143,10 +161,19 @@ def _check_rows(array: np.ndarray, support: Support | None) -> None:
 
 def _natural_shape(event: tuple[int, ...], shape: tuple[int, ...] | None) -> tuple[int, ...]:
     size = math.prod(event)
+    if shape is not None and not _are_sizes(shape):
+        raise TypeError(f"shape={shape!r}: give sizes, such as (1, 28, 28)")
     if shape is not None and math.prod(shape) != size:
         seen = f"shape={shape} has {math.prod(shape)} values and a row of x {size}"
         raise ValueError(f"{seen}: make them agree")
     return tuple(event if shape is None else shape)
+
+
+def _are_sizes(shape: Any) -> bool:
+    """Whether it is a tuple or a list of whole numbers from 1."""
+    return isinstance(shape, (tuple, list)) and all(
+        isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 1 for n in shape
+    )
 
 
 def _map_tensor(array: np.ndarray) -> Tensor:
@@ -246,12 +273,16 @@ def _size(name: str, share: float | int, num: int) -> int:
     raise ValueError(f"{name}={share!r}: give a share in (0, 1) or a number of rows, 1 or more")
 
 
-def _numbers(array: Any, name: str) -> np.ndarray:
+def numbers(array: Any, name: str) -> np.ndarray:
     """``array`` as numpy numbers, not yet of a float type."""
     columns = getattr(array, "dtypes", None)  # of a data frame
     if isinstance(array, Tensor):
-        array = array.detach().cpu()
-        array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has none
+        array = _plain(array, name)
+    if np.ma.is_masked(array):
+        raise ValueError(
+            f"{name} is a masked array, and {int(np.ma.getmaskarray(array).sum())} of its values "
+            f"are hidden: fill them in, or give {name}.filled(np.nan) and missing='mask'"
+        )
     try:
         array = np.asarray(array)
     except ValueError as error:  # numpy's "inhomogeneous shape"
@@ -261,6 +292,17 @@ def _numbers(array: Any, name: str) -> np.ndarray:
     if array.size == 0:
         raise ValueError(f"{name} is empty, shape {array.shape}: give at least 3 rows")
     return array
+
+
+def _plain(values: Tensor, name: str) -> Tensor:
+    """A tensor that numpy takes; raises ``TypeError`` for one without a dense block of numbers."""
+    if values.layout != torch.strided or values.is_quantized or values.is_meta:
+        raise TypeError(
+            f"{name} is a tensor without a dense block of numbers ({values.layout}, "
+            f"{values.dtype}, {values.device}): give {name}.to_dense() or {name}.dequantize()"
+        )
+    values = values.detach().cpu()
+    return values.float() if values.dtype == torch.bfloat16 else values  # numpy has none
 
 
 def _no_numbers(array: np.ndarray, name: str, columns: Any) -> str:
@@ -274,9 +316,10 @@ def _no_numbers(array: np.ndarray, name: str, columns: Any) -> str:
         shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         return (
             f"has columns that are no numbers of numpy, {shown}: give {name}.astype(float) where "
-            "they are numbers with missing ones (and fill these in), pandas.get_dummies for words"
+            "they are numbers with missing ones (and missing='mask'), pandas.get_dummies for words"
         )
-    if array.dtype.kind in "US":
+    words = array.dtype.kind == "O" and array.size and all(isinstance(v, str) for v in array.flat)
+    if array.dtype.kind in "USTO" and (words or array.dtype.kind != "O"):
         how = f"as np.unique({name}, return_inverse=True)[1] does"
         return f"holds words ({array.dtype}): code them as numbers, {how}"
     return f"holds {array.dtype}: give real numbers, dense"
@@ -291,13 +334,16 @@ def _finite(array: np.ndarray, name: str) -> Tensor:
     if bool(bad.any()):
         row = int(bad.reshape(len(bad), -1).any(1).int().argmax())
         seen = f"{int(bad.sum())} NaN or infinite values (as {dtype}), the first in row {row}"
-        raise ValueError(f"{name} has {seen}: drop those rows or fill them in")
+        cure = "drop those rows or fill them in" + (
+            ", or give missing='mask' if NaN is what is missing" if name == "x" else ""
+        )
+        raise ValueError(f"{name} has {seen}: {cure}")
     return values
 
 
 def _labels_or_conditions(y: Any, num: int) -> tuple[Tensor, int | None]:
     """``y`` as int64 labels ``(N,)`` and their number, or as float conditions ``(N, D)``."""
-    array = _numbers(y, "y")
+    array = numbers(y, "y")
     if array.ndim not in (1, 2) or len(array) != num:
         seen = f"y has shape {array.shape} and x {num} rows"
         raise ValueError(f"{seen}: give ({num},) labels or ({num}, D) conditions")
@@ -311,7 +357,7 @@ def _labels_or_conditions(y: Any, num: int) -> tuple[Tensor, int | None]:
 
 def class_labels(array: Any, name: str, otherwise: str = "") -> Tensor:
     """Labels ``(N,)`` as int64, if they are whole numbers from 0; ``otherwise`` is another cure."""
-    array = _numbers(array, name)
+    array = numbers(array, name)
     bad = ~(np.isfinite(array) & (array == np.round(array)) & (array >= 0))
     if bad.any():
         row = int(bad.argmax())

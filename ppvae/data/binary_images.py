@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppvae.data.bounded import check_mat
 from ppvae.data.dataset import Dataset
 from ppvae.data.fetch import broken, fetch
 from ppvae.data.split import Binarize, Split, binarised, check_binarize
 
 OMNIGLOT_ROWS = (24_345, 8_070)  # train with validation, test
 OMNIGLOT_VALID = 1_345
+_MOST_OF_CHARDATA = 2**29  # bytes unpacked, which are 0.2e9
 MNIST_ROWS = {"train": 50_000, "valid": 10_000, "test": 10_000}
 
 
@@ -54,6 +56,7 @@ def _chardata(flatten: bool) -> list[tuple[Tensor, Tensor]]:
 
     path, parts = fetch("omniglot", "chardata.mat"), []
     try:
+        check_mat(path, _MOST_OF_CHARDATA)
         file = scipy.io.loadmat(path, variable_names=["data", "testdata", "target", "testtarget"])
         arrays = [
             [np.asarray(file[prefix + key], np.float64).T for key in ("data", "target")]

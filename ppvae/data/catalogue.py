@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ppvae.data import binary_images, har, images, synthetic, text
+from ppvae.data import binary_images, har, images, synthetic, text, typeset
 from ppvae.data.dataset import Dataset
 from ppvae.data.files import from_csv, from_images, from_npz
+from ppvae.data.split import check_at_least
 
 LOADERS: dict[str, Callable[..., Dataset]] = {
     "digits": images.digits,
+    "typeset": typeset.typeset,
     "mnist": images.mnist,
     "fashion_mnist": images.fashion_mnist,
     "freyfaces": images.freyfaces,
@@ -42,6 +44,7 @@ def load(
     name                train/valid/test       shape                default binarize
     ==================  =====================  ===================  ================
     "digits"            1,297/200/300          (1, 8, 8)            "dynamic"
+    "typeset"           9,600/1,200/1,200      (1, 28, 28)          "dynamic"
     "mnist"             50,000/10,000/10,000   (1, 28, 28)          "dynamic"
     "fashion_mnist"     50,000/10,000/10,000   (1, 28, 28)          "dynamic"
     "freyfaces"         1,565/200/200          (1, 28, 20)          None
@@ -66,10 +69,10 @@ def load(
         flatten: store images as ``(N, D)`` rows; False keeps ``(N, C, H, W)``.
         seed: of random splits, of the binarisation and of synthetic data, 0 or more.
         **options: of one data set. ``num_valid``: "mnist", "fashion_mnist", "har", "20newsgroups".
-            ``num``: synthetic ones, "rcv1". ``num_words``: "20newsgroups", "rcv1". ``version``:
-            "20newsgroups". ``num_components``: "gaussian_mixture". ``dim``, ``latent_dim``:
-            "linear_gaussian". ``x``, ``y``: .npz. ``label``: .csv. ``size``, ``grey``: folders.
-            ``valid``, ``test``, ``support``, ``shape``: all paths.
+            ``num``: "typeset", synthetic ones, "rcv1". ``num_words``: "20newsgroups", "rcv1".
+            ``version``: "20newsgroups". ``num_components``: "gaussian_mixture". ``dim``,
+            ``latent_dim``: "linear_gaussian". ``x``, ``y``: .npz. ``label``: .csv.
+            ``size``, ``grey``: folders. ``valid``, ``test``, ``support``, ``shape``: all paths.
 
     Raises:
         ValueError: unknown name or value of an argument, corrupt file, bad data.
@@ -85,6 +88,9 @@ def load(
           source        Alpaydin and Kaynak (1998), https://archive.ics.uci.edu/dataset/80, as \
 bundled with scikit-learn; grey levels / 16; split at random by class, seed 0
     """
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise TypeError(f"name={name!r}: give the name of a data set, or a path")
+    check_at_least(0, seed=seed)
     if str(name) in LOADERS:
         loader = LOADERS[str(name)]
         accepted = set(inspect.signature(loader).parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Literal, get_args
 
 import torch
@@ -138,6 +139,7 @@ class Dataset:
         exact = "" if self.log_evidence is None else ", log p(x) known"
         widths = ", ".join(str(tuple(t.shape[1:])) for t in self.train.args)
         names = "x, y" if self.train.supervised else "x"
+        names += "" if self.train.observed is None else ", observed"
         sizes = f"train {len(self.train):,}, valid {len(self.valid):,}, test {len(self.test):,}"
         return (
             f"Dataset {self.name!r}: support {self.support}, shape {self.shape}{classes}{exact}\n"
@@ -146,3 +148,12 @@ class Dataset:
             f"  binarisation  {binarisation}\n"
             f"  source        {self.source}"
         )
+
+    def _repr_html_(self) -> str:
+        head, *lines = repr(self).splitlines()
+        rows = (
+            f"<tr><th>{escape(line[2:16].strip())}</th>"
+            f"<td style='text-align: left'>{escape(line[16:])}</td></tr>"
+            for line in lines
+        )
+        return f"<p>{escape(head)}</p><table>{''.join(rows)}</table>"

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from ppvae.data.arrays import from_arrays
+from ppvae.data.bounded import check_room, npz_arrays, reading
 from ppvae.data.dataset import Dataset
 from ppvae.data.files import existing
+
+_MOST_OF_DSPRITES = 2**32  # bytes of its images, which are 3.02e9
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -203,6 +206,12 @@ def sprites(
         >>> sprites()
         Factors 'sprites': 13,824 images (1, 32, 32); 3 shape, 4 scale, 8 orientation, 12 x, 12 y
     """
+    if not isinstance(size, (int, np.integer)) or not 1 <= size < 2**15:
+        raise ValueError(f"size={size!r}: give a number of pixels, from 8 on")
+    if not isinstance(sizes, (tuple, list)) or not all(
+        isinstance(n, (int, np.integer)) for n in sizes
+    ):
+        raise TypeError(f"sizes={sizes!r}: give five numbers >= 1 for {NAMES}")
     if len(sizes) != 5 or min(sizes) < 1 or sizes[0] > 3:
         raise ValueError(f"sizes={sizes}: give five numbers >= 1 for {NAMES}, at most 3 shapes")
     radius = min(5 * size // 16, (size + 1 - max(sizes[3:])) // 2)
@@ -268,20 +277,22 @@ def dsprites(path: str | Path) -> Factors:
     Source: Matthey, Higgins, Hassabis & Lerchner, dSprites, 2017.
     """
     path = existing(path)
-    try:
+    with reading(path, "Give the .npz file of dSprites"):
         with zipfile.ZipFile(path) as archive:
             if missing := {"imgs", "latents_classes"} - {n[:-4] for n in archive.namelist()}:
-                raise ValueError(f"{path} has no {sorted(missing)}: give the file of dSprites")
+                raise ValueError(f"it has no {sorted(missing)}")
+            if archive.getinfo("imgs.npy").file_size > _MOST_OF_DSPRITES:
+                raise ValueError(f"its images are larger than {_MOST_OF_DSPRITES:,} bytes")
             unpacked = path.with_suffix(".imgs.npy")
             if not unpacked.exists() or unpacked.stat().st_mtime < path.stat().st_mtime:
                 half = unpacked.with_suffix(f".{os.getpid()}.tmp")
-                with archive.open("imgs.npy") as packed, half.open("wb") as file:
-                    shutil.copyfileobj(packed, file, 2**24)
-                half.replace(unpacked)
-            with archive.open("latents_classes.npy") as file:
-                classes = np.lib.format.read_array(file, allow_pickle=False)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is no .npz file: give the file of dSprites") from error
+                try:
+                    with archive.open("imgs.npy") as packed, half.open("wb") as file:
+                        shutil.copyfileobj(packed, file, 2**24)
+                    half.replace(unpacked)
+                finally:
+                    half.unlink(missing_ok=True)
+        (classes,) = npz_arrays(path, ["latents_classes"])
     names, sizes = _grid(path, classes, ("color", *NAMES))
     images = np.load(unpacked, mmap_mode="r")[:, None]
     return Factors(images, sizes, names, "binary", "dsprites", "Matthey et al. (2017), dSprites")
@@ -304,14 +315,13 @@ def shapes3d(path: str | Path) -> Factors:
     except ImportError as error:
         raise ImportError("3D Shapes need h5py: pip install 'ppvae[h5]'") from error
     path = existing(path)
-    try:
+    with reading(path, "Give the HDF5 file of 3D Shapes"):
         with h5py.File(path) as file:
             if missing := {"images", "labels"} - set(file):
-                raise ValueError(f"{path} has no {sorted(missing)}: give the file of 3D Shapes")
+                raise ValueError(f"it has no {sorted(missing)}")
+            check_room(8 * file["labels"].size, "its labels")
             labels, shape = file["labels"][:], file["images"].shape
             dtype = file["images"].dtype
-    except OSError as error:
-        raise ValueError(f"{path} is no HDF5 file: give the file of 3D Shapes") from error
     classes = np.stack([np.unique(c, return_inverse=True)[1] for c in labels.T], 1)
     own = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
     names, sizes = _grid(path, classes, own)

@@ -6,10 +6,14 @@ import gzip
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
+from ppvae.data.bounded import MOST_OF_A_DATA_SET, reading, unpacked
+
+MOST_OF_A_DOWNLOAD = 2**30  # bytes; the largest has 61 million
 URLS = {
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -87,19 +91,36 @@ def fetch(folder: str, file: str) -> Path:
     made = [folder for folder in path.parents if not folder.exists()]  # by pooch, innermost first
     try:
         known_hash = None if published is None else f"{kind}:{published}"
-        pooch.retrieve(url, known_hash=known_hash, fname=file, path=path.parent)
-    except ValueError as error:  # pooch checks before it moves the file into the cache
-        seen = f"the download of {url} is corrupt ({kind} is not {published}) and was not kept"
-        raise ValueError(f"{seen}: try again, or put the right file at {path}") from error
-    except OSError as error:  # requests' errors are OSErrors too
+        pooch.retrieve(
+            url, known_hash=known_hash, fname=file, path=path.parent, downloader=_download
+        )
+    except OSError as error:  # requests' errors are OSErrors, and some are ValueErrors too
         seen = f"{path} is not there, and {url} could not be saved there: {error}"
         cure = f"Put the file there yourself, or set PPVAE_DATA to a folder that has {key}"
         raise ConnectionError(f"{seen}. {cure}, or that can be written") from error
+    except ValueError as error:  # pooch checks before it moves the file into the cache
+        seen = f"the download of {url} is corrupt ({kind} is not {published}) and was not kept"
+        raise ValueError(f"{seen}: try again, or put the right file at {path}") from error
     finally:
         with suppress(OSError):  # not empty: the file is there
             for empty in made:
                 empty.rmdir()
     return path
+
+
+def _download(url: str, output_file: Any, pooch: Any, check_only: bool = False) -> None:
+    """Download for ``pooch``: over http and https only, redirects too, and not without end."""
+    import requests
+
+    if not url.startswith(("http://", "https://")):
+        raise ConnectionError(f"{url} is neither http nor https")
+    # a session follows redirects to these two only: it has no adapter for others
+    with requests.get(url, stream=True, timeout=30) as response, open(output_file, "wb") as file:
+        response.raise_for_status()
+        for piece in response.iter_content(2**16):
+            if file.tell() > MOST_OF_A_DOWNLOAD:
+                raise ConnectionError(f"it has more than {MOST_OF_A_DOWNLOAD:,} bytes")
+            file.write(piece)
 
 
 def broken(path: Path, what: str) -> ValueError:
@@ -115,8 +136,8 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         ValueError: not such a file, or its sizes and its length disagree.
     """
-    with gzip.open(path) as file:
-        raw = file.read()
+    with reading(path, "Delete it and try again"), gzip.open(path) as file:
+        raw = unpacked(file, MOST_OF_A_DATA_SET)
     rank = raw[3] if raw[:3] == b"\x00\x00\x08" and len(raw) > 3 else 0
     start = 4 + 4 * rank
     if not rank or len(raw) < start:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ppvae.data.arrays import from_arrays
+from ppvae.data.bounded import check_room, npz_arrays, reading
 from ppvae.data.dataset import Dataset
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
@@ -38,19 +41,17 @@ def from_npz(path: str | Path, x: str = "x", y: str | None = "y", **options: Any
     path = existing(path)
     if path.suffix != ".npz":
         raise ValueError(f"{path} is not an .npz file: save one with np.savez(path, x=x, y=y)")
-    try:
-        # a handle of our own, because numpy leaves its own open when a zip file is broken
-        with path.open("rb") as handle:
-            file = np.load(handle, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
+    with reading(path, "Give the keys of arrays of numbers; pickled objects are refused"):
+        with path.open("rb") as file:
+            if file.read(6) == b"\x93NUMPY":
                 raise ValueError("it holds one nameless array")
-            if x not in file or (y is not None and y != "y" and y not in file):
-                raise ValueError(f"wanted x={x!r} and y={y!r}, and the keys are {list(file)}")
-            arrays = file[x], None if y is None or y not in file else file[y]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        cure = "Give the keys of arrays of numbers; pickled objects are refused"
-        raise ValueError(f"cannot read {path}: {error}. {cure}") from error
-    return from_arrays(*arrays, **{"name": path.stem, **options})
+        with zipfile.ZipFile(path) as archive:
+            keys = [name.removesuffix(".npy") for name in archive.namelist()]
+        if x not in keys or (y is not None and y != "y" and y not in keys):
+            raise ValueError(f"wanted x={x!r} and y={y!r}, and the keys are {keys}")
+        arrays = npz_arrays(path, [x] if y is None or y not in keys else [x, y])
+    with _naming(path):
+        return from_arrays(*arrays, **{"name": path.stem, **options})
 
 
 def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -> Dataset:
@@ -79,13 +80,11 @@ def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -
     import pandas
 
     path = existing(path)
-    try:  # cells as text, so that a word stays what it was
-        table = pandas.read_csv(
+    with reading(path, "Give a table in UTF-8, not empty, with as many cells in each line"):
+        check_room(path.stat().st_size, "it")
+        table = pandas.read_csv(  # cells as text, so that a word stays what it was
             path, header=None, dtype=object, keep_default_na=False, encoding="utf-8-sig"
         )
-    except ValueError as error:
-        cure = "Give a table, not empty, with as many cells in each line"
-        raise ValueError(f"cannot read {path}: {str(error).strip()}. {cure}") from error
     names = [str(j) for j in table]
     # labels may be words, so their column does not tell a line of names from a line of data
     skipped = label % len(names) if isinstance(label, int) else None
@@ -98,9 +97,10 @@ def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -
         del names[column]
     x = pandas.DataFrame(_as_numbers(table.to_numpy(), names, path), columns=names)
     options = {"name": path.stem, **options}
-    if words is None or all(map(_is_number, words)):
-        return from_arrays(x, None if words is None else words.astype(np.float64), **options)
-    return _with_named_labels(x, words, **options)
+    with _naming(path):
+        if words is None or all(map(_is_number, words)):
+            return from_arrays(x, None if words is None else words.astype(np.float64), **options)
+        return _with_named_labels(x, words, **options)
 
 
 def from_images(
@@ -136,7 +136,7 @@ def from_images(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check the path")
-    if len(size) != 2 or min(size) < 1:
+    if not _is_size(size):
         raise ValueError(f"size={size!r}: give (height, width) in pixels, each 1 or more")
     sub_folders = sorted(sub for sub in folder.iterdir() if sub.is_dir() and sub.name[0] != ".")
     beside = _images_in(folder)
@@ -147,11 +147,24 @@ def from_images(
     paths = beside or inside
     if not paths:
         raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)}")
+    values = len(paths) * size[0] * size[1] * (1 if grey else 3)
+    with _naming(folder):
+        check_room(5 * values, f"{len(paths)} images of size={size}")  # a byte, and four as float32
     x = np.stack([_pixels(path, size, grey) for path in paths]) / np.float32(255)
     options = {"name": folder.name, **options}
-    if beside:
-        return from_arrays(x, **options)
-    return _with_named_labels(x, np.array([path.parent.name for path in paths]), **options)
+    with _naming(folder):
+        if beside:
+            return from_arrays(x, **options)
+        return _with_named_labels(x, np.array([path.parent.name for path in paths]), **options)
+
+
+def _is_size(size: Any) -> bool:
+    """Whether it is height and width."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        return False
+    return all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in size) and (
+        min(size) >= 1
+    )
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -168,14 +181,12 @@ def _pixels(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError("reading images needs pillow: pip install pillow") from error
-    try:
+    with reading(path, "Save it anew as 8-bit PNG, of less than 178 million pixels"):
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # convert would clip these to white
                 raise ValueError(f"mode {image.mode!r} has more than 8 bits per channel")
             upright = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
             small = upright.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}. Save it anew as 8-bit PNG") from error
     pixels = np.asarray(small, dtype=np.uint8)
     return pixels[None] if grey else pixels.transpose(2, 0, 1)
 
@@ -196,6 +207,15 @@ def existing(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of what file the values are that are refused."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
 def _is_number(cell: Any) -> bool:
     try:
         float(cell)
@@ -212,9 +232,9 @@ def _as_numbers(cells: np.ndarray, names: list[str], path: Path) -> np.ndarray:
         row, column = next(
             (i, j) for i, j in np.ndindex(cells.shape) if not _is_number(cells[i, j])
         )
-        seen = (
-            f"data row {row}, column {names[column]!r} holds {cells[row, column]!r}, not a number"
-        )
+        cell = repr(cells[row, column])
+        cell = cell if len(cell) <= 60 else f"{cell[:60]}... ({len(cell):,} characters)"
+        seen = f"data row {row}, column {names[column]!r} holds {cell}, not a number"
         cure = "fill empty cells, separate by commas, and name a column of words as label="
         raise ValueError(f"{path}: {seen}: {cure}") from error
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ppvae.data.arrays import split_rows
+from ppvae.data.bounded import MOST_OF_A_DATA_SET, member, reading
 from ppvae.data.dataset import Dataset
 from ppvae.data.fetch import broken, fetch
 from ppvae.data.split import Split
@@ -60,17 +61,15 @@ def har(num_valid: int = 735, seed: int = 0) -> Dataset:
 
 def _read(path: Path, part: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Features and labels from 0, checked."""
-    try:
+    with reading(path, "It is not the UCI HAR data set: delete it and try again"):
         with zipfile.ZipFile(path) as outer:
             inner = [name for name in outer.namelist() if name.endswith("UCI HAR Dataset.zip")]
             # the repository's newer download is a zip of that zip
-            with zipfile.ZipFile(io.BytesIO(outer.read(inner[0]))) if inner else outer as file:
-                x, y = (
-                    np.loadtxt(io.BytesIO(file.read(f"UCI HAR Dataset/{part}/{kind}_{part}.txt")))
-                    for kind in "Xy"
-                )
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise broken(path, f"is not the UCI HAR data set: {error}") from error
+            most = MOST_OF_A_DATA_SET
+            raw = io.BytesIO(member(outer, inner[0], most)) if inner else None
+            with zipfile.ZipFile(raw) if raw is not None else outer as file:
+                names = (f"UCI HAR Dataset/{part}/{kind}_{part}.txt" for kind in "Xy")
+                x, y = (np.loadtxt(io.BytesIO(member(file, name, most))) for name in names)
     shape, counts = (sum(COUNTS[part]), FEATURES), np.bincount(y.astype(np.int64))[1:].tolist()
     bounded = x.size > 0 and abs(x).max() <= 1
     if x.shape != shape or tuple(counts) != COUNTS[part] or not bounded:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.arrays import from_arrays
+from ppvae.data.bounded import npz_arrays, reading
 from ppvae.data.dataset import Dataset
 from ppvae.data.fetch import cache_folder, fetch, read_idx
 from ppvae.data.split import Binarize, Split, binarised, check_binarize
@@ -127,8 +128,8 @@ def freyfaces(binarize: Binarize | None = None, flatten: bool = True, seed: int 
     if not path.is_file():
         cure = "put it there, or set PPVAE_DATA to a folder with freyfaces/freyfaces.npz"
         raise FileNotFoundError(f"no file {path}: {cure}. {FREY_RECIPE}")
-    with np.load(path, allow_pickle=False) as file:
-        faces = np.ascontiguousarray(file["faces"]) if "faces" in file else np.zeros(0)
+    with reading(path, "Replace it, or load it as your own data with data.from_npz"):
+        faces = np.ascontiguousarray(npz_arrays(path, ["faces"])[0])
     # of the pixels, not of the file, so that a file made by the recipe above passes too
     if hashlib.sha256(faces.tobytes()).hexdigest() != FREY_SHA256:
         cure = "replace it, or load it as your own data with data.from_npz"

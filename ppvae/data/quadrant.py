@@ -45,6 +45,8 @@ def quadrants(dataset: Dataset, missing: int) -> Dataset:
     shape = dataset.shape
     if len(shape) not in (2, 3) or min(shape[-2:]) < 2:
         raise ValueError(f"{dataset.name!r} has rows of shape {shape}, not images: give (C, H, W)")
+    if dataset.train.observed is not None:
+        raise ValueError("the data have missing values of their own, which no quadrant can hide")
     if dataset.train.missing is not None:
         raise ValueError(f"{dataset.name!r} is cut already: give the data set it was made from")
     bottom, right = shape[-2] // 2, shape[-1] // 2

@@ -28,6 +28,7 @@ class SparseRows:
 
     Args:
         matrix: ``(N, D)``, scipy sparse, or dense.
+        dtype: of NumPy; None: that of the default float dtype.
 
     Example:
         >>> import scipy.sparse
@@ -39,10 +40,10 @@ class SparseRows:
 
     device = torch.device("cpu")
 
-    def __init__(self, matrix: Any) -> None:
+    def __init__(self, matrix: Any, dtype: Any = None) -> None:
         import scipy.sparse
 
-        self.matrix = scipy.sparse.csr_array(matrix, dtype=float_type())
+        self.matrix = scipy.sparse.csr_array(matrix, dtype=float_type() if dtype is None else dtype)
         self.matrix.sum_duplicates()
         self.dtype = torch.from_numpy(self.matrix.data[:0]).dtype
         self.shape = tuple(self.matrix.shape)
@@ -58,6 +59,43 @@ class SparseRows:
 
     def __len__(self) -> int:
         return int(self.shape[0])
+
+
+class SparseArguments:
+    """What a program is called with, of which some stays sparse until a batch is made.
+
+    It answers as a ``Split`` with ``rows`` does, where ``ppvae.fit`` asks.
+
+    Args:
+        columns: tensors and :class:`SparseRows` of N rows each, in the order of the arguments.
+
+    Example:
+        >>> import scipy.sparse
+        >>> x = SparseRows(scipy.sparse.csr_array([[0, 2], [1, 0], [0, 0]]))
+        >>> both = SparseArguments([x, torch.tensor([5, 6, 7])])
+        >>> both.present(*both.read(torch.tensor([1])), epoch=1, key=0)
+        (tensor([[1., 0.]]), tensor([6]))
+    """
+
+    binarize, seed = None, 0
+
+    def __init__(self, columns: Sequence[Tensor | SparseRows]) -> None:
+        lengths = [len(column) for column in columns]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"the arguments have {lengths} rows: give each as many")
+        self.columns = tuple(columns)
+        self.rows = torch.arange(lengths[0])
+
+    def read(self, index: Tensor) -> tuple[Tensor, ...]:
+        """The same rows of each argument, dense."""
+        return tuple(column.index_select(0, index.to(column.device)) for column in self.columns)
+
+    def present(self, *batch: Tensor, epoch: int, key: int) -> tuple[Tensor, ...]:
+        """The rows as they are."""
+        return batch
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def from_counts(

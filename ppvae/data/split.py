@@ -38,10 +38,14 @@ class Split:
         rows: ``(N,)`` which rows of ``values`` are this part, for values that stay where they are,
             such as a file mapped into memory: ``ppvae.fit`` then reads a batch when it needs it,
             and binarises it on the device. None: ``values`` are the rows, and move with ``to``.
+        observed: which values are there, bool of the shape of ``values``: then it is the last
+            argument of a batch, ``(x, observed)`` or ``(x, y, observed)``; None: all are.
 
     Raises:
-        ValueError: lengths differ, ``binarize`` is unknown, grey levels leave [0, 1], ``seed``
-            is negative, or ``supervised`` is set without ``y``.
+        TypeError: ``observed`` is not bool.
+        ValueError: lengths differ, ``observed`` has another shape or stands beside ``rows``,
+            ``binarize`` is unknown, grey levels leave [0, 1], ``seed`` is negative, or
+            ``supervised`` is set without ``y``.
 
     Source: dynamic binarisation as in Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519.
 
@@ -59,6 +63,7 @@ class Split:
     missing: Tensor | None = None
     visible: Tensor | None = None
     rows: Tensor | None = None
+    observed: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_binarize(self.binarize)
@@ -67,6 +72,15 @@ class Split:
             raise ValueError(f"y has {len(self.y)} rows and values {len(self)}: give one y per row")
         if self.supervised and self.y is None:
             raise ValueError("supervised=True needs y, and y is None: give labels or conditions")
+        if self.observed is not None:
+            if self.observed.dtype != torch.bool:
+                raise TypeError(f"observed is {self.observed.dtype}: give bool, ~x.isnan()")
+            if self.observed.shape != self.values.shape or self.rows is not None:
+                seen = f"observed has shape {tuple(self.observed.shape)}, values "
+                seen += (
+                    f"{tuple(self.values.shape)} {'with' if self.rows is not None else 'no'} rows"
+                )
+                raise ValueError(f"{seen}: give one bool for each value, and no rows")
         if self.rows is not None and self.binarize == "static":
             raise ValueError("binarize='static' keeps one draw of all rows: use 'dynamic' here")
         if self.binarize is not None and self.rows is None:  # else from_arrays has checked them
@@ -104,6 +118,8 @@ class Split:
 
     def batch(self, epoch: int) -> tuple[Tensor, ...]:
         """What the model is called with in one epoch: ``(x,)``, or ``(x, y)`` when supervised.
+
+        With ``observed``, that comes last.
 
         Args:
             epoch: 0, 1, 2, ...
@@ -173,7 +189,8 @@ class Split:
             >>> len(data.load("digits").test.args)
             1
         """
-        return (self.x, cast(Tensor, self.y)) if self.supervised else (self.x,)
+        args = (self.x, cast(Tensor, self.y)) if self.supervised else (self.x,)
+        return args if self.observed is None else (*args, self.observed)
 
     def to(self, device: torch.device | str) -> Split:
         """The same split with its tensors on ``device``; with ``rows`` it stays where it is.
@@ -184,7 +201,8 @@ class Split:
         """
         if self.rows is not None:
             return self
-        tensors = {name: getattr(self, name) for name in ("values", "y", "missing", "visible")}
+        parts = ("values", "y", "missing", "visible", "observed")
+        tensors = {name: getattr(self, name) for name in parts}
         moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
         return replace(self, **moved)
 
@@ -196,7 +214,8 @@ class Split:
         return (
             f"Split(values={(len(self), *self.values.shape[1:])}, y={y}, "
             f"binarize={self.binarize!r}, seed={self.seed}, supervised={self.supervised}"
-            f"{'' if self.rows is None else ', read in batches'})"
+            f"{'' if self.rows is None else ', read in batches'}"
+            f"{'' if self.observed is None else f', {self.observed.double().mean():.0%} observed'})"
         )
 
     def _whole_rows(self, epoch: int) -> Tensor:
@@ -212,9 +231,50 @@ class Split:
     def _arguments(self, whole_rows: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
         """``(x,)`` or ``(x, y)``; visible pixels come from the same draw as missing ones."""
         x = _columns(whole_rows, self.missing)
+        last = () if self.observed is None else (self.observed,)
         if not self.supervised:
-            return (x,)
-        return (x, cast(Tensor, y) if self.visible is None else _columns(whole_rows, self.visible))
+            return (x, *last)
+        y = cast(Tensor, y) if self.visible is None else _columns(whole_rows, self.visible)
+        return (x, y, *last)
+
+
+def with_labels(split: Split, per_class: int, seed: int = 0) -> Split:
+    """A part of which some rows of each class have their label, and all others -1: few labels.
+
+    Its batches are ``(x, y)``. Which rows they are is a function of the seed alone. The part that
+    was given has the labels still, to count errors by.
+
+    Args:
+        split: with labels ``y``, ``(N,)``, integers from 0; -1 where they are not known already.
+        per_class: how many rows of each class keep their label, at least 1.
+        seed: of the choice.
+
+    Raises:
+        ValueError: no labels, or fewer rows of a class than ``per_class``.
+
+    Example:
+        >>> from ppvae import data
+        >>> train = with_labels(data.load("digits").train, per_class=3)
+        >>> len(train), int((train.y >= 0).sum()), [t.dtype for t in train.args]
+        (1297, 30, [torch.float32, torch.int64])
+    """
+    check_at_least(1, per_class=per_class)
+    check_at_least(0, seed=seed)
+    y = split.y
+    if y is None or y.dim() != 1 or y.is_floating_point():
+        seen = "None" if y is None else f"{y.dtype} of shape {tuple(y.shape)}"
+        raise ValueError(f"with_labels takes labels y, integers of shape (N,), and y is {seen}")
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    kept = torch.full_like(y, -1)
+    for label in y[y >= 0].unique().tolist():
+        rows = order[y[order] == label]
+        if len(rows) < per_class:
+            raise ValueError(
+                f"per_class={per_class}, and class {label} has {len(rows)} rows: give a smaller "
+                "number, or more rows of it"
+            )
+        kept[rows[:per_class]] = label
+    return replace(split, y=kept, supervised=True)
 
 
 def binarised(
@@ -245,15 +305,19 @@ def _columns(rows: Tensor, positions: Tensor | None) -> Tensor:
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not any(
+        value is choice or (isinstance(value, str) and value == choice) for choice in choices
+    ):
         raise ValueError(f"{name}={value!r} is unknown: use {', '.join(map(repr, choices))}")
 
 
 def check_at_least(least: int, **arguments: int) -> None:
     """Raise ``ValueError`` unless every argument is ``least`` or more."""
     for name, value in arguments.items():
-        if value < least:
-            raise ValueError(f"{name}={value}: give {least} or more")
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: give a whole number, {least} or more")
+        if not least <= value < 2**64:
+            raise ValueError(f"{name}={value}: give {least} or more, of 64 bits")
 
 
 def check_binarize(binarize: object) -> None:

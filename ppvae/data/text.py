@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ppvae.data.bounded import MOST_OF_A_DATA_SET, reading, unpacked
 from ppvae.data.dataset import Dataset
 from ppvae.data.fetch import SHA256, broken, cache_folder, fetch
 from ppvae.data.sparse import (
@@ -70,7 +71,11 @@ def newsgroups(
 def _text(file: str) -> str:
     """A file of the clean version, plain or gzipped in the cache, checked."""
     zipped = cache_folder() / "20news" / f"{file}.gz"
-    content = gzip.decompress(zipped.read_bytes()) if zipped.exists() else _plain(file)
+    if zipped.exists():
+        with reading(zipped, "Delete it and try again"), gzip.open(zipped) as packed:
+            content = unpacked(packed, MOST_OF_A_DATA_SET)
+    else:
+        content = _plain(file)
     published, found = SHA256[f"20news/{file}"], hashlib.sha256(content).hexdigest()
     if found != published:
         raise broken(zipped, f"is corrupt (sha256 of its contents {found}, not {published})")

@@ -10,11 +10,13 @@ from ppvae.diagnostics.evidence import Evidence, log_evidence
 from ppvae.diagnostics.gaps import Gaps, gaps
 from ppvae.diagnostics.hmc import hmc
 from ppvae.diagnostics.metropolis import metropolis
+from ppvae.diagnostics.missing import Imputation, impute
 from ppvae.diagnostics.nuts import nuts
 from ppvae.diagnostics.predictive import PredictiveCheck, predictive_check
 from ppvae.diagnostics.psis import khat
 from ppvae.diagnostics.quadrature import Quadrature, quadrature
 from ppvae.diagnostics.report import Report, diagnose
+from ppvae.diagnostics.simulated import Divergence, simulated_divergence
 from ppvae.diagnostics.summaries import Aggregate
 from ppvae.diagnostics.total_correlation import TotalCorrelation, total_correlation
 
@@ -22,8 +24,10 @@ __all__ = [
     "Aggregate",
     "AnnealedEvidence",
     "Calibration",
+    "Divergence",
     "Evidence",
     "Gaps",
+    "Imputation",
     "PosteriorComparison",
     "PosteriorDraws",
     "PredictiveCheck",
@@ -38,6 +42,7 @@ __all__ = [
     "diagnose",
     "gaps",
     "hmc",
+    "impute",
     "khat",
     "log_evidence",
     "metropolis",
@@ -47,6 +52,7 @@ __all__ = [
     "reverse_ais",
     "sbc",
     "sigmoid_schedule",
+    "simulated_divergence",
     "to_arviz",
     "total_correlation",
 ]

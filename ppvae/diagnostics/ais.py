@@ -15,6 +15,7 @@ from ppvae.diagnostics.annealing import AnnealedEvidence, Annealing, annealed_ev
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.joint import Joint
 from ppvae.diagnostics.rows import bound, check_pair_and_data, standard_error
+from ppvae.intake import takes_rows
 from ppvae.pairs import evaluation_mode, own_path, seeded, simulate
 
 
@@ -47,6 +48,7 @@ class Sandwich:
 
 
 @takes_numbers
+@takes_rows
 def ais(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -123,6 +125,7 @@ def ais(
 
 
 @takes_numbers
+@takes_rows
 def reverse_ais(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -184,6 +187,8 @@ def reverse_ais(
     model, guide = bound(model, guide, kwargs)
     annealing = Annealing(start, num_chains, num_temperatures, num_leapfrog, temperatures, max_rows)
     joint = Joint(model, guide, *args)
+    if not isinstance(draws, PosteriorDraws):
+        raise TypeError(f"draws takes those of diagnostics.hmc, got a {type(draws).__name__}")
     chains, kept, N, D = draws.unconstrained.shape
     if (joint.num_datapoints, joint.dim) != (N, D):
         raise ValueError(
@@ -206,6 +211,7 @@ def reverse_ais(
 
 
 @takes_numbers
+@takes_rows
 def bdmc(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -110,7 +110,14 @@ def _schedule(temperatures: Tensor | None, num_temperatures: int) -> Tensor:
     if temperatures is None:
         check_at_least(1, num_temperatures=num_temperatures)
         return sigmoid_schedule(num_temperatures)
-    betas = torch.as_tensor(temperatures, dtype=torch.float64)
+    try:
+        betas = torch.as_tensor(temperatures, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise TypeError(
+            f"temperatures must be numbers from 0 to 1, a tensor (T + 1,): {error}"
+        ) from error
+    if betas.layout != torch.strided:
+        raise TypeError("temperatures is sparse: give temperatures.to_dense()")
     if betas.dim() != 1 or len(betas) < 2 or betas[0] != 0 or betas[-1] != 1:
         raise ValueError("temperatures must be one-dimensional and go from 0 to 1")
     if not (betas.diff() > 0).all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from ppvae.check.pair import names
 from ppvae.diagnostics.evidence import Evidence, summarise
 from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data, take
 from ppvae.enumeration import draw
+from ppvae.intake import takes_rows
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
@@ -43,12 +45,14 @@ Variables = dict[str, tuple[list[str], Any]]  # by name: dimensions, and an arra
 def require_arviz() -> None:
     """Raise ``ImportError`` with the cure if ArviZ is missing: before any work."""
     try:
-        import arviz  # noqa: F401
+        with warnings.catch_warnings():  # what it imports adds filters for the whole process
+            import arviz  # noqa: F401
     except ImportError as error:
         raise ImportError("this needs ArviZ: pip install arviz") from error
 
 
 @takes_numbers
+@takes_rows
 def to_arviz(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -81,7 +85,8 @@ def to_arviz(
         num_draws: draws per datapoint.
         coords: coordinate values by dimension, e.g. ``{"datapoint": names}``.
         dims: names of the event dimensions by site; by default ``latent`` for the only latent,
-            ``z_dim`` for one of several, and ``x_dim`` for data.
+            ``z_dim`` for one of several, and ``x_dim`` for data; those of maps and images are
+            numbered from the left, ``latent_0`` the channel, ``latent_1`` the row.
         joint: for a pair with latents outside the data plate: one weight per draw for the whole
             batch.
         predictive: draw x too; False where the likelihood cannot be drawn from.
@@ -108,6 +113,7 @@ def to_arviz(
     model, guide = bound(model, guide, kwargs)
     require_arviz()
     check_at_least(1, num_draws=num_draws)
+    _check_labels(coords, dims)
     check_pair_and_data(model, guide, args, joint=joint)
     weights, traces = _draw(model, guide, args, num_draws, joint, predictive, seed)
     numbers = summarise(weights.log_w) if num_draws > 1 else {}
@@ -144,6 +150,13 @@ def export_rows(
     numbers = {name: getattr(evidence, name)[index] for name in wanted}
     coords = {"datapoint": index.numpy(), **(coords or {})}
     return _export(weights, traces, numbers, _constants(model, some, weights), coords, dims)
+
+
+def _check_labels(coords: Any, dims: Any) -> None:
+    """Raise ``TypeError`` unless coordinates and dimensions are given by name."""
+    for name, value in (("coords", coords), ("dims", dims)):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} takes a dictionary, {{name: ...}}, got {value!r}")
 
 
 def _chosen(datapoints: Any, count: int) -> Tensor:

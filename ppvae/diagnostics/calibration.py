@@ -12,7 +12,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppvae.arguments import takes_numbers
+from ppvae.arguments import require_functions, takes_numbers
 from ppvae.diagnostics.rows import (
     bound,
     check_at_least,
@@ -26,6 +26,7 @@ from ppvae.diagnostics.rows import (
 )
 from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
 from ppvae.enumeration import total
+from ppvae.intake import takes_rows
 from ppvae.pairs import Program, replay, sample_sites, simulate
 from ppvae.plots import diagnostics as plots
 from ppvae.terms import NoInverse, leftmost_plate, term
@@ -174,6 +175,7 @@ _MEANING = {
 
 
 @takes_numbers
+@takes_rows
 def sbc(
     model: Program,
     guide: Program,
@@ -241,6 +243,8 @@ def sbc(
     check_at_least(19, num_draws=num_draws)
     check_at_least(1, max_rows=max_rows)
     rows = check_pair_and_data(model, guide, args, estimates=True)
+    if test_quantities is not None:
+        require_functions("test_quantities", test_quantities)
     tests, absent = dict(test_quantities or {}), dict[str, str]()
     columns: dict[str, list[Tensor]] = {}
     which = torch.arange(num_simulations) % rows

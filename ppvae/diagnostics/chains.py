@@ -309,11 +309,11 @@ def convergence(draws: Tensor) -> tuple[Tensor, Tensor]:
     By ArviZ: rank-normalised split R-hat, and the smaller of bulk and tail ESS. NaN where a chain
     did not move in one of the coordinates, or is not finite.
     """
-    import arviz
-
     values = draws.double().numpy()
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # chains that do not move: NaN says so
+        import arviz  # it adds filters, which end here
+
         stuck = (~(np.ptp(values, axis=1) > 0)).any(0) | ~np.isfinite(values).all((0, 1))
         data = arviz.convert_to_dataset({"u": values})
         rhat = arviz.rhat(data, method="rank")["u"].values

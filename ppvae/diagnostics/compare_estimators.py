@@ -25,6 +25,7 @@ from ppvae.diagnostics.rows import (
     trainable,
 )
 from ppvae.elbo import Estimator, Objective
+from ppvae.intake import tensors
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.program import local_parameters
 
@@ -33,7 +34,7 @@ from ppvae.program import local_parameters
 def compare(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    data: Tensor | Sequence[Tensor],
+    data: Any,
     estimators: Mapping[str, Estimator] | Sequence[Estimator],
     *,
     repeats: int = 100,
@@ -54,7 +55,8 @@ def compare(
 
     Args:
         model, guide: Pyro programs.
-        data: a batch ``x``, or a tuple ``(x, y)``.
+        data: a batch ``x``, or a tuple ``(x, y)``; arrays, frames and the other containers of
+            :func:`ppvae.fit`.
         estimators: a list, or a mapping from the names to show.
         repeats: R >= 2 independent gradients and bounds per estimator.
         log_evidence: exact log p(x) of each datapoint, ``(N,)`` nats, where it is known; otherwise
@@ -94,7 +96,9 @@ def compare(
     import pandas
 
     check_at_least(2, repeats=repeats)
-    args = (data,) if isinstance(data, Tensor) else tuple(data)
+    check_at_least(2 if log_evidence is None else 0, evidence_particles=evidence_particles)
+    check_at_least(0, timing_rounds=timing_rounds)
+    args = tensors(data if isinstance(data, (tuple, list)) else (data,), model, guide)
     rows = check_pair_and_data(model, guide, args)
     if log_evidence is not None:
         check_log_evidence(log_evidence, rows)
@@ -139,6 +143,8 @@ def _by_name(estimators: Any) -> dict[str, Estimator]:
     if isinstance(estimators, pyro.infer.ELBO):
         estimators = [estimators]
     mapped = isinstance(estimators, Mapping)
+    if not mapped and not isinstance(estimators, Sequence):
+        estimators = [estimators]  # which is refused by its name
     values = list(estimators.values() if mapped else estimators)
     wrong = next((repr(e) for e in values if not isinstance(e, Estimator)), None)
     if wrong or not values:
@@ -249,7 +255,13 @@ class PeakMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._seen: set[int] = set()
+        self._watched: dict[int, weakref.finalize] = {}
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for watch in self._watched.values():  # of what lives on: nobody counts it any more
+            watch.detach()
+        self._watched.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -260,13 +272,12 @@ class PeakMemory(TorchDispatchMode):
 
     def _note(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
+        if key in self._watched:
             return
-        self._seen.add(key)
         self.alive += size
         self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._forget, key, size)
+        self._watched[key] = weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
+        self._watched.pop(key, None)
         self.alive -= size

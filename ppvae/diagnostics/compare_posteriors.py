@@ -14,6 +14,7 @@ from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.chains import PosteriorDraws
 from ppvae.diagnostics.joint import Joint
 from ppvae.diagnostics.rows import bound, check_at_least
+from ppvae.intake import takes_rows
 from ppvae.pairs import seeded
 
 
@@ -119,6 +120,7 @@ class PosteriorComparison:
 
 
 @takes_numbers
+@takes_rows
 def compare_posteriors(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -28,6 +28,7 @@ from ppvae.diagnostics.rows import (
     standard_error,
     take,
 )
+from ppvae.intake import takes_rows
 from ppvae.pairs import Program
 from ppvae.weights import LogWeights, whole_weights
 
@@ -113,6 +114,7 @@ class Evidence(Estimates):
 
 
 @takes_numbers
+@takes_rows
 def log_evidence(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -195,7 +197,7 @@ def weigh(
             nothing is compiled.
     """
     check_at_least(1, max_rows=max_rows)
-    if compile not in (True, False, "auto"):
+    if not isinstance(compile, (bool, str)) or compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
     rows = count_rows(args)
     last = rows - rows_per_piece(num_particles, max_rows)  # where the last full piece begins

@@ -23,6 +23,7 @@ from ppvae.diagnostics.rows import (
     standard_error,
     take,
 )
+from ppvae.intake import takes_rows
 from ppvae.local import Indexed, fit_local
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.weights import whole_weights
@@ -140,6 +141,7 @@ class Gaps:
 
 
 @takes_numbers
+@takes_rows
 def gaps(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -12,12 +12,14 @@ from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.chains import Point, PosteriorDraws, Settings, Transition, sample
 from ppvae.diagnostics.joint import Joint, traced
 from ppvae.diagnostics.rows import bound, check_at_least
+from ppvae.intake import takes_rows
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 JITTER = (0.3, 1.2)  # wide: a narrow one lets the variances mix slowly (periodic trajectories)
 
 
 @takes_numbers
+@takes_rows
 def hmc(
     model: Callable[..., Any],
     guide: Callable[..., Any],

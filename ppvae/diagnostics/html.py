@@ -111,18 +111,30 @@ def figure(pictures: Sequence[Picture]) -> Figure:
     return made
 
 
-def write(path: Path, **content: Any) -> Path:
-    """Write ``page.html``, filled with ``content``; what that is stands at its top."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
+def write(path: Path, page: str) -> Path:
+    """Write a page to a file."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file in it")
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def framed(page: str) -> str:
+    """A page inside another, such as a notebook: neither's style touches the other."""
+    from markupsafe import escape
+
+    look = "width: 100%; height: 36rem; border: 1px solid #c9ced4; border-radius: 4px"
+    return f'<iframe srcdoc="{escape(page)}" style="{look}" title="Report"></iframe>'
+
+
+def render(**content: Any) -> str:
+    """``page.html``, filled with ``content``; what that is stands at its top."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     loader = PackageLoader("ppvae.diagnostics", "")
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     templates.filters |= {"key": _key, "rounded": _rounded, "svg": _svg}
-    page = templates.get_template("page.html").render(content)
-    path.write_text(page, encoding="utf-8")
-    return path
+    return templates.get_template("page.html").render(content)
 
 
 def _key(name: str) -> str:

@@ -23,6 +23,7 @@ from torch.distributions import Transform
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.check.behaviour import coordinates, is_real, same_support
+from ppvae.check.pair import require_runs
 from ppvae.check.sites import describe, latent_support
 from ppvae.diagnostics.rows import (
     check_data,
@@ -142,8 +143,9 @@ class Joint:
         self._all_args = args
         try:
             self._look()
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, TypeError, AttributeError, IndexError):
             check_data(model, args)  # NaN that no mask hides is the reason, if there is any
+            require_runs(args, model=model, guide=guide)  # or a program by itself
             raise
         if self.auxiliary:  # there are no log-weights, and the guide gives draws only
             check_data(model, args)

@@ -12,9 +12,11 @@ from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.chains import Point, PosteriorDraws, Settings, Transition, sample
 from ppvae.diagnostics.joint import Joint, traced
 from ppvae.diagnostics.rows import bound
+from ppvae.intake import takes_rows
 
 
 @takes_numbers
+@takes_rows
 def metropolis(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -19,6 +19,7 @@ from ppvae.diagnostics.arviz_bridge import require_arviz
 from ppvae.diagnostics.chains import PosteriorDraws, convergence, joined
 from ppvae.diagnostics.joint import require_coordinates
 from ppvae.diagnostics.rows import bound, check_at_least, check_data, take
+from ppvae.intake import takes_rows
 from ppvae.pairs import (
     DATA_PLATE,
     evaluation_mode,
@@ -33,6 +34,7 @@ from ppvae.weights import require_densities, require_whole
 
 
 @takes_numbers
+@takes_rows
 def nuts(
     model: Callable[..., Any],
     *args: Any,

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppvae.arguments import takes_numbers
+from ppvae.arguments import require_functions, takes_numbers
 from ppvae.diagnostics.rows import (
     bound,
     check_at_least,
@@ -20,7 +20,17 @@ from ppvae.diagnostics.rows import (
     rows_first,
     take,
 )
-from ppvae.pairs import Program, particle_plate, reason, replay, sample_sites, structure, trace
+from ppvae.intake import takes_rows
+from ppvae.pairs import (
+    Program,
+    particle_plate,
+    reason,
+    replay,
+    sample_sites,
+    shown,
+    structure,
+    trace,
+)
 from ppvae.plots import diagnostics as plots
 
 if TYPE_CHECKING:
@@ -87,6 +97,7 @@ class PredictiveCheck:
 
 
 @takes_numbers
+@takes_rows
 def predictive_check(
     model: Program,
     guide: Program,
@@ -105,7 +116,8 @@ def predictive_check(
 
     A posterior predictive p-value uses the datapoint twice, so p near 0 or 1 is rarer than under a
     uniform law: extremes mean something, the middle proves nothing. With ``guides.Prior(model)`` as
-    guide it is a prior predictive check, uniform if the model is right.
+    guide it is a prior predictive check, uniform if the model is right. Values that a mask hides
+    are NaN in the data and in what is drawn, so statistics have to pass over them.
 
     Args:
         model, guide: Pyro programs.
@@ -139,6 +151,9 @@ def predictive_check(
     model, guide = bound(model, guide, kwargs)
     check_at_least(20, num_draws=num_draws)
     check_at_least(1, max_rows=max_rows)
+    require_functions("statistics", statistics)
+    if site is not None and not isinstance(site, str):
+        raise TypeError(f"site takes the name of an observed site, got {site!r}")
     if not statistics:
         raise ValueError('statistics is empty: give functions, e.g. {"mean": lambda x: x.mean(-1)}')
     rows = check_pair_and_data(model, guide, args, estimates=True)
@@ -148,6 +163,9 @@ def predictive_check(
         sites = sample_sites(trace(model, args, {}))
         name = _choose(site, [n for n, found in sites.items() if found["is_observed"]])
         data, observed = rows_first(sites[name]), dict[str, Tensor]()
+        visible = shown(sites[name], sites[name]["value"])
+        if visible is not None:
+            visible = rows_first({**sites[name], "value": visible.expand(data.shape)})
         shape = structure(model, guide, args, {})
         for part, sizes in pieces(rows, num_draws, max_rows):
             batch, start = take(args, part), 0
@@ -155,6 +173,9 @@ def predictive_check(
                 drawn = _draw(free, guide, batch, shape, size, name)  # (size, n, *event)
                 dtype = _common(data.dtype, drawn.dtype)
                 data, drawn = data.to(dtype), drawn.to(dtype)
+                if visible is not None:  # as incomplete as the data
+                    data = data.masked_fill(~visible, torch.nan)
+                    drawn = drawn.masked_fill(~visible[part], torch.nan)
                 observed = observed or {
                     label: _of(label, f, data) for label, f in statistics.items()
                 }
@@ -210,7 +231,8 @@ def _of(name: str, statistic: Statistic, values: Tensor) -> Tensor:
         raise ValueError(
             f"statistic {name!r} is NaN for {int(missing.sum())} of {len(found)} rows, first in "
             f"row {int(missing.nonzero()[0])}, so it cannot be ranked; choose one that is a number "
-            "for every row, or leave out rows with missing values"
+            "for every row (values that a mask hides are NaN: torch.nansum, Tensor.nanmean), or "
+            "leave out rows with missing values"
         )
     return found
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.joint import Joint
 from ppvae.diagnostics.rows import bound
+from ppvae.intake import takes_rows
 from ppvae.pairs import seeded
 
 EDGE = 36.0  # nats below the highest mode at which a density is cut: 2e-16
@@ -62,6 +63,7 @@ class Quadrature:
 
 
 @takes_numbers
+@takes_rows
 def quadrature(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -121,6 +123,8 @@ def quadrature(
         tensor([1.0000], dtype=torch.float64)
     """
     model, guide = bound(model, guide, kwargs)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance}")
     if num_points < 33 or num_points % 2 == 0:
         raise ValueError(f"num_points must be odd and at least 33, got {num_points}")
     joint = Joint(model, guide, *args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +17,14 @@ from ppvae.arguments import takes_numbers
 from ppvae.diagnostics import html
 from ppvae.diagnostics.arviz_bridge import elpd, export_rows
 from ppvae.diagnostics.evidence import Evidence, weigh
+from ppvae.diagnostics.missing import SUFFIX, by_missingness
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.rows import bound, check_pair_and_data, spread
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
+from ppvae.intake import takes_rows
 from ppvae.pairs import Program
 from ppvae.terms import NoInverse
+from ppvae.wrapped import title as name_of
 
 if TYPE_CHECKING:
     import pandas
@@ -49,6 +54,7 @@ class Report(Evidence):
             :class:`~ppvae.diagnostics.summaries.Aggregate`; None where it is absent.
         absent: by quantity that this pair does not have, the reason.
         pair: model, guide and args.
+        seed: that the draws were made with; None: from the random stream as it was.
     """
 
     kl: dict[str, Tensor]
@@ -62,6 +68,7 @@ class Report(Evidence):
     aggregate: Aggregate | None
     absent: dict[str, str]
     pair: tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]] = field(repr=False)
+    seed: int | None = None
 
     # -- per datapoint -------------------------------------------------------------------------
 
@@ -93,6 +100,21 @@ class Report(Evidence):
             columns["reconstruction"] = self.reconstruction
         frame = pandas.DataFrame({name: column.numpy() for name, column in columns.items()})
         return frame.rename_axis("datapoint")
+
+    def by_missingness(self, bins: int | Sequence[float] = 4) -> pandas.DataFrame:
+        """Evidence, gap, KL, ESS and k-hat of rows with about the same share of missing values.
+
+        Log p(x) is of the observed part, so rows with different masks do not compare: nats per
+        observed value do roughly. Of a model of the mask, too, its nats are among them.
+
+        Args:
+            bins: how many intervals of the share missing, of as many rows each where shares
+                differ; or their edges in ascending order, as ``(0, 0.25, 0.5, 1)``.
+
+        Raises:
+            ValueError: the pair hides no values; the edges do not ascend.
+        """
+        return by_missingness(self, self.pair, self.rate, bins)
 
     # -- units and the aggregated posterior ----------------------------------------------------
 
@@ -184,6 +206,8 @@ class Report(Evidence):
         said = []
         for name, units in self.collapsed.items():
             count, all_units = int(units.sum()), len(units)
+            if name.endswith(SUFFIX):  # drawn from the model's own law, as it should
+                continue
             if count == all_units:
                 said.append(
                     f"Posterior collapse: q = p on every unit of {name!r}, so the model ignores "
@@ -195,6 +219,12 @@ class Report(Evidence):
                     "use them. If it should, try elbo.LinearWarmup or elbo.FreeBits; if not, make "
                     "the latent smaller."
                 )
+        named = [name for name in self.activity if not name.endswith(SUFFIX)]
+        if named and not self.active_units and not said:
+            said.append(
+                f"No unit is active: the posterior means of {', '.join(map(repr, named))} hardly "
+                "change from one datapoint to the next. Train for longer, or as for a collapse."
+            )
         return said
 
     def _about_prior(self) -> list[str]:
@@ -315,15 +345,32 @@ class Report(Evidence):
         Returns:
             The path.
         """
-        return html.write(
-            Path(path),
+        return html.write(Path(path), self._page(image_shape, title))
+
+    def _repr_html_(self) -> str:
+        return html.framed(self._page(None, None))
+
+    def _page(self, image_shape: Sequence[int] | None, title: str | None) -> str:
+        return html.render(
             title=title or "Can this posterior be trusted?",
             report=self,
             pictures=self._pictures(image_shape),
             summary=self._summary(),
             units={site: self._units(site) for site in self.activity},
             datapoints=self._worst_rows(100),
+            origin=self._origin(),
         )
+
+    def _origin(self) -> str:
+        """Of which pair, data and draws this is, with which versions, and when it was written."""
+        model, guide, args = self.pair
+        data = ", ".join(str(tuple(arg.shape)) for arg in args if isinstance(arg, Tensor))
+        draws = f"K = {self.num_particles}, seed {self.seed}"
+        versions = ", ".join(
+            f"{name} {importlib.metadata.version(name)}" for name in ("ppvae", "torch", "pyro-ppl")
+        )
+        now = datetime.datetime.now().isoformat(" ", "minutes")
+        return f"{name_of(model)} and {name_of(guide)}; data {data}; {draws}; {versions}; {now}"
 
     def _pictures(self, image_shape: Sequence[int] | None) -> list[html.Picture]:
         x = next(arg for arg in self.pair[2] if isinstance(arg, Tensor))
@@ -377,6 +424,7 @@ class Report(Evidence):
 
 
 @takes_numbers
+@takes_rows
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -481,6 +529,7 @@ def diagnose(
         aggregate=found,
         absent=absent,
         pair=(model, guide, args),
+        seed=seed,
     )
 
 

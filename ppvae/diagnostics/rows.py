@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ppvae.check.pair import (
     PairError,
     check_batch,
+    check_programs,
     check_shapes,
     check_tensors,
     check_values,
@@ -57,7 +58,11 @@ def check_data(program: Program, args: Sequence[Any]) -> int:
 def check_rows(program: Program, args: Sequence[Any]) -> int:
     """:func:`check_data`, but for what the tensors hold."""
     for name, arg in zip(names(program, args), args, strict=True):
-        if not isinstance(arg, Tensor) and hasattr(arg, "__array__") and np.ndim(arg) > 0:
+        if (
+            not isinstance(arg, (Tensor, np.generic))
+            and hasattr(arg, "__array__")
+            and np.ndim(arg) > 0
+        ):
             seen = type(arg).__name__
             raise PairError(f"argument {name!r} must be a tensor, got {seen}: torch.as_tensor(...)")
     check_shapes(program, args)
@@ -124,7 +129,7 @@ def _runs(model: Program, guide: Program, args: Sequence[Any]) -> bool:
     with torch.no_grad(), own_path(), unnoticed(model, guide), pyro.validation_enabled(False):
         try:
             log_weights(model, guide, *args)
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
             return False
     return True
 
@@ -132,8 +137,9 @@ def _runs(model: Program, guide: Program, args: Sequence[Any]) -> bool:
 def check_at_least(least: int, **arguments: int) -> None:
     """Raise ``ValueError`` for an argument below ``least``; each is passed by its name."""
     for name, value in arguments.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not least <= value < 2**63:
+            most = "" if value < least else ", and below 2 ** 63"
+            raise ValueError(f"{name} must be at least {least}{most}, got {value}")
 
 
 def check_log_evidence(log_evidence: Tensor, rows: int) -> None:
@@ -148,12 +154,17 @@ def check_log_evidence(log_evidence: Tensor, rows: int) -> None:
 
 def check_start(start: str) -> None:
     """Raise ``ValueError`` unless chains start at draws of the guide or the prior."""
-    if start not in ("guide", "prior"):
+    if not isinstance(start, str) or start not in ("guide", "prior"):
         raise ValueError(f'start must be "guide" or "prior", got {start!r}')
 
 
 def bound(model: Program, guide: Program, kwargs: Mapping[str, Any]) -> tuple[Program, Program]:
-    """Both programs with what is passed by keyword: it is no row of the data, and never cut."""
+    """Both programs with what is passed by keyword: it is no row of the data, and never cut.
+
+    Raises:
+        TypeError: one of them is no program.
+    """
+    check_programs(model=model, guide=guide)
     if not kwargs:
         return model, guide
     return functools.partial(model, **kwargs), functools.partial(guide, **kwargs)

@@ -12,10 +12,9 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Independent
 
 from ppvae.diagnostics.rows import count_rows, evaluating, rows_first, standard_error, take
-from ppvae.elbo.standard import ELBO, closed_form_kl, dimension_rates
+from ppvae.elbo.standard import ELBO, closed_form_kl, dimension_rates, independent_units
 from ppvae.enumeration import total
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, sample_sites, structure, trace
 from ppvae.terms import distribution_mask, sum_plates, term, unmasked
@@ -77,23 +76,14 @@ def _terms(weights: LogWeights, absent: Absent) -> dict[tuple[str, str], Tensor]
         log_p = weights.log_p.get(name, torch.zeros_like(log_q))
         found["kl", name] = closed.get(name, log_q - log_p)
         q, p = weights.guide_trace.nodes[name], weights.model_trace.nodes.get(name)
-        if _units_are_independent(q, p):
+        if p is not None and independent_units(q) and independent_units(p):
             found["kl_per_dimension", name] = dimension_rates(weights, name, name in closed)
         else:
             absent[f"KL per dimension of {name!r}"] = (
-                "guide and model must both draw it from a vector of independent dimensions"
+                "guide and model must both draw it from a vector or map of independent dimensions"
             )
         found |= _moments(name, q, weights.leftmost, absent)
     return found
-
-
-def _units_are_independent(q: Site, p: Site | None) -> bool:
-    return p is not None and all(
-        isinstance(site["fn"], Independent)
-        and site["fn"].reinterpreted_batch_ndims == 1
-        and len(site["fn"].event_shape) == 1
-        for site in (q, p)
-    )
 
 
 def _moments(name: str, site: Site, leftmost: int, absent: Absent) -> dict[tuple[str, str], Tensor]:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ppvae.arguments import takes_numbers
+from ppvae.check.pair import check_programs, require_runs
 from ppvae.diagnostics.rows import check_at_least, check_data, evaluating, standard_error
 from ppvae.elbo.disentangling import code_covariance
 from ppvae.elbo.standard import independent_units
+from ppvae.intake import takes_rows
 from ppvae.pairs import Program, sample_sites, trace
 
 
@@ -32,6 +34,7 @@ class TotalCorrelation(NamedTuple):
 
 
 @takes_numbers
+@takes_rows
 def total_correlation(
     guide: Program,
     *args: Any,
@@ -48,7 +51,7 @@ def total_correlation(
     with S the covariance of q(z). Neither is the other: the first sees linear dependence only.
 
     Args:
-        guide: draws one latent, a vector of independent dimensions given x.
+        guide: draws one latent, a vector or map of independent dimensions given x.
         *args: data as it is called, N >= 2 rows: a few thousand, which are encoded at once.
         num_draws: of q(z); spread evenly over the rows.
         max_pairs: densities q(z | x) computed at once, which bounds the memory.
@@ -75,12 +78,14 @@ def total_correlation(
         >>> [round(tc.aggregate, 3) for tc in found]
         [0.0, 0.693]
     """
+    check_programs(guide=guide)
     check_at_least(1, num_draws=num_draws, max_pairs=max_pairs)
     rows = check_data(guide, args)
     check_at_least(2, rows=rows)
+    require_runs(args, guide=guide)
     with evaluating(guide, guide, args, seed):
-        units = _units(guide, args)
-        covariance = code_covariance(units, with_variance=True).double()
+        units, dims = _units(guide, args)
+        covariance = code_covariance(units, with_variance=True, dims=dims).double()
         chosen = torch.linspace(0, rows - 1, min(rows, num_draws)).round().long()
         repeats = -(-num_draws // len(chosen))
         draws = units.sample((repeats,))[:, chosen.to(covariance.device)].flatten(0, 1)
@@ -91,21 +96,22 @@ def total_correlation(
 
 
 def _log_ratio(units: Any, draws: Tensor) -> Tensor:
-    """Log of q(z) over the product of its marginals, at draws ``(m, D)``; ``(m,)``."""
-    densities = units.log_prob(draws.unsqueeze(1)).double()  # (m, N, D)
+    """Log of q(z) over the product of its marginals, at draws ``(m, *event)``; ``(m,)``."""
+    densities = units.log_prob(draws.unsqueeze(1)).flatten(2).double()  # (m, N, D)
     by_unit = densities.logsumexp(1) - math.log(densities.shape[1])
     joint: Tensor = densities.sum(-1).logsumexp(1) - math.log(densities.shape[1])
     return joint - by_unit.sum(-1)
 
 
-def _units(guide: Program, args: tuple[Any, ...]) -> Any:
-    """q(z | x) of each row and dimension, of batch shape ``(N, D)``."""
+def _units(guide: Program, args: tuple[Any, ...]) -> tuple[Any, int]:
+    """q(z | x) of each row and unit, of batch shape ``(N, *event)``; and the event's dims."""
     sites = sample_sites(trace(guide, args, {}))
     found = [independent_units(site) for site in sites.values()]
-    if len(found) != 1 or found[0] is None or len(found[0][0].batch_shape) != 2:
+    only = found[0] if len(found) == 1 else None
+    if only is None or len(only[0].batch_shape) != 1 + only[2]:
         kinds = {name: type(site["fn"]).__name__ for name, site in sites.items()}
         raise ValueError(
-            f"the guide draws {kinds}, and total_correlation is of one latent, a vector of "
-            "dimensions that are independent given x (.to_event(1)), in no inner plate"
+            f"the guide draws {kinds}, and total_correlation is of one latent, a vector or "
+            "map of dimensions that are independent given x (.to_event(1)), in no inner plate"
         )
-    return found[0][0]
+    return only[0], only[2]

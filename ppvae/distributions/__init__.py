@@ -23,7 +23,9 @@ from ppvae.distributions.counts import (
     Poisson,
     ZeroInflated,
 )
+from ppvae.distributions.labels import partly_known
 from ppvae.distributions.levels import DiscretizedLogistic, Ordinal
+from ppvae.distributions.reshaped import Reshaped
 from ppvae.distributions.supports import masked
 from ppvae.distributions.values import Law
 from ppvae.distributions.vectors import (
@@ -56,10 +58,12 @@ __all__ = [
     "NoInverse",
     "Ordinal",
     "Poisson",
+    "Reshaped",
     "StudentT",
     "UnitNormal",
     "VonMises",
     "WordCounts",
     "ZeroInflated",
     "masked",
+    "partly_known",
 ]

@@ -183,7 +183,7 @@ def masked(fn: Any, observed: Tensor) -> Any:
             "be hidden; hide whole rows by poutine.mask, or take a head of independent values"
         )
     hidden = Masked(single, observed)
-    return Independent(hidden, events) if events else hidden
+    return hidden.to_event(events) if events else hidden
 
 
 def filled(value: Tensor, mask: Tensor, fn: Any) -> Tensor:

@@ -10,6 +10,7 @@ from ppvae.elbo.estimator import Estimator, Objective
 from ppvae.elbo.factor import FactorELBO
 from ppvae.elbo.importance import CIWELBO, IWELBO, MIWELBO, PIWELBO, RenyiELBO
 from ppvae.elbo.penalties import Balanced, Capacity, Constraint, FreeBits, Penalty, Tilt
+from ppvae.elbo.plus import Plus
 from ppvae.elbo.quantized import VQELBO
 from ppvae.elbo.schedules import CyclicalWarmup, LinearWarmup
 from ppvae.elbo.standard import ELBO
@@ -37,6 +38,7 @@ __all__ = [
     "LinearWarmup",
     "Objective",
     "Penalty",
+    "Plus",
     "RenyiELBO",
     "ReweightedWakeSleep",
     "State",

@@ -83,12 +83,12 @@ class TCELBO(ELBO):
         plain = ELBO(self.num_particles).effective(weights, state)
         if all(isinstance(weight, (int, float)) and weight == 1 for weight in given.values()):
             return plain
-        name, site, units = latent_units(self, weights)
+        name, site, units, dims = latent_units(self, weights)
         rows = weights.log_w.shape[1]
         if rows > self.size or (weights.scale != 1 and round(weights.full_size) != self.size):
             seen = f"size={self.size}, and the data plate has {round(weights.full_size)} rows"
             raise ValueError(f"{seen}: give the number of training datapoints")
-        joint, marginals = log_aggregate(units, site["value"], self.size)
+        joint, marginals = log_aggregate(units, site["value"], self.size, dims)
         log_q, log_p = weights.log_q[name], weights.log_p[name]
         parts = (log_q - joint, joint - marginals, marginals - log_p)
         for (column, weight), part in zip(given.items(), parts, strict=True):
@@ -96,17 +96,19 @@ class TCELBO(ELBO):
         return plain
 
 
-def log_aggregate(units: Any, value: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def log_aggregate(units: Any, value: Tensor, size: int, dims: int = 1) -> tuple[Tensor, Tensor]:
     """Log of the estimated aggregate at each draw, and of its marginals' product, ``(K, N)``.
 
     Args:
         units: q of the dimensions of rows, of batch shape ``(N, D)`` or ``(K, N, D)``.
         value: the draws, of that shape.
         size: how many datapoints the rows are of.
+        dims: in how many dimensions the units are: 1 for ``(N, D)``, 3 for ``(N, C, H, W)``.
     """
-    rows = value.shape[-2]
-    densities = units.log_prob(value.movedim(-2, 0).unsqueeze(-2))  # (N, K, N, D): draw n of row m
-    if densities.dim() == 3:
+    data = -1 - dims
+    rows = value.shape[data]
+    densities = units.log_prob(value.movedim(data, 0).unsqueeze(data)).flatten(-dims)
+    if densities.dim() == 3:  # (N, K, N, D): draw n of row m
         densities = densities.unsqueeze(1)
     if densities.dtype in (torch.float16, torch.bfloat16):
         densities = densities.float()
@@ -169,8 +171,8 @@ class DIPELBO(ELBO):
 
     def effective(self, weights: LogWeights, state: State) -> Tensor:
         plain = super().effective(weights, state)
-        _, _, units = latent_units(self, weights)
-        covariance = code_covariance(units, with_variance=self.kind == "II")
+        _, _, units, dims = latent_units(self, weights)
+        covariance = code_covariance(units, with_variance=self.kind == "II", dims=dims)
         diagonal = covariance.diagonal()
         off = covariance.square().sum() - diagonal.square().sum()
         penalty = state.at_step(self.off_diagonal, "off_diagonal") * off
@@ -178,18 +180,18 @@ class DIPELBO(ELBO):
         return plain - penalty
 
 
-def code_covariance(units: Any, with_variance: bool) -> Tensor:
+def code_covariance(units: Any, with_variance: bool, dims: int = 1) -> Tensor:
     """Covariance of the means over all rows, ``(D, D)``; with their variances that of q(z)."""
-    means = units.mean.flatten(0, -2)
+    means = units.mean.flatten(-dims).flatten(0, -2)
     centred = means - means.mean(0)
     covariance = centred.T @ centred / len(means)
     if with_variance:
-        covariance = covariance + units.variance.flatten(0, -2).mean(0).diag()
+        covariance = covariance + units.variance.flatten(-dims).flatten(0, -2).mean(0).diag()
     return covariance
 
 
-def latent_units(estimator: ELBO, weights: LogWeights) -> tuple[str, Site, Any]:
-    """Name, site and dimensions' distribution of the one latent, a vector in the data plate.
+def latent_units(estimator: ELBO, weights: LogWeights) -> tuple[str, Site, Any, int]:
+    """Name, site, units' distribution and their dims of the one latent, in the data plate.
 
     Raises:
         ValueError: the pair has none such.
@@ -204,17 +206,17 @@ def latent_units(estimator: ELBO, weights: LogWeights) -> tuple[str, Site, Any]:
     inner = plates.keys() - {DATA_PLATE, PARTICLE_PLATE} or plates.get(DATA_PLATE) != -1
     if found is None or inner:
         raise ValueError(
-            f"{who} compares the dimensions of latent {name!r}, so the guide must draw a vector of "
-            f"independent ones, (N, D), not {tuple(site['value'].shape)} of "
+            f"{who} compares the dimensions of latent {name!r}, so the guide must draw a vector or "
+            f"map of independent ones, (N, D), not {tuple(site['value'].shape)} of "
             f"{type(site['fn']).__name__}: .to_event(1), no inner plate"
         )
-    units, mask = found
+    units, mask, dims = found
     if (mask is not None and mask is not True) or name in {n for _, n in weights.site_scales}:
         cure = "leave out its rows, and weigh by the estimator's arguments"
         raise ValueError(f"{who}: latent {name!r} has a mask or a poutine.scale: {cure}")
     if rows < 2:
         raise ValueError(f"{who} compares the rows of a batch, and this one has {rows}: give more")
-    return name, site, units
+    return name, site, units, dims
 
 
 def _require_weight(estimator: ELBO, name: str, weight: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
@@ -13,13 +12,12 @@ from weakref import WeakKeyDictionary
 import pyro.infer
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from ppvae.elbo import gradients
 from ppvae.elbo.state import State
-from ppvae.pairs import DATA_PLATE, Leaves, Memory, is_rounded, kind
-from ppvae.program import local_parameters, method_owners, stored
+from ppvae.pairs import DATA_PLATE, Leaves, Memory, is_rounded, kind, own_path
+from ppvae.program import method_owners, stored
 from ppvae.terms import NoInverse
 from ppvae.weights import LogWeights, weigh, whole_weights
 from ppvae.wrapped import innermost
@@ -46,7 +44,6 @@ class Estimator(pyro.infer.ELBO):
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "dreg", "score", "vimco")
     # +1: a bound from below, maximised; -1: a bound from above, minimised by the guide alone.
     sign: ClassVar[int] = 1
-    linear: ClassVar[bool] = False  # whether the bound is the mean of the log-weights
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if "beta" in kwargs and "beta" not in cls.__dataclass_fields__:
@@ -58,12 +55,12 @@ class Estimator(pyro.infer.ELBO):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if not isinstance(self.num_particles, Integral) or self.num_particles < 1:
+        if not isinstance(self.num_particles, Integral) or not 1 <= self.num_particles < 2**63:
             raise ValueError(
                 f"{name}: num_particles must be at least 1 and a whole number, got "
                 f"{self.num_particles!r}"
             )
-        if self.gradient not in self.gradients:
+        if not isinstance(self.gradient, str) or self.gradient not in self.gradients:
             hint = "" if isinstance(self.gradient, str) else "; name other arguments: num_groups=8"
             raise ValueError(
                 f"{name}: gradient={self.gradient!r} is not defined; use one of "
@@ -92,6 +89,17 @@ class Estimator(pyro.infer.ELBO):
     @abstractmethod
     def bound(self, log_w: Tensor) -> Tensor:
         """The bound of each datapoint: log-weights ``(K, N)`` to ``(N,)``, in nats."""
+
+    def bound_of_others(self, log_w: Tensor, put: Tensor | None = None) -> Tensor:
+        """The bound without particle k, or with ``put[k]`` in its place, for each k: ``(K, N)``.
+
+        It is the baseline of the score functions: what does not depend on z_k adds no bias. This
+        is K bounds in turn; where a bound is made of sums, :mod:`ppvae.elbo.importance` has a way
+        that takes the time of two.
+        """
+        middle = log_w[:0].expand(len(log_w), 0, *log_w.shape[1:]) if put is None else put[:, None]
+        rows = (torch.cat([log_w[:k], middle[k], log_w[k + 1 :]]) for k in range(len(log_w)))
+        return torch.stack([self.bound(row) for row in rows])
 
     def dreg_coefficient(self, log_w: Tensor) -> Tensor:
         r""":math:`c_k - \partial c_k / \partial \ell_k` of the bound, ``(K, N)``."""
@@ -151,7 +159,7 @@ class Estimator(pyro.infer.ELBO):
         """The loss as a differentiable scalar; with a gradient it counts as a training step."""
         try:
             # called as Pyro's own estimators are: what a program puts into the store stays there
-            with nullcontext() if am_i_wrapped() else local_parameters(stored):
+            with own_path(stored):
                 value = self.surrogate(model, guide, args, kwargs, state)
         except NoInverse as error:
             raise ValueError(
@@ -180,7 +188,7 @@ class Estimator(pyro.infer.ELBO):
             if self.gradient in ("score", "vimco"):
                 scored = gradients.scored_log_q(weights)
                 vimco = self.gradient == "vimco"
-                score = gradients.score(self.bound, log_w, scored, vimco, self.linear)
+                score = gradients.score(self.bound, self.bound_of_others, log_w, scored, vimco)
                 value = gradients.with_gradient(value, value + score)
             else:
                 self.require_reparameterised(weights)
@@ -295,27 +303,31 @@ class Objective(nn.Module):
         if self.regularizer is None or not self.state.learning:
             return self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
         # the handler that looks at the plate is no engine that parameters are announced to
-        own = nullcontext() if am_i_wrapped() else local_parameters(stored)
-        with own, _DataSize() as data:
+        with own_path(stored), DataPlate() as plate:
             loss = self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
-        return loss + data.size() * self.regularizer()
+        size = plate.found("SVI(regularizer=...) adds a penalty").full_size
+        return loss + size * self.regularizer()
 
 
-class _DataSize(Messenger):
-    """Finds how many datapoints a loss sums over: the full size of the plate ``"data"``."""
+class DataPlate(Messenger):
+    """Finds the plate ``"data"`` of the sites that are run inside.
 
-    found: int | None = None
+    Attributes:
+        frame: of the plate; None: no site was in one.
+    """
+
+    frame: Any = None
 
     def _pyro_sample(self, msg: Any) -> None:
         for frame in msg["cond_indep_stack"]:
             if frame.name == DATA_PLATE:
-                self.found = frame.full_size
+                self.frame = frame
 
-    def size(self) -> int:
-        """That number; raises if there was no such plate."""
-        if self.found is None:
+    def found(self, asked_by: str) -> Any:
+        """The frame; raises ``ValueError`` if there was no such plate."""
+        if self.frame is None:
             raise ValueError(
-                "SVI(regularizer=...) adds a penalty per datapoint, and no site of the pair is in "
-                'a plate named "data", which would say how many there are'
+                f'{asked_by} per datapoint, and no site of the pair is in a plate named "data", '
+                "which would say how many there are"
             )
-        return self.found
+        return self.frame

@@ -110,15 +110,15 @@ class FactorELBO(ELBO):
             )
         plates = {frame.name for frame in site["cond_indep_stack"]} - {DATA_PLATE, PARTICLE_PLATE}
         shape = tuple(site["fn"].event_shape)
-        if len(shape) != 1 or plates or weights.enumerated or weights.joint:
+        if not shape or plates or weights.enumerated or weights.joint:
             raise ValueError(
-                f"the total correlation is of a vector per row, drawn: {self.latent!r} has event "
-                f"shape {shape}, inner plates {sorted(plates)}, beside enumerated "
+                f"the total correlation is of a vector or map per row, drawn: {self.latent!r} has "
+                f"event shape {shape}, inner plates {sorted(plates)}, beside enumerated "
                 f"{sorted(weights.enumerated)}; give .to_event(1), one row per datapoint"
             )
         if site["mask"] is not None:
             raise ValueError(f"latent {self.latent!r} is masked: its rows would count in the ratio")
-        value: Tensor = site["value"]
+        value: Tensor = site["value"].flatten(-len(shape))
         return value.reshape(-1, value.shape[-2], value.shape[-1])
 
 
@@ -130,6 +130,7 @@ class Factors:
 
     def __call__(self, draws: Any) -> tuple[Tensor, Tensor]:
         z = draws.guide(self.latent)
+        z = z.flatten(1) if z.dim() > 2 else z  # a map's units are a vector here
         return z, shifted(z, self.latent)
 
 

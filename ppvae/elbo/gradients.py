@@ -45,6 +45,7 @@ from ppvae.pairs import Leaves
 from ppvae.weights import LogWeights, log_q_of_draws
 
 Bound = Callable[[Tensor], Tensor]  # log-weights (K, N) to (N,)
+Baseline = Callable[[Tensor, Tensor | None], Tensor]  # and what is put for each, to (K, N)
 
 
 def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
@@ -130,47 +131,40 @@ def scored_log_q(weights: LogWeights) -> Tensor | None:
 
 
 def score(
-    bound: Bound, log_w: Tensor, log_q: Tensor | None, vimco: bool, linear: bool = False
+    bound: Bound, baseline: Baseline, log_w: Tensor, log_q: Tensor | None, vimco: bool
 ) -> Tensor:
     """A scalar with the score-function gradient, of ``log_q (K, N)``.
 
+    A bound and its baseline differ by the share of one particle: they are taken in float64, of
+    which the difference keeps more digits than float32 has.
+
     Args:
         bound: of log-weights.
+        baseline: the bound of the others, :meth:`ppvae.elbo.Estimator.bound_of_others`.
         log_w: ``(K, N)``.
         log_q: of the draws, ``(K, N)``; None: there is nothing to score.
-        vimco: which baseline.
-        linear: whether the bound is the mean of the log-weights: then its baseline is cheap.
+        vimco: whether the mean log-weight of the others stands in the baseline for particle k.
     """
     if log_q is None:
         return log_w.new_zeros(())
-    log_w = log_w.detach()
-    baseline = _mean_of_others(log_w) if linear else _baseline(bound, log_w, vimco)
+    log_w = log_w.detach().double()
+    of_others = torch.zeros_like(log_w)
+    if len(log_w) > 1:
+        of_others = baseline(log_w, mean_of_others(log_w) if vimco else None)
     # Minus infinity tells nothing; 0 is a function of the others, too, so it adds no bias.
-    baseline = baseline.masked_fill(baseline == -math.inf, 0.0)
-    return ((bound(log_w) - baseline) * log_q).sum()
+    of_others = of_others.masked_fill(of_others == -math.inf, 0.0)
+    return ((bound(log_w) - of_others).to(log_q.dtype) * log_q).sum()
 
 
-def _baseline(bound: Bound, log_w: Tensor, vimco: bool) -> Tensor:
-    """The bound without particle k, ``(K, N)``: it does not depend on z_k, so it adds no bias."""
-    K = log_w.shape[0]
-    if K == 1:
-        return torch.zeros_like(log_w)
-    particle = torch.arange(K, device=log_w.device)
-    if vimco:
-        own = (particle == particle.unsqueeze(1)).unsqueeze(-1)
-        left = torch.where(own, _mean_of_others(log_w).unsqueeze(1), log_w)
-    else:
-        others = particle[:-1] + (particle[:-1] >= particle.unsqueeze(1)).long()
-        left = log_w[others]  # (K, K - 1, N)
-    return torch.stack([bound(row) for row in left.unbind()])
+def mean_of_others(log_w: Tensor, put: Tensor | None = None) -> Tensor:
+    """The mean log-weight of the other particles, ``(K, N)``, or with ``put`` for the one left out.
 
-
-def _mean_of_others(log_w: Tensor) -> Tensor:
-    """The mean log-weight of the other particles, ``(K, N)``; 0 where there are none."""
-    zero = log_w == -math.inf
+    It is 0 where there are none.
+    """
+    K, zero = len(log_w), log_w == -math.inf
     logs = log_w.masked_fill(zero, 0.0)
-    means = (logs.sum(0) - logs) / max(len(log_w) - 1, 1)
-    return means.masked_fill((zero.sum(0) - zero.long()) > 0, -math.inf)
+    total = (logs.sum(0) - logs).masked_fill((zero.sum(0) - zero.long()) > 0, -math.inf)
+    return total / max(K - 1, 1) if put is None else (total + put) / K
 
 
 def without_path(gradients: Sequence[str]) -> str:

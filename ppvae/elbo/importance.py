@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppvae.elbo.estimator import Estimator
-from ppvae.elbo.gradients import coefficient, through_draws, with_gradient
+from ppvae.elbo.gradients import coefficient, mean_of_others, through_draws, with_gradient
 from ppvae.elbo.state import State
 from ppvae.pairs import Leaves
 from ppvae.weights import drawn_log_q, weigh
@@ -52,6 +52,9 @@ class IWELBO(Estimator):
     def bound(self, log_w: Tensor) -> Tensor:
         return log_mean_exp(log_w)
 
+    def bound_of_others(self, log_w: Tensor, put: Tensor | None = None) -> Tensor:
+        return log_mean_of_others(log_w, put)
+
     def dreg_coefficient(self, log_w: Tensor) -> Tensor:
         return normalised(log_w).square()
 
@@ -63,7 +66,7 @@ class _Grouped(Estimator):
     num_groups: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_groups, Integral) or self.num_groups < 1:
+        if not isinstance(self.num_groups, Integral) or not 1 <= self.num_groups < 2**63:
             raise ValueError(
                 f"{type(self).__name__}: num_groups must be at least 1 and a whole number, got "
                 f"{self.num_groups!r}"
@@ -105,6 +108,12 @@ class MIWELBO(_Grouped):
     def bound(self, log_w: Tensor) -> Tensor:
         return log_mean_exp(grouped(log_w, self.num_groups), 1).mean(0)
 
+    def bound_of_others(self, log_w: Tensor, put: Tensor | None = None) -> Tensor:
+        M, groups = self.num_groups, grouped(log_w, self.num_groups)
+        own = log_mean_of_others(groups, None if put is None else grouped(put, M), dim=1)
+        rest = (M - 1) * mean_of_others(log_mean_exp(groups, 1)).unsqueeze(1)  # of other groups
+        return ((own + rest) / M).flatten(0, 1)
+
     def dreg_coefficient(self, log_w: Tensor) -> Tensor:
         weights = normalised(grouped(log_w, self.num_groups), 1)
         return weights.square().flatten(0, 1) / self.num_groups
@@ -145,6 +154,14 @@ class CIWELBO(Estimator):
         if self.beta == 1:
             return log_w.mean(0)
         return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
+
+    def bound_of_others(self, log_w: Tensor, put: Tensor | None = None) -> Tensor:
+        if self.beta == 0:
+            return log_mean_of_others(log_w, put)
+        if self.beta == 1:
+            return mean_of_others(log_w, put)
+        tight = log_mean_of_others(log_w, put)
+        return self.beta * mean_of_others(log_w, put) + (1 - self.beta) * tight
 
     def dreg_coefficient(self, log_w: Tensor) -> Tensor:
         weights = normalised(log_w)
@@ -255,6 +272,13 @@ class RenyiELBO(Estimator):
             return log_w.amax(0)
         return log_power_mean(log_w, 1 - self.alpha)
 
+    def bound_of_others(self, log_w: Tensor, put: Tensor | None = None) -> Tensor:
+        if self.alpha > -math.inf:
+            return log_mean_of_others(log_w, put, order=1 - self.alpha)
+        first, second = log_w.topk(2, 0)[0]
+        largest = torch.where(log_w == first, second, first)
+        return largest if put is None else torch.maximum(largest, put)
+
     def evaluate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The bound of each datapoint, ``(N,)``; for alpha < 0, which is none, that of IWELBO."""
         if self.alpha < 0:
@@ -293,6 +317,32 @@ def log_power_mean(log_w: Tensor, order: float) -> Tensor:
         shares = torch.expm1(logs).mean(0)
         mean = torch.where(shares > -0.9, torch.log1p(shares), mean)
     return m + mean / order
+
+
+def log_mean_of_others(
+    log_w: Tensor, put: Tensor | None = None, order: float = 1.0, dim: int = 0
+) -> Tensor:
+    """:func:`log_power_mean` of the other particles, for each, in O(K) time and memory.
+
+    Sums from either end are joined. Nothing is taken off a sum, so it is exact also for the one
+    particle that has nearly all the weight.
+
+    Args:
+        log_w: ``(..., K, ...)``, float64.
+        put: of the same shape, in the place of the one left out; None: K - 1 are left.
+        order: r, not 0.
+        dim: of the particles.
+    """
+    powers = order * log_w
+    none = torch.full_like(powers.narrow(dim, 0, 1), -math.inf)
+    inner = powers.narrow(dim, 0, powers.shape[dim] - 1)
+    before = torch.cat([none, inner.logcumsumexp(dim)], dim)
+    outer = powers.narrow(dim, 1, powers.shape[dim] - 1).flip(dim)
+    after = torch.cat([none, outer.logcumsumexp(dim)], dim).flip(dim)
+    total, count = torch.logaddexp(before, after), powers.shape[dim] - 1
+    if put is not None:
+        total, count = torch.logaddexp(total, order * put), count + 1
+    return (total - math.log(count)) / order
 
 
 def centred_powers(log_w: Tensor, order: float) -> tuple[Tensor, Tensor]:

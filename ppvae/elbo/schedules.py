@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ppvae.arguments import number
+
 
 @dataclass(frozen=True)
 class LinearWarmup:
@@ -31,7 +33,7 @@ class LinearWarmup:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if number("steps", self.steps, int) < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}; use a number instead")
 
     def __call__(self, step: int) -> float:
@@ -68,6 +70,8 @@ class CyclicalWarmup:
     end: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, kind in (("period", int), ("cycles", int), ("rising", float)):
+            number(name, getattr(self, name), kind)
         if self.period < 1 or self.cycles < 1 or not 0 < self.rising <= 1:
             raise ValueError(
                 "CyclicalWarmup needs period >= 1, cycles >= 1 and rising in (0, 1], got "

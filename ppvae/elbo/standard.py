@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from ppvae.elbo.estimator import Estimator
+from ppvae.elbo.gradients import mean_of_others
 from ppvae.elbo.penalties import Penalty, Tilt
 from ppvae.elbo.state import State
 from ppvae.enumeration import groups, mean, sum_of, sum_out
@@ -70,7 +71,6 @@ class ELBO(Estimator):
     kl: str = "sampled"
 
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "stl", "score")
-    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,6 +93,9 @@ class ELBO(Estimator):
 
     def bound(self, log_w: Tensor) -> Tensor:
         return log_w.mean(0) if len(log_w) > 1 else log_w.squeeze(0)
+
+    def bound_of_others(self, log_w: Tensor, put: Tensor | None = None) -> Tensor:
+        return mean_of_others(log_w, put)
 
     def new_state(self) -> State:
         state = State()
@@ -355,34 +358,46 @@ def dimension_rates(weights: LogWeights, name: str, closed: bool) -> Tensor:
     if len(units) < 2 or weights.enumerated:
         raise ValueError(
             f"FreeBits(per_dimension=True) needs the rate of each dimension of latent {name!r}, so "
-            "guide and model must both draw it from a vector of independent dimensions "
+            "guide and model must both draw it from a vector or map of independent dimensions "
             "(.to_event(1)); use per_dimension=False"
         )
-    (q, q_mask), (p, p_mask) = units
+    (q, q_mask, dims), (p, p_mask, _) = units
     if closed:
-        return _by_dimension(weights, sites[0], _masked_divergence(q, p, q_mask, p_mask))
+        rates = _masked_divergence(q, p, q_mask, p_mask)
+        return _by_dimension(weights, sites[0], rates, dims)
 
     def rate(program: str, site: Site, fn: Any, mask: Any) -> Tensor:
         scale = weights.site_scales.get((program, name), 1.0)
-        scale = scale.unsqueeze(-1) if isinstance(scale, Tensor) and scale.dim() else scale
-        return _by_dimension(weights, site, masked(fn.log_prob(site["value"]), mask) * scale)
+        scale = over_units(scale, dims) if isinstance(scale, Tensor) and scale.dim() else scale
+        rates = masked(fn.log_prob(site["value"]), mask) * scale
+        return _by_dimension(weights, site, rates, dims)
 
     return rate("guide", sites[0], q, q_mask) - rate("model", sites[1], p, p_mask)
 
 
-def independent_units(site: Site) -> tuple[Any, Any] | None:
-    """The distribution of the dimensions of a vector, and the mask of them; None: there is none."""
+def independent_units(site: Site) -> tuple[Any, Any, int] | None:
+    """The distribution of the units of a vector or map, their mask, and how many dims they are in.
+
+    None: the units depend on each other.
+    """
     fn, mask = site["fn"], site["mask"]
     while isinstance(fn, MaskedDistribution):
         mask = fn._mask if mask is None else mask & fn._mask
         fn = fn.base_dist
-    if not isinstance(fn, Independent) or len(fn.event_shape) != 1:
+    dims = len(fn.event_shape)
+    if not isinstance(fn, Independent) or not dims or fn.reinterpreted_batch_ndims != dims:
         return None
-    return fn.base_dist, mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask
+    return fn.base_dist, over_units(mask, dims) if isinstance(mask, Tensor) else mask, dims
 
 
-def _by_dimension(weights: LogWeights, site: Site, values: Tensor) -> Tensor:
-    """Values of a vector's dimensions, batch shape and D, as ``(D, K or 1, N)``."""
+def over_units(values: Tensor, dims: int) -> Tensor:
+    """Values of rows, with so many dimensions of size one behind."""
+    return values[(..., *[None] * dims)]
+
+
+def _by_dimension(weights: LogWeights, site: Site, values: Tensor, dims: int) -> Tensor:
+    """Values of a vector's or map's units, batch and event shape, as ``(D, K or 1, N)``."""
+    values = values.flatten(-dims)
     sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"]}
     shape = [sizes.get(dim, 1) for dim in range(weights.leftmost, 0)]
     values = values.expand(*shape, values.shape[-1]).movedim(-1, 0)

@@ -44,7 +44,7 @@ def moment_match(
     holds for the model, however far the normal is from the guide.
 
     Args:
-        model, guide: Pyro programs with one latent, a vector of real numbers.
+        model, guide: Pyro programs with one latent, a vector or map of real numbers.
         *args: the rows as both are called, e.g. ``x``.
         num_draws: M of each row, more than the latent has dimensions.
         full: with correlations; False: variances only.
@@ -75,7 +75,7 @@ def moment_match(
         found = structure(model, guide, args, {})
         with particle_plate(found, num_draws):
             sites = sample_sites(trace(guide, args, {}))
-    name, z = _only_vector(sites, found.nesting)
+    name, z, shape = _only_vector(sites, found.nesting)
     dim = z.shape[-1]
     if not z.isfinite().all():
         raise ValueError(f"moment_match: the guide's draws of {name!r} are NaN or infinite")
@@ -87,7 +87,7 @@ def moment_match(
     loc = z.mean(0)
     if not full:
         outputs = torch.cat([loc, z.std(0).clamp(min=LEAST_SCALE).log()], -1)
-        return PerDatapoint(conditionals.Normal(nn.Identity()), outputs, name)
+        return PerDatapoint(_laid_out(conditionals.Normal(nn.Identity()), shape), outputs, name)
     centred = z - loc
     covariance = torch.einsum("mni,mnj->nij", centred, centred) / (num_draws - 1)
     least = LEAST_SCALE**2 * torch.eye(dim, dtype=z.dtype, device=z.device)
@@ -95,20 +95,26 @@ def moment_match(
     row, column = torch.tril_indices(dim, dim, -1, device=z.device)
     log_scale = tril.diagonal(dim1=-2, dim2=-1).log()
     outputs = torch.cat([loc, log_scale, tril[:, row, column]], -1)
-    return PerDatapoint(posteriors.FullNormal(nn.Identity(), dim).to(z.device), outputs, name)
+    normal = posteriors.FullNormal(nn.Identity(), dim).to(z.device)
+    return PerDatapoint(_laid_out(normal, shape), outputs, name)
 
 
-def _only_vector(sites: dict[str, Any], nesting: int) -> tuple[str, Tensor]:
-    """Name and draws ``(M, N, D)`` of a guide's one latent."""
+def _laid_out(head: conditionals.Conditional, shape: tuple[int, ...]) -> conditionals.Conditional:
+    return head if len(shape) == 1 else conditionals.Reshaped(head, shape)
+
+
+def _only_vector(sites: dict[str, Any], nesting: int) -> tuple[str, Tensor, tuple[int, ...]]:
+    """Name, draws ``(M, N, D)`` and event shape of a guide's one latent."""
     name, site = next(iter(sites.items()))
     support = site["fn"].support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    plain = site["value"].dim() == 3 and nesting == 1 and support is constraints.real
-    if len(sites) != 1 or not plain:
+    event = tuple(site["fn"].event_shape)
+    plain = event and site["value"].dim() == 2 + len(event) and nesting == 1
+    if len(sites) != 1 or not plain or support is not constraints.real:
         shapes = {name: tuple(site["fn"].event_shape) for name, site in sites.items()}
         raise ValueError(
-            "moment_match takes a guide with one latent, a vector of real numbers for each "
-            f"datapoint; this one has {shapes} in {nesting} plates"
+            "moment_match takes a guide with one latent, a vector or map of real numbers "
+            f"for each datapoint; this one has {shapes} in {nesting} plates"
         )
-    return name, site["value"]
+    return name, site["value"].flatten(2), event

@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ppvae.distributions import Reshaped
 from ppvae.guides.amortized import Amortized
 from ppvae.pairs import evaluation_mode
 from ppvae.program import Program, data_plate
@@ -151,6 +152,8 @@ def noise_size(fn: Any) -> int:
     """How many standard normals a draw of a distribution is made of."""
     if isinstance(fn, dist.LowRankMultivariateNormal):
         return math.prod(fn.event_shape) + fn._unbroadcasted_cov_factor.shape[-1]
+    if isinstance(fn, Reshaped):
+        return noise_size(fn.base_dist)
     return math.prod(fn.event_shape)
 
 
@@ -160,6 +163,8 @@ def path(fn: Any, noise: Tensor) -> Tensor:
     Raises:
         TypeError: for a distribution without such a path.
     """
+    if isinstance(fn, Reshaped):
+        return path(fn.base_dist, noise).unflatten(-1, fn.event_shape)
     if isinstance(fn, dist.TransformedDistribution):
         z = path(fn.base_dist, noise)
         for transform in fn.transforms:

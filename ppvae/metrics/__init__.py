@@ -3,6 +3,7 @@
 They are functions of tensors or arrays, and know nothing of pairs; a room that imports no other.
 """
 
+from ppvae.metrics.classification import error_rate
 from ppvae.metrics.clustering import (
     Clustering,
     UnusedClusterWarning,
@@ -38,6 +39,7 @@ __all__ = [
     "clustering_accuracy",
     "code_perplexity",
     "dci",
+    "error_rate",
     "explicitness",
     "factor_information",
     "factor_vae_score",

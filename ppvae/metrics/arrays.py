@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 
-def host(values: Any, dtype: Any = None) -> np.ndarray:
-    """Numbers, or a tensor of them, as an array."""
+def host(values: Any, dtype: Any = None, name: str = "the argument") -> np.ndarray:
+    """Numbers, or a tensor of them, as an array.
+
+    Raises:
+        TypeError: a tensor without a dense block of numbers.
+    """
     if isinstance(values, Tensor):
+        if values.layout != torch.strided or values.is_quantized or values.is_meta:
+            raise TypeError(
+                f"{name} is a tensor without a dense block of numbers ({values.layout}, "
+                f"{values.dtype}, {values.device}): give its to_dense() or dequantize()"
+            )
         values = values.detach().cpu()
         values = values.float() if values.dtype == torch.bfloat16 else values  # numpy has none
     return np.asarray(values, dtype)

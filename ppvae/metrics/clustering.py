@@ -149,7 +149,7 @@ def adjusted_rand_index(clusters: Any, labels: Any) -> float:
 
 def _assignments(clusters: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Both as int64 ``(N,)``, checked."""
-    found, given = host(clusters), host(labels)
+    found, given = host(clusters, name="clusters"), host(labels, name="labels")
     if found.shape != given.shape or found.ndim != 1 or not len(found):
         seen = f"clusters has shape {found.shape} and labels {given.shape}"
         cure = "give one number of each per datapoint, (N,); of probabilities take argmax(1)"

@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import number
 from ppvae.chain import require_likelihood
 from ppvae.conditionals import StandardNormal
 from ppvae.program import Program, data_plate
@@ -70,9 +71,15 @@ class VAE(Program):
 def choose_prior(prior: nn.Module | None, latent_dim: int | None) -> nn.Module:
     """The given prior, or the standard normal of the given size; exactly one must be given."""
     if prior is not None and latent_dim is None:
+        if not isinstance(prior, nn.Module):
+            raise TypeError(f"prior is a module that gives p(z), got {prior!r}")
         return prior
     if prior is None and latent_dim is not None:
-        return StandardNormal(latent_dim)
+        given = latent_dim if isinstance(latent_dim, tuple) else (latent_dim,)
+        sizes = [number("latent_dim", size, int) for size in given]
+        if not all(1 <= size < 2**31 for size in sizes):
+            raise ValueError(f"latent_dim must be at least 1, and below 2 ** 31, got {latent_dim}")
+        return StandardNormal(tuple(sizes) if isinstance(latent_dim, tuple) else sizes[0])
     raise ValueError(f"give either latent_dim or prior, got {latent_dim} and {prior}")
 
 
@@ -80,6 +87,11 @@ def with_offset(likelihood: nn.Module, offset: Tensor | None, *inputs: Tensor) -
     """p(x | inputs), with its rates times e^offset."""
     if offset is None:
         return likelihood(*inputs)
+    if isinstance(offset, Tensor) and offset.dtype == torch.bool:
+        raise TypeError(
+            "offset is torch.bool, and is the log exposure of each row: a mask of what is observed "
+            "is for models.Masked(model), called as (x, observed) or (x, offset, observed)"
+        )
     takes = inspect.signature(likelihood.forward).parameters
     named = "offset" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
     if not isinstance(offset, Tensor) or not named:

@@ -15,10 +15,12 @@ rows when there are ``K`` particles. So ``K`` particles at once differ from a lo
 
 from ppvae.nets.causal import CausalConv, CausalGRU, Unigram
 from ppvae.nets.codes import FSQ, Codebook, CodeTable
+from ppvae.nets.columns import Columns
 from ppvae.nets.conv import (
     ConvDecoder,
     ConvEncoder,
     MergeMaps,
+    PositionEmbedding,
     conv_decoder,
     conv_encoder,
     downsample,
@@ -34,6 +36,7 @@ from ppvae.nets.dense import (
     mlp,
     residual,
 )
+from ppvae.nets.missing import Masked, SelfMasking
 from ppvae.nets.nvae_cells import (
     NVAE,
     Cell,
@@ -56,6 +59,7 @@ __all__ = [
     "Cell",
     "CodeTable",
     "Codebook",
+    "Columns",
     "Combine",
     "Constant",
     "ConvDecoder",
@@ -63,8 +67,11 @@ __all__ = [
     "FlatBatch",
     "Group",
     "Joined",
+    "Masked",
     "MergeMaps",
     "OneHot",
+    "PositionEmbedding",
+    "SelfMasking",
     "Spectral",
     "SqueezeExcitation",
     "TopDown",

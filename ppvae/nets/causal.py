@@ -28,6 +28,7 @@ class Unigram(nn.Module):
 
     def __init__(self, num_codes: int) -> None:
         super().__init__()
+        self.num_codes = num_codes
         self.logits = nn.Parameter(torch.zeros(num_codes))
 
     @torch.no_grad()
@@ -73,7 +74,7 @@ class CausalGRU(nn.Module):
         context_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.shape, self.outside, self.context_dim = tuple(shape), num_codes, context_dim
+        self.num_codes, self.shape, self.context_dim = num_codes, tuple(shape), context_dim
         self.embedding = nn.Embedding(num_codes + 1, embedding)
         self.place = nn.Parameter(0.1 * torch.randn(shape[0] * shape[1], embedding))
         self.gru = nn.GRU(3 * embedding + context_dim, hidden, batch_first=True)
@@ -96,7 +97,7 @@ class CausalGRU(nn.Module):
 
     def _shifted(self, flat: Tensor, by: int) -> Tensor:
         """Each place has the number of ``by`` places before it, or that for "outside"."""
-        return pad(flat, (by, 0), value=self.outside)[:, : flat.shape[1]]
+        return pad(flat, (by, 0), value=self.num_codes)[:, : flat.shape[1]]
 
 
 class CausalConv(nn.Module):
@@ -129,7 +130,7 @@ class CausalConv(nn.Module):
         super().__init__()
         if layers < 1:
             raise ValueError(f"CausalConv needs layers >= 1, got {layers}")
-        self.context_dim = context_dim
+        self.num_codes, self.context_dim = num_codes, context_dim
         self.embedding = nn.Embedding(num_codes, channels)
         gates = 2 * channels
 

@@ -269,3 +269,48 @@ class MergeMaps(nn.Module):
             maps.append(flat.reshape(*other.shape[:-3], *flat.shape[1:]))
         merged: Tensor = self.net(torch.cat([m.expand(leading + m.shape[-3:]) for m in maps], -3))
         return merged
+
+
+class PositionEmbedding(nn.Module):
+    r"""A learned vector for each place of a map, added to what stands there.
+
+    .. math:: y_{ij} = x_{ij} + \pi_{ij}, \qquad \pi_{ij} \sim \mathcal N(0, \sigma^2 I)
+              \text{ at first}
+
+    At the end of a VQ-VAE's encoder it gives places codes of their own: those that look alike, such
+    as all that are black, do not share one, and a prior that knows the place knows most of the
+    code. So codes are used alike, and yet cheap.
+
+    Args:
+        dim: channels.
+        shape: ``(h, w)`` of the map.
+        scale: sigma >= 0, beside the size of what it is added to: where it is much larger, a code
+            says the place and little else.
+
+    Raises:
+        ValueError: a negative scale; when called, a map of another shape.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(downsample(1, 4, channels=(8,)), PositionEmbedding(4, (7, 7), 0.5))
+        >>> black = net(torch.zeros(3, 1, 14, 14))
+        >>> black.shape, len(black[0].flatten(1).T.unique(dim=0))  # 49 vectors that differ
+        (torch.Size([3, 4, 7, 7]), 49)
+
+    Source: Gehring et al., Convolutional Sequence to Sequence Learning, 2017, section 3.1.
+    """
+
+    def __init__(self, dim: int, shape: tuple[int, int], scale: float = 0.5) -> None:
+        super().__init__()
+        if not scale >= 0:
+            raise ValueError(f"PositionEmbedding: scale must be >= 0, got {scale}")
+        self.vectors = nn.Parameter(scale * torch.randn(dim, *shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From ``(..., D, h, w)`` to the same."""
+        if x.shape[-3:] != self.vectors.shape:
+            raise ValueError(
+                f"PositionEmbedding is for maps of shape {tuple(self.vectors.shape)}, and saw "
+                f"{tuple(x.shape[-3:])}: give it the channels and (h, w) of the network before it"
+            )
+        return x + self.vectors

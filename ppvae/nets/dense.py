@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
+
 Activation = Callable[[], nn.Module]
 
 
@@ -129,10 +131,14 @@ def hidden_layers(
 ) -> list[nn.Module]:
     """What follows a linear or convolutional layer: normalisation, activation, dropout."""
     layers = [] if norm is None else [norm(width)]
-    layers.append(activation())
+    made = activation() if callable(activation) and not isinstance(activation, nn.Module) else None
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"activation makes a module, as nn.Tanh does, got {activation!r}")
+    layers.append(made)
     return [*layers, nn.Dropout(dropout)] if dropout else layers
 
 
+@takes_numbers
 def mlp(
     *sizes: int,
     activation: Activation = nn.ReLU,
@@ -160,6 +166,8 @@ def mlp(
     """
     if len(sizes) < 2:
         raise ValueError(f"mlp needs an input and an output size, as mlp(16, 64); got {sizes}")
+    if min(sizes) < 1 or not 0 <= dropout < 1:
+        raise ValueError(f"mlp needs sizes >= 1 and dropout in [0, 1), got {sizes} and {dropout}")
     layers: list[nn.Module] = []
     norm = nn.BatchNorm1d if batch_norm else None
     for width_in, width_out in pairwise(sizes[:-1]):

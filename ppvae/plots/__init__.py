@@ -11,6 +11,7 @@ from ppvae.plots.curves import khat, latent_scatter, training_curve
 from ppvae.plots.diagnostics import (
     coverage,
     khat_histogram,
+    khat_images,
     kl_per_unit,
     predictive_check,
     rate_distortion,
@@ -33,6 +34,7 @@ from ppvae.plots.images import (
 )
 from ppvae.plots.models import em_steps, gaussian_components, levels_over_training
 from ppvae.plots.posteriors import gap_bars, posterior_contours, posterior_intervals
+from ppvae.plots.programs import plates
 
 __all__ = [
     "bound_against_particles",
@@ -47,10 +49,12 @@ __all__ = [
     "interpolation",
     "khat",
     "khat_histogram",
+    "khat_images",
     "kl_per_unit",
     "latent_scatter",
     "levels_over_training",
     "manifold",
+    "plates",
     "posterior_contours",
     "posterior_intervals",
     "predictive_check",

@@ -70,6 +70,64 @@ def khat_histogram(khat_values: Values, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def khat_images(
+    images: Values, khat_values: Values, shape: Sequence[int], ax: Axes | None = None
+) -> Axes:
+    r"""Draw the histogram of Pareto k-hat whose bricks are the datapoints themselves.
+
+    Each image stands in the column of its k-hat, 0.05 wide, in the colour of what k-hat means:
+    which points are to be trusted is seen at once. Some two hundred images are enough.
+
+    Args:
+        images: ``(M, D)``, pixels in [0, 1]; of three channels, their mean is drawn.
+        khat_values: ``(M,)``; NaN is left out. Values below 0 and above 2 stand at the ends.
+        shape: of one image, ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)``.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes; ``ax.images[0]`` is the picture.
+
+    Raises:
+        ValueError: lengths differ, or there is no k-hat to draw.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = khat_images(torch.rand(3, 6), [0.12, 0.15, 0.9], (2, 3), ax=Figure().subplots())
+        >>> ax.images[0].get_array().shape  # two images high; columns from 0.1 to 0.9
+        (4, 48, 3)
+    """
+    from matplotlib.colors import to_rgb
+
+    channels, height, width = (1, *shape)[-3:]
+    values = shaped("khat_values", khat_values, "M", finite="some", cure="k-hat takes K > 20.")
+    pixels = shaped("images", images, len(values), channels * height * width, finite="all")
+    ink = pixels.reshape(-1, channels, height, width).mean(1).clip(0, 1)
+    known = np.flatnonzero(~np.isnan(values))
+    # A value on a limit belongs to the column below it.
+    bins = np.ceil(20 * values[known].clip(1e-9, 2) - 1e-9).astype(int) - 1
+    first, columns = bins.min(), np.ptp(bins) + 1
+    counts = np.bincount(bins - first)
+    picture = np.ones((counts.max(), height, columns, width, 3))
+    filled = np.zeros(columns, int)
+    for i, column in zip(known, bins - first, strict=True):
+        colour = next(c for low, high, c, _ in KHAT_BANDS if low < values[i] <= high)
+        row = -1 - filled[column]  # from the bottom
+        picture[row, :, column] -= ink[i][..., None] * (1 - np.array(to_rgb(colour)))
+        filled[column] += 1
+    ax = axes(ax)
+    left, right = first / 20, (first + columns) / 20
+    tall = counts.max() * height / width / 20
+    ax.imshow(picture.reshape(-1, columns * width, 3), extent=(left, right, 0, tall))
+    ax.set(yticks=[], xlabel=r"Pareto $\hat{k}$ of each datapoint")
+    ax.spines[["left", "right", "top"]].set_visible(False)
+    for low, high, colour, label in KHAT_BANDS:
+        share = ((values > low) & (values <= high)).sum() / len(known)
+        ax.plot([], [], "s", color=colour, label=f"{label}: {share:.0%}")
+    ax.legend(loc="upper left", frameon=False, fontsize="small", handletextpad=0.1)
+    return ax
+
+
 def worst_points(
     images: Values, khat_values: Values, shape: Sequence[int], ax: Axes | None = None
 ) -> Axes:

@@ -83,6 +83,10 @@ class Checkpoints:
         if every < 1 or keep < 1 or (every_steps is not None and every_steps < 1):
             numbers = f"{every}, {every_steps} and {keep}"
             raise ValueError(f"every, every_steps and keep must be at least 1, got {numbers}")
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"folder must be a path, got {folder!r}")
+        if not os.fspath(folder):
+            raise ValueError("folder is empty, and would be where the program was started")
         self.folder = Path(folder)
         self.every, self.every_steps, self.keep = every, every_steps, keep
 
@@ -120,7 +124,7 @@ class Checkpoints:
         path = self.path(step)
         # if the process dies between the two, the first says that it is the best
         for target in [path, self.best] if best else [path]:
-            _replace(target, buffer.getbuffer())
+            replace_file(target, buffer.getbuffer())
         others = [other for other in self.paths() if other != path]
         for old in others[: max(0, len(others) + 1 - self.keep)]:
             old.unlink()
@@ -197,7 +201,7 @@ class Checkpoints:
             except CheckpointError:
                 return
             if latest["best"] and not _is_whole(self.best, latest["step"]):
-                _replace(self.best, path.read_bytes())
+                replace_file(self.best, path.read_bytes())
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -241,7 +245,7 @@ def checkpoints_for(
         if resume:
             raise ValueError("resume needs the folder where checkpoints are: checkpoint='runs/vae'")
         return None
-    if not isinstance(where, (str, os.PathLike, Checkpoints)):
+    if not isinstance(where, (str, os.PathLike, Checkpoints)) or where == "":
         raise TypeError(f"checkpoint takes a folder or a ppvae.Checkpoints, got {where!r}")
     if not isinstance(resume, (bool, str, os.PathLike)):
         raise TypeError(f"resume takes True, False or the path of a checkpoint, got {resume!r}")
@@ -299,7 +303,13 @@ def _set_aside(path: Path) -> Path:
     return path.rename(next(name for name in names if not name.exists()))
 
 
-def _content(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path) -> Any:
+    """What torch has written, tensors and plain values alone, on the CPU.
+
+    Raises:
+        FileNotFoundError: it is absent.
+        CheckpointError: it is damaged, or holds something else.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
@@ -307,9 +317,13 @@ def _content(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()  # the checksums, which torch.load does not look at
         if damaged is not None:
             raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint at all ({error})") from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = read_tensors(path)
     if not isinstance(content, dict) or content.get("ppvae") != MAGIC:
         raise CheckpointError(f"{path} is not a checkpoint of ppvae.fit: load it by torch.load")
     if isinstance(content.get("format"), int) and content["format"] > FORMAT:
@@ -337,7 +351,9 @@ def digest(value: Any) -> str:
     def add(item: Any) -> None:
         if isinstance(item, Tensor):
             found.update(f"{item.dtype} {tuple(item.shape)}".encode())
-            found.update(item.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            flat = item.cpu().contiguous()  # a single number may have a stride of 0
+            flat = flat.as_strided((flat.numel(),), (1,))
+            found.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(item, dict):
             found.update(f"{type(item).__name__} {len(item)}".encode())
             for key, inner in item.items():
@@ -435,7 +451,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(words.tolist()), gauss))
 
 
-def _replace(target: Path, content: Any) -> None:
+def replace_file(target: Path, content: Any) -> None:
     """Put a file in its place at once, and on the disk."""
     unfinished = target.with_name(f".{target.name}.unfinished")
     with _naming(target):

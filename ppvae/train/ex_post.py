@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.data import Dataset, Split
+from ppvae.intake import part_of, tensors
 from ppvae.pairs import evaluation_mode, own_path, sample_sites, seeded, trace
 from ppvae.program import Program, data_plate
 from ppvae.train.fit import fit
@@ -45,7 +45,7 @@ def fit_prior(
             ``nets.Constant``, ``conditionals.CodePrior`` with a network. It is changed in place.
         guide: a program; it is run in evaluation mode, and stays as it is.
         data: a ``ppvae.data.Dataset`` (its ``train``), a split, a tensor, or a tuple of tensors as
-            the guide is called with.
+            the guide is called with; arrays, frames and the other containers of :func:`ppvae.fit`.
         epochs: passes over the codes, >= 1.
         optim: as that of :class:`ppvae.SVI`.
         latent: the name of the guide's site.
@@ -56,7 +56,8 @@ def fit_prior(
         The :class:`ppvae.History` of mean log p(z), nats per row.
 
     Raises:
-        ValueError: the guide has no such site; else as :func:`ppvae.fit`.
+        ValueError: the guide has no such site, or draws NaN or infinity there; the prior is over
+            values of another shape; else as :func:`ppvae.fit`.
 
     Source: Ghosh et al., From Variational to Deterministic Autoencoders, 2020, section 4.1.
 
@@ -71,7 +72,10 @@ def fit_prior(
         >>> models.VAE(model.likelihood, prior=prior)(size=3).shape
         torch.Size([3, 64])
     """
-    codes = _codes(guide, _tensors(data), latent, seed)
+    data = part_of(data, "train", data)
+    given = data if isinstance(data, (tuple, list)) else (data,)
+    codes = _codes(guide, tensors(given, guide), latent, seed)
+    _check_shape(prior, codes, latent)
     svi = SVI(_Observed(prior), _Nothing(), optim)
     return fit(svi, codes, epochs=epochs, seed=seed, **options)
 
@@ -96,15 +100,6 @@ class _Nothing(Program):
         pass
 
 
-def _tensors(data: Any) -> tuple[Tensor, ...]:
-    """What the guide is called with."""
-    if isinstance(data, Dataset):
-        data = data.train
-    if isinstance(data, Split):
-        return data.args
-    return (data,) if isinstance(data, Tensor) else tuple(data)
-
-
 @torch.no_grad()
 def _codes(guide: Any, args: tuple[Tensor, ...], latent: str, seed: int) -> Tensor:
     """A draw of the latent for each row."""
@@ -117,4 +112,21 @@ def _codes(guide: Any, args: tuple[Tensor, ...], latent: str, seed: int) -> Tens
                     f"fit_prior(latent={latent!r}): the guide has no such site, but {sorted(sites)}"
                 )
             parts.append(sites[latent]["value"])
-    return torch.cat(parts)
+    codes = torch.cat(parts)
+    broken = int((~codes.isfinite()).flatten(1).any(1).sum())
+    if broken:
+        raise ValueError(
+            f"fit_prior: the guide draws NaN or infinity in {latent!r} for {broken} of "
+            f"{len(codes)} rows: look at its encoder's outputs"
+        )
+    return codes
+
+
+def _check_shape(prior: nn.Module, codes: Tensor, latent: str) -> None:
+    """Raise ``ValueError`` unless the prior is over values of the codes' shape."""
+    expected = prior().event_shape
+    if expected != codes.shape[1:]:
+        raise ValueError(
+            f"fit_prior: the prior is over values of shape {tuple(expected)}, and the guide's "
+            f"{latent!r} has {tuple(codes.shape[1:])}: make the prior of that shape"
+        )

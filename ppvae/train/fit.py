@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 from ppvae.arguments import takes_numbers
 from ppvae.check.pair import check_batch
 from ppvae.elbo.standard import ELBO
+from ppvae.intake import for_training, part_of
 from ppvae.pairs import evaluation_mode, seeded
+from ppvae.program import one_thread
 from ppvae.train import refusals
 from ppvae.train.callbacks import Callback, all_callbacks, all_loggers, log, overridden
 from ppvae.train.checkpoint import Checkpoints, checkpoints_for
@@ -72,9 +74,10 @@ def fit(
     Args:
         svi: a :class:`ppvae.SVI`.
         data: a ``ppvae.data.Dataset`` (trains on ``train``, validates on ``valid``) or one of its
-            splits; a tensor ``(N, ...)``; a tuple of tensors for ``model(x, y)``; or a
-            ``DataLoader`` that yields such batches, in nested tuples too, or dictionaries by the
-            names of the model's arguments.
+            splits; an array, frame or tensor ``(N, ...)``; a tuple of these for ``model(x, y)``, or
+            a dictionary of them by the names of the model's arguments; scipy's sparse rows or an
+            AnnData, made dense batch by batch; a data set of torch or Hugging Face; or a
+            ``DataLoader`` that yields such batches, in nested tuples too, or dictionaries.
         epochs: passes over the data, >= 1; of a resumed run, those before it included.
         batch_size: datapoints per step, over all processes, >= 1; the last batch may be smaller,
             but of one row only where no layer of batch norm would see a single value.
@@ -119,6 +122,8 @@ def fit(
             is writing to it.
         TypeError: the state of a callback holds what no checkpoint can.
         CheckpointError: a checkpoint is damaged, or of another model, data or set of arguments.
+        RuntimeError: another thread runs a pair; or, with several processes, another one has
+            raised, was killed or does not answer.
 
     Example:
         >>> import torch, ppvae
@@ -131,72 +136,76 @@ def fit(
         >>> [row["epoch"] for row in history.rows]
         [1, 2]
     """
-    valid = getattr(data if valid is None else valid, "valid", valid)
-    refusals.check_arguments(
-        epochs, batch_size, steps_per_epoch, patience, valid, lr_scheduler, device, fabric
-    )
-    files = checkpoints_for(checkpoint, resume)
-    callbacks = all_callbacks(on_epoch_end, callbacks)
     processes = Processes(fabric)
-    loggers = all_loggers(loggers, fabric)
-    target = None if device is None else resolve_device(device)
-    if fabric is not None:
-        target = fabric.device
-    common = (batch_size, target, processes, files is not None, argument_names(svi.model))
-    data = getattr(data, "train", data)
-    for given in (data, valid):
-        refusals.check_tensors(svi.model, given)
-    train_data = source("data", data, *common, steps_per_epoch)
-    valid_data = None if valid is None else source("valid", valid, *common)
-    train_data.check_processes()
-    train_data.check_passes(epochs)
-    refusals.require_whole(svi.guide, train_data)
-    if target is not None:
-        _move(svi, target)
-    first = train_data.first()
-    train_data.check(svi.model, svi.guide, refusals.prepare(svi, first))
-    refusals.require_rows(svi, train_data, first)
-    refusals.require_two_rows(svi, train_data, first)
-    refusals.require_rows_beside(svi, train_data, first)
-    check_model = refusals.before_fit(svi.model, train_data, first)
-    has_bound = True
-    if valid_data is not None:
-        valid_data.check_passes(epochs)
-        first = valid_data.first()
-        pair = svi.model, svi.guide
-        valid_data.check(*pair, check_batch(*pair, *first))
-        has_bound = refusals.require_bound(svi, first, patience)
+    with one_thread(), processes.connected():
+        valid = part_of(data, "valid", None) if valid is None else part_of(valid, "valid", valid)
+        refusals.check_arguments(
+            epochs, batch_size, steps_per_epoch, patience, valid, lr_scheduler, device, fabric
+        )
+        files = checkpoints_for(checkpoint, resume)
+        callbacks, pair = all_callbacks(on_epoch_end, callbacks), (svi.model, svi.guide)
+        loggers = all_loggers(loggers, fabric)
+        target = None if device is None else resolve_device(device)
+        if fabric is not None:
+            target = fabric.device
+        common = (batch_size, target, processes, files is not None, argument_names(svi.model))
+        data = for_training(part_of(data, "train", data), "data", batch_size, seed, *pair)
+        if valid is not None:
+            valid = for_training(valid, "valid", batch_size, seed, *pair)
+        for given in (data, valid):
+            refusals.check_tensors(svi.model, given)
+        train_data = source("data", data, *common, steps_per_epoch)
+        valid_data = None if valid is None else source("valid", valid, *common)
+        train_data.check_processes()
+        train_data.check_passes(epochs)
+        refusals.require_whole(svi.guide, train_data)
+        if target is not None:
+            _move(svi, target)
+        first = train_data.first()
+        train_data.check(svi.model, svi.guide, refusals.prepare(svi, first))
+        refusals.require_rows(svi, train_data, first)
+        refusals.require_two_rows(svi, train_data, first)
+        refusals.require_rows_beside(svi, train_data, first)
+        check_model = refusals.before_fit(svi.model, train_data, first)
+        has_bound = True
+        if valid_data is not None:
+            valid_data.check_passes(epochs)
+            first = valid_data.first()
+            valid_data.check(*pair, check_batch(*pair, *first))
+            has_bound = refusals.require_bound(svi, first, patience)
 
-    processes.copy_from_first(svi.objective)
-    processes.own_draws()
-    assert svi.optimizer is not None
-    if svi.turns is not None:
-        svi.turns.reported = {}  # of steps before this call
-    run = Run(
-        svi=svi,
-        progress=Progress(History(_name(svi.elbo)), torch.zeros((), device=target)),
-        data=train_data,
-        valid=valid_data,
-        check_model=check_model,
-        scheduler=lr_scheduler(svi.optimizer) if lr_scheduler is not None else None,
-        callbacks=callbacks,
-        loggers=loggers if processes.rank == 0 else [],
-        processes=processes,
-        files=files,
-        epochs=epochs,
-        seed=seed,
-        patience=patience,
-        has_bound=has_bound,
-    )
-    with run.folder(resume):
-        if resume:
-            run.resume(resume)
-        rows = run.progress.history.rows
-        log(run.loggers, rows)  # a logger of a resumed run has all of it
-        disabled = None if progress and processes.rank == 0 else True  # None: shown in a terminal
-        bar = tqdm(total=epochs, initial=len(rows), unit="epoch", disable=disabled)
-        with bar, processes.joined(svi), interrupts(files is not None) as interrupt:
-            return _train(run, bar, interrupt)
+        assert svi.optimizer is not None
+        if svi.turns is not None:
+            svi.turns.reported = {}  # of steps before this call
+        run = Run(
+            svi=svi,
+            progress=Progress(History(_name(svi.elbo)), torch.zeros((), device=target)),
+            data=train_data,
+            valid=valid_data,
+            check_model=check_model,
+            scheduler=lr_scheduler(svi.optimizer) if lr_scheduler is not None else None,
+            callbacks=callbacks,
+            loggers=loggers if processes.rank == 0 else [],
+            processes=processes,
+            files=files,
+            epochs=epochs,
+            seed=seed,
+            patience=patience,
+            has_bound=has_bound,
+        )
+        if processes.size > 1:
+            processes.require_equal(run.facts_of_ranks(resume))
+        processes.copy_from_first(svi.objective)
+        processes.own_draws()
+        with run.folder(resume):
+            if resume:
+                run.resume(resume)
+            rows = run.progress.history.rows
+            log(run.loggers, rows)  # a logger of a resumed run has all of it
+            disabled = None if progress and processes.rank == 0 else True  # None: in a terminal
+            bar = tqdm(total=epochs, initial=len(rows), unit="epoch", disable=disabled)
+            with bar, processes.joined(svi), interrupts(files is not None) as interrupt:
+                return _train(run, bar, interrupt)
 
 
 def _train(run: Run, bar: Any, interrupt: Interrupt) -> History:
@@ -333,5 +342,6 @@ def _move(svi: SVI, device: torch.device) -> None:
 
 
 def _name(elbo: Any) -> str:
+    elbo = getattr(elbo, "estimator", elbo)  # of elbo.Plus: what is reported is its bound
     K = getattr(elbo, "num_draws", elbo.num_particles)
     return f"{type(elbo).__name__}-{K}" if K > 1 else type(elbo).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,3 +77,16 @@ class History:
 
     def __repr__(self) -> str:
         return self.table()
+
+    def _repr_html_(self) -> str:
+        import pandas
+
+        frame = pandas.DataFrame(self.rows)
+        caption = f"{self.name} [nats per datapoint]"
+        if self.best_epoch is not None:
+            caption += f", best in epoch {self.best_epoch}"
+        whole = {"epoch": "{:.0f}".format, "step": "{:.0f}".format, "lr": "{:.2e}".format}
+        table = frame.to_html(
+            index=False, max_rows=20, float_format="{:.2f}".format, na_rep="", formatters=whole
+        )
+        return table.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>", 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ppvae.train.svi import SVI
+
+_GRACE = 10.0  # seconds for the others to say that they are there, once one does not answer
+
+
+class LostProcess(RuntimeError):
+    """Another process has raised, was killed or is frozen; the message names its rank."""
 
 
 class Processes:
@@ -33,6 +41,137 @@ class Processes:
         self.precision = "32-true" if fabric is None else str(fabric.strategy.precision.precision)
         # Whether this process has rows in the current step; if not, its gradient is taken as zero.
         self.contributes = True
+        self._group: Any = None  # of the run that goes on
+        self._words: Any = None  # what each rank says of its end, in the store of the group
+
+    # -- together, or not at all -----------------------------------------------------------------
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Inside, what ends one process ends all, and each error names the rank.
+
+        The connections are those of this run alone. A process that raises leaves word of why and
+        closes them, which the others see at once; that one is frozen they see when the time-out of
+        the process group has passed. Nothing is added to a step.
+
+        Raises:
+            LostProcess: another process ended the run, or does not answer.
+        """
+        if self.size == 1:
+            yield
+            return
+        waits = getattr(self.fabric.strategy, "_timeout", None)
+        try:
+            self._group = distributed.new_group(timeout=waits)
+        except RuntimeError as error:
+            raise LostProcess(f"not all {self.size} ranks have called ppvae.fit: {error}") from None
+        store = distributed.distributed_c10d._get_default_store()
+        where = f"ppvae/{self._group.group_name}"
+        self._words = distributed.PrefixStore(where, store)  # type: ignore[attr-defined]
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, LostProcess):
+                self._say(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            distributed.destroy_process_group(self._group)
+            self._group = self._words = None
+
+    def _say(self, why: str) -> None:
+        """Leave word of the end of this rank; if all have come to theirs, each keeps its error."""
+
+        def say(heard: dict[int, str]) -> None:
+            self._words.set(str(self.rank), f"raised {why}"[:2000])
+            self._listen(heard, until=lambda: len(heard) == self.size - 1, seconds=1.0)
+
+        self._ask_store(say, seconds=2.0)
+
+    def _lost(self, error: RuntimeError) -> LostProcess:
+        """What to raise where the others cannot be reached any more."""
+
+        def ask(heard: dict[int, str]) -> None:
+            self._words.set(str(self.rank), "waits")
+            self._listen(
+                heard,
+                lambda: len(heard) == self.size - 1 or any(w != "waits" for w in heard.values()),
+                _GRACE,
+            )
+
+        heard = self._ask_store(ask, _GRACE + 5)
+        if heard is None:
+            who = "the rank that keeps the store (0, or torchrun) does"
+        else:
+            for rank, word in sorted(heard.items()):
+                if word != "waits":
+                    return LostProcess(f"rank {rank} has ended the run: {word[len('raised ') :]}")
+            silent = [rank for rank in range(self.size) if rank not in heard and rank != self.rank]
+            who = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} "
+            who += "do" if len(silent) > 1 else "does"
+            if not silent:
+                return LostProcess(f"the connections to the other ranks are lost: {error}")
+        return LostProcess(
+            f"{who} not answer: killed, frozen, or not to be reached. Each step waits as long as "
+            f"DDPStrategy(timeout=...) says; checkpoints stay ({str(error).splitlines()[0][-120:]})"
+        )
+
+    def _listen(self, heard: dict[int, str], until: Callable[[], bool], seconds: float) -> None:
+        """Put the words of other ranks into ``heard``."""
+        end = time.monotonic() + seconds
+        while True:
+            for rank in range(self.size):
+                if rank != self.rank and rank not in heard and self._words.check([str(rank)]):
+                    heard[rank] = self._words.get(str(rank)).decode()
+            if until() or time.monotonic() > end:
+                return
+            time.sleep(0.02)
+
+    @staticmethod
+    def _ask_store(ask: Callable[[dict[int, str]], None], seconds: float) -> dict[int, str] | None:
+        """What was heard; None if the store does not answer: it may be that of a frozen rank."""
+        heard: dict[int, str] = {}
+        answered = threading.Event()
+
+        def call() -> None:
+            ask(heard)
+            answered.set()
+
+        threading.Thread(target=call, daemon=True).start()
+        return heard if answered.wait(seconds) else None
+
+    def _together(self, collective: Callable[..., Any], *args: Any) -> None:
+        """Call a function of ``torch.distributed`` with the group of this run."""
+        try:
+            collective(*args, group=self._group)
+        except RuntimeError as error:
+            if self._words is None:  # outside of a run
+                raise
+            raise self._lost(error) from error
+
+    def require_equal(self, facts: dict[str, Any]) -> None:
+        """Raise ``ValueError``, in all processes alike, unless they were given the same.
+
+        Args:
+            facts: by the name of an argument, or of what it consists of.
+        """
+        each = self.gather(facts)
+        differ = []
+        for name in dict.fromkeys(name for facts in each for name in facts):
+            seen: dict[str, list[str]] = {}  # the ranks that have a value
+            for rank, own in enumerate(each):
+                seen.setdefault(str(own.get(name, "absent")), []).append(str(rank))
+            if len(seen) > 1:
+                by_rank = "; ".join(
+                    f"{value[:80]} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:8])}"
+                    for value, ranks in seen.items()
+                )
+                differ.append(f"{name}: {by_rank}")
+        if differ:
+            more = f"\n  and {len(differ) - 5} more" if len(differ) > 5 else ""
+            raise ValueError(
+                "the processes would train different runs; give all ranks the same:\n  "
+                + "\n  ".join(differ[:5])
+                + more
+            )
 
     # -- gradients -------------------------------------------------------------------------------
     @contextmanager
@@ -55,7 +194,13 @@ class Processes:
         """
         if not self.contributes:
             torch._foreach_zero_(gradients)
-        self._flat(gradients, distributed.all_reduce)
+        self._flat(gradients, self._add)
+
+    def _add(self, flat: Tensor) -> None:
+        self._together(distributed.all_reduce, flat)
+
+    def _copy(self, flat: Tensor) -> None:
+        self._together(distributed.broadcast, flat, 0)
 
     # -- module state ----------------------------------------------------------------------------
     def copy_from_first(self, module: nn.Module) -> None:
@@ -63,7 +208,7 @@ class Processes:
         if self.size > 1:
             with torch.no_grad():
                 tensors = [*module.parameters(), *module.buffers()]
-                self._flat(tensors, lambda flat: distributed.broadcast(flat, 0))
+                self._flat(tensors, self._copy)
 
     def average_buffers(self, module: nn.Module) -> None:
         """Replace floating-point buffers by their mean over the processes, others by rank 0's.
@@ -74,10 +219,10 @@ class Processes:
         if self.size > 1:
             real = [b for b in module.buffers() if b.is_floating_point()]
             other = [b for b in module.buffers() if not b.is_floating_point()]
-            self._flat(real, distributed.all_reduce)
+            self._flat(real, self._add)
             for buffer in real:
                 buffer /= self.size
-            self._flat(other, lambda flat: distributed.broadcast(flat, 0))
+            self._flat(other, self._copy)
 
     @staticmethod
     def _flat(tensors: list[Tensor], collective: Callable[[Tensor], Any]) -> None:
@@ -96,7 +241,7 @@ class Processes:
         if self.size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.fabric.device)
-        distributed.all_reduce(total)
+        self._add(total)
         return total.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -110,21 +255,22 @@ class Processes:
             call()
         except Exception as error:
             raised = error
-        if self.any(raised is not None):
-            raise raised or RuntimeError("another process has stopped; its error says why")
+        said = self.gather(None if raised is None else f"{type(raised).__name__}: {raised}")
+        for rank, word in enumerate(said):
+            if word is not None:
+                raise raised or LostProcess(f"rank {rank} has ended the run: {word}")
 
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, by rank."""
         if self.size == 1:
             return [value]
         gathered = [None] * self.size
-        distributed.all_gather_object(gathered, value)
+        self._together(distributed.all_gather_object, gathered, value)
         return gathered
 
     def wait(self) -> None:
         """Until every process is here."""
-        if self.size > 1:
-            self.fabric.barrier()
+        self.sum(0.0)
 
     # -- rows and draws --------------------------------------------------------------------------
     def share(self, index: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyro
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,6 +32,9 @@ from ppvae.train.history import History
 from ppvae.train.processes import Processes
 from ppvae.train.sources import Batch, Source
 from ppvae.train.svi import SVI
+from ppvae.wrapped import title
+
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of a function: another in each process
 
 
 @dataclass
@@ -164,8 +170,7 @@ class Run:
             "seed": self.seed,
             "processes": self.processes.size,
             "precision": self.processes.precision,
-            # the address of a function differs between processes
-            "loss": re.sub(" at 0x[0-9a-f]+", "", repr(self.svi.elbo)),
+            "loss": _ADDRESS.sub("", repr(self.svi.elbo)),
             "optimiser": f"{type(optimizer).__name__}({given})",
             "parameters in its groups": [len(group["params"]) for group in optimizer.param_groups],
             "clip_norm": self.svi.clip_norm,
@@ -175,6 +180,33 @@ class Run:
             "patience": "none" if self.patience is None else "some",  # the number may change
             "callbacks with a state": [type(callback).__name__ for callback in self.stateful],
         }
+
+    def facts_of_ranks(self, resume: bool | str | os.PathLike[str]) -> dict[str, str]:
+        """What must be the same in all processes; of parameters only the shapes."""
+        svi, files = self.svi, self.files
+        parameters, buffers = svi.objective.named_parameters(), svi.objective.named_buffers()
+        facts = {
+            "epochs": self.epochs,
+            "batches of data": self.data.num_batches(),
+            "batches of valid": self.valid.num_batches() if self.valid is not None else "none",
+            "checkpoint": f"every={files.every}, every_steps={files.every_steps}"
+            if files
+            else "none",
+            "resume": resume,
+            "model": title(svi.model),
+            "guide": title(svi.guide),
+            **self.facts(),
+            "compile": svi.compile,
+            "skip_nonfinite": svi.skip_nonfinite,
+            "device": self.progress.total.device.type,
+            "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
+            f"pyro {pyro.__version__}, numpy {np.__version__}",
+        }
+        for name, tensor in parameters:
+            frozen = "" if tensor.requires_grad else ", frozen"
+            facts[name] = f"{tuple(tensor.shape)} {tensor.dtype}{frozen}"
+        facts |= {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in buffers}
+        return {name: _ADDRESS.sub("", str(fact)) for name, fact in facts.items()}
 
     @contextmanager
     def folder(self, resume: bool | str | os.PathLike[str]) -> Iterator[None]:

@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 from ppvae.check.pair import Checks, check_values
 from ppvae.data.split import check_unit_interval
+from ppvae.intake import by_name
 from ppvae.train.checkpoint import CheckpointError, rng_state, set_rng_state
 from ppvae.train.processes import Processes
 from ppvae.train.reader import read_ahead
@@ -45,7 +46,7 @@ def source(
     names: Sequence[str] = (),
     steps: int | None = None,
 ) -> Source:
-    """The source of batches for what :func:`ppvae.fit` takes as data.
+    """The source of batches for what :func:`ppvae.intake.for_training` makes of the data.
 
     Args:
         label: "data" or "valid", for messages.
@@ -58,7 +59,6 @@ def source(
         steps: of an epoch, where a ``DataLoader`` has no end, or one that does not matter.
 
     Raises:
-        TypeError: it is anything else.
         ValueError: ``steps`` for data that are no ``DataLoader``.
     """
     common = (label, batch_size, device, processes)
@@ -69,20 +69,12 @@ def source(
             f"steps_per_epoch={steps} is for a DataLoader: an epoch of {_kind(data)} has each row "
             "once"
         )
+    if getattr(data, "rows", None) is not None:
+        return Streamed(data, *common)
     if hasattr(data, "batch"):
         split = data if device is None else data.to(device)
-        if getattr(split, "rows", None) is not None:
-            return Streamed(split, *common)
         return Kept(split.batch, _stored(split), *common)
-    tensors = (data,) if isinstance(data, Tensor) else data
-    if not isinstance(tensors, (tuple, list)) or not _are_tensors(tensors):
-        of_torch = isinstance(data, torch.utils.data.Dataset)
-        cure = "give DataLoader(it)" if of_torch else "wrap arrays with data.from_arrays(x, y)"
-        raise TypeError(
-            f"{label} must be a data.Dataset or a split of one, a tensor, a tuple of tensors or a "
-            f"DataLoader, got {_kind(data)}; {cure}"
-        )
-    placed = _placed(tensors, device)
+    placed = _placed((data,) if isinstance(data, Tensor) else data, device)
     return Kept(lambda epoch: placed, (placed, ""), *common)
 
 
@@ -179,6 +171,10 @@ class Source(ABC):
             model, guide, checks = self._to_check
             trains = self.label == "data"
             check_values(model, guide, batch, checks, where=f" in {self.label}", trains=trains)
+
+    def num_batches(self) -> int | None:
+        """How many batches an epoch of a ``DataLoader`` has; of other data it follows."""
+        return None
 
     def check_processes(self) -> None:  # noqa: B027
         """Raise if the processes would train on the same rows; here each gets its own."""
@@ -280,9 +276,9 @@ class Streamed(Source):
             return present(rows, part)
 
         def present(rows: Any, part: Tensor) -> Batch:
-            values, y = (None if t is None else _placed([t], self.device)[0] for t in rows)
+            moved = (None if t is None else _placed([t], self.device)[0] for t in rows)
             # an epoch has each row once, so the first row tells its batches apart
-            return self._split.present(values, y, epoch, int(part[0]))
+            return self._split.present(*moved, epoch=epoch, key=int(part[0]))
 
         with closing(read_ahead(read, parts)) as ahead:
             for part, rows in zip(parts, ahead, strict=True):
@@ -438,15 +434,7 @@ class Loaded(Source):
     def _as_batch(self, loaded: Any) -> Batch:
         batch = list(_flat(loaded))
         if isinstance(loaded, Mapping):
-            absent = [name for name in self._names[: len(loaded)] if name not in loaded]
-            unknown = [name for name in loaded if name not in self._names]
-            if absent or unknown:
-                raise TypeError(
-                    f"{self.label}: the DataLoader yields a dictionary of {_listed(loaded)}, and "
-                    f"the model takes {_listed(self._names)}: give it a collate_fn that names the "
-                    "model's arguments"
-                )
-            batch = [loaded[name] for name in self._names if name in loaded]
+            batch = by_name(loaded, self._names, f"{self.label}: the DataLoader yields")
         if not _are_tensors(batch):
             raise TypeError(
                 f"{self.label}: the DataLoader must yield a tensor, a tuple of tensors or a "
@@ -478,11 +466,9 @@ class Loaded(Source):
                 f"{self.label}: {self.processes.size} processes would each see every row of this "
                 "DataLoader; give it sampler=torch.utils.data.DistributedSampler(dataset)"
             )
-        lengths = self.processes.gather(len(self._loader))
-        if len(set(lengths)) > 1:
-            raise ValueError(
-                f"{self.label}: the processes' DataLoaders have {lengths} batches: make them equal"
-            )
+
+    def num_batches(self) -> int | None:
+        return len(self._loader) if self._counts_rows else None
 
     def check_passes(self, epochs: int) -> None:
         """Raise for a stream that is known to end before the last epoch."""
@@ -601,7 +587,8 @@ def _placed(tensors: Iterable[Tensor], device: Device) -> Batch:
 
 def _stored(split: Any) -> Stored:
     """A split's tensors, and in words what else makes it up."""
-    tensors = [tensor for tensor in (split.values, split.y) if tensor is not None]
+    held = split.columns if hasattr(split, "columns") else (split.values, split.y)
+    tensors = [tensor for tensor in (*held, getattr(split, "observed", None)) if tensor is not None]
     return tensors, f", binarize={split.binarize!r}, seed={split.seed}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import warnings
@@ -14,10 +15,10 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
-from ppvae.arguments import takes_numbers
+from ppvae.arguments import require_programs, takes_numbers
 from ppvae.auxiliary import auxiliaries
 from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
-from ppvae.check.pair import Checks, check_batch
+from ppvae.check.pair import Checks, PairError, check_batch, names
 from ppvae.compile.compiled import Compiled, CompiledGradients
 from ppvae.compile.cuda_graph import CudaGraph
 from ppvae.compile.fixed import Fixed
@@ -28,6 +29,7 @@ from ppvae.program import local_parameters, method_owners, require_own_parameter
 from ppvae.train.beside import Beside, Turns
 from ppvae.train.optimizer import build_optimizer, check_optim, left_out, take_up
 from ppvae.weights import log_weights
+from ppvae.wrapped import title
 
 _CURES = "Lower the learning rate, clip (SVI(clip_norm=...)), bound the predicted scale"
 
@@ -104,6 +106,7 @@ class SVI(pyro.infer.SVI):
         beside: Beside | None = None,
         regularizer: nn.Module | None = None,
     ) -> None:
+        require_programs(model=model, guide=guide)
         loss = loss if loss is not None else ELBO()
         check_optim(optim)
         _check_arguments(loss, clip_norm, compile)
@@ -131,12 +134,36 @@ class SVI(pyro.infer.SVI):
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
         self._reported = (0, 0)  # steps and skipped steps when check_finite was last called
 
+    def __repr__(self) -> str:
+        optim = self.optimizer if self.optimizer is not None else self.optim
+        made = optim.func if isinstance(optim, functools.partial) else optim
+        name = (
+            made.__name__ if callable(made) and hasattr(made, "__name__") else type(made).__name__
+        )
+        settings = optim.keywords if isinstance(optim, functools.partial) else {}
+        if self.optimizer is not None:
+            settings = {"lr": self.optimizer.param_groups[0]["lr"]}
+        shown = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        size = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
+        return (
+            f"SVI of {title(self.model)} and {title(self.guide)}, {size:,} parameters\n"
+            f"  loss       {self.elbo!r}\n"
+            f"  optimiser  {name}({shown})\n"
+            f"  steps      {self.num_steps}, compile={self.compile!r}"
+        )
+
     def prepare(self, *args: Any, **kwargs: Any) -> Checks:
         """Check the pair on a batch and build the optimiser; :meth:`step` does it when needed.
 
         Returns:
             What :func:`ppvae.check.pair.check_batch` returns.
         """
+        for name, arg in zip(names(self.model, args), args, strict=True):
+            if isinstance(arg, Tensor) and arg.is_inference():
+                raise PairError(
+                    f"argument {name!r} was made in inference mode, and a step differentiates "
+                    f"through what it computes of it: give {name}.clone()"
+                )
         K = self.particles_at_once
         if auxiliaries(self.objective):  # whose draws for all their steps are particles of one run
             K = max(K, (self.beside or Beside()).steps)
@@ -470,7 +497,7 @@ def _check_arguments(loss: Any, clip_norm: float | None, compile: bool | str) ->
         )
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}; use None for no clipping")
-    if compile not in (True, False, "auto"):
+    if not isinstance(compile, (bool, str)) or compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
     if compile is True and not isinstance(loss, Estimator):
         raise ValueError(

@@ -1,9 +1,9 @@
 r"""A VQ-VAE: images as maps of codes, and what a prior over the codes is worth, in nats.
 
-    python examples/vqvae.py                           # handwritten digits, 4 x 4 codes
-    python examples/vqvae.py --data mnist --batch-size 64 --epochs 4 --prior-epochs 4
-    python examples/vqvae.py --levels 2 --data freyfaces     # VQ-VAE-2: a coarse and a fine map
-    python examples/vqvae.py --quick                   # a check that all runs, in seconds
+    python examples/vq.py                           # handwritten digits, 4 x 4 codes
+    python examples/vq.py --data mnist --batch-size 64 --epochs 4 --prior-epochs 4
+    python examples/vq.py --levels 2 --data freyfaces     # VQ-VAE-2: a coarse and a fine map
+    python examples/vq.py --quick                   # a check that all runs, in seconds
 
 Encoder, decoder and codebook are trained first, under a uniform prior. Then everything is frozen,
 and priors are fitted by maximum likelihood of the codes: one distribution for all places, and a
@@ -69,13 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(lengths, used, args)
     reporting.clear(out, FILES)
     write(out, args, dataset, lengths, used, time.perf_counter() - started)
-    finest = next(iter(numbers))
-    reporting.save(
-        plots.code_usage(torch.bincount(numbers[finest].flatten(), minlength=args.codes)),
-        out / "usage.png",
-    )
-    draw_codes(dataset, model, guide, x[:10], out / "codes.png")
-    draw_samples(dataset, fitted, out / "samples.png", args.seed)
+    draw(dataset, fitted, guide, x[:10], numbers, out, args)
     reporting.print_files(out, FILES)
 
 
@@ -106,7 +100,7 @@ def quantised(dataset: data.Dataset, args: argparse.Namespace) -> tuple[Any, Any
     fine = nets.Codebook(args.codes, args.dim)
     bottom = conditionals.CodePrior(fine, args.map)
     if args.levels == 1:
-        encoder = from_image(args, inwards(args, args.dim))
+        encoder = nn.Sequential(from_image(args, inwards(args, args.dim)), at(args, args.map))
         likelihood = to_image(dataset, args, nets.upsample(args.dim, args.image[0], wide))
         return models.VAE(likelihood, prior=bottom), guides.Quantized(encoder, fine)
     coarse = nets.Codebook(args.codes, args.dim)
@@ -114,10 +108,12 @@ def quantised(dataset: data.Dataset, args: argparse.Namespace) -> tuple[Any, Any
     decoder = nets.MergeMaps(nets.upsample(2 * args.dim, args.image[0], wide))
     model = models.CodeHierarchy(to_image(dataset, args, decoder), bottom, top)
     features = narrow[-1]
+    merge = nets.flat_batch(nn.Conv2d(features + args.dim, args.dim, 1), event_dim=3)
+    upper = nets.downsample(features, args.dim, [features])
     guide = guides.QuantizedLevels(
         from_image(args, inwards(args, features)),
-        nets.downsample(features, args.dim, [features]),
-        nets.MergeMaps(nets.flat_batch(nn.Conv2d(features + args.dim, args.dim, 1), event_dim=3)),
+        nn.Sequential(upper, at(args, top.shape)),
+        nets.MergeMaps(nn.Sequential(merge, at(args, args.map))),
         (fine, coarse),
     )
     return model, guide
@@ -176,6 +172,11 @@ def inwards(args: argparse.Namespace, width_out: int) -> nn.Module:
     """From images to maps; by its residual blocks each place sees most of the image."""
     narrow, _ = widths(args)
     return nets.downsample(args.image[0], width_out, narrow, residual_blocks=args.blocks)
+
+
+def at(args: argparse.Namespace, shape: tuple[int, int]) -> nn.Module:
+    """What gives the places of a map codes of their own."""
+    return nets.PositionEmbedding(args.dim, shape, args.places)
 
 
 def widths(args: argparse.Namespace) -> tuple[list[int], list[int]]:
@@ -324,6 +325,22 @@ def write(
 # ------------------------------------------------------------------------------ pictures
 
 
+def draw(
+    dataset: data.Dataset,
+    fitted: dict[str, Any],
+    guide: Any,
+    x: Tensor,
+    numbers: dict[str, Tensor],
+    out: Path,
+    args: argparse.Namespace,
+) -> None:
+    """How often each of the finest codes is used, codes of some images, samples."""
+    count = torch.bincount(next(iter(numbers.values())).flatten(), minlength=args.codes)
+    reporting.save(plots.code_usage(count), out / "usage.png")
+    draw_codes(dataset, fitted["uniform"], guide, x, out / "codes.png")
+    draw_samples(dataset, fitted, out / "samples.png", args.seed)
+
+
 @torch.no_grad()
 def draw_codes(dataset: data.Dataset, model: Any, guide: Any, x: Tensor, path: Path) -> None:
     """Images, their codes, and what is decoded from these."""
@@ -396,6 +413,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "one has twice as many (default: %(default)s)")  # fmt: skip
     add("--blocks", type=int, default=1, help="residual blocks after each convolution of the "
         "encoder (default: %(default)s)")  # fmt: skip
+    add("--places", type=float, default=0.5, help="first size of the vectors by which places "
+        "differ, per number of a code (default: %(default)s)")  # fmt: skip
     add("--commitment", type=float, default=0.25, help="nats per squared distance (default: "
         "%(default)s)")  # fmt: skip
     add("--prior", choices=["gru", "conv"], default="gru", help="the network (default: gru)")
@@ -408,7 +427,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the steps; needs a C++ compiler")
     add("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--out", type=Path, default=Path("out/vqvae"), metavar="FOLDER", help="where the files go "
+    add("--out", type=Path, default=Path("out/vq"), metavar="FOLDER", help="where the files go "
         "(default: %(default)s)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
     add("--quick", "--smoke", dest="smoke", action="store_true", help="a check, in seconds")

@@ -1,0 +1,402 @@
+"""Values that a mask hides: imputed from the posterior, and reports by how many there are."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Categorical, Independent
+
+from ppvae.arguments import takes_numbers
+from ppvae.diagnostics.evidence import Evidence, weigh
+from ppvae.diagnostics.rows import (
+    bound,
+    check_at_least,
+    check_pair_and_data,
+    evaluating,
+    pieces,
+    take,
+)
+from ppvae.distributions import Columns
+from ppvae.intake import takes_rows
+from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site, sample_sites, shown, trace
+from ppvae.terms import unmasked
+from ppvae.weights import LogWeights
+
+SUFFIX = "_missing"  # of the latent that holds a site's hidden values, where the model draws them
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Imputation:
+    r"""What :func:`ppvae.impute` found: float64, on the CPU, of the data's shape ``(N, *event)``.
+
+    Attributes:
+        observed: which values were observed, bool.
+        mean: :math:`E[x_d \mid x_{\mathrm{obs}}]`, and the value itself where it is observed. NaN
+            for classes, and where p(x_d | z) has no mean (a Student t law of df <= 1).
+        sd: the posterior's standard deviation, 0 where observed; infinite where p(x_d | z) has no
+            variance (df <= 2).
+        filled: ``mean``, rounded where values are whole numbers; of classes the most probable.
+        draws: ``(S, N, *event)``, joint draws of each row's missing values beside the observed
+            ones; None for ``num_draws=0``.
+        evidence: of the observed part of each row, :class:`~ppvae.diagnostics.Evidence`.
+        site: the observed site that was imputed.
+    """
+
+    observed: Tensor
+    mean: Tensor
+    sd: Tensor
+    filled: Tensor
+    draws: Tensor | None
+    evidence: Evidence
+    site: str
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective sample size of each row's weights, ``(N,)``."""
+        return self.evidence.ess
+
+    @property
+    def khat(self) -> Tensor:
+        """Pareto k-hat of each row's weights, ``(N,)``: above 0.7 the guide biases the row."""
+        return self.evidence.khat
+
+    @property
+    def num_missing(self) -> int:
+        """How many values were imputed."""
+        return int((~self.observed).sum())
+
+    def __repr__(self) -> str:
+        share = self.num_missing / max(self.observed.numel(), 1)
+        return (
+            f"Imputation of {self.num_missing} values of {self.site!r}, {share:.0%} of all, by the "
+            f"weights of this:\n{self.evidence!r}"
+        )
+
+
+@takes_numbers
+@takes_rows
+def impute(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_particles: int = 1000,
+    num_draws: int = 0,
+    site: str | None = None,
+    max_rows: int = 10_000,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Imputation:
+    r"""The posterior of values that a mask hides, by self-normalised importance weights.
+
+    .. math:: E[x_d \mid x_{\mathrm{obs}}] \approx \sum_k \tilde w_k\, E[x_d \mid z_k],\qquad
+              \tilde w_k = w_k / \textstyle\sum_j w_j,\quad
+              w_k = p(x_{\mathrm{obs}}, z_k) / q(z_k \mid x_{\mathrm{obs}})
+
+    Draws are those of the same weights: z is resampled, then x drawn from p(x | z). What is
+    imputed are the values of the observed site that are hidden by a mask, ``models.Masked``'s or
+    that of a program of your own; where the model draws them itself, as the site
+    ``"<name>_missing"`` (:class:`ppvae.models.MissingNotAtRandom`), by these draws. Programs run in
+    evaluation mode.
+
+    Args:
+        model, guide: Pyro programs.
+        *args: data, as both are called, e.g. ``x, observed``.
+        num_particles: K >= 2; ``khat`` takes more than 20.
+        num_draws: S joint draws of each row's missing values (multiple imputation).
+        site: the observed site, if masks hide values of several.
+        max_rows: largest number of (particle, datapoint) rows computed at once.
+        seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
+
+    Returns:
+        :class:`~ppvae.diagnostics.Imputation`.
+
+    Raises:
+        ValueError: bad data or arguments; the pair does not fit; no site, or several, have values
+            that are hidden; a latent is summed out.
+
+    Warns:
+        RuntimeWarning: p(x | z) has no mean at some missing values.
+
+    Source: Mattei & Frellsen, MIWAE, 2019, section 4; Ipsen et al., not-MIWAE, 2021, section 3.2.
+
+    Example:
+        >>> import torch, ppvae
+        >>> from ppvae import conditionals, guides, models, nets
+        >>> likelihood = conditionals.Normal(nets.mlp(2, 8, 3), scale=0.5)
+        >>> model = models.Masked(models.VAE(likelihood, latent_dim=2))
+        >>> guide = guides.Normal(nets.Masked(nets.mlp(2 * 3, 8, 2 * 2)))
+        >>> x = torch.tensor([[0.1, float("nan"), 0.3]])
+        >>> found = ppvae.impute(model, guide, x, ~x.isnan(), num_draws=5, seed=0)
+        >>> found.mean[0, [0, 2]], found.draws.shape, found.num_missing
+        (tensor([0.1000, 0.3000], dtype=torch.float64), torch.Size([5, 1, 3]), 1)
+    """
+    model, guide = bound(model, guide, kwargs)
+    check_at_least(2, num_particles=num_particles)
+    check_at_least(0, num_draws=num_draws)
+    rows = check_pair_and_data(model, guide, args)
+    gathered = _Gathered(rows, num_draws, site)
+    evidence = weigh(model, guide, args, num_particles, max_rows, seed, gathered)
+    return Imputation(**gathered.found(), evidence=evidence)
+
+
+class _Gathered:
+    """Means over the weights, gathered piece by piece from the pass over them.
+
+    A piece, some particles of some datapoints, is normalised by itself, and counts in the mean of
+    all pieces as much as its weights do.
+    """
+
+    def __init__(self, rows: int, num_draws: int, site: str | None) -> None:
+        self.rows, self.num_draws, self.site = rows, num_draws, site
+        self.log_total = torch.full((rows,), -math.inf, dtype=torch.float64)
+        self.sums: dict[Any, Tensor] = {}  # weighted means, (N, ...)
+        self.parts: list[tuple[Any, Any]] = []
+        self.name = ""
+
+    def __call__(self, part: slice, weights: LogWeights) -> None:
+        """Take in the weights of some particles of the datapoints ``part``."""
+        if weights.enumerated:
+            raise ValueError(
+                f"latents {sorted(weights.enumerated)} are summed out, and missing values are "
+                "imputed at draws: give a guide that draws them, without infer={'enumerate': ...}"
+            )
+        self.name, site, visible = hidden_site(weights.model_trace, self.site)
+        self.parts = _parts(site["fn"])
+        log_w = weights.log_w.double()
+        total = log_w.logsumexp(0)
+        possible = total > -math.inf  # else the evidence will be refused, with all pieces seen
+        normal = torch.where(possible, (log_w - total).exp(), 1 / len(log_w))  # (K, n)
+        both = torch.logaddexp(self.log_total[part].to(total), total)
+        share = torch.where(possible, (total - both).exp(), 0.0)
+        self.log_total[part] = both.cpu()
+        drawn = weights.model_trace.nodes.get(self.name + SUFFIX)
+        for key, values in self._moments(site, drawn).items():  # (K, n, ...)
+            w = _alongside(normal, values)
+            self._mix(key, part, share, torch.where(w > 0, w * values, 0.0).sum(0))
+        data = _rows(site, site["value"])[0].double()
+        self._mix("data", part, torch.ones_like(share), data)
+        self._mix("visible", part, torch.ones_like(share), _rows(site, visible)[0].double())
+        if self.num_draws:
+            which = torch.rand(self.num_draws, len(share), device=share.device) < share
+            draws = self._draws(weights, normal, drawn).double()  # (S, n, ...)
+            self._mix("draws", part, which.T.double(), draws.movedim(0, 1))
+
+    def _moments(self, site: Site, drawn: Site | None) -> dict[Any, Tensor]:
+        """First and second moments given each draw of z, and probabilities of classes."""
+        fn = unmasked(site["fn"])
+        try:
+            mean, variance = fn.mean, fn.variance
+        except NotImplementedError:  # one draw has the same expectation
+            mean, variance = fn.sample(), None
+        if drawn is not None:
+            mean, variance = drawn["value"], None
+        mean = _rows(site, mean).double()
+        second = mean.square()
+        if variance is not None:
+            second = second + _rows(site, variance).double()
+        found: dict[Any, Tensor] = {"first": mean, "second": second}
+        for i, (law, columns) in enumerate(self.parts):
+            if isinstance(law, Categorical):
+                probabilities = law.probs
+                if drawn is not None:
+                    codes = drawn["value"][..., columns].long()
+                    probabilities = torch.nn.functional.one_hot(codes, probabilities.shape[-1])
+                found[i] = _rows(site, probabilities.double(), own=1, columns=columns)
+        return found
+
+    def _draws(self, weights: LogWeights, normal: Tensor, drawn: Site | None) -> Tensor:
+        """Values at particles that are drawn by their weights, ``(S, n, ...)``."""
+        index = torch.multinomial(normal.T, self.num_draws, replacement=True).T  # (S, n)
+        if drawn is not None:
+            return _chosen(_rows(drawn, drawn["value"]), index)
+        latents = sample_sites(weights.guide_trace)
+        z = {name: _chosen(_rows(s, s["value"]), index) for name, s in latents.items()}
+        model, _, args, _ = weights.pair
+        nesting = -weights.leftmost - (len(normal) > 1)
+        with pyro.plate(PARTICLE_PLATE, len(index), dim=-1 - nesting), _At(z, nesting):
+            site = trace(poutine.uncondition(model), args, {}).nodes[self.name]
+        return _rows(site, site["value"])
+
+    def _mix(self, key: Any, part: slice, share: Tensor, values: Tensor) -> None:
+        """Let values ``(n, ...)`` count for a share of what there is of these datapoints."""
+        if key not in self.sums:
+            self.sums[key] = values.new_zeros(self.rows, *values.shape[1:])
+        share, old = _alongside(share, values), self.sums[key][part]
+        keeps, takes = torch.where(share < 1, (1 - share) * old, 0.0), share * values
+        self.sums[key][part] = keeps + torch.where(share > 0, takes, 0.0)
+
+    def found(self) -> dict[str, Any]:
+        """What :class:`Imputation` has beside its evidence."""
+        visible, data = self.sums["visible"].bool(), self.sums["data"]
+        mean, filled = self.sums["first"].clone(), self.sums["first"].clone()
+        for i, (law, columns) in enumerate(self.parts):
+            if isinstance(law, Categorical):
+                mean[..., columns] = math.nan
+                filled[..., columns] = self.sums[i].argmax(-1).double()
+            elif law.support.is_discrete:
+                filled[..., columns] = filled[..., columns].round()
+        if absent := int((filled.isnan() & ~visible).sum()):
+            warnings.warn(
+                f"{absent} missing values have no mean, since p(x | z) has none there (a Student t "
+                "law of df <= 1, say): use draws, or a head that has one, as StudentT(net, df=5.0)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        sd = (self.sums["second"] - mean.square()).clamp(min=0).sqrt()
+        draws = self.sums.get("draws")
+        if draws is not None:
+            draws = torch.where(visible[:, None], data[:, None], draws).movedim(0, 1).cpu()
+        return {
+            "observed": visible.cpu(),
+            "mean": torch.where(visible, data, mean).cpu(),
+            "sd": torch.where(visible, 0.0, sd).cpu(),
+            "filled": torch.where(visible, data, filled).cpu(),
+            "draws": draws,
+            "site": self.name,
+        }
+
+
+class _At(Messenger):
+    """Puts draws of each datapoint in the place of particles; ``(S, n, other dims, *event)``."""
+
+    def __init__(self, z: dict[str, Tensor], nesting: int) -> None:
+        super().__init__()
+        self.z, self.nesting = z, nesting
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.z:
+            return
+        event_dim = msg["fn"].event_dim
+        (frame,) = (f for f in msg["cond_indep_stack"] if f.name == DATA_PLATE)
+        value = self.z[msg["name"]].movedim(1, frame.dim - event_dim)
+        absent = self.nesting + 1 + event_dim - value.dim()
+        msg["value"] = value.reshape(len(value), *(1,) * absent, *value.shape[1:])
+        msg["done"] = True
+
+
+def hidden_site(drawn: Any, name: str | None = None) -> tuple[str, Site, Tensor]:
+    """The observed site of which a mask hides values: its name, itself, and what is not hidden.
+
+    Raises:
+        ValueError: there is none, or there are several and ``name`` is None.
+    """
+    found = {
+        n: (n, site, visible)
+        for n, site in sample_sites(drawn).items()
+        if site["is_observed"] and (visible := shown(site, site["value"])) is not None
+    }
+    if name is None and len(found) == 1:
+        return next(iter(found.values()))
+    if name not in found:
+        seen = f"site={name!r}" if name is not None else "no site is named"
+        raise ValueError(
+            f"{seen}, and a mask hides values of the observed sites {sorted(found)}: name one of "
+            "them; if there is none, call the pair with a mask, models.Masked(model) with "
+            "(x, observed)"
+        )
+    return found[name]
+
+
+def _parts(fn: Any) -> list[tuple[Any, Any]]:
+    """The laws of single values, and the columns that each is of."""
+    law = unmasked(fn)
+    while isinstance(law, Independent):
+        law = law.base_dist
+    if isinstance(law, Columns):
+        return [(part, list(at)) for part, at in zip(law.parts, law.places, strict=True)]
+    return [(law, slice(None))]
+
+
+def _rows(site: Site, values: Tensor, own: int = 0, columns: Any = None) -> Tensor:
+    """Values of a site, as ``(particles, datapoints, rest)``; ``own``: of dims beyond its events.
+
+    ``columns``: which of the last event dimension they are of.
+    """
+    fn = site["fn"]
+    shape = list(fn.batch_shape + fn.event_shape)
+    if isinstance(columns, list):
+        shape[-1] = len(columns)
+    values = values.expand(*shape, *values.shape[values.dim() - own :] if own else ())
+    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+    if PARTICLE_PLATE not in dims:
+        values, dims = values[None], {**dims, PARTICLE_PLATE: -1 - len(fn.batch_shape)}
+    moved = [dims[name] - fn.event_dim - own for name in (PARTICLE_PLATE, DATA_PLATE)]
+    return values.movedim(moved, [0, 1])
+
+
+def _chosen(values: Tensor, index: Tensor) -> Tensor:
+    """Of values ``(K, n, ...)`` those of the particles ``index``, ``(S, n, ...)``."""
+    return values[index, torch.arange(index.shape[1], device=index.device)]
+
+
+def _alongside(weights: Tensor, values: Tensor) -> Tensor:
+    """Weights with as many dims as values, theirs being the first."""
+    return weights.reshape(weights.shape + (1,) * (values.dim() - weights.dim()))
+
+
+# ------------------------------------------------------------------------------ reports
+
+
+def by_missingness(
+    report: Evidence, pair: Sequence[Any], kl: Tensor | None, bins: int | Sequence[float]
+) -> pandas.DataFrame:
+    """What ``Report.by_missingness`` says."""
+    import pandas
+
+    model, guide, args = pair
+    shares, counts = [], []
+    with evaluating(model, guide, args, 0):
+        for part, _ in pieces(len(report.khat), 1, 2_500):
+            _, site, mask = hidden_site(trace(model, take(args, part), {}))
+            visible = _rows(site, mask)[0].flatten(1).cpu()
+            shares.append(1 - visible.double().mean(1))
+            counts.append(visible.sum(1))
+    share, count = torch.cat(shares), torch.cat(counts).double()
+    edges = _edges(bins, share)
+    which = torch.bucketize(share, edges[1:-1].contiguous())  # a share at an edge is below it
+    lines = []
+    for i in which.unique().tolist():
+        rows = which == i
+        line = {
+            "share missing": f"{share[rows].min():.0%} to {share[rows].max():.0%}",
+            "rows": int(rows.sum()),
+            "nats per observed value": _ratio(report.log_evidence[rows], count[rows]),
+            "log p(x)": report.log_evidence[rows].mean().item(),
+            "gap": report.gap[rows].mean().item(),
+            "KL": math.nan if kl is None else kl[rows].mean().item(),
+            "ESS": report.ess[rows].median().item(),
+            "k-hat": report.khat[rows].median().item(),
+            "k-hat > 0.7": (report.khat[rows] > 0.7).double().mean().item(),
+        }
+        lines.append(line)
+    return pandas.DataFrame(lines).set_index("share missing")
+
+
+def _ratio(nats: Tensor, counts: Tensor) -> float:
+    return (nats.sum() / counts.sum()).item() if counts.sum() else math.nan
+
+
+def _edges(bins: int | Sequence[float], share: Tensor) -> Tensor:
+    """Edges of intervals: of as many rows each, or as they are given."""
+    if isinstance(bins, int) and not isinstance(bins, bool) and bins >= 1:
+        levels = torch.linspace(0, 1, bins + 1, dtype=share.dtype)
+        return share.quantile(levels, interpolation="higher")
+    edges = torch.as_tensor(bins, dtype=share.dtype)
+    if edges.dim() != 1 or len(edges) < 2 or bool((edges.diff() <= 0).any()):
+        raise ValueError(
+            f"bins={bins!r}: give how many, or the edges of shares in ascending order, (0, 0.5, 1)"
+        )
+    return edges

@@ -1,0 +1,229 @@
+"""Data as people have them -> the tensors that a program is called with.
+
+The one place that knows the containers: everything that takes data asks :func:`tensors`, or
+:func:`for_training` where a batch may be made later. What a container is, is told by what it can
+do, so none of their libraries is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+
+from ppvae.data.arrays import numbers
+from ppvae.data.frames import is_frame, numeric
+from ppvae.data.precision import lossy_columns, warn_of_lost_digits
+from ppvae.data.sparse import SparseArguments, SparseRows
+from ppvae.program import module_of
+from ppvae.wrapped import argument_names
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def takes_rows(function: Callable[P, R]) -> Callable[P, R]:
+    """Give an evaluator tensors in its ``*args``, whatever container they come in.
+
+    What is before ``*args`` are the programs; the first of them says what its arguments are called.
+
+    Example:
+        >>> @takes_rows
+        ... def total(program, *args):
+        ...     return [arg.sum().item() for arg in args]
+        >>> total(lambda x, y: None, {"y": np.ones(3), "x": np.zeros((3, 2))})
+        [0.0, 3.0]
+    """
+    named = [*inspect.signature(function).parameters.values()]
+    kinds = [parameter.kind for parameter in named]
+    start = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+
+    @functools.wraps(function)
+    def call(*given: P.args, **kwargs: P.kwargs) -> R:
+        programs, args = given[:start], given[start:]
+        if programs:
+            args = tensors(args, *programs)
+        return function(*programs, *args, **kwargs)  # type: ignore[arg-type]
+
+    return call
+
+
+def tensors(args: Sequence[Any], *programs: Any) -> tuple[Any, ...]:
+    """What programs are called with: tensors, and what holds no rows as it is.
+
+    Tensors stay as they are. Of other arrays the first becomes floats of the programs' dtype, and
+    so do floats behind it; whole numbers behind it are labels, and stay whole, as do masks.
+
+    Args:
+        args: arrays, frames and tensors in the order of the arguments; or one container of all of
+            them: a mapping by their names, a ``TensorDataset``, a data set of torch or Hugging
+            Face, a split of a ``ppvae.data.Dataset``, an AnnData (its ``X``).
+        programs: whose arguments they are; the first says their names.
+
+    Raises:
+        TypeError: words or objects; a ``DataLoader``, a mapping of other names.
+
+    Warns:
+        PrecisionWarning: what float64 and large whole numbers lose.
+
+    Example:
+        >>> x, y = tensors([np.zeros((2, 3)), np.array([1, 0])], lambda x, y: None)
+        >>> x.dtype, y.dtype
+        (torch.float32, torch.int64)
+    """
+    if all(isinstance(arg, Tensor) for arg in args):
+        return tuple(args)
+    found = _columns(args, programs)
+    return tuple(_dense(value) for value in found)
+
+
+def for_training(data: Any, label: str, batch_size: int, seed: int, *programs: Any) -> Any:
+    """What :func:`ppvae.fit` cuts its batches from: tensors, a split, or a ``DataLoader``.
+
+    Sparse rows stay sparse, and the rows of a data set of torch or Hugging Face where they are: a
+    ``DataLoader`` shuffles these, by the seed.
+
+    Raises:
+        TypeError: it is no container of rows.
+    """
+    if isinstance(data, (DataLoader, Tensor)) or _is_split(data):
+        return data
+    if _is_dataset(data):
+        rows = data.with_format("torch") if _is_hugging_face(data) else data
+        if isinstance(data, IterableDataset) or not hasattr(rows, "__len__"):
+            return DataLoader(rows, batch_size)
+        if not len(rows):
+            raise ValueError(f"{label} is empty: {type(data).__name__} has no rows")
+        generator = torch.Generator().manual_seed(seed)
+        return DataLoader(rows, batch_size, shuffle=label == "data", generator=generator)
+    given = data if isinstance(data, (tuple, list)) else (data,)
+    found = _columns(given, programs)
+    odd = [value for value in found if not isinstance(value, (Tensor, SparseRows))]
+    if odd or not found:
+        seen = ", ".join(dict.fromkeys(type(value).__name__ for value in odd)) or "nothing"
+        raise TypeError(
+            f"{label} must be arrays, tensors, a frame, a mapping of these, a data set or a "
+            f"DataLoader, got {seen}"
+        )
+    if any(isinstance(value, SparseRows) for value in found):
+        return SparseArguments(found)
+    return found
+
+
+def part_of(data: Any, name: str, otherwise: Any) -> Any:
+    """The split of a ``ppvae.data.Dataset`` by its name; of other data what is given for it."""
+    part = getattr(data, name, None)  # a frame may have a column of this name
+    return part if _is_split(part) or isinstance(part, DataLoader) else otherwise
+
+
+def _columns(args: Sequence[Any], programs: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments one by one, sparse ones still sparse."""
+    names = argument_names(programs[0]) if programs else []
+    if len(args) == 1:
+        args = _unpacked(args[0], names)
+    dtype = _dtype(programs)
+    labels = [*names, *(f"argument {i}" for i in range(len(names), len(args)))]
+    return tuple(_rows(arg, labels[i], i == 0, dtype) for i, arg in enumerate(args))
+
+
+def _unpacked(data: Any, names: Sequence[str]) -> Sequence[Any]:
+    """The arguments that one container holds."""
+    if isinstance(data, DataLoader):
+        raise TypeError("a DataLoader cuts batches for training; give its dataset here")
+    if isinstance(data, TensorDataset):
+        return data.tensors
+    if _is_split(data):
+        args: Sequence[Any] = data.args
+        return args
+    if _is_dataset(data):
+        if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+            raise TypeError(f"{type(data).__name__} is a stream: give tensors, or data with rows")
+        if not len(data):
+            raise ValueError(f"no data: {type(data).__name__} has no rows")
+        rows = data.with_format("torch") if _is_hugging_face(data) else data
+        data = default_collate([rows[i] for i in range(len(rows))])
+        if isinstance(data, (tuple, list)):
+            return data
+    if isinstance(data, Mapping):
+        return by_name(data, names, "the data are")
+    return [data]
+
+
+def by_name(data: Mapping[Any, Any], names: Sequence[str], label: str) -> list[Any]:
+    """A mapping's values in the order of a program's arguments.
+
+    Raises:
+        TypeError: names that the program has not, or without one that comes before another.
+    """
+    absent = [name for name in names[: len(data)] if name not in data]
+    unknown = [name for name in data if name not in names]
+    if absent or unknown:
+        has = ", ".join(map(repr, data))
+        takes = ", ".join(map(repr, names)) or "none by name"
+        raise TypeError(
+            f"{label} a mapping of {has}, and the model takes {takes}: rename or drop columns, or "
+            "name the model's arguments so"
+        )
+    return [data[name] for name in names if name in data]
+
+
+def _is_split(data: Any) -> bool:
+    return hasattr(data, "batch") and hasattr(data, "args")
+
+
+def _is_dataset(data: Any) -> bool:
+    """A data set of torch or Hugging Face, whose rows are asked for one by one."""
+    torch_own = isinstance(data, torch.utils.data.Dataset) and not isinstance(data, TensorDataset)
+    return torch_own or _is_hugging_face(data)
+
+
+def _is_hugging_face(data: Any) -> bool:
+    return hasattr(data, "with_format") and hasattr(data, "column_names") and hasattr(data, "map")
+
+
+def _dtype(programs: Sequence[Any]) -> torch.dtype:
+    """The float dtype of the programs' parameters; of a pair without, the default."""
+    modules = [module_of(program) for program in programs]
+    found = (p.dtype for m in modules if m is not None for p in m.parameters())
+    return next((d for d in found if d.is_floating_point), torch.get_default_dtype())
+
+
+def _rows(value: Any, name: str, is_first: bool, dtype: torch.dtype) -> Any:
+    """One argument: a tensor, sparse rows, or what holds no rows."""
+    if isinstance(value, (Tensor, SparseRows)):
+        return value
+    if hasattr(value, "obs") and hasattr(value, "X"):  # AnnData
+        return _rows(value.X, f"{name} (its X)", is_first, dtype)
+    floats = np.float64 if dtype == torch.float64 else np.float32
+    if hasattr(value, "tocsr"):
+        held = value.tocsr().data[:, None]
+        if len(held) and floats == np.float32:
+            warn_of_lost_digits(held, lossy_columns(held), name)
+        return SparseRows(value, floats)
+    columns = None
+    if is_frame(value):
+        columns = list(value.columns)
+        value = numeric(value, name)
+    elif hasattr(value, "to_numpy"):  # a column of a frame
+        value = value.to_numpy()
+    if not hasattr(value, "__array__") or np.ndim(value) == 0:
+        return value
+    array = numbers(value, name)
+    if array.dtype.kind == "b" and not is_first:
+        return torch.tensor(array)
+    if array.dtype.kind in "iu" and not is_first:
+        return torch.from_numpy(array.astype(np.int64))
+    if dtype != torch.float64 and array.ndim > 1:
+        with np.errstate(invalid="ignore"):
+            warn_of_lost_digits(array, lossy_columns(array), name, columns)
+    return torch.from_numpy(array.astype(floats)).to(dtype)
+
+
+def _dense(value: Any) -> Any:
+    return value[torch.arange(len(value))] if isinstance(value, SparseRows) else value

@@ -1,0 +1,468 @@
+"""What a trained pair is used for: encode, reconstruct, generate, log_prob.
+
+Functions of a pair, as everything here. The container that came in goes out: an array for an array,
+a frame with its index for a frame. They run in evaluation mode, in pieces that give what all rows
+at once would, and leave the random stream, modes and buffers as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Categorical, Independent
+from torch.utils.data import Dataset
+
+from ppvae.arguments import takes_numbers
+from ppvae.data.frames import backend_of, frame_of_numbers, is_frame
+from ppvae.diagnostics.evidence import log_evidence
+from ppvae.diagnostics.rows import (
+    bound,
+    check_at_least,
+    check_pair_and_data,
+    check_rows,
+    evaluating,
+    pieces,
+    take,
+)
+from ppvae.distributions import Columns
+from ppvae.intake import tensors
+from ppvae.pairs import DATA_PLATE, Program, Site, latent_parents, replay, sample_sites, trace
+from ppvae.terms import unmasked
+from ppvae.wrapped import argument_names, title
+
+Rows = Any  # a tensor, array or frame of N rows
+
+
+@takes_numbers
+def encode(
+    guide: Callable[..., Any],
+    *args: Any,
+    statistic: str = "mean",
+    num_draws: int = 100,
+    table: Any = None,
+    max_rows: int = 10_000,
+    seed: int | None = 0,
+    **kwargs: Any,
+) -> Rows | dict[str, Rows]:
+    r"""The codes of rows: the mean of q(z | x), or draws of it.
+
+    .. math:: \bar z_n = \mathrm E_{q(z \mid x_n)}\, z \qquad\text{or}\qquad z_n \sim q(z \mid x_n)
+
+    Means are exact where q's law has a closed mean and depends on no other latent. Elsewhere they
+    are averages over ``num_draws`` passes, of that law's mean or, where it has none, of its draws.
+    Of unordered classes the mean is that of the one-hot code: their probabilities.
+
+    Args:
+        guide: a Pyro program.
+        *args: data as it is called: x, or x and its conditions; any container of
+            :func:`ppvae.fit`.
+        statistic: "mean" or "sample".
+        num_draws: S >= 1, for means that have no closed form.
+        table: the ``data.Table`` of a frame with words.
+        max_rows: largest number of rows computed at once.
+        seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to the guide whole.
+
+    Returns:
+        ``(N, *event)``, in the container of the first argument: frames have columns ``z0``, ``z1``,
+        ... and the index of the rows. Of several latents a dictionary by site.
+
+    Raises:
+        ValueError: NaN or empty data; no latent in the plate ``"data"``; a code that is no number.
+
+    Example:
+        >>> import pandas as pd, torch
+        >>> from ppvae import guides
+        >>> guide = guides.Normal(torch.nn.Linear(2, 2))
+        >>> frame = pd.DataFrame({"a": [0.5, 1.0], "b": [2.0, 3.0]}, index=["p", "q"])
+        >>> codes = encode(guide, frame)
+        >>> codes.index.tolist(), codes.columns.tolist()
+        (['p', 'q'], ['z0'])
+        >>> type(encode(guide, frame.to_numpy())).__name__
+        'ndarray'
+    """
+    _require_choice("statistic", statistic, ("mean", "sample"))
+    check_at_least(1, num_draws=num_draws, max_rows=max_rows)
+    box = _Container(args, table)
+    args = box.tensors(guide)
+    guide, _ = bound(guide, guide, kwargs)
+    rows = check_rows(guide, args)
+    found: dict[str, list[Tensor]] = {}
+    with evaluating(guide, guide, args, seed):
+        passes = 1
+        if statistic == "mean" and _needs_draws(guide, take(args, slice(2))):
+            passes = num_draws
+        for part, _ in pieces(rows, 1, max_rows):
+            sums: dict[str, Tensor] = {}
+            for _ in range(passes):
+                for name, site in _latents(guide, take(args, part)).items():
+                    values, extra = site["value"], 0
+                    if statistic == "mean":
+                        values, extra = _mean(site)
+                    values = _rows(name, site, values, extra)
+                    values = values if passes == 1 else values.double() / passes
+                    sums[name] = sums[name] + values if name in sums else values
+            for name, values in sums.items():
+                _require_numbers(name, values, part.start)
+                found.setdefault(name, []).append(values.to(_float(args, values)))
+    return box.each({name: torch.cat(values) for name, values in found.items()})
+
+
+@takes_numbers
+def reconstruct(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    statistic: str = "mean",
+    table: Any = None,
+    max_rows: int = 10_000,
+    seed: int | None = 0,
+    **kwargs: Any,
+) -> Rows | dict[str, Rows]:
+    r"""Rows after the pair's bottleneck: the mean of p(x | z) at the mean of q(z | x), or draws.
+
+    .. math:: \hat x_n = \mathrm E[x \mid z = \bar z_n] \qquad\text{or}\qquad
+              z_n \sim q(z \mid x_n),\ \hat x_n \sim p(x \mid z_n)
+
+    A latent without a mean is drawn, of classes the most probable is taken; so are classes in x.
+
+    Args:
+        model, guide: Pyro programs.
+        *args: data, as both are called; conditions are used as they are.
+        statistic: "mean" or "sample".
+        table, max_rows, seed, **kwargs: as :func:`encode` has them. With a table whole codes come
+            back as levels, the nearest of a mean.
+
+    Returns:
+        ``(N, *event)``, in the container of the first argument; a frame has its columns and index.
+        Of several observed sites a dictionary by site.
+
+    Raises:
+        PairError, ValueError: the data or the pair do not fit; x cannot be drawn, or has no mean.
+
+    Example:
+        >>> import numpy as np
+        >>> from ppvae import conditionals, guides, models, nets
+        >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
+        >>> guide = guides.Normal(nets.mlp(4, 8, 2 * 2))
+        >>> reconstruct(model, guide, np.ones((3, 4))).shape  # probabilities
+        (3, 4)
+    """
+    _require_choice("statistic", statistic, ("mean", "sample"))
+    check_at_least(1, max_rows=max_rows)
+    box = _Container(args, table)
+    args = box.tensors(model, guide)
+    model, guide = bound(model, guide, kwargs)
+    rows = check_pair_and_data(model, guide, args, estimates=True)
+    found: dict[str, list[Tensor]] = {}
+    free = poutine.uncondition(model) if statistic == "sample" else model
+    with evaluating(model, guide, args, seed):
+        for part, _ in pieces(rows, 1, max_rows):
+            batch = take(args, part)
+            with _AtMeans(statistic == "mean"):
+                drawn = trace(guide, batch, {})
+                sites = sample_sites(replay(free, drawn, batch, {}))
+            for name, site in sites.items():
+                if not (site["is_observed"] or site["infer"].get("was_observed")):
+                    continue
+                values = site["value"] if statistic == "sample" else _typical(site["fn"])
+                values = _rows(name, site, values)
+                _require_numbers(name, values, part.start, " has no mean: take statistic='sample'")
+                found.setdefault(name, []).append(values)
+    return box.each({name: torch.cat(values) for name, values in found.items()}, like_data=True)
+
+
+@takes_numbers
+def generate(
+    model: Callable[..., Any],
+    size: int | None,
+    *conditions: Any,
+    like: Any = None,
+    table: Any = None,
+    max_rows: int = 10_000,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Rows:
+    r"""New rows: z from the prior, x from p(x | z).
+
+    .. math:: z \sim p(z),\qquad x \sim p(x \mid z)
+
+    Args:
+        model: a Pyro program. The package's take ``size``; one of your own that does not is called
+            with rows of ``like``, and told to draw in their place.
+        size: how many rows; None: one for each row of the conditions.
+        *conditions: what the model takes behind x, one row for each new one.
+        like: rows of data, of which only shape and dtype count.
+        table: the rows of a ``data.Table`` come as its frame.
+        max_rows: largest number of rows drawn at once.
+        seed: draw with this seed and leave the random stream as it was; None: draw from it, so
+            that a second call gives other rows.
+        **kwargs: passed to the model whole.
+
+    Returns:
+        ``(size, *event)``, in the container of ``like``, else of the first condition, else a
+        tensor.
+
+    Raises:
+        TypeError: the model takes no ``size``, and ``like`` is not given.
+        ValueError: the numbers of rows differ; x cannot be drawn.
+
+    Example:
+        >>> from ppvae import conditionals, models, nets
+        >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
+        >>> generate(model, 5, seed=0).shape
+        torch.Size([5, 4])
+    """
+    box = _Container((like,) if like is not None else conditions, table)
+    rows, *behind = tensors((box.coded(like), *conditions), model)
+    lengths = {len(value) for value in behind if isinstance(value, Tensor)}
+    size = next(iter(lengths), None) if size is None else size
+    if size is None or lengths - {size}:
+        raise ValueError(f"size is {size} and the conditions have {sorted(lengths)} rows: agree")
+    check_at_least(1, size=size, max_rows=max_rows)
+    model, _ = bound(model, model, kwargs)
+    if like is not None:
+        rows = rows[torch.arange(size) % len(rows)]
+    elif "size" not in argument_names(model):
+        raise TypeError(
+            f"{title(model)} takes no size, so nothing says how long a row is: give like=x, rows "
+            "of data, in whose place new ones are drawn"
+        )
+    found = []
+    with evaluating(model, model, (rows, *behind), seed):
+        for part, _ in pieces(size, 1, max_rows):
+            batch = take(behind, part)  # other arguments are as they are
+            if like is not None:
+                drawn = trace(poutine.uncondition(model), (rows[part], *batch), {})
+                found.append(_drawn(drawn))
+                continue
+            count = part.stop - part.start
+            # a condition says how many rows there are, and size would be that of the data set
+            x = model(None, *batch) if batch else model(size=count)
+            if not isinstance(x, Tensor) or len(x) != count:
+                raise TypeError(f"{title(model)} does not return its x: give like=x, rows of data")
+            found.append(x)
+    return box.one(torch.cat(found), "x", like_data=True)
+
+
+@takes_numbers
+def log_prob(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_particles: int = 1000,
+    with_se: bool = False,
+    table: Any = None,
+    max_rows: int = 2_500,
+    seed: int | None = 0,
+    **kwargs: Any,
+) -> Rows | tuple[Rows, Rows]:
+    r"""log p(x) of each row, nats, by importance sampling: :func:`ppvae.diagnostics.log_evidence`.
+
+    That gives k-hat and the effective sample size too, which say where the estimate is one.
+
+    Args:
+        model, guide: Pyro programs.
+        *args: data, as both are called; any container of :func:`ppvae.fit`.
+        num_particles: K >= 2.
+        with_se: return the standard errors beside.
+        table, max_rows, seed, **kwargs: as :func:`encode` has them; of ``max_rows`` (particle,
+            datapoint) rows.
+
+    Returns:
+        ``(N,)``, in the container of the first argument: of a frame a column with its index.
+
+    Raises:
+        ValueError: as :func:`ppvae.diagnostics.log_evidence`.
+
+    Example:
+        >>> import numpy as np
+        >>> from ppvae import conditionals, guides, models, nets
+        >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
+        >>> guide = guides.Normal(nets.mlp(4, 8, 2 * 2))
+        >>> nats, se = log_prob(model, guide, np.ones((3, 4)), with_se=True)
+        >>> nats.shape, bool((se < 0.2).all())
+        ((3,), True)
+    """
+    box = _Container(args, table)
+    options = {"num_particles": num_particles, "max_rows": max_rows, "seed": seed}
+    found = log_evidence(model, guide, *box.tensors(model, guide), **options, **kwargs)
+    nats = box.one(found.log_evidence, name="log_prob")
+    return (nats, box.one(found.log_evidence_se, name="se")) if with_se else nats
+
+
+# -- containers --------------------------------------------------------------------------------
+
+
+class _Container:
+    """What rows came in, and so what goes out.
+
+    Args:
+        args: what a verb was given.
+        table: a ``data.Table``, or None.
+    """
+
+    def __init__(self, args: Sequence[Any], table: Any) -> None:
+        self.args, self.table = tuple(args), table
+        first = args[0] if args else None
+        if len(args) == 1 and isinstance(first, Mapping):
+            first = next(iter(first.values()), None)
+        self.first = first
+
+    def coded(self, value: Any) -> Any:
+        """A frame with words as its table's numbers."""
+        coded = self.table is not None and is_frame(value)
+        return self.table.to_tensor(value) if coded else value
+
+    def tensors(self, *programs: Program) -> tuple[Any, ...]:
+        """What the programs are called with."""
+        args = tuple(map(self.coded, self.args))
+        return tensors(args, *programs)
+
+    def each(self, values: Mapping[str, Tensor], like_data: bool = False) -> Any:
+        """One container, or of several sites a dictionary."""
+        if not values:
+            raise ValueError("there is nothing to give back: no such site in the plate 'data'")
+        boxed = {name: self.one(value, name, like_data) for name, value in values.items()}
+        return boxed if len(boxed) > 1 else next(iter(boxed.values()))
+
+    def one(self, value: Tensor, name: str = "z", like_data: bool = False) -> Any:
+        """A tensor in the container of the rows; ``like_data``: it has their columns."""
+        value, framed = value.detach(), is_frame(self.first)
+        index = getattr(self.first, "index", None) if framed else None  # polars has none
+        index = index if index is not None and len(index) == len(value) else None
+        if like_data and self.table is not None:
+            return self.table.to_frame(self.table.nearest(value), index)
+        if self.first is None or isinstance(self.first, (Tensor, Dataset)):
+            return value
+        array = value.cpu().numpy()
+        if not framed or array.ndim > 2:
+            return array
+        names = [name] if array.ndim == 1 else [f"{name}{i}" for i in range(array.shape[1])]
+        if like_data and len(names) == len(self.first.columns):
+            names = list(self.first.columns)
+        return frame_of_numbers(backend_of(self.first), array, names, index)
+
+
+# -- sites -------------------------------------------------------------------------------------
+
+
+class _AtMeans(Messenger):
+    """Puts a latent's mean, or its most probable class, in the place of its draw."""
+
+    def __init__(self, active: bool) -> None:
+        super().__init__()
+        self.active = active
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not self.active or msg["is_observed"] or msg["value"] is not None:
+            return
+        fn = msg["fn"]
+        try:
+            value = _typical(fn)
+        except (NotImplementedError, AttributeError):
+            return
+        shape = fn.shape()
+        if value.isfinite().all() and value.is_floating_point() == _is_float(fn):
+            msg["value"], msg["done"] = value.expand(shape), True
+
+
+def _is_float(fn: Any) -> bool:
+    return not _classes(fn)
+
+
+def _classes(fn: Any) -> Any:
+    """The law of unordered classes that a distribution is; None: it is another."""
+    law = unmasked(fn)
+    while isinstance(law, Independent):
+        law = law.base_dist
+    return law if isinstance(law, Categorical) else None
+
+
+def _typical(fn: Any) -> Tensor:
+    """The mean; where values are classes the most probable."""
+    law = unmasked(fn)
+    while isinstance(law, Independent):
+        law = law.base_dist
+    if isinstance(law, Categorical):
+        return law.logits.argmax(-1)
+    mean: Tensor = law.mean
+    if isinstance(law, Columns):
+        mean = mean.clone()
+        for part, at in zip(law.parts, law.places, strict=True):
+            if isinstance(part, Categorical):
+                mean[..., list(at)] = part.logits.argmax(-1).to(mean)
+    return mean
+
+
+def _mean(site: Site) -> tuple[Tensor, int]:
+    """E z of a latent's law, and how many dims it has beyond the latent's own."""
+    if (classes := _classes(site["fn"])) is not None:
+        return classes.probs, 1
+    try:
+        mean: Tensor = unmasked(site["fn"]).mean
+    except (NotImplementedError, AttributeError):
+        return site["value"], 0
+    return mean, 0
+
+
+def _needs_draws(guide: Program, args: tuple[Any, ...]) -> bool:
+    """Whether a latent's law depends on another latent, or has no mean."""
+    parents = latent_parents(guide, args)
+    if any(parents.values()):
+        return True
+    return any(_mean(site)[0] is site["value"] for site in _latents(guide, args).values())
+
+
+def _latents(guide: Program, args: tuple[Any, ...]) -> dict[str, Site]:
+    sites = sample_sites(trace(guide, args, {}))
+    return {name: site for name, site in sites.items() if not site["is_observed"]}
+
+
+def _rows(name: str, site: Site, values: Tensor, extra: int = 0) -> Tensor:
+    """Values of a site, with the datapoints first."""
+    fn = site["fn"]
+    shape = tuple(fn.batch_shape + fn.event_shape)
+    values = values.expand(*shape, *values.shape[values.dim() - extra :]) if extra else values
+    values = values if extra else values.expand(shape)
+    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+    if DATA_PLATE not in dims:
+        raise ValueError(f"site {name!r} lies outside the plate {DATA_PLATE!r}: it is of no row")
+    return values.movedim(dims[DATA_PLATE] - fn.event_dim - extra, 0)
+
+
+def _drawn(drawn: Any) -> Tensor:
+    """What was drawn in the place of data."""
+    found = {
+        name: site
+        for name, site in sample_sites(drawn).items()
+        if site["infer"].get("was_observed")
+    }
+    if len(found) != 1:
+        raise ValueError(f"generate draws one observed site, and the model has {sorted(found)}")
+    ((name, site),) = found.items()
+    return _rows(name, site, site["value"])
+
+
+def _require_numbers(name: str, values: Tensor, start: int, cure: str = "") -> None:
+    bad = values.isnan().flatten(1).any(1) if values.dim() > 1 else values.isnan()
+    if bad.any():
+        row = start + int(bad.nonzero()[0])
+        cure = cure or ": look at this row, and for parameters that are NaN"
+        raise ValueError(f"site {name!r} of row {row}{cure}")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+def _float(args: Sequence[Any], values: Tensor) -> torch.dtype:
+    """The dtype of what a mean of draws, which was summed in float64, goes out as."""
+    own = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
+    return own if own is not None and values.dtype == torch.float64 else values.dtype
