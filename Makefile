@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; 
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PY := $(VENV)/bin/python
-SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py)
+SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py docs/course/checks.py)
 
 .PHONY: help demo test test-arviz1 test-intake test-slow test-all faults lint format docs bench coverage dist clean clean-all
 

@@ -1,6 +1,8 @@
 """Sphinx configuration; `make docs` builds the site and runs its examples."""
 
 import doctest
+import hashlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ copyright = "2026, The ppvae authors"
 version = release = ppvae.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # myst_parser, and pages that are notebooks: the course
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
@@ -46,6 +48,20 @@ html_title = "ppvae"
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+# The course is executed once for all builders, and again when a lesson or the package changes.
+_here = Path(__file__).parent
+_sources = [*Path(ppvae.__file__).parent.rglob("*.py"), _here / "course" / "checks.py"]
+_digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_sources))).hexdigest()[:12]
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(_here / "_build" / f"lessons-{_digest}")
+nb_execution_timeout = 300  # seconds a cell
+nb_execution_raise_on_error = True
+nb_output_stderr = "warn"
+nb_merge_streams = True  # one block for all that a cell prints
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the examples have it
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, on a kernel without ipywidgets
+logging.getLogger("traitlets").setLevel(logging.WARNING)
 
 autosummary_ignore_module_all = False  # a page for each name of __all__, wherever it is defined
 autosummary_imported_members = True
