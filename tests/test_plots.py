@@ -93,6 +93,7 @@ assert sorted(CALLS) == sorted(plots.__all__)
 def agg():
     """Draw without a display, in the default style, and leave no figure open."""
     before = mpl.get_backend()
+    plt.close("all")  # of other tests
     plt.switch_backend("Agg")
     with plt.style.context("default"):
         yield
