@@ -52,12 +52,12 @@ def argument_names(program: Any, by_keyword: bool = False) -> list[str]:
     """What a program calls the arguments that it takes by position, so far as that is known.
 
     Args:
-        program: a Pyro program; a module may have a list ``argument_names`` of its own.
+        program: a Pyro program; a module may have an ``argument_names(by_keyword)`` of its own.
         by_keyword: also those that it takes by keyword alone.
     """
     if isinstance(program, nn.Module):
-        own: list[str] | None = getattr(program, "argument_names", None)
-        return argument_names(program.forward, by_keyword) if own is None else own
+        own: Any = getattr(program, "argument_names", None)
+        return argument_names(program.forward, by_keyword) if own is None else own(by_keyword)
     if (inside := _inside(program)) is not None:
         bound = len(program.args) if type(program) is functools.partial else 0
         if bound and program.func is _context_wrap:  # the handler and the program inside

@@ -165,9 +165,9 @@ class Table:
     def to_frame(self, x: Tensor | np.ndarray, index: Any = None) -> Any:
         """The inverse: a frame of these rows, each column of the dtype that it had.
 
-        It is exact where the tensor's dtype holds the values: in float64 all but whole
-        numbers beyond 2^53. What the column's dtype cannot hold, such as a NaN among whole numbers or a mean of counts, makes it
-        float64.
+        It is exact where the tensor's dtype holds the values: in float64 all but whole numbers
+        beyond 2^53. What the column's dtype cannot hold, such as a NaN among whole numbers or a
+        mean of counts, makes it float64.
 
         Args:
             x: ``(N, D)``, a tensor or an array.

@@ -125,7 +125,7 @@ def impute(
 
     Raises:
         ValueError: bad data or arguments; the pair does not fit; no site, or several, have values
-            that are hidden; a latent is summed out.
+            that are hidden; a latent is summed out that p(x | z) depends on.
 
     Warns:
         RuntimeWarning: p(x | z) has no mean at some missing values.
@@ -168,12 +168,13 @@ class _Gathered:
 
     def __call__(self, part: slice, weights: LogWeights) -> None:
         """Take in the weights of some particles of the datapoints ``part``."""
-        if weights.enumerated:
-            raise ValueError(
-                f"latents {sorted(weights.enumerated)} are summed out, and missing values are "
-                "imputed at draws: give a guide that draws them, without infer={'enumerate': ...}"
-            )
         self.name, site, visible = hidden_site(weights.model_trace, self.site)
+        if len(site["fn"].batch_shape) > -weights.leftmost:  # a dimension of their values
+            raise ValueError(
+                f"latents {sorted(weights.enumerated)} are summed out, and {self.name!r}, which "
+                "depends on them, is imputed at draws: give a guide that draws them, without "
+                "infer={'enumerate': ...} (guides.M2(..., draw=True))"
+            )
         self.parts = _parts(site["fn"])
         log_w = weights.log_w.double()
         total = log_w.logsumexp(0)

@@ -58,10 +58,9 @@ class Masked(Program):
         super().__init__()
         self.model, self.site = model, site
 
-    @property
-    def argument_names(self) -> list[str]:
+    def argument_names(self, by_keyword: bool = False) -> list[str]:
         """Those of the model inside, and behind them ``"observed"``."""
-        return [*argument_names(self.model), Last("observed")]
+        return [*argument_names(self.model, by_keyword), Last("observed")]
 
     def forward(
         self, x: Tensor | None = None, *others: Any, size: int | None = None, **kwargs: Any

@@ -182,6 +182,11 @@ def stretched(context: tuple[Tensor, ...], shape: tuple[int, ...], dim: int) -> 
             ": give features of rows as features[..., None, None]"
         )
     channels = [features.shape[1] for features in context]
+    if dim and not context:
+        raise ValueError(
+            f"a network with context_dim={dim} was called without feature maps: give the model its "
+            "condition, or the network context_dim=0"
+        )
     if sum(channels) != dim:
         raise ValueError(
             f"a network with context_dim={dim} was called with feature maps of {channels} "
