@@ -634,7 +634,7 @@ def test_a_class_that_is_not_possible_is_not_to_blame():
     """Labels make classes of probability 0, which say nothing of what is wrong elsewhere."""
     model, guide, x = pair()
     svi = ppvae.SVI(model, guide, torch.optim.SGD, elbo.IWELBO(num_particles=3))
-    with pytest.raises(ValueError, match="latent 'y' is enumerated.*never be trained"):
+    with pytest.raises(ValueError, match=r"latent 'y' is enumerated.*never be trained"):
         svi.step(x, LABELS["mixed"])
     with torch.no_grad():
         next(model.likelihood.parameters()).fill_(math.nan)

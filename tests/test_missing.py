@@ -671,5 +671,38 @@ def test_a_mask_passes_through_every_guide(which):
 
 def test_a_mapping_without_the_mask_is_refused_by_name():
     model, _ = linear()
-    with pytest.raises(TypeError, match="of 'x', 'mask', and the model takes 'x', .*'observed'"):
+    with pytest.raises(TypeError, match=r"of 'x', 'mask', and the model takes 'x', .*'observed'"):
         ppvae.impute(model, None, {"x": X, "mask": ~X.isnan()})
+
+
+def test_a_frame_comes_back_complete():
+    frame = pd.DataFrame(
+        {
+            "age": [20.5, None, 41.0, 33.25, 28.0],
+            "visits": pd.array([0, 3, None, 1, 7], dtype="Int64"),
+            "job": ["smith", None, "nurse", "clerk", "nurse"],
+        },
+        index=list("abcde"),
+    )
+    table = data.Table.fit(frame)
+    kinds = conditionals.heads_for(table)
+    head = conditionals.Columns(nets.mlp(2, conditionals.Columns.width(kinds)), kinds)
+    model = models.Masked(models.VAE(head, latent_dim=2))
+    features = nets.Columns(table)
+    net = nn.Sequential(features, nets.mlp(features.out_features, 8, 4))
+    guide = guides.Normal(nets.Masked(net, channel=False))
+    options = {"table": table, "num_particles": 30, "seed": 0}
+    found = ppvae.impute(model, guide, frame, frame.notna(), **options)
+    whole = found.completed
+    assert whole.dtypes.equals(frame.dtypes)
+    assert whole.index.equals(frame.index)
+    assert whole.notna().all(axis=None)
+    assert (whole == frame)[frame.notna()].fillna(True).all(axis=None)
+    named = ppvae.impute(model, guide, {"observed": frame.notna(), "x": frame}, **options)
+    pd.testing.assert_frame_equal(named.completed, whole)
+    numbers = table.to_tensor(frame).numpy()
+    plain = ppvae.impute(model, guide, numbers, ~np.isnan(numbers), num_particles=30, seed=0)
+    assert isinstance(plain.completed, np.ndarray)
+    assert np.array_equal(plain.completed, plain.filled.numpy())
+    codes = ppvae.encode(guide, frame, frame.notna(), table=table)
+    assert codes.index.equals(frame.index)

@@ -471,7 +471,7 @@ def test_a_prior_given_maps_belongs_to_their_rows(kind):
         prior(maps).log_prob(z)
     with pytest.raises(ValueError, match="was called without feature maps"):
         prior().log_prob(z)
-    with pytest.raises(ValueError, match=r"give features of rows as features\[\.\.\., None, None\]"):
+    with pytest.raises(ValueError, match="give features of rows as features"):
         prior(maps[..., 0, 0], labels).log_prob(z)
 
 
