@@ -13,7 +13,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PY := $(VENV)/bin/python
 SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py docs/course/checks.py)
 
-.PHONY: help demo test test-arviz1 test-intake test-slow test-all faults lint format docs bench coverage dist clean clean-all
+.PHONY: help demo test test-arviz1 test-intake test-slow test-all faults lint format docs look bench coverage dist clean clean-all
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -84,6 +84,11 @@ format: $(VENV)/.installed ## rewrite the sources as ruff wants them
 docs: $(VENV)/.installed ## the site, in docs/_build/html, and the examples on its pages
 	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	$(PY) -m sphinx -q -W --keep-going -b doctest docs docs/_build/doctest
+
+# It drives the Chromium that is installed; CHROMIUM=/path/to/chrome names another one.
+look: $(VENV)/.installed ## open every page of the built site in Chromium: dead links, errors, cut-off tables
+	$(PIP) install --progress-bar off -c constraints.txt -e '.[browser]'
+	$(PY) docs/look.py docs/_build/html $(LOOK_ARGS)
 
 # `make bench BENCH_ARGS=--quick` tries all of it; `make bench BENCH_ARGS='--device cuda' BENCH_OUT=out/cuda.jsonl`.
 BENCH_OUT := out/bench.jsonl
