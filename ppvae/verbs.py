@@ -132,7 +132,7 @@ def reconstruct(
         model, guide: Pyro programs.
         *args: data, as both are called; conditions are used as they are.
         statistic: "mean" or "sample".
-        table, max_rows, seed, **kwargs: as :func:`encode` has them. With a table whole codes come
+        table, max_rows, seed, kwargs: as :func:`encode` has them. With a table whole codes come
             back as levels, the nearest of a mean.
 
     Returns:
@@ -268,7 +268,7 @@ def log_prob(
         *args: data, as both are called; any container of :func:`ppvae.fit`.
         num_particles: K >= 2.
         with_se: return the standard errors beside.
-        table, max_rows, seed, **kwargs: as :func:`encode` has them; of ``max_rows`` (particle,
+        table, max_rows, seed, kwargs: as :func:`encode` has them; of ``max_rows`` (particle,
             datapoint) rows.
 
     Returns:
