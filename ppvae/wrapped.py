@@ -67,7 +67,7 @@ def argument_names(program: Any, by_keyword: bool = False) -> list[str]:
         parameters = inspect.signature(program).parameters.values()
     except (TypeError, ValueError):  # what is written in C need not say
         return []
-    kinds = [inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    kinds: list[Any] = [inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD]
     kinds += [inspect.Parameter.KEYWORD_ONLY] if by_keyword else []
     return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
