@@ -109,6 +109,8 @@ class Table:
             'number'
         """
         cells = cells_of(frame)
+        if not isinstance(kinds, Mapping | None):
+            raise TypeError(f'kinds takes kinds by column, {{"year": "number"}}, got {kinds!r}')
         given = dict(kinds or {})
         if unknown := [name for name in given if name not in cells]:
             raise ValueError(f"kinds names columns that are not there: {unknown}; {_has(cells)}")
