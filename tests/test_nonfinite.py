@@ -356,7 +356,7 @@ def test_a_class_that_a_row_cannot_have_is_not_blamed():
     posterior = conditionals.Normal(nets.mlp(4 + 2, 8, 2 * 2))
     model = models.M2(conditionals.Bernoulli(nets.mlp(2 + 2, 8, 4)), 2, num_classes=2)
     guide = guides.M2(nets.mlp(4, 8, 2), posterior)
-    assert nonfinite.blame(model, guide, x, y) == ""
+    assert blame(model, guide, x, y) == ""
     loss = elbo.Plus(elbo.ELBO(), lambda model, guide, x, y: None)
     with pytest.raises(ValueError, match=r"term of elbo\.Plus must be one number for each"):
         ppvae.SVI(model, guide, torch.optim.Adam, loss).step(x, y)
