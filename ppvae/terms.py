@@ -11,7 +11,7 @@ import torch
 from opt_einsum import get_symbol
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Bernoulli, Independent
 
 from ppvae.distributions import NoInverse as NoInverse
 from ppvae.distributions.supports import filled
@@ -127,8 +127,10 @@ def log_density(site: Site, along_path: bool = False) -> Tensor:
     fn, value, mask = site["fn"], site["value"], site["mask"]
     if isinstance(mask, Tensor) and site["is_observed"]:
         value = filled(value, mask, fn)
-    if site["is_observed"] and isinstance(value, Tensor) and value.dtype in _NARROW:
-        value = value.to(torch.get_default_dtype())
+    if site["is_observed"] and isinstance(value, Tensor):
+        whole = not value.is_floating_point() and isinstance(_inside(fn), Bernoulli)
+        if whole or value.dtype in _NARROW:  # torch's Bernoulli takes floats alone
+            value = value.to(torch.get_default_dtype())
     try:
         if along_path:
             density = getattr(fn, "log_prob_along_path", fn.log_prob)
@@ -149,6 +151,13 @@ def log_density(site: Site, along_path: bool = False) -> Tensor:
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
     return masked(values, mask)
+
+
+def _inside(fn: Any) -> Any:
+    """The distribution inside of masks and of dims that are its event."""
+    while isinstance(fn, (MaskedDistribution, Independent)):
+        fn = fn.base_dist
+    return fn
 
 
 def masked(values: Tensor, mask: Any) -> Tensor:

@@ -82,9 +82,9 @@ def m2_pair():
     )
 
 
-def few_labels(x, y, term, weight):
+def few_labels(data, y, term, weight):
     svi = ppvae.SVI(*m2_pair(), loss=elbo.Plus(elbo.ELBO(), term, weight))
-    return ppvae.fit(svi, (x, y), epochs=1, progress=False)
+    return ppvae.fit(svi, (data, y), epochs=1, progress=False)
 
 
 def labelled():
@@ -278,9 +278,9 @@ ENTRIES = {
     ),
     "fit of M2": (
         few_labels,
-        lambda: {"x": X, "y": torch.arange(12) % 3 - 1, "weight": 0.5,
+        lambda: {"data": X, "y": torch.arange(12) % 3 - 1, "weight": 0.5,
                  "term": guides.log_q_of_labels},
-        {"x": "rows", "y": "labels", "term": "program", "weight": "number"},
+        {"data": "rows", "y": "labels", "term": "thing", "weight": "number"},
     ),
     "Masked": (models.Masked, lambda: {"model": pair()["model"]},
                {"model": "program", "site": "thing"}),

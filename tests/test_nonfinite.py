@@ -348,3 +348,15 @@ def test_a_prior_that_is_not_finite_is_of_the_model():
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     assert blame(model, guide, X[:, 0]).startswith("site 'z' of the model: loc not finite")
+
+
+def test_a_class_that_a_row_cannot_have_is_not_blamed():
+    """Rows with a label give the other classes a logit of minus infinity."""
+    x, y = torch.bernoulli(torch.full((8, 4), 0.5)), torch.arange(8) % 3 - 1
+    posterior = conditionals.Normal(nets.mlp(4 + 2, 8, 2 * 2))
+    model = models.M2(conditionals.Bernoulli(nets.mlp(2 + 2, 8, 4)), 2, num_classes=2)
+    guide = guides.M2(nets.mlp(4, 8, 2), posterior)
+    assert blame(model, guide, x, y) == ""
+    loss = elbo.Plus(elbo.ELBO(), lambda model, guide, x, y: None)
+    with pytest.raises(ValueError, match=r"term of elbo\.Plus must be one number for each"):
+        ppvae.SVI(model, guide, torch.optim.Adam, loss).step(x, y)

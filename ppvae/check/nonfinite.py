@@ -10,7 +10,6 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Categorical
 
 from ppvae.auxiliary import own_parameters
 from ppvae.pairs import Program, Site
@@ -59,10 +58,10 @@ def blame(model: Program, guide: Program, *args: Any, num_particles: int = 1, **
     )
     for role, trace, terms in programs:
         for name, term in terms.items():
-            bad = ~torch.isfinite(term)
-            if name in weights.enumerated:  # a class that is not possible has a probability, 0
-                bad &= term != -torch.inf
-            bad = bad.flatten(0, -2).any(0)
+            good = torch.isfinite(term)
+            if name in weights.enumerated:  # a class that a row cannot have
+                good |= term == -torch.inf
+            bad = ~good.flatten(0, -2).all(0)
             if bad.any():
                 where = (
                     f"its log-density is not finite for {int(bad.sum())} of {len(bad)} "
@@ -96,12 +95,7 @@ class _Watch(Messenger):
             return
         in_model = msg["is_observed"] or msg["name"] in self.seen
         self.seen.add(msg["name"])
-        classes = isinstance(_innermost(msg["fn"]), Categorical)  # of which some are not possible
-        wrong = [
-            label
-            for label, value in parameters(msg)
-            if _bad(value.clamp(min=0) if classes and label == "logits" else value)
-        ]
+        wrong = [label for label, value in parameters(msg) if _bad(_allowed(label, value))]
         if wrong:
             role = "model" if in_model else "guide"
             what = f"{' and '.join(wrong)} not finite"
@@ -137,6 +131,11 @@ def _innermost(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
+
+
+def _allowed(label: str, value: Tensor) -> Tensor:
+    """A parameter without what is in order: a logit of minus infinity is a probability of 0."""
+    return value[value != -torch.inf] if label == "logits" else value
 
 
 def _bad(value: Any) -> bool:

@@ -322,24 +322,40 @@ def names(program: Callable[..., Any], args: Sequence[Any]) -> list[str]:
     return argument_labels(program, len(args))
 
 
+FAILURES = (
+    RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError
+)  # fmt: skip
+
+
+def failed(
+    role: str,
+    program: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    error: Exception,
+) -> PairError:
+    """What to raise where a program fails on its arguments."""
+    if isinstance(error, PairError):
+        return PairError(reason(error))
+    seen = ", ".join(
+        f"{name}: {arg.dtype} {tuple(arg.shape)}"
+        if isinstance(arg, Tensor)
+        else f"{name}: {type(arg).__name__}"
+        for name, arg in [*zip(names(program, args), args, strict=True), *kwargs.items()]
+    )
+    return PairError(
+        f"the {role} ({title(program)}) fails when called with ({seen}): {reason(error)}"
+    )
+
+
 def _run(
     role: str, program: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> dict[str, Site]:
     """The sites of a program that is run on its own."""
     try:
         drawn = sample_sites(poutine.trace(program).get_trace(*args, **kwargs))
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        if isinstance(error, PairError):
-            raise PairError(reason(error)) from error
-        seen = ", ".join(
-            f"{name}: {arg.dtype} {tuple(arg.shape)}"
-            if isinstance(arg, Tensor)
-            else f"{name}: {type(arg).__name__}"
-            for name, arg in [*zip(names(program, args), args, strict=True), *kwargs.items()]
-        )
-        raise PairError(
-            f"the {role} ({title(program)}) fails when called with ({seen}): {reason(error)}"
-        ) from error
+    except FAILURES as error:
+        raise failed(role, program, args, kwargs, error) from error
     for name, site in drawn.items():
         if not hasattr(site["fn"], "log_prob"):
             raise PairError(

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import track_provenance
 from torch import Tensor
 from torch.distributions import Independent
 
+from ppvae.check.pair import FAILURES, check_programs, check_shapes, failed
 from ppvae.pairs import own_path, provenance_of, sample_sites, trace, unnoticed
 from ppvae.wrapped import argument_labels, title
 
@@ -59,6 +61,10 @@ def structure(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Structu
         program: a model or a guide.
         *args: as it is called; **kwargs likewise.
 
+    Raises:
+        TypeError: it is no program.
+        PairError: it does not run on these arguments.
+
     Example:
         >>> import torch
         >>> from ppvae import conditionals, models, nets
@@ -71,6 +77,8 @@ def structure(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Structu
           x | z, y ~ Bernoulli, observed
           plate 'data': z, x
     """
+    check_programs(program=program)
+    check_shapes(program, args)
     names = argument_labels(program, len(args))
     by_name = dict(zip(names, args, strict=True)) | kwargs
     tracked = {
@@ -79,9 +87,13 @@ def structure(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Structu
         for name, value in by_name.items()
     }
     by_position = tuple(tracked.pop(name) for name in names)
-    with own_path(), unnoticed(program, program), TrackProvenance():
-        sites = sample_sites(trace(program, by_position, tracked))
-        origins = {name: provenance_of(site) for name, site in sites.items()}
+    unchecked = pyro.validation_enabled(False)  # values need not be in the support
+    with own_path(), unnoticed(program, program), unchecked, TrackProvenance():
+        try:
+            sites = sample_sites(trace(program, by_position, tracked))
+            origins = {name: provenance_of(site) for name, site in sites.items()}
+        except FAILURES as error:
+            raise failed("program", program, args, kwargs, error) from error
     nodes = [*sites, *(name for name in by_name if name not in sites)]
     parents = {
         name: tuple(n for n in nodes if n in found and n != name) for name, found in origins.items()

@@ -251,6 +251,7 @@ def with_labels(split: Split, per_class: int, seed: int = 0) -> Split:
 
     Raises:
         ValueError: no labels, or fewer rows of a class than ``per_class``.
+        TypeError: a data set or a tensor in the place of a part.
 
     Example:
         >>> from ppvae import data
@@ -258,13 +259,17 @@ def with_labels(split: Split, per_class: int, seed: int = 0) -> Split:
         >>> len(train), int((train.y >= 0).sum()), [t.dtype for t in train.args]
         (1297, 30, [torch.float32, torch.int64])
     """
+    if not isinstance(split, Split):
+        raise TypeError(
+            f"split must be a part of a data set, as dataset.train, got {type(split).__name__}"
+        )
     check_at_least(1, per_class=per_class)
     check_at_least(0, seed=seed)
     y = split.y
     if y is None or y.dim() != 1 or y.is_floating_point():
         seen = "None" if y is None else f"{y.dtype} of shape {tuple(y.shape)}"
-        raise ValueError(f"with_labels takes labels y, integers of shape (N,), and y is {seen}")
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+        raise ValueError(f"split must have labels y, integers of shape (N,), and its y is {seen}")
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(int(seed))).to(y.device)
     kept = torch.full_like(y, -1)
     for label in y[y >= 0].unique().tolist():
         rows = order[y[order] == label]

@@ -152,6 +152,8 @@ def impute(
     model, guide = bound(model, guide, kwargs)
     check_at_least(2, num_particles=num_particles)
     check_at_least(0, num_draws=num_draws)
+    if not isinstance(site, str | None):
+        raise TypeError(f"site must be the name of an observed site, got {site!r}")
     rows = check_pair_and_data(model, guide, args)
     gathered = _Gathered(rows, num_draws, site)
     evidence = weigh(model, guide, args, num_particles, max_rows, seed, gathered)

@@ -65,8 +65,8 @@ class Plus(Estimator):
         weight: float | Tensor | Callable[[int], float] = 1.0,
     ) -> None:
         if not isinstance(estimator, Estimator):
-            raise TypeError(f"Plus adds to an estimator of ppvae.elbo, got {estimator!r}")
-        if not callable(term):
+            raise TypeError(f"estimator must be one of ppvae.elbo, got {estimator!r}")
+        if not callable(term) or isinstance(term, type):
             raise TypeError(f"term must be a function (model, guide, *args) -> (N,), got {term!r}")
         if not isinstance(weight, (Real, Tensor)) and not callable(weight):
             raise TypeError(
@@ -77,6 +77,8 @@ class Plus(Estimator):
             raise ValueError(f"weight must be a finite number, got {weight}")
         if isinstance(weight, Tensor) and weight.dim() != 0:
             raise ValueError(f"weight must be one number, got a tensor {tuple(weight.shape)}")
+        if not callable(weight) and not math.isfinite(weight):
+            raise ValueError(f"weight must be finite, got {weight!r}")
         values = {"estimator": estimator, "term": term, "weight": weight}
         same = ("num_particles", "gradient", "sign", "linear", "gradients", "beta")
         values |= {name: getattr(estimator, name) for name in same if hasattr(estimator, name)}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import number
 from ppvae.chain import require_likelihood
 from ppvae.distributions.labels import UNKNOWN, check_labels, one_hot, partly_known
 from ppvae.models.vae import choose_prior
@@ -41,6 +43,21 @@ class Classes(nn.Module):
     def check(self, y: Tensor) -> None:
         """What :func:`ppvae.check.check_batch` asks of all labels there are."""
         check_labels(y, len(self.logits))
+
+
+def _positive(probs: Any, count: int) -> Tensor:
+    """``count`` positive numbers; equal ones for None."""
+    if probs is None:
+        return torch.ones(count)
+    wanted = f"probs must be {count} positive numbers"
+    try:
+        given = torch.as_tensor(probs)
+        good = given.shape == (count,) and bool(((given > 0) & given.isfinite()).all())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{wanted}, got {type(probs).__name__}") from error
+    if not good:
+        raise ValueError(f"{wanted}, got {given.tolist()}")
+    return given
 
 
 class M2(Program):
@@ -91,14 +108,12 @@ class M2(Program):
         probs: Sequence[float] | Tensor | None = None,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
+        num_classes = number("num_classes", num_classes, int)
+        if not 2 <= num_classes < 2**31:
             raise ValueError(f"num_classes is how many classes there are, 2 or more: {num_classes}")
-        probs = torch.ones(num_classes) if probs is None else torch.as_tensor(probs)
-        if probs.shape != (num_classes,) or not (probs > 0).all():
-            raise ValueError(f"probs must be {num_classes} positive numbers, got {probs.tolist()}")
         self.likelihood = likelihood
         self.prior = choose_prior(prior, latent_dim)
-        self.classes = Classes(probs)
+        self.classes = Classes(_positive(probs, num_classes))
         require_likelihood(
             self,
             lambda model: [

@@ -82,9 +82,11 @@ def number(value: float, form: str) -> str:
 
 
 def axes(ax: Axes | None, size: tuple[float, float] = (6.0, 4.0)) -> Axes:
-    """Return the axes given, or those of a new figure."""
+    """Return the axes given, or those of a new figure; ``TypeError`` for anything else."""
     if ax is None:
         from matplotlib import pyplot as plt
 
         _, ax = plt.subplots(figsize=size, layout="constrained")
+    if not hasattr(ax, "add_patch"):  # a figure, or an array of axes
+        raise TypeError(f"ax must be one Axes of matplotlib, got {type(ax).__name__}")
     return ax

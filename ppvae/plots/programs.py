@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ppvae.check.structure import Structure
 from ppvae.plots.common import BLUE, GREY, axes
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def plates(model: Any, guide: Any = None, ax: Axes | None = None) -> Axes:
 
     Raises:
         ValueError: a latent of the guide that the model does not have.
+        TypeError: a program in the place of its structure.
 
     Example:
         >>> import torch
@@ -44,6 +46,14 @@ def plates(model: Any, guide: Any = None, ax: Axes | None = None) -> Axes:
     """
     from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 
+    for name, given in (("model", model), ("guide", guide)):
+        if not isinstance(given, Structure) and not (given is None and name == "guide"):
+            raise TypeError(
+                f"{name} must be what ppvae.check.structure({name}, ...) gives, got "
+                f"{type(given).__name__}"
+            )
+    if not model.parents:
+        raise ValueError("the model has no site, so there is nothing to draw")
     places = _places(model, guide)
     if guide is not None and (other := [site for site in guide.parents if site not in places]):
         raise ValueError(

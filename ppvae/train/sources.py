@@ -376,7 +376,9 @@ class Loaded(Source):
         return first
 
     def _load(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        if not (skip and self._steps is not None):  # else it goes on with what an epoch before began
+        if not (
+            skip and self._steps is not None
+        ):  # else it goes on with what an epoch before began
             self._started = epoch
         for sampler in (self._loader.sampler, self._loader.batch_sampler):
             if hasattr(sampler, "set_epoch"):
