@@ -11,9 +11,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; 
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PY := $(VENV)/bin/python
-SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py)
+SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py docs/course/checks.py)
 
-.PHONY: help demo test test-arviz1 test-slow test-all faults lint format docs look bench coverage dist clean clean-all
+.PHONY: help demo test test-arviz1 test-intake test-slow test-all faults lint format docs look bench coverage dist clean clean-all
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,10 @@ test: $(VENV)/.installed ## the fast tests and every docstring example
 
 test-slow: $(VENV)/.installed ## only the slow tests; SHARD=1/8 for the first eighth of them
 	$(PY) -m pytest -q -m "slow and not cuda" $(if $(SHARD),--shard $(SHARD))
+
+test-intake: $(VENV)/.installed ## containers of polars, AnnData and Hugging Face, with these installed
+	$(PIP) install --progress-bar off -c constraints.txt -e '.[intake]'
+	$(PY) -m pytest -q tests/test_intake.py tests/test_table.py tests/test_verbs.py
 
 test-all: $(VENV)/.installed ## all tests; those that need a GPU are skipped where there is none
 	$(PY) -m pytest -q

@@ -816,6 +816,46 @@ def test_a_resumed_stream_goes_on_where_it_was(epochs, every_steps, tmp_path):
             checkpoint=tmp_path, resume=True)  # fmt: skip
 
 
+class EpochOrder(torch.utils.data.Sampler):
+    """An order that follows the epoch, as a DistributedSampler's does."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(X)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.epoch)
+        return iter(torch.randperm(len(X), generator=generator).tolist())
+
+
+@pytest.mark.parametrize("kind", ["endless", "sampler"])
+def test_a_stream_that_dies_at_every_checkpoint_comes_to_its_end(kind, tmp_path):
+    class Dies(ppvae.Callback):  # that of an epoch's end is of the same step as its last one
+        def on_checkpoint(self, svi, path):
+            raise KeyboardInterrupt
+
+    def run(**options):
+        svi = vae()
+        rows = DataLoader(Endless(), 8) if kind == "endless" else DataLoader(X, 8, sampler=order)
+        return svi, fit(svi, rows, epochs=2, steps_per_epoch=2, **options)
+
+    order = EpochOrder()
+    expected, _ = run()
+    files, deaths = ppvae.Checkpoints(tmp_path, every_steps=1), 0
+    for _ in range(7):
+        try:
+            resumed, _ = run(checkpoint=files, resume=True, callbacks=Dies())
+        except KeyboardInterrupt:
+            deaths, order = deaths + 1, EpochOrder()
+    assert deaths == 6
+    for a, b in zip(resumed.objective.parameters(), expected.objective.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_batches_may_be_dictionaries_nested_tuples_and_have_a_length():
     class TwoArguments(ppvae.Program):
         def __init__(self):

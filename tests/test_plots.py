@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from ppvae import plots
+from ppvae.check import Structure
 from ppvae.plots import common, posteriors
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -45,6 +46,10 @@ GAPS = {
     for name, values in (("diagonal", [1.0, 2.0]), ("flow", [0.3, -0.4]))
 }
 
+STRUCTURE = Structure(
+    "pair", {"z": (), "x": ("z", "y")}, ("y",), ("x",), {"data": ("z", "x")}, {"z": "Normal"}
+)
+
 # One call of every public function, as (function, arguments); all torch tensors.
 CALLS = {
     "training_curve": ([torch.tensor([-3.0, -1.0, -2.0]), torch.tensor([-4.0, -2.0, -3.0])], {}),
@@ -73,6 +78,7 @@ CALLS = {
     "ratio_calibration": ([torch.linspace(-1, 3, 40), torch.linspace(-3, 1, 40)], {}),
     "coverage": ([torch.tensor([0.5, 0.9]), {"z": torch.tensor([[0.4], [0.8]])}, 100], {}),
     "gap_bars": ([GAPS], {}),
+    "plates": ([STRUCTURE, STRUCTURE], {}),
     "posterior_contours": ([DRAWS, 1.3 * DRAWS.flip(0)], {}),
     "posterior_intervals": ([DRAWS, 1.3 * DRAWS.flip(0)], {}),
     "predictive_check": ([torch.tensor([1.0, 2.0]), torch.linspace(0, 3, 60).reshape(30, 2)], {}),
@@ -87,6 +93,7 @@ assert sorted(CALLS) == sorted(plots.__all__)
 def agg():
     """Draw without a display, in the default style, and leave no figure open."""
     before = mpl.get_backend()
+    plt.close("all")  # of other tests
     plt.switch_backend("Agg")
     with plt.style.context("default"):
         yield

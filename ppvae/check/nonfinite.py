@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 from ppvae.auxiliary import own_parameters
 from ppvae.pairs import Program, Site
@@ -58,7 +59,10 @@ def blame(model: Program, guide: Program, *args: Any, num_particles: int = 1, **
     )
     for role, trace, terms in programs:
         for name, term in terms.items():
-            bad = ~torch.isfinite(term).flatten(0, -2).all(0)
+            bad = ~torch.isfinite(term)
+            if name in weights.enumerated:  # a class that is not possible has a probability, 0
+                bad &= term != -torch.inf
+            bad = bad.flatten(0, -2).any(0)
             if bad.any():
                 where = (
                     f"its log-density is not finite for {int(bad.sum())} of {len(bad)} "
@@ -92,7 +96,12 @@ class _Watch(Messenger):
             return
         in_model = msg["is_observed"] or msg["name"] in self.seen
         self.seen.add(msg["name"])
-        wrong = [label for label, value in parameters(msg) if _bad(value)]
+        classes = isinstance(_innermost(msg["fn"]), Categorical)  # of which some are not possible
+        wrong = [
+            label
+            for label, value in parameters(msg)
+            if _bad(value.clamp(min=0) if classes and label == "logits" else value)
+        ]
         if wrong:
             role = "model" if in_model else "guide"
             what = f"{' and '.join(wrong)} not finite"

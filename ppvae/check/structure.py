@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from ppvae.pairs import own_path, provenance_of, sample_sites, trace, unnoticed
-from ppvae.wrapped import argument_names, title
+from ppvae.wrapped import argument_labels, title
 
 __all__ = ["Structure", "structure"]
 
@@ -71,14 +71,14 @@ def structure(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Structu
           x | z, y ~ Bernoulli, observed
           plate 'data': z, x
     """
-    names = [*argument_names(program), *(f"argument {i}" for i in range(len(args)))]
-    by_name = dict(zip(names, args, strict=False)) | kwargs
+    names = argument_labels(program, len(args))
+    by_name = dict(zip(names, args, strict=True)) | kwargs
     tracked = {
         # An argument and the site that is observed at it are one node.
         name: track_provenance(value, frozenset({name})) if isinstance(value, Tensor) else value
         for name, value in by_name.items()
     }
-    by_position = tuple(tracked.pop(name) for name in names[: len(args)])
+    by_position = tuple(tracked.pop(name) for name in names)
     with own_path(), unnoticed(program, program), TrackProvenance():
         sites = sample_sites(trace(program, by_position, tracked))
         origins = {name: provenance_of(site) for name, site in sites.items()}

@@ -315,6 +315,7 @@ class Loaded(Source):
         self._loader, self._names, self._steps = loader, names, steps
         self._running: Iterator[Batch] | None = None  # through epochs of so many steps
         self._taken = 0  # batches since the loader was started
+        self._started = 0  # in which epoch that was: a sampler's order follows it
         # What the check has read of a stream, which may not be there a second time.
         self._first: Batch | None = None
         self._begun: tuple[Iterator[Any], dict[str, Any], Any] | None = None
@@ -375,9 +376,11 @@ class Loaded(Source):
         return first
 
     def _load(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        if not (skip and self._steps is not None):  # else it goes on with what an epoch before began
+            self._started = epoch
         for sampler in (self._loader.sampler, self._loader.batch_sampler):
             if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
+                sampler.set_epoch(self._started)
         begun, self._begun = self._begun, None
         before = None
         if skip:
@@ -488,12 +491,15 @@ class Loaded(Source):
     def state_dict(self, batch: int) -> dict[str, Any]:
         taken = batch if self._steps is None else self._taken
         inside = taken > 0  # the epoch has begun
+        # a run that was taken up again at the last step of an epoch has loaded nothing itself
+        known = _checksum(self._last_batch) if self._last_batch else self._last_checksum
         return {  # the names are those of the file format
             "taken": taken,
+            "started": self._started,
             "generators": self._generator_states(),
             "began": self._streams_at_start if inside else None,
             "before": self._streams_before_last if inside else None,
-            "known": _checksum(self._last_batch) if inside else None,
+            "known": known if inside else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -502,6 +508,7 @@ class Loaded(Source):
         self._last_checksum = state["known"]
         if self._steps is not None:
             self._taken = state["taken"]
+            self._started = state.get("started", 0)  # absent in files of older versions
         if self._begun is not None and not _is_read_once(self._loader.dataset):
             self._begun = None  # it starts anew, with the random streams of the run
 

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its workers do not survive a fork
@@ -94,15 +95,18 @@ def live(kind, svi, folder, result):
     code = 1
     try:
         os.setsid()
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, 1), os.dup2(sink, 2)
+        said = os.open(result.with_suffix(".said"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1), os.dup2(said, 2)
         if kind == "two ranks":
             fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
             fabric.launch(lambda fabric: run(kind, build(kind), folder, result, fabric))
         else:
             run(kind, svi, folder, result)
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 
@@ -124,11 +128,14 @@ def kill(rng, pid):
 
 
 def wait(pid):
-    """Whether a life was killed. What is left of its group, two ranks may be, goes with it."""
-    status = os.waitpid(pid, 0)[1]
+    """How a life ended: 0, what it failed with, or minus the signal that killed it.
+
+    What is left of its group, two ranks may be, goes with it.
+    """
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    return status != 0
+    return status
 
 
 def same(a, b):
@@ -152,7 +159,8 @@ def attack(kind, kills, rng, where):
     """Kill so many times: numbers of kills, finished runs, equal ones and unreadable files."""
     svi = build(kind)
     started = time.perf_counter()
-    wait(live(kind, svi, where / "whole", where / "whole.pt"))
+    if wait(live(kind, svi, where / "whole", where / "whole.pt")):
+        raise RuntimeError((where / "whole.said").read_text())
     seconds, expected = time.perf_counter() - started, ended(where / "whole", where / "whole.pt")
     count = {"kills": 0, "finished": 0, "equal": 0, "unreadable": 0}
     number = 0
@@ -161,20 +169,23 @@ def attack(kind, kills, rng, where):
         folder, result, lives = where / f"run{number}", where / f"run{number}.pt", 0
         while not result.exists():
             pid = live(kind, svi, folder, result)
-            if lives < LIVES:
+            is_killed = lives < LIVES
+            if is_killed:
                 time.sleep(rng.uniform(0.02, 0.3 * seconds))
                 kill(rng, pid)
-            died = wait(pid)
+            status = wait(pid)
             lives += 1
-            count["kills"] += died
+            count["kills"] += is_killed and status != 0
+            # a rank whose other rank was killed raises; nobody else may
+            if status > 0 and (kind != "two ranks" or lives > 2 * LIVES):
+                said = result.with_suffix(".said").read_text(errors="replace")
+                raise RuntimeError(f"{kind}: a life of run {number} failed:\n{said}")
             for path in [*folder.glob("step-*.pt"), *folder.glob("best.pt")]:
                 try:
                     read(path)
                 except Exception as error:
                     count["unreadable"] += 1
                     print(f"{kind}: {path.name} after kill {count['kills']}: {error}", flush=True)
-            if lives > 100:
-                raise RuntimeError(f"{kind}: a run never comes to its end")
         count["finished"] += 1
         equal = same(ended(folder, result), expected)
         count["equal"] += equal
