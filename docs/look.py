@@ -111,7 +111,7 @@ def look(site: Path, pages: list[Path], shots: Path | None, npm: Path | None) ->
             else:
                 here.append(f"cannot load {url}")
 
-        page.route("https://**", fetch)
+        page.route(CDN, fetch)
         page.on("requestfailed", failed)
         page.on("pageerror", lambda error: here.append(f"console: {error}"))
         page.on(
