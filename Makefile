@@ -52,7 +52,7 @@ test-intake: $(VENV)/.installed ## containers of polars, AnnData and Hugging Fac
 test-all: $(VENV)/.installed ## all tests; those that need a GPU are skipped where there is none
 	$(PY) -m pytest -q
 
-# ArviZ 1.x needs Python 3.12 or later and is not what setup.cfg asks for, so it has an environment of its own.
+# ArviZ 1.x needs Python 3.12 or later, constraints.txt has 0.x: it has an environment of its own.
 ARVIZ1 := .venv-arviz1
 ARVIZ1_PYTHON ?= $(shell for p in python3.13 python3.12 python3 $(foreach v,3.13 3.12,$(wildcard $(HOME)/.pyenv/versions/$(v)*/bin/python)); do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
@@ -65,8 +65,8 @@ $(ARVIZ1)/.installed: constraints.txt
 		'arviz>=1,<2' torch pyro-ppl matplotlib scikit-learn pooch pandas tqdm zuko h5netcdf h5py pytest hypothesis
 	@touch $@
 
-test-arviz1: $(ARVIZ1)/.installed ## the ArviZ bridge with ArviZ 1.x, on Python 3.12 or 3.13
-	$(ARVIZ1)/bin/python -m pytest -q tests/test_arviz.py
+test-arviz1: $(ARVIZ1)/.installed ## diagnostics with ArviZ 1.x, on Python 3.12 or 3.13
+	$(ARVIZ1)/bin/python -m pytest -q -m "not slow and not cuda" tests/test_arviz.py tests/test_calibration.py tests/test_reference.py
 
 # Some of them: make faults FAULTS='pairs.py elbo'; whether the lines still stand: FAULTS=--check
 faults: $(VENV)/.installed ## break the package line by line, and see whether the tests notice; an hour or two

@@ -4,6 +4,7 @@ import doctest
 import hashlib
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -88,8 +89,19 @@ torch.set_num_threads(1)  # small networks: more threads are no faster, and slow
 """
 
 
+def mend_backlinks(app, pagename, templatename, context, doctree):
+    """Let [docs] beside a source find names that a module lends to another one's page.
+
+    viewcode writes one module's name before all of a file's anchors; a page is named as its anchor.
+    """
+    if pagename.startswith("_modules/") and "body" in context:
+        pattern = r'api/([\w.]+\.(\w+))\.html#[\w.]*?\.\2((?:\.\w+)*)"'
+        context["body"] = re.sub(pattern, r'api/\1.html#\1\3"', context["body"])
+
+
 def setup(app):
     """Draw the diagrams of programs.md, from the programs, before its pictures are looked for."""
     import plate_diagrams
 
+    app.connect("html-page-context", mend_backlinks)
     app.connect("builder-inited", lambda app: plate_diagrams.draw())

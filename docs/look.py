@@ -58,7 +58,7 @@ LAYOUT = """() => {
   const rgb = c => (c.match(/[\\d.]+/g) || []).map(Number);
   const light = c => rgb(c).slice(0, 3).map(v => (v /= 255) <= .03928 ? v / 12.92
     : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0);
-  for (const e of document.querySelectorAll('article :is(p, li, td, th, h1, h2, h3, pre, code, a)')) {
+  for (const e of document.querySelectorAll('article :is(p, li, td, th, h1, h2, pre, code, a)')) {
     if (![...e.childNodes].some(n => n.nodeType == 3 && n.data.trim())) continue;
     let p = e, ground;
     for (; p; p = p.parentElement) {
@@ -111,7 +111,7 @@ def look(site: Path, pages: list[Path], shots: Path | None, npm: Path | None) ->
             else:
                 here.append(f"cannot load {url}")
 
-        page.route("https://**", fetch)
+        page.route(CDN, fetch)
         page.on("requestfailed", failed)
         page.on("pageerror", lambda error: here.append(f"console: {error}"))
         page.on(

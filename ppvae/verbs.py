@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical, Independent
@@ -30,7 +29,16 @@ from ppvae.diagnostics.rows import (
 )
 from ppvae.distributions import Columns
 from ppvae.intake import tensors
-from ppvae.pairs import DATA_PLATE, Program, Site, latent_parents, replay, sample_sites, trace
+from ppvae.pairs import (
+    DATA_PLATE,
+    Program,
+    Site,
+    latent_parents,
+    replay,
+    sample_sites,
+    trace,
+    unconditioned,
+)
 from ppvae.terms import unmasked
 from ppvae.wrapped import argument_names, title
 
@@ -157,7 +165,7 @@ def reconstruct(
     model, guide = bound(model, guide, kwargs)
     rows = check_pair_and_data(model, guide, args, estimates=True)
     found: dict[str, list[Tensor]] = {}
-    free = poutine.uncondition(model) if statistic == "sample" else model
+    free = unconditioned(model) if statistic == "sample" else model
     with evaluating(model, guide, args, seed):
         for part, _ in pieces(rows, 1, max_rows):
             batch = take(args, part)
@@ -235,7 +243,7 @@ def generate(
         for part, _ in pieces(size, 1, max_rows):
             batch = take(behind, part)  # other arguments are as they are
             if like is not None:
-                drawn = trace(poutine.uncondition(model), (rows[part], *batch), {})
+                drawn = trace(unconditioned(model), (rows[part], *batch), {})
                 found.append(_drawn(drawn))
                 continue
             count = part.stop - part.start

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from ppvae.pairs import (
     seeded,
     structure,
     trace,
+    unconditioned,
 )
 from ppvae.terms import laid_out, unmasked
 from ppvae.weights import LogWeights, drawn_log_q, whole_weights
@@ -193,7 +193,7 @@ def _draw(
     seed: int | None,
 ) -> tuple[LogWeights, dict[str, Trace]]:
     """Log-weights, and traces by name: posterior, prior and, if wanted, predictive."""
-    free = poutine.uncondition(model)
+    free = unconditioned(model)
     traces: dict[str, Trace] = {}
     with torch.no_grad(), evaluation_mode(model, guide), own_path(), seeded(seed, *args):
         weights = whole_weights(model, guide, args, {"joint": joint}, num_draws)
@@ -308,8 +308,7 @@ def _deterministic(drawn: Trace, dims: dict[str, list[str]] | None) -> Variables
     for name, site in drawn.nodes.items():
         if site["type"] != "sample" or not site["infer"].get("_deterministic"):
             continue
-        # Where a program is unconditioned, Pyro draws the site anew, and keeps its value there.
-        value = site["infer"].get("obs", site["value"])
+        value = site["value"]
         if not isinstance(value, Tensor):
             continue
         frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
@@ -320,7 +319,7 @@ def _deterministic(drawn: Trace, dims: dict[str, list[str]] | None) -> Variables
             value.shape[depth + frame.dim] in (1, frame.size) for frame in frames
         ):
             events[name] = value.dim() - depth
-        sites[name] = {**site, "value": value}
+        sites[name] = site
     labels = event_names(events, dims)
     return {
         name: _variable(site, labels[name], draws=True, event_dim=events[name])

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical, Independent
@@ -27,7 +26,7 @@ from ppvae.diagnostics.rows import (
     take,
 )
 from ppvae.distributions import Columns
-from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site, sample_sites, shown, trace
+from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site, sample_sites, shown, trace, unconditioned
 from ppvae.terms import unmasked
 from ppvae.weights import LogWeights
 
@@ -238,7 +237,7 @@ class _Gathered:
         model, _, args, _ = weights.pair
         nesting = -weights.leftmost - (len(normal) > 1)
         with pyro.plate(PARTICLE_PLATE, len(index), dim=-1 - nesting), _At(z, nesting):
-            site = trace(poutine.uncondition(model), args, {}).nodes[self.name]
+            site = trace(unconditioned(model), args, {}).nodes[self.name]
         return _rows(site, site["value"])
 
     def _mix(self, key: Any, part: slice, share: Tensor, values: Tensor) -> None:

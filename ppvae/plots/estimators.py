@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ppvae.plots.common import BLUE, GREY, MARKERS, PALETTE, axes
+from ppvae.plots.common import BLUE, MARKERS, PALETTE, axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
