@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ppvae
 from ppvae import conditionals, diagnostics, elbo, guides, metrics, models, nets, posteriors
 from ppvae.distributions import BinaryVector, DiagonalNormal, UnitNormal, WordCounts
+from ppvae.terms import log_density
 
 N, D, Z, CONTEXT = 6, 5, 2, 3
 WHOLE = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
@@ -161,6 +162,16 @@ def test_whole_numbers_beyond_float32_under_a_normal(dtype):
     exact = dist.Normal(1e9, 2.0).log_prob(x.double()).sum()
     torch.testing.assert_close(found.double(), exact.double(), rtol=1e-6, atol=0)
     assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool], ids=str)
+def test_whole_numbers_under_a_mask_and_under_pyros_bernoulli(dtype):
+    x = torch.tensor([[0, 1, 1], [1, 0, 0]])
+    law = dist.Bernoulli(logits=torch.tensor([0.3, -1.0, 2.0])).expand([2, 3])
+    for fn in (law.to_event(1), law.mask(x.bool()).to_event(1)):
+        site = {"name": "x", "fn": fn, "mask": None, "is_observed": True, "args": (), "kwargs": {}}
+        found = log_density({**site, "value": x.to(dtype)})
+        assert torch.equal(found, log_density({**site, "value": x.float()}))
 
 
 def test_bytes_do_not_wrap_around():

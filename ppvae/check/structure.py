@@ -13,7 +13,7 @@ from pyro.ops.provenance import track_provenance
 from torch import Tensor
 from torch.distributions import Independent
 
-from ppvae.check.pair import FAILURES, check_programs, check_shapes, failed
+from ppvae.check.pair import FAILURES, check_programs, failed
 from ppvae.pairs import own_path, provenance_of, sample_sites, trace, unnoticed
 from ppvae.wrapped import argument_labels, title
 
@@ -78,7 +78,6 @@ def structure(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Structu
           plate 'data': z, x
     """
     check_programs(program=program)
-    check_shapes(program, args)
     names = argument_labels(program, len(args))
     by_name = dict(zip(names, args, strict=True)) | kwargs
     tracked = {
