@@ -424,7 +424,7 @@ def test_stock_pyro_trains_it():
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: elbo.Plus(3.0, term_of), TypeError, "Plus adds to an estimator of ppvae.elbo"),
+        (lambda: elbo.Plus(3.0, term_of), TypeError, "estimator must be one of ppvae.elbo"),
         (lambda: elbo.Plus(elbo.ELBO(), 3.0), TypeError, "term must be a function"),
         (lambda: elbo.Plus(elbo.ELBO(), term_of, "all"), TypeError, "weight must be a number"),
         (lambda: elbo.Plus(elbo.ELBO(), term_of, torch.ones(2)), ValueError, "must be one number"),

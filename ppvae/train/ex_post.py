@@ -9,6 +9,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import number
+from ppvae.check.pair import check_programs, check_shapes, require_runs
 from ppvae.intake import part_of, tensors
 from ppvae.pairs import evaluation_mode, own_path, sample_sites, seeded, trace
 from ppvae.program import Program, data_plate
@@ -56,6 +58,7 @@ def fit_prior(
         The :class:`ppvae.History` of mean log p(z), nats per row.
 
     Raises:
+        TypeError, PairError: the data are none, or the guide does not run on them.
         ValueError: the guide has no such site, or draws NaN or infinity there; the prior is over
             values of another shape; else as :func:`ppvae.fit`.
 
@@ -74,7 +77,13 @@ def fit_prior(
     """
     data = part_of(data, "train", data)
     given = data if isinstance(data, (tuple, list)) else (data,)
-    codes = _codes(guide, tensors(given, guide), latent, seed)
+    check_programs(prior=prior, guide=guide)
+    args = tensors(given, guide)
+    if wrong := [type(part).__name__ for part in args if not isinstance(part, Tensor)]:
+        raise TypeError(f"data must be arrays, tensors or frames for the guide, got {wrong[0]}")
+    check_shapes(guide, args)
+    require_runs([part[:2] for part in args], guide=guide)
+    codes = _codes(guide, args, latent, number("seed", seed, int))
     _check_shape(prior, codes, latent)
     svi = SVI(_Observed(prior), _Nothing(), optim)
     return fit(svi, codes, epochs=epochs, seed=seed, **options)
