@@ -78,6 +78,8 @@ def fit_prior(
     data = part_of(data, "train", data)
     given = data if isinstance(data, (tuple, list)) else (data,)
     check_programs(prior=prior, guide=guide)
+    if not isinstance(latent, str):
+        raise TypeError(f"latent must be the name of a site of the guide, got {latent!r}")
     args = tensors(given, guide)
     if wrong := [type(part).__name__ for part in args if not isinstance(part, Tensor)]:
         raise TypeError(f"data must be arrays, tensors or frames for the guide, got {wrong[0]}")
@@ -113,7 +115,8 @@ class _Nothing(Program):
 def _codes(guide: Any, args: tuple[Tensor, ...], latent: str, seed: int) -> Tensor:
     """A draw of the latent for each row."""
     parts = []
-    with own_path(), evaluation_mode(guide), seeded(seed, *args):
+    quiet = pyro.validation_enabled(False)  # NaN is reported below
+    with own_path(), evaluation_mode(guide), seeded(seed, *args), quiet:
         for rows in zip(*(tensor.split(_ROWS) for tensor in args), strict=True):
             sites = sample_sites(trace(guide, rows, {}))
             if latent not in sites:
@@ -126,14 +129,20 @@ def _codes(guide: Any, args: tuple[Tensor, ...], latent: str, seed: int) -> Tens
     if broken:
         raise ValueError(
             f"fit_prior: the guide draws NaN or infinity in {latent!r} for {broken} of "
-            f"{len(codes)} rows: look at its encoder's outputs"
+            f"{len(codes)} rows: look at the data and at its encoder's outputs"
         )
     return codes
 
 
 def _check_shape(prior: nn.Module, codes: Tensor, latent: str) -> None:
     """Raise ``ValueError`` unless the prior is over values of the codes' shape."""
-    expected = prior().event_shape
+    try:
+        expected = prior().event_shape
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise TypeError(
+            "prior must give a distribution when it is called without arguments, as "
+            f"conditionals.Mixture does, got {type(prior).__name__} ({error})"
+        ) from error
     if expected != codes.shape[1:]:
         raise ValueError(
             f"fit_prior: the prior is over values of shape {tuple(expected)}, and the guide's "
