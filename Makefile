@@ -11,9 +11,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; 
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PY := $(VENV)/bin/python
-SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py)
+SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py docs/course/checks.py)
 
-.PHONY: help demo test test-arviz1 test-slow test-all faults lint format docs bench coverage dist clean clean-all
+.PHONY: help demo test test-arviz1 test-intake test-slow test-all faults lint format docs look bench coverage dist clean clean-all
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,10 +45,14 @@ test: $(VENV)/.installed ## the fast tests and every docstring example
 test-slow: $(VENV)/.installed ## only the slow tests; SHARD=1/8 for the first eighth of them
 	$(PY) -m pytest -q -m "slow and not cuda" $(if $(SHARD),--shard $(SHARD))
 
+test-intake: $(VENV)/.installed ## containers of polars, AnnData and Hugging Face, with these installed
+	$(PIP) install --progress-bar off -c constraints.txt -e '.[intake]'
+	$(PY) -m pytest -q tests/test_intake.py tests/test_table.py tests/test_verbs.py
+
 test-all: $(VENV)/.installed ## all tests; those that need a GPU are skipped where there is none
 	$(PY) -m pytest -q
 
-# ArviZ 1.x needs Python 3.12 or later and is not what setup.cfg asks for, so it has an environment of its own.
+# ArviZ 1.x needs Python 3.12 or later, constraints.txt has 0.x: it has an environment of its own.
 ARVIZ1 := .venv-arviz1
 ARVIZ1_PYTHON ?= $(shell for p in python3.13 python3.12 python3 $(foreach v,3.13 3.12,$(wildcard $(HOME)/.pyenv/versions/$(v)*/bin/python)); do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
@@ -61,8 +65,8 @@ $(ARVIZ1)/.installed: constraints.txt
 		'arviz>=1,<2' torch pyro-ppl matplotlib scikit-learn pooch pandas tqdm zuko h5netcdf h5py pytest hypothesis
 	@touch $@
 
-test-arviz1: $(ARVIZ1)/.installed ## the ArviZ bridge with ArviZ 1.x, on Python 3.12 or 3.13
-	$(ARVIZ1)/bin/python -m pytest -q tests/test_arviz.py
+test-arviz1: $(ARVIZ1)/.installed ## diagnostics with ArviZ 1.x, on Python 3.12 or 3.13
+	$(ARVIZ1)/bin/python -m pytest -q -m "not slow and not cuda" tests/test_arviz.py tests/test_calibration.py tests/test_reference.py
 
 # Some of them: make faults FAULTS='pairs.py elbo'; whether the lines still stand: FAULTS=--check
 faults: $(VENV)/.installed ## break the package line by line, and see whether the tests notice; an hour or two
@@ -80,6 +84,11 @@ format: $(VENV)/.installed ## rewrite the sources as ruff wants them
 docs: $(VENV)/.installed ## the site, in docs/_build/html, and the examples on its pages
 	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	$(PY) -m sphinx -q -W --keep-going -b doctest docs docs/_build/doctest
+
+# It drives the Chromium that is installed; CHROMIUM=/path/to/chrome names another one.
+look: $(VENV)/.installed ## open every page of the built site in Chromium: dead links, errors, cut-off tables
+	$(PIP) install --progress-bar off -c constraints.txt -e '.[browser]'
+	$(PY) docs/look.py docs/_build/html $(LOOK_ARGS)
 
 # `make bench BENCH_ARGS=--quick` tries all of it; `make bench BENCH_ARGS='--device cuda' BENCH_OUT=out/cuda.jsonl`.
 BENCH_OUT := out/bench.jsonl

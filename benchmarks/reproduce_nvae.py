@@ -64,7 +64,7 @@ BASE = {
 }
 CELLS = {f"seed-{seed}": BASE | {"seed": seed} for seed in range(3)}
 CELLS |= {"lambda-0": BASE | {"regularizer": 0.0, "seed": 0}}
-CELLS |= {"long": BASE | {"seed": 0, "epochs": 16, "num_train": 48_000, "falls": True}}
+CELLS |= {"long": BASE | {"seed": 0, "epochs": 6, "num_train": 48_000, "falls": True}}
 QUICK = {
     "channels": 4,
     "groups": [1, 1],

@@ -1,7 +1,10 @@
 """Sphinx configuration; `make docs` builds the site and runs its examples."""
 
 import doctest
+import hashlib
+import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +18,7 @@ copyright = "2026, The ppvae authors"
 version = release = ppvae.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # myst_parser, and pages that are notebooks: the course
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
@@ -47,6 +50,20 @@ html_title = "ppvae"
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+# The course is executed once for all builders, and again when a lesson or the package changes.
+_here = Path(__file__).parent
+_sources = [*Path(ppvae.__file__).parent.rglob("*.py"), _here / "course" / "checks.py"]
+_digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_sources))).hexdigest()[:12]
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(_here / "_build" / f"lessons-{_digest}")
+nb_execution_timeout = 300  # seconds a cell
+nb_execution_raise_on_error = True
+nb_output_stderr = "warn"
+nb_merge_streams = True  # one block for all that a cell prints
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the examples have it
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, on a kernel without ipywidgets
+logging.getLogger("traitlets").setLevel(logging.WARNING)
+
 autosummary_ignore_module_all = False  # a page for each name of __all__, wherever it is defined
 autosummary_imported_members = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -72,8 +89,19 @@ torch.set_num_threads(1)  # small networks: more threads are no faster, and slow
 """
 
 
+def mend_backlinks(app, pagename, templatename, context, doctree):
+    """Let [docs] beside a source find names that a module lends to another one's page.
+
+    viewcode writes one module's name before all of a file's anchors; a page is named as its anchor.
+    """
+    if pagename.startswith("_modules/") and "body" in context:
+        pattern = r'api/([\w.]+\.(\w+))\.html#[\w.]*?\.\2((?:\.\w+)*)"'
+        context["body"] = re.sub(pattern, r'api/\1.html#\1\3"', context["body"])
+
+
 def setup(app):
     """Draw the diagrams of programs.md, from the programs, before its pictures are looked for."""
     import plate_diagrams
 
+    app.connect("html-page-context", mend_backlinks)
     app.connect("builder-inited", lambda app: plate_diagrams.draw())

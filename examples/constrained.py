@@ -145,7 +145,13 @@ def draw_curves(chosen: dict[str, Choice], curves: dict[str, pd.DataFrame], out:
             below.plot(steps, curve["KL weight"], color=colour, ls=style)
         if sets != "weight":
             above.plot([], [], color="black", ls="--", lw=1, label="target")
-        limits = (DISTORTION - 4, DISTORTION + 14) if shown == "distortion" else (0, 2 * HIGH)
+        if shown == "rate":
+            limits = 0.0, 2 * HIGH
+        else:  # all of the second half, however far it is from its target
+            late = [curves[n]["distortion"].iloc[len(curves[n]) // 2 :] for n, c in chosen.items()
+                    if c[1] == sets]  # fmt: skip
+            limits = (min(DISTORTION - 4, *(v.min() - 1 for v in late)),
+                      max(DISTORTION + 14, *(v.max() + 1 for v in late)))  # fmt: skip
         above.set(ylabel=f"{shown} [nats per digit]", ylim=limits)
         above.set_title(f"the {sets} is set", pad=54)  # the legend between
         above.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False,

@@ -239,7 +239,8 @@ def draw_levels(courses: dict[str, pd.DataFrame], args: argparse.Namespace, out:
                 if end and end < table["epoch"].max():
                     ax.axvline(end, color="black", lw=0.8, ls=":")
                     ax.annotate(text, (end, 0.97), xycoords=("data", "axes fraction"), ha="right",
-                                va="top", rotation=90, fontsize="small")  # fmt: skip
+                                va="top", rotation=90, fontsize="small", xytext=(-3, 0),
+                                textcoords="offset points")  # fmt: skip
         column[0].set(title=name, xlabel="")
     for row in axes:
         for ax in row[1:]:

@@ -58,7 +58,7 @@ def _is(value: Any) -> bool:
 
 def _is_plain(value: Any) -> bool:
     """A class whose objects are their attributes."""
-    is_class = isinstance(value, type) and value.__new__ is object.__new__
+    is_class = isinstance(value, type) and getattr(value, "__new__", None) is object.__new__
     return is_class and not _is(value) and not hasattr(value, "__slots__")
 
 
@@ -155,11 +155,12 @@ class Describing:
             return {"slice": [self.value(part, where) for part in parts]}
         if (name := self._names.get(id(type(value)))) is not None:
             # what reduces itself to its class remembers nothing, such as a cache
-            held = {} if type(value).__reduce__ is not object.__reduce__ else vars(value)
-            items = {key: self.value(item, f"{where}.{key}") for key, item in held.items()}
-            return {"object": [name, items]}
-        kind = value if isinstance(value, FunctionType) else type(value)
-        raise NotDescribed(f"{where} is {kind.__qualname__} of {kind.__module__}")
+            remembers = getattr(type(value), "__reduce__", None) is object.__reduce__
+            held = vars(value) if remembers else {}
+            attributes = {key: self.value(item, f"{where}.{key}") for key, item in held.items()}
+            return {"object": [name, attributes]}
+        own: Any = value if isinstance(value, FunctionType) else type(value)
+        raise NotDescribed(f"{where} is {own.__qualname__} of {own.__module__}")
 
 
 class Rebuilding:

@@ -22,7 +22,7 @@ from ppvae.data.frames import is_frame, numeric
 from ppvae.data.precision import lossy_columns, warn_of_lost_digits
 from ppvae.data.sparse import SparseArguments, SparseRows
 from ppvae.program import module_of
-from ppvae.wrapped import argument_names
+from ppvae.wrapped import Last, argument_labels, argument_names
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -124,11 +124,10 @@ def part_of(data: Any, name: str, otherwise: Any) -> Any:
 
 def _columns(args: Sequence[Any], programs: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments one by one, sparse ones still sparse."""
-    names = argument_names(programs[0]) if programs else []
     if len(args) == 1:
-        args = _unpacked(args[0], names)
+        args = _unpacked(args[0], argument_names(programs[0]) if programs else [])
     dtype = _dtype(programs)
-    labels = [*names, *(f"argument {i}" for i in range(len(names), len(args)))]
+    labels = argument_labels(programs[0] if programs else None, len(args))
     return tuple(_rows(arg, labels[i], i == 0, dtype) for i, arg in enumerate(args))
 
 
@@ -161,7 +160,9 @@ def by_name(data: Mapping[Any, Any], names: Sequence[str], label: str) -> list[A
     Raises:
         TypeError: names that the program has not, or without one that comes before another.
     """
-    absent = [name for name in names[: len(data)] if name not in data]
+    last = [name for name in names if isinstance(name, Last) and name in data]
+    count = len(data) - len(last)
+    absent = [name for name in names[:count] if name not in data or name in last]
     unknown = [name for name in data if name not in names]
     if absent or unknown:
         has = ", ".join(map(repr, data))

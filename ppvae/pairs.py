@@ -22,6 +22,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.trace_messenger import TraceHandler, TraceMessenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
@@ -408,7 +409,7 @@ def simulate(model: Program, args: Args, kwargs: Kwargs) -> tuple[Args, Trace]:
     """
     observed = sample_sites(trace(model, args, kwargs))
     try:
-        dream = trace(poutine.uncondition(model), args, kwargs)
+        dream = trace(unconditioned(model), args, kwargs)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"x cannot be drawn from the model: {reason(error)}") from error
     dreamt = list(args)
@@ -428,6 +429,20 @@ def simulate(model: Program, args: Args, kwargs: Kwargs) -> tuple[Args, Trace]:
 def reason(error: Exception) -> str:
     """What an error says, without the table of shapes that Pyro appends."""
     return str(error).partition("\nTrace Shapes:")[0]
+
+
+class _Uncondition(UnconditionMessenger):
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
+
+
+def unconditioned(program: Program) -> Program:
+    """A program that draws what it observes; its ``pyro.deterministic`` sites keep their values.
+
+    ``poutine.uncondition`` draws those anew, with the dims of plates twice where no event_dim is.
+    """
+    return _Uncondition()(program)
 
 
 def sample_sites(drawn: Trace) -> dict[str, Site]:

@@ -77,7 +77,7 @@ def save(
         True
         >>> folder.cleanup()
     """
-    folder = Path(folder)
+    folder = _path(folder)
     found = Describing()
     state = plain(_owners(model, guide).state_dict(), "the pair")
     content: dict[str, Any] = {"format": FORMAT, "versions": _versions()}
@@ -136,7 +136,7 @@ def load(
     Warns:
         UserWarning: the source of one of your classes is not what it was.
     """
-    folder = Path(folder)
+    folder = _path(folder)
     content, tensors = _read(folder)
     described = tensors["described"]
     try:
@@ -197,6 +197,12 @@ def _put(made: tuple[Any, Any], content: Any, tensors: Any, described: list[Tens
             "log-weights may be others",
             stacklevel=3,
         )
+
+
+def _path(folder: Any) -> Path:
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a path, got {type(folder).__name__}")
+    return Path(folder)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

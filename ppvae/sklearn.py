@@ -117,8 +117,13 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def score_samples(self, X: Any) -> np.ndarray:
         """log p(x) of each row by importance sampling, ``(N,)``, nats in the units of ``X``."""
         check_is_fitted(self)
-        rows, options = self._rows(X), {"num_particles": self.num_particles, "seed": self.seed_}
-        nats: np.ndarray = log_prob(self.model_, self.guide_, rows, **options)
+        nats: np.ndarray = log_prob(
+            self.model_,
+            self.guide_,
+            self._rows(X),
+            num_particles=self.num_particles,
+            seed=self.seed_,
+        )
         return nats
 
     def score(self, X: Any, y: Any = None) -> float:

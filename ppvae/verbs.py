@@ -7,18 +7,16 @@ at once would, and leave the random stream, modes and buffers as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical, Independent
-from torch.utils.data import Dataset
 
 from ppvae.arguments import takes_numbers
-from ppvae.data.frames import backend_of, frame_of_numbers, is_frame
+from ppvae.containers import Container
 from ppvae.diagnostics.evidence import log_evidence
 from ppvae.diagnostics.rows import (
     bound,
@@ -31,11 +29,18 @@ from ppvae.diagnostics.rows import (
 )
 from ppvae.distributions import Columns
 from ppvae.intake import tensors
-from ppvae.pairs import DATA_PLATE, Program, Site, latent_parents, replay, sample_sites, trace
+from ppvae.pairs import (
+    DATA_PLATE,
+    Program,
+    Site,
+    latent_parents,
+    replay,
+    sample_sites,
+    trace,
+    unconditioned,
+)
 from ppvae.terms import unmasked
 from ppvae.wrapped import argument_names, title
-
-Rows = Any  # a tensor, array or frame of N rows
 
 
 @takes_numbers
@@ -48,7 +53,7 @@ def encode(
     max_rows: int = 10_000,
     seed: int | None = 0,
     **kwargs: Any,
-) -> Rows | dict[str, Rows]:
+) -> Any:
     r"""The codes of rows: the mean of q(z | x), or draws of it.
 
     .. math:: \bar z_n = \mathrm E_{q(z \mid x_n)}\, z \qquad\text{or}\qquad z_n \sim q(z \mid x_n)
@@ -88,7 +93,7 @@ def encode(
     """
     _require_choice("statistic", statistic, ("mean", "sample"))
     check_at_least(1, num_draws=num_draws, max_rows=max_rows)
-    box = _Container(args, table)
+    box = Container(args, table)
     args = box.tensors(guide)
     guide, _ = bound(guide, guide, kwargs)
     rows = check_rows(guide, args)
@@ -123,7 +128,7 @@ def reconstruct(
     max_rows: int = 10_000,
     seed: int | None = 0,
     **kwargs: Any,
-) -> Rows | dict[str, Rows]:
+) -> Any:
     r"""Rows after the pair's bottleneck: the mean of p(x | z) at the mean of q(z | x), or draws.
 
     .. math:: \hat x_n = \mathrm E[x \mid z = \bar z_n] \qquad\text{or}\qquad
@@ -135,7 +140,7 @@ def reconstruct(
         model, guide: Pyro programs.
         *args: data, as both are called; conditions are used as they are.
         statistic: "mean" or "sample".
-        table, max_rows, seed, **kwargs: as :func:`encode` has them. With a table whole codes come
+        table, max_rows, seed, kwargs: as :func:`encode` has them. With a table whole codes come
             back as levels, the nearest of a mean.
 
     Returns:
@@ -155,12 +160,12 @@ def reconstruct(
     """
     _require_choice("statistic", statistic, ("mean", "sample"))
     check_at_least(1, max_rows=max_rows)
-    box = _Container(args, table)
+    box = Container(args, table)
     args = box.tensors(model, guide)
     model, guide = bound(model, guide, kwargs)
     rows = check_pair_and_data(model, guide, args, estimates=True)
     found: dict[str, list[Tensor]] = {}
-    free = poutine.uncondition(model) if statistic == "sample" else model
+    free = unconditioned(model) if statistic == "sample" else model
     with evaluating(model, guide, args, seed):
         for part, _ in pieces(rows, 1, max_rows):
             batch = take(args, part)
@@ -187,7 +192,7 @@ def generate(
     max_rows: int = 10_000,
     seed: int | None = None,
     **kwargs: Any,
-) -> Rows:
+) -> Any:
     r"""New rows: z from the prior, x from p(x | z).
 
     .. math:: z \sim p(z),\qquad x \sim p(x \mid z)
@@ -218,7 +223,7 @@ def generate(
         >>> generate(model, 5, seed=0).shape
         torch.Size([5, 4])
     """
-    box = _Container((like,) if like is not None else conditions, table)
+    box = Container((like,) if like is not None else conditions, table)
     rows, *behind = tensors((box.coded(like), *conditions), model)
     lengths = {len(value) for value in behind if isinstance(value, Tensor)}
     size = next(iter(lengths), None) if size is None else size
@@ -228,7 +233,7 @@ def generate(
     model, _ = bound(model, model, kwargs)
     if like is not None:
         rows = rows[torch.arange(size) % len(rows)]
-    elif "size" not in argument_names(model):
+    elif "size" not in argument_names(model, by_keyword=True):
         raise TypeError(
             f"{title(model)} takes no size, so nothing says how long a row is: give like=x, rows "
             "of data, in whose place new ones are drawn"
@@ -238,7 +243,7 @@ def generate(
         for part, _ in pieces(size, 1, max_rows):
             batch = take(behind, part)  # other arguments are as they are
             if like is not None:
-                drawn = trace(poutine.uncondition(model), (rows[part], *batch), {})
+                drawn = trace(unconditioned(model), (rows[part], *batch), {})
                 found.append(_drawn(drawn))
                 continue
             count = part.stop - part.start
@@ -261,7 +266,7 @@ def log_prob(
     max_rows: int = 2_500,
     seed: int | None = 0,
     **kwargs: Any,
-) -> Rows | tuple[Rows, Rows]:
+) -> Any:
     r"""log p(x) of each row, nats, by importance sampling: :func:`ppvae.diagnostics.log_evidence`.
 
     That gives k-hat and the effective sample size too, which say where the estimate is one.
@@ -271,7 +276,7 @@ def log_prob(
         *args: data, as both are called; any container of :func:`ppvae.fit`.
         num_particles: K >= 2.
         with_se: return the standard errors beside.
-        table, max_rows, seed, **kwargs: as :func:`encode` has them; of ``max_rows`` (particle,
+        table, max_rows, seed, kwargs: as :func:`encode` has them; of ``max_rows`` (particle,
             datapoint) rows.
 
     Returns:
@@ -289,64 +294,15 @@ def log_prob(
         >>> nats.shape, bool((se < 0.2).all())
         ((3,), True)
     """
-    box = _Container(args, table)
-    options = {"num_particles": num_particles, "max_rows": max_rows, "seed": seed}
+    box = Container(args, table)
+    options: dict[str, Any] = {
+        "num_particles": num_particles,
+        "max_rows": max_rows,
+        "seed": seed,
+    }
     found = log_evidence(model, guide, *box.tensors(model, guide), **options, **kwargs)
     nats = box.one(found.log_evidence, name="log_prob")
     return (nats, box.one(found.log_evidence_se, name="se")) if with_se else nats
-
-
-# -- containers --------------------------------------------------------------------------------
-
-
-class _Container:
-    """What rows came in, and so what goes out.
-
-    Args:
-        args: what a verb was given.
-        table: a ``data.Table``, or None.
-    """
-
-    def __init__(self, args: Sequence[Any], table: Any) -> None:
-        self.args, self.table = tuple(args), table
-        first = args[0] if args else None
-        if len(args) == 1 and isinstance(first, Mapping):
-            first = next(iter(first.values()), None)
-        self.first = first
-
-    def coded(self, value: Any) -> Any:
-        """A frame with words as its table's numbers."""
-        coded = self.table is not None and is_frame(value)
-        return self.table.to_tensor(value) if coded else value
-
-    def tensors(self, *programs: Program) -> tuple[Any, ...]:
-        """What the programs are called with."""
-        args = tuple(map(self.coded, self.args))
-        return tensors(args, *programs)
-
-    def each(self, values: Mapping[str, Tensor], like_data: bool = False) -> Any:
-        """One container, or of several sites a dictionary."""
-        if not values:
-            raise ValueError("there is nothing to give back: no such site in the plate 'data'")
-        boxed = {name: self.one(value, name, like_data) for name, value in values.items()}
-        return boxed if len(boxed) > 1 else next(iter(boxed.values()))
-
-    def one(self, value: Tensor, name: str = "z", like_data: bool = False) -> Any:
-        """A tensor in the container of the rows; ``like_data``: it has their columns."""
-        value, framed = value.detach(), is_frame(self.first)
-        index = getattr(self.first, "index", None) if framed else None  # polars has none
-        index = index if index is not None and len(index) == len(value) else None
-        if like_data and self.table is not None:
-            return self.table.to_frame(self.table.nearest(value), index)
-        if self.first is None or isinstance(self.first, (Tensor, Dataset)):
-            return value
-        array = value.cpu().numpy()
-        if not framed or array.ndim > 2:
-            return array
-        names = [name] if array.ndim == 1 else [f"{name}{i}" for i in range(array.shape[1])]
-        if like_data and len(names) == len(self.first.columns):
-            names = list(self.first.columns)
-        return frame_of_numbers(backend_of(self.first), array, names, index)
 
 
 # -- sites -------------------------------------------------------------------------------------

@@ -44,21 +44,40 @@ def title(program: Any) -> str:
     return name.rpartition("<locals>.")[2]
 
 
-def argument_names(program: Any) -> list[str]:
-    """What a program calls the arguments that it takes by position, so far as that is known."""
+class Last(str):
+    """The name of an argument that comes behind the others, however many of them are given."""
+
+
+def argument_names(program: Any, by_keyword: bool = False) -> list[str]:
+    """What a program calls the arguments that it takes by position, so far as that is known.
+
+    Args:
+        program: a Pyro program; a module may have an ``argument_names(by_keyword)`` of its own.
+        by_keyword: also those that it takes by keyword alone.
+    """
     if isinstance(program, nn.Module):
-        return argument_names(program.forward)
+        own: Any = getattr(program, "argument_names", None)
+        return argument_names(program.forward, by_keyword) if own is None else own(by_keyword)
     if (inside := _inside(program)) is not None:
         bound = len(program.args) if type(program) is functools.partial else 0
         if bound and program.func is _context_wrap:  # the handler and the program inside
             bound -= 2
-        return argument_names(inside)[bound:]
+        return argument_names(inside, by_keyword)[bound:]
     try:
         parameters = inspect.signature(program).parameters.values()
     except (TypeError, ValueError):  # what is written in C need not say
         return []
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [parameter.name for parameter in parameters if parameter.kind in by_position]
+    kinds: list[Any] = [inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    kinds += [inspect.Parameter.KEYWORD_ONLY] if by_keyword else []
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
+
+
+def argument_labels(program: Any, count: int) -> list[str]:
+    """What so many positional arguments are called, with a number where a program has no name."""
+    names = argument_names(program)
+    last = [names.pop()] if names and isinstance(names[-1], Last) else []
+    names = [*names, *(f"argument {i}" for i in range(len(names), count))]
+    return [*names[: max(count - len(last), 1)], *last][:count]
 
 
 def parts(program: Any, announces_itself: Callable[[Any], bool]) -> list[Any]:

@@ -89,11 +89,11 @@ def test_groups_and_dimensions():
         ("sample_stats", "khat", {"datapoint": 5}),
         ("sample_stats", "ess", {"datapoint": 5}),
         ("log_likelihood", "x", {"datapoint": 5}),
-        ("log_likelihood", "x_se", {"datapoint": 5}),
+        ("sample_stats", "log_evidence_se", {"datapoint": 5}),
         ("observed_data", "x", {"datapoint": 5, "x_dim": 4}),
     ]:
         assert name in idata[group].data_vars
-        assert len(idata[group].data_vars) == {"sample_stats": 3, "log_likelihood": 2}.get(group, 1)
+        assert len(idata[group].data_vars) == {"sample_stats": 4}.get(group, 1)
         assert sizes(idata[group][name]) == expected
         assert idata[group][name].dims == tuple(expected)
 
@@ -409,12 +409,13 @@ def test_the_log_likelihood_is_marginal():
     model, guide = vae()
     evidence = diagnostics.log_evidence(model, guide, X, num_particles=200, seed=3)
     idata = to_arviz(model, guide, X, num_draws=200, seed=3)
-    for name, expected in (("x", evidence.log_evidence), ("x_se", evidence.log_evidence_se)):
-        assert np.allclose(idata.log_likelihood[name].values, expected.numpy())
+    assert np.allclose(idata.log_likelihood["x"].values, evidence.log_evidence.numpy())
+    errors = idata.sample_stats["log_evidence_se"].values
+    assert np.allclose(errors, evidence.log_evidence_se.numpy())
     assert np.array_equal(idata.sample_stats["khat"].values, evidence.khat.numpy())
     assert np.allclose(idata.sample_stats["ess"].values, evidence.ess.numpy())
     # There is no draw to leave one out of, so ArviZ's loo refuses instead of giving a number.
-    with pytest.raises((ValueError, KeyError, TypeError)):
+    with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
         arviz.loo(idata)
 
 
@@ -493,6 +494,48 @@ def test_choices_of_a_report(datapoints, found):
     idata = report.to_arviz(datapoints, num_draws=2)
     assert idata.posterior["datapoint"].values.tolist() == found
     np.testing.assert_array_equal(idata.observed_data["x"], X[found])
+
+
+class Scaled(ppvae.Program):
+    """A latent, and twice it as `pyro.deterministic`: with its event dims said, and not."""
+
+    def __init__(self, observe, event_dim=None):
+        super().__init__()
+        self.observe, self.event_dim = observe, event_dim
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            if self.observe:
+                twice = pyro.deterministic("twice", 2 * z, event_dim=self.event_dim)
+                loc = torch.cat([z, twice], -1)
+                pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("event_dim", [None, 1])
+@pytest.mark.parametrize("predictive", [True, False])
+@pytest.mark.parametrize("num_draws", [1, 6])
+def test_deterministic_sites(event_dim, predictive, num_draws):
+    pair = Scaled(True, event_dim), Scaled(False)
+    idata = to_arviz(*pair, X, num_draws=num_draws, predictive=predictive, seed=0)
+    for group in (idata.posterior, idata.prior):
+        assert group["twice"].dims == ("chain", "draw", "datapoint", "twice_dim")
+        assert np.array_equal(group["twice"].values, 2 * group["z"].values)
+    assert "twice" not in idata.observed_data
+    assert np.ptp(idata.prior["z"].values) > 0
+
+
+def test_ranks_stand_where_plot_ecdf_pit_reads_them():
+    ranks = {"z": torch.tensor([[0, 9], [4, 5], [9, 0]]), "log p(x, z)": torch.ones(3, 1).int()}
+    idata = diagnostics.Calibration(ranks, 9, {}).to_arviz()
+    assert groups(idata) == ["prior_sbc"]
+    z = idata.prior_sbc["z"]
+    assert z.dims == ("chain", "draw", "z_dim")
+    assert z["z_dim"].values.tolist() == [0, 1]
+    np.testing.assert_allclose(z.values[0], [[0.05, 0.95], [0.45, 0.55], [0.95, 0.05]])
+    assert sizes(idata.prior_sbc["log p(x, z)"]) == {"chain": 1, "draw": 3}
+    if hasattr(arviz, "plot_ecdf_pit"):
+        arviz.plot_ecdf_pit(idata, backend="none")
 
 
 class Chains:

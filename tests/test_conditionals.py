@@ -269,7 +269,8 @@ PRIORS["OptimalPrior"] = [
     )
 ]
 # priors of codes are for codes alone, simulators have no density: test_vq.py, test_simulator.py
-NOT_CONDITIONALS = {"Conditional", "CodePrior", "Elementwise", "Reshaped", "Simulator", "suggest"}
+NOT_CONDITIONALS = {"Conditional", "CodePrior", "Elementwise", "Reshaped", "Simulator"}
+NOT_CONDITIONALS |= {"heads_for", "suggest"}
 
 
 def _variants(table, marks=()):

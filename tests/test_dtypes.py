@@ -100,7 +100,7 @@ ONE_DTYPE = {"LowRankNormal", "iaf", "coupling", "spline"}
 
 def test_every_head_is_swept():
     exported = {*conditionals.__all__, *posteriors.__all__}
-    exported -= {"Conditional", "Elementwise", "suggest", "Scale", "Flow"}
+    exported -= {"Conditional", "Elementwise", "suggest", "heads_for", "Scale", "Flow"}
     # no density, or one of their own draws or of codes alone: their own tests have float64
     exported -= {"Simulator", "Implicit", "SemiImplicit", "GumbelCodes", "CodePrior"}
     exported -= {"OptimalPrior", "SoftNormal", "Reshaped"}  # tests of their own, test_maps.py

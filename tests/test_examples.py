@@ -24,6 +24,7 @@ KEYS = {
     "versions",
 }
 SLOWLY = pytest.mark.slow
+OF_CVAE = {"trust.png", "report.html"}
 COMMON = {"results.json", "posterior.nc", "training.png", "khat.png"}
 
 
@@ -75,7 +76,7 @@ NAMES = {"elbo": "ELBO", "iw": "IWELBO-8", "renyi": "RenyiELBO-8"}
 )
 def test_cvae_of_labels(tmp_path, bound, capsys):
     assert run("cvae", tmp_path, "--elbo", bound) == 0
-    results = check(tmp_path, {"images.png", "class_grid.png"})
+    results = check(tmp_path, {"images.png", "class_grid.png"} | OF_CVAE)
     assert results["bound"] == NAMES[bound]
     assert f"{results['test_log_evidence_nats']:.2f} ±" in capsys.readouterr().out
 
@@ -90,7 +91,7 @@ def test_cvae_of_labels(tmp_path, bound, capsys):
 )
 def test_cvae_of_quadrants(tmp_path, missing, bound, capsys):
     assert run("cvae", tmp_path, "--task", "quadrant", "--missing", missing, "--elbo", bound) == 0
-    results = check(tmp_path, {"images.png", "completion.png"})
+    results = check(tmp_path, {"images.png", "completion.png"} | OF_CVAE)
     assert results["bound"] == NAMES[bound]
     assert results["cll_negative_elbo_nats"] == -results["test_elbo_nats"]
     assert results["cll_importance_sampling_nats"] == -results["test_log_evidence_nats"]
@@ -200,7 +201,7 @@ def test_own_images(tmp_path, kind, task):
     np.savez(tmp_path / "my.npz", x=x, y=y)
     out = tmp_path / "out"
     assert run("cvae", out, "--data", str(tmp_path / "my.npz"), "--task", task) == 0
-    check(out, {"images.png", "class_grid.png" if task == "label" else "completion.png"})
+    check(out, OF_CVAE | {"images.png", f"{'class_grid' if task == 'label' else 'completion'}.png"})
 
 
 @pytest.mark.parametrize("kind", ["real", pytest.param("binary", marks=SLOWLY)])
@@ -208,7 +209,7 @@ def test_own_vectors_skip_the_pictures(tmp_path, kind, capsys):
     x, y = arrays(kind)
     np.savez(tmp_path / "my.npz", x=x, y=y)
     assert run("cvae", tmp_path / "cvae", "--data", str(tmp_path / "my.npz")) == 0
-    check(tmp_path / "cvae", set())
+    check(tmp_path / "cvae", {"report.html"})
     assert run("vae", tmp_path / "vae", "--data", str(tmp_path / "my.npz")) == 0
     check(tmp_path / "vae", {"latent_scatter.png"})
     printed = capsys.readouterr().out
@@ -220,7 +221,7 @@ def test_own_conditions_instead_of_labels(tmp_path):
     x, y = arrays("real")
     np.savez(tmp_path / "my.npz", x=x, y=np.stack([y, -y], 1) * 0.5)
     assert run("cvae", tmp_path / "out", "--data", str(tmp_path / "my.npz")) == 0
-    check(tmp_path / "out", set())
+    check(tmp_path / "out", {"report.html"})
 
 
 def test_own_table_with_a_label_column(tmp_path):
@@ -229,7 +230,7 @@ def test_own_table_with_a_label_column(tmp_path):
     (tmp_path / "my.csv").write_text("\n".join(lines))
     options = ["--data", str(tmp_path / "my.csv"), "--label", "kind"]
     assert run("cvae", tmp_path / "out", *options) == 0
-    check(tmp_path / "out", set())
+    check(tmp_path / "out", {"report.html"})
 
 
 # ------------------------------------------------------------------------------ bad input

@@ -15,6 +15,7 @@ from torch.distributions import kl_divergence
 import ppvae
 from oracles import assert_mean, trainable
 from ppvae import conditionals, data, diagnostics, elbo, guides, metrics, models, nets
+from ppvae.check.nonfinite import blame
 from ppvae.distributions import partly_known
 from ppvae.program import data_plate
 from registry import ALL_ESTIMATORS, ENUMERATED, build, one_of_each
@@ -424,9 +425,10 @@ def test_stock_pyro_trains_it():
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: elbo.Plus(3.0, term_of), TypeError, "estimator must be one of ppvae.elbo"),
+        (lambda: elbo.Plus(3.0, term_of), TypeError, "must be one of ppvae.elbo"),
         (lambda: elbo.Plus(elbo.ELBO(), 3.0), TypeError, "term must be a function"),
         (lambda: elbo.Plus(elbo.ELBO(), term_of, "all"), TypeError, "weight must be a number"),
+        (lambda: elbo.Plus(elbo.ELBO(), term_of, math.nan), ValueError, "weight must be a finite"),
         (lambda: elbo.Plus(elbo.ELBO(), term_of, torch.ones(2)), ValueError, "must be one number"),
     ],
 )
@@ -626,3 +628,14 @@ def test_features_of_a_vae_are_the_input_of_m2():
     loss = elbo.Plus(elbo.ELBO(), guides.log_q_of_labels, 10.0)
     history = ppvae.fit(ppvae.SVI(model, guide, loss=loss), train, epochs=2, progress=False)
     assert history.rows[1]["train_objective"] > history.rows[0]["train_objective"]
+
+
+def test_a_class_that_is_not_possible_is_not_to_blame():
+    """Labels make classes of probability 0, which say nothing of what is wrong elsewhere."""
+    model, guide, x = pair()
+    svi = ppvae.SVI(model, guide, torch.optim.SGD, elbo.IWELBO(num_particles=3))
+    with pytest.raises(ValueError, match=r"latent 'y' is enumerated.*never be trained"):
+        svi.step(x, LABELS["mixed"])
+    with torch.no_grad():
+        next(model.likelihood.parameters()).fill_(math.nan)
+    assert blame(model, guide, x, LABELS["mixed"]).startswith("site 'x' of the model: logits")

@@ -200,7 +200,9 @@ def test_every_law_has_an_exact_density():
         "DirichletMultinomial",
         "Law",
         "NoInverse",
+        "Reshaped",
         "masked",
+        "partly_known",
     }
     vectors = {"BinaryVector", "DiagonalNormal", "UnitNormal", "WordCounts"}  # test_conditionals.py
     assert set(LAWS) | other | vectors == set(distributions.__all__)

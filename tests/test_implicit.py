@@ -509,5 +509,5 @@ def test_moments_need_one_real_vector_and_draws_enough():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Gamma(torch.ones(len(x), 2), 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match="one latent, a vector of real numbers"):
+    with pytest.raises(ValueError, match="one latent, a vector or map of real numbers"):
         guides.moment_match(model, rates, x)

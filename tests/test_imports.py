@@ -39,21 +39,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": {"arguments", "pairs", "latents", "terms", "enumeration"},
     "local": PAIR,
     "intake": {"data", "program", "wrapped"},
+    "containers": {"data", "intake", "wrapped"},
     "chain": {"pairs"},
     # what programs are made of
     "nets": {"arguments", "auxiliary"},
     "distributions": set(),
-    "conditionals": {"distributions", "auxiliary", "pairs", "terms"},  # optimal.py runs a guide
+    "conditionals": {"distributions", "auxiliary", "data", "pairs", "terms"},  # optimal: a guide
     "posteriors": DENSITIES | {"auxiliary"},
-    "models": DENSITIES | {"arguments", "program", "chain"},
+    "models": DENSITIES | {"arguments", "program", "chain", "wrapped"},
     "guides": DENSITIES | PAIR | {"local", "chain", "models", "posteriors"},
     # what is done with a pair
     "elbo": PAIR,
     "check": PAIR | {"distributions", "intake"},
     "compile": PAIR,
     "train": PAIR | {"elbo", "check", "compile", "data", "intake", "plots"},
-    "diagnostics": PAIR | {"distributions", "local", "elbo", "check", "compile", "intake", "plots"},
-    "verbs": PAIR | {"data", "diagnostics", "distributions", "intake"},
+    "diagnostics": PAIR
+    | {"containers", "distributions", "local", "elbo", "check", "compile", "intake", "plots"},
+    "verbs": PAIR | {"containers", "diagnostics", "distributions", "intake"},
     "described": set(),
     "saved": {"data", "described", "program", "train", "wrapped"},
     "sklearn": {"conditionals", "data", "guides", "models", "nets", "train", "verbs"},

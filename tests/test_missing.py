@@ -600,3 +600,109 @@ def test_what_is_summed_out_is_not_imputed():
     x = gaps(4)
     with pytest.raises(ValueError, match="are summed out"):
         ppvae.impute(model, guide, x, ~x.isnan())
+
+
+def test_a_latent_that_is_summed_out_above_z_is_in_the_weights():
+    """VaDE is a VAE with its mixture as prior, so what is imputed is the same."""
+    prior, likelihood = conditionals.Mixture(3, 2), conditionals.Bernoulli(nets.mlp(2, 8, 4))
+    guide = guides.Normal(nets.Masked(nets.mlp(2 * 4, 8, 2 * 2)))
+    x = torch.bernoulli(torch.full((9, 4), 0.5))
+    observed = torch.rand(9, 4) > 0.4
+    summed, plain = (
+        ppvae.impute(models.Masked(m), guide, x, observed, num_particles=30, num_draws=2, seed=0)
+        for m in (models.VaDE(likelihood, prior), models.VAE(likelihood, prior=prior))
+    )
+    torch.testing.assert_close(summed.mean, plain.mean)
+    torch.testing.assert_close(summed.sd, plain.sd)
+    assert summed.draws.shape == (2, 9, 4)
+
+
+def masked_pairs():
+    """A pair of each guide that a mask is passed to, and what stands between data and mask."""
+    wide, head = nets.mlp(2 * 4, 8, 4), conditionals.Bernoulli(nets.mlp(2, 8, 4))
+    chain = models.Hierarchical(head, levels=[conditionals.Normal(nets.mlp(2, 4))], latent_dim=2)
+    levels = [conditionals.Normal(net) for net in (nets.Masked(wide), nets.mlp(2, 4))]
+    yield chain, guides.BottomUp(chain, levels), {}
+    blocks, heads = [nets.Masked(wide), nets.mlp(4, 4)], [conditionals.Normal(nets.mlp(4, 4))] * 2
+    yield chain, guides.Ladder(chain, blocks, heads), {}
+    m2 = models.M2(conditionals.Bernoulli(nets.mlp(2 + 3, 8, 4)), 2, num_classes=3)
+    q_z = conditionals.Normal(nets.Masked(nets.mlp(2 * 4 + 3, 4)))
+    labels = {"y": torch.tensor([0, -1, 2, -1, 1])}
+    yield m2, guides.M2(nets.Masked(nets.mlp(2 * 4, 3)), q_z, draw=True), labels
+    of_counts = models.CVAE(
+        conditionals.Poisson(nets.mlp(2 + 3, 8, 4)), latent_dim=2, condition=nets.OneHot(3)
+    )
+    encoder = guides.Normal(nets.Masked(nets.mlp(2 * 4 + 3 + 1, 4)), condition=nets.OneHot(3))
+    yield of_counts, encoder, {"y": torch.tensor([0, 1, 2, 0, 1]), "offset": torch.zeros(5)}
+    parts, seen = (nets.nvae((c, 4, 4), groups=(1, 1), channels=4, blocks=1) for c in (1, 2))
+    deep = models.TopDown(parts.path, conditionals.Bernoulli(parts.out, event_dim=3))
+    encoder = nets.Masked(seen.encoder, event_dim=3)
+    yield deep, guides.TopDown(deep, encoder, parts.heads), {}
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_a_mask_passes_through_every_guide(which):
+    """By name too; and what is hidden is seen by nothing."""
+    model, guide, between = list(masked_pairs())[which]
+    x = torch.ones(5, 1, 4, 4) if isinstance(guide, guides.TopDown) else torch.ones(5, 4)
+    model, observed = models.Masked(model), torch.rand_like(x) > 0.4
+    held = {"x": x.masked_fill(~observed, NAN), **between, "observed": observed}
+    named = dict(reversed(held.items()))
+    bounds = []
+    for filled in (NAN, 0.0, 1.0):
+        pyro.set_rng_seed(0)
+        args = (x.masked_fill(~observed, filled), *between.values(), observed)
+        bounds.append(elbo.ELBO().evaluate(model, guide, *args))
+    assert bounds[0].isfinite().all()
+    assert torch.equal(bounds[0], bounds[1])
+    assert torch.equal(bounds[0], bounds[2])
+    found = ppvae.impute(model, guide, named, num_particles=30, num_draws=2, seed=0)
+    again = ppvae.impute(model, guide, *held.values(), num_particles=30, num_draws=2, seed=0)
+    assert torch.equal(found.draws, again.draws)
+    history = ppvae.fit(
+        ppvae.SVI(model, guide, ADAM, elbo.ELBO(gradient="score")),
+        torch.utils.data.TensorDataset(*held.values()),
+        valid=named,
+        epochs=1,
+        progress=False,
+    )
+    assert math.isfinite(history.rows[-1]["valid_bound"])
+
+
+def test_a_mapping_without_the_mask_is_refused_by_name():
+    model, _ = linear()
+    with pytest.raises(TypeError, match=r"of 'x', 'mask', and the model takes 'x', .*'observed'"):
+        ppvae.impute(model, None, {"x": X, "mask": ~X.isnan()})
+
+
+def test_a_frame_comes_back_complete():
+    frame = pd.DataFrame(
+        {
+            "age": [20.5, None, 41.0, 33.25, 28.0],
+            "visits": pd.array([0, 3, None, 1, 7], dtype="Int64"),
+            "job": ["smith", None, "nurse", "clerk", "nurse"],
+        },
+        index=list("abcde"),
+    )
+    table = data.Table.fit(frame)
+    kinds = conditionals.heads_for(table)
+    head = conditionals.Columns(nets.mlp(2, conditionals.Columns.width(kinds)), kinds)
+    model = models.Masked(models.VAE(head, latent_dim=2))
+    features = nets.Columns(table)
+    net = nn.Sequential(features, nets.mlp(features.out_features, 8, 4))
+    guide = guides.Normal(nets.Masked(net, channel=False))
+    options = {"table": table, "num_particles": 30, "seed": 0}
+    found = ppvae.impute(model, guide, frame, frame.notna(), **options)
+    whole = found.completed
+    assert whole.dtypes.equals(frame.dtypes)
+    assert whole.index.equals(frame.index)
+    assert whole.notna().all(axis=None)
+    assert (whole == frame)[frame.notna()].fillna(True).all(axis=None)
+    named = ppvae.impute(model, guide, {"observed": frame.notna(), "x": frame}, **options)
+    pd.testing.assert_frame_equal(named.completed, whole)
+    numbers = table.to_tensor(frame).numpy()
+    plain = ppvae.impute(model, guide, numbers, ~np.isnan(numbers), num_particles=30, seed=0)
+    assert isinstance(plain.completed, np.ndarray)
+    assert np.array_equal(plain.completed, plain.filled.numpy())
+    codes = ppvae.encode(guide, frame, frame.notna(), table=table)
+    assert codes.index.equals(frame.index)

@@ -428,7 +428,7 @@ STANDARD = conditionals.StandardNormal(2)
         (lambda: (dist.Normal(0.0, 1.0), nets.mlp(1, 1)), TypeError, "got Normal"),
         (lambda: (nn.Linear(2, 2), nets.mlp(2, 1)), TypeError, "base"),
         (lambda: (conditionals.Mixture(2, 2), nets.mlp(2, 1)), ValueError, "'logits'.*freeze"),
-        (lambda: (conditionals.StandardNormal((1, 2, 2)), nets.mlp(2, 1)), ValueError, "a vector"),
+        (lambda: (conditionals.StandardNormal((1, 2, 2)), nets.mlp(2, 1)), ValueError, "Flatten"),
         (lambda: (STANDARD, nets.mlp(2, 2)), ValueError, r"one number per row.*\(2, 2\)"),
         (lambda: (STANDARD, nn.Flatten(0)), ValueError, "one number per row"),
         (lambda: (STANDARD, nets.mlp(3, 1)), Exception, "3"),

@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from ppvae import plots
+from ppvae.check import Structure
 from ppvae.plots import common, posteriors
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -45,6 +46,10 @@ GAPS = {
     for name, values in (("diagonal", [1.0, 2.0]), ("flow", [0.3, -0.4]))
 }
 
+STRUCTURE = Structure(
+    "pair", {"z": (), "x": ("z", "y")}, ("y",), ("x",), {"data": ("z", "x")}, {"z": "Normal"}
+)
+
 # One call of every public function, as (function, arguments); all torch tensors.
 CALLS = {
     "training_curve": ([torch.tensor([-3.0, -1.0, -2.0]), torch.tensor([-4.0, -2.0, -3.0])], {}),
@@ -73,6 +78,7 @@ CALLS = {
     "ratio_calibration": ([torch.linspace(-1, 3, 40), torch.linspace(-3, 1, 40)], {}),
     "coverage": ([torch.tensor([0.5, 0.9]), {"z": torch.tensor([[0.4], [0.8]])}, 100], {}),
     "gap_bars": ([GAPS], {}),
+    "plates": ([STRUCTURE, STRUCTURE], {}),
     "posterior_contours": ([DRAWS, 1.3 * DRAWS.flip(0)], {}),
     "posterior_intervals": ([DRAWS, 1.3 * DRAWS.flip(0)], {}),
     "predictive_check": ([torch.tensor([1.0, 2.0]), torch.linspace(0, 3, 60).reshape(30, 2)], {}),
@@ -87,6 +93,7 @@ assert sorted(CALLS) == sorted(plots.__all__)
 def agg():
     """Draw without a display, in the default style, and leave no figure open."""
     before = mpl.get_backend()
+    plt.close("all")  # of other tests
     plt.switch_backend("Agg")
     with plt.style.context("default"):
         yield
@@ -273,12 +280,26 @@ def test_coverage_has_a_band_of_two_standard_errors(ax):
     np.testing.assert_allclose([unit.get_ydata() for unit in units], [[0.1, 0.4], [0.3, 0.6]])
 
 
+@pytest.mark.parametrize(("value", "title"), [(-9.0, "below"), (9.0, "above")])
+def test_a_predictive_check_beyond_all_draws_does_not_look_like_a_pass(ax, value, title):
+    plots.predictive_check([value], torch.linspace(0, 3, 40).reshape(40, 1), ax=ax)
+    assert ax.get_title() == f"the data lie {title} all 40 draws"
+    assert ax.title.get_color() == common.RED
+
+
+def test_numbers_of_draws_do_not_lie_on_each_other(ax):
+    table = pandas.DataFrame({"family": list("aab"), "particles": [1, 64, 64],
+                              "var_guide": [2.0, 1.0, 1.001], "ms": [1.0, 9.0, 9.01]})  # fmt: skip
+    plots.variance_against_time(table, ax=ax)
+    assert [text.get_text() for text in ax.texts] == ["1", "64"]
+
+
 def test_a_predictive_check_shows_means_over_datapoints_and_half_of_ties(ax):
     drawn = torch.tensor([[0.0, 2.0], [1.0, 3.0], [0.0, 0.0], [2.0, 4.0]])  # means 1, 2, 0, 3
     plots.predictive_check([1.0, 3.0], drawn, "ink", ax=ax)  # mean 2
     (line,) = ax.lines
     assert line.get_xdata()[0] == 2
-    assert ax.get_title() == f"p = {(1 + 0.5) / 4:.3f}"
+    assert ax.get_title() == f"{(1 + 0.5) / 4:.1%} of draws lie above the data"
     assert sum(bar.get_height() for bar in ax.patches) == 4
 
 

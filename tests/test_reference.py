@@ -475,7 +475,8 @@ def test_gates_are_arvizs(float64):
     for n in range(3):
         columns = [seen[:, :, n, d] for d in range(3)]
         assert draws.rhat[n] == max(float(arviz.rhat(c)) for c in columns)
-        bulk, tail = ([float(arviz.ess(c, method=m)) for c in columns] for m in ("bulk", "tail"))
+        bulk = [float(arviz.ess(c, method="bulk")) for c in columns]
+        tail = [float(arviz.ess(c, method="tail", prob=(0.05, 0.95))) for c in columns]
         assert draws.ess[n] == min(bulk + tail)
     joint = Joint(model, guide, x)
     flat = draws.unconstrained.flatten(0, 1)

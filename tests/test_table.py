@@ -220,8 +220,32 @@ def test_kinds_are_what_the_user_says():
         data.Table.fit(frame, {"year": "binary"})
     with pytest.raises(ValueError, match="column 'job' holds words without an order"):
         data.Table.fit(people(), {"job": "ordered"})
-    with pytest.raises(ValueError, match="column 'job' holds words, which are no numbers"):
+    with pytest.raises(ValueError, match="column 'job' holds words, such as 'clerk', no numbers"):
         data.Table.fit(people(), {"job": "number"})
+    with pytest.raises(ValueError, match="holds True and False, no numbers: use 'binary'"):
+        data.Table.fit(pd.DataFrame({"a": [True, False]}), {"a": "number"})
+    with pytest.raises(TypeError, match="kinds says a kind by column"):
+        data.Table.fit(frame, ["year"])
+
+
+def test_cells_that_say_the_same_in_other_words():
+    table = data.Table.fit(pd.DataFrame({"a": [0, 1], "b": [1.5, 2.0]}))
+    x = table.to_tensor(pd.DataFrame({"a": [True, False], "b": [0.5, 1.0]}))
+    assert x.tolist() == [[1.0, 0.5], [0.0, 1.0]]
+    assert table.to_frame(x.numpy())["a"].tolist() == [1, 0]
+    with pytest.raises(TypeError, match="column 'b' holds True and False, not numbers"):
+        table.to_tensor(pd.DataFrame({"a": [0, 1], "b": [True, False]}))
+    with pytest.raises(ValueError, match="column 'a' has one cell: drop it, or fit"):
+        data.Table.fit(pd.DataFrame({"a": [0]}))
+
+
+def test_whole_numbers_beyond_float64_are_named():
+    large = pd.DataFrame({"a": np.array([2**63 + 2**12, 1, 2], np.uint64)})
+    table = data.Table.fit(large)
+    assert_frame_equal(table.to_frame(table.to_tensor(large, torch.float64)), large)
+    names = pd.DataFrame({"id": [2**60, 2**60 + 1, 3]})
+    with pytest.warns(data.PrecisionWarning, match="column 'id' .* whole numbers beyond 2.53"):
+        data.Table.fit(names).to_tensor(names, torch.float64)
 
 
 def test_float32_names_what_it_loses():

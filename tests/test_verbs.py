@@ -340,6 +340,16 @@ def test_what_is_shared_is_shared_again(tmp_path):
     assert again.guide.training is guide.training
 
 
+def test_tied_weights_are_tied_again(tmp_path):
+    one, two = nn.Linear(D, D), nn.Linear(D, D)
+    two.weight = one.weight
+    guide = guides.Normal(nn.Sequential(one, two))
+    ppvae.save(tmp_path, pair()[0], guide)
+    net = ppvae.load(tmp_path).guide.conditional.net
+    assert net[0].weight is net[1].weight
+    assert net[0].bias is not net[1].bias
+
+
 def test_a_new_process_has_the_same_weights(tmp_path):
     frame = people()
     table = data.Table.fit(frame)
@@ -489,3 +499,19 @@ def test_a_table_that_no_file_holds(tmp_path):
     table = data.Table.fit(frame, {"a": "category"})
     with pytest.raises(TypeError, match="levels are words or numbers"):
         ppvae.save(tmp_path, *pair(), table)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_of_a_program_that_takes_size_by_keyword_alone(masked):
+    def program(x=None, *, size=None):
+        with pyro.plate("data", size if x is None else len(x)):
+            return pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=x)
+
+    drawn = ppvae.generate(models.Masked(program) if masked else program, 5, seed=0)
+    assert torch.equal(drawn, ppvae.generate(program, 5, seed=0))
+    model, _ = conditional()
+    y = torch.arange(4) % 3
+    of_y = ppvae.generate(models.Masked(model), None, y, seed=0)
+    assert torch.equal(of_y, ppvae.generate(model, None, y, seed=0))
+    with pytest.raises(TypeError, match="Masked takes no size"):
+        ppvae.generate(models.Masked(TutorialVAE().model), 5)

@@ -469,6 +469,10 @@ def test_a_prior_given_maps_belongs_to_their_rows(kind):
     assert prior(maps, labels).sample().shape == z.shape
     with pytest.raises(ValueError, match="context_dim=5 was called with feature maps of"):
         prior(maps).log_prob(z)
+    with pytest.raises(ValueError, match="was called without feature maps"):
+        prior().log_prob(z)
+    with pytest.raises(ValueError, match="give features of rows as features"):
+        prior(maps[..., 0, 0], labels).log_prob(z)
 
 
 # -- runs that end and go on, graphs, processes --------------------------------------------------

@@ -32,7 +32,7 @@ from ppvae.pairs import (
 from ppvae.program import all_modules, module_of
 from ppvae.terms import NoInverse, log_density
 from ppvae.weights import LogWeights, log_weights
-from ppvae.wrapped import argument_names
+from ppvae.wrapped import argument_labels
 
 _RTOL = 1e-3  # of a log-probability in float32; a fault is far larger, rounding far smaller
 Terms = dict[tuple[str, str], Tensor]  # by ("model" | "guide", site)
@@ -140,9 +140,9 @@ def leakage_faults(again: _Replays, terms: Terms) -> list[str]:
     if any(isinstance(label, str) and _is_table(again, terms, label) for label in alone):
         return []  # which is never cut
     tables = [label for label in alone if isinstance(label, int)]
-    labels = argument_names(again.weights.pair[0])
+    labels = argument_labels(again.weights.pair[0], max(tables, default=0) + 1)
     faults = [
-        f"argument {labels[i] if i < len(labels) else i!r} has {again.rows} rows, and is not used "
+        f"argument {labels[i].removeprefix('argument ')!r} has {again.rows} rows, and is not used "
         "row by row: cut with the data it gives other numbers. If it is a table, pass it by "
         "keyword, which is never cut"
         for i in tables

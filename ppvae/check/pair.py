@@ -31,7 +31,7 @@ from ppvae.intake import takes_rows
 from ppvae.pairs import Site, own_path, position_fault, reason, sample_sites, unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.weights import LogWeights, log_weights, weigh, whole_weights
-from ppvae.wrapped import argument_names, title
+from ppvae.wrapped import argument_labels, title
 
 __all__ = ["Checks", "PairError", "PairReport", "RowCheck", "check_batch", "check_pair"]
 
@@ -319,8 +319,7 @@ def _weigh(
 
 def names(program: Callable[..., Any], args: Sequence[Any]) -> list[str]:
     """What a program calls its positional arguments."""
-    known = argument_names(program)
-    return [known[i] if i < len(known) else f"argument {i}" for i in range(len(args))]
+    return argument_labels(program, len(args))
 
 
 FAILURES = (

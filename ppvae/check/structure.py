@@ -15,7 +15,7 @@ from torch.distributions import Independent
 
 from ppvae.check.pair import FAILURES, check_programs, failed
 from ppvae.pairs import own_path, provenance_of, sample_sites, trace, unnoticed
-from ppvae.wrapped import argument_names, title
+from ppvae.wrapped import argument_labels, title
 
 __all__ = ["Structure", "structure"]
 
@@ -78,14 +78,14 @@ def structure(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Structu
           plate 'data': z, x
     """
     check_programs(program=program)
-    names = [*argument_names(program), *(f"argument {i}" for i in range(len(args)))]
-    by_name = dict(zip(names, args, strict=False)) | kwargs
+    names = argument_labels(program, len(args))
+    by_name = dict(zip(names, args, strict=True)) | kwargs
     tracked = {
         # An argument and the site that is observed at it are one node.
         name: track_provenance(value, frozenset({name})) if isinstance(value, Tensor) else value
         for name, value in by_name.items()
     }
-    by_position = tuple(tracked.pop(name) for name in names[: len(args)])
+    by_position = tuple(tracked.pop(name) for name in names)
     unchecked = pyro.validation_enabled(False)  # values need not be in the support
     with own_path(), unnoticed(program, program), unchecked, TrackProvenance():
         try:

@@ -106,7 +106,14 @@ class OptimalPrior(nn.Module):
         self.register_buffer("fingerprint", torch.zeros((), dtype=torch.int64))
         _check_base(base)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            self.ratio(base().expand((2,)).sample())  # raises unless it gives (2, 1)
+            z = base().expand((2,)).sample()
+            shape = self.ratio(z).shape
+        if shape != (2,):  # of a map a number for each of its rows
+            seen = f"of {tuple(z.shape)} it gave {(*shape, 1)}"
+            raise ValueError(
+                f"the network of OptimalPrior must give one number per row, (N, 1): {seen}; begin "
+                "it with nn.Flatten()"
+            )
 
     def forward(self, *context: Tensor) -> Tilted:
         p0, tilt = self.base(), self._tilt()

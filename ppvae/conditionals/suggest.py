@@ -24,6 +24,7 @@ from ppvae.conditionals.continuous import (
 from ppvae.conditionals.counts import NegativeBinomial, Poisson, ZeroInflated
 from ppvae.conditionals.heads import Bernoulli, Categorical, Conditional, Normal
 from ppvae.conditionals.levels import DiscretizedLogistic
+from ppvae.data.frames import is_frame, numeric
 from ppvae.distributions.supports import heads_that_fit
 
 MAX_VALUES, MAX_ROWS = 200_000, 2000  # that are looked at
@@ -79,10 +80,10 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
     ``Poisson`` and ``NegativeBinomial``; a small one says little.
 
     Args:
-        split: a :class:`ppvae.data.Split`, or values ``(N, ...)``. Every fifth row of a random
-            order is held out; of large data some rows are looked at, and of a split with missing
-            values each column's observed ones.
-        names: of the columns; their numbers if None.
+        split: a :class:`ppvae.data.Split`, a frame, or values ``(N, ...)``. Every fifth row of a
+            random order is held out; of large data some rows are looked at, and of a split or a
+            frame with missing values each column's observed ones.
+        names: of the columns; their numbers, or a frame's own, if None.
         seed: of the order of the rows.
 
     Returns:
@@ -97,9 +98,15 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
         >>> suggest(counts)[0].kind, list(suggest(counts)[0].scores)
         ('counts', ['Poisson', 'NegativeBinomial', 'ZeroInflated(NegativeBinomial)', ...])
     """
-    x = torch.as_tensor(getattr(split, "x", split)).detach().cpu().double()
+    observed = None
+    if is_frame(split):
+        names = list(split.columns) if names is None else names
+        x = torch.from_numpy(numeric(split, "the frame").astype(float))
+        observed, x = ~x.isnan(), x.nan_to_num()
+    else:
+        x = torch.as_tensor(getattr(split, "x", split)).detach().cpu().double()
+        observed = getattr(split, "observed", None)
     x = x.reshape(len(x), -1)
-    observed = getattr(split, "observed", None)
     observed = torch.ones_like(x).bool() if observed is None else observed.cpu().reshape(x.shape)
     labels = tuple(str(name) for name in (names if names is not None else range(x.shape[1])))
     if (

@@ -59,7 +59,7 @@ def from_anndata(
         for name in covariates:
             _named(obs, name, "obs")
         covariates = Table.fit(obs[list(covariates)])
-    if covariates:
+    if isinstance(covariates, Table):
         found["y"] = features(covariates, obs)
     if offset == "library":
         total, seen = np.asarray(x.sum(1)).ravel(), "has no count"

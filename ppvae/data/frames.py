@@ -177,6 +177,8 @@ def _is_number(word: str) -> bool:
 
 def _numbers(name: Any, there: np.ndarray, missing: np.ndarray, dtype: str) -> Cells:
     whole = there.dtype.kind in "biu"
+    if there.dtype.kind == "u" and len(there):
+        whole = int(there.max()) <= np.iinfo(np.int64).max
     values = there.astype(np.int64 if whole else np.float64)
     if not np.isfinite(values).all():
         rows = np.flatnonzero(~missing)[~np.isfinite(values)]

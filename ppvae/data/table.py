@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ppvae.data.frames import Cells, backend_of, cells_of, frame_of
-from ppvae.data.precision import lossy_columns, warn_of_lost_digits
+from ppvae.data.precision import PrecisionWarning, lossy_columns, warn_of_lost_digits
 
 Kind = Literal["number", "count", "binary", "category", "ordered"]
 
@@ -109,8 +110,8 @@ class Table:
             'number'
         """
         cells = cells_of(frame)
-        if not isinstance(kinds, Mapping | None):
-            raise TypeError(f'kinds takes kinds by column, {{"year": "number"}}, got {kinds!r}')
+        if kinds is not None and not isinstance(kinds, Mapping):
+            raise TypeError(f"kinds says a kind by column, {{'year': 'number'}}, and is {kinds!r}")
         given = dict(kinds or {})
         if unknown := [name for name in given if name not in cells]:
             raise ValueError(f"kinds names columns that are not there: {unknown}; {_has(cells)}")
@@ -131,8 +132,8 @@ class Table:
 
         Args:
             frame: with the columns that this table was fitted to.
-            dtype: float64 keeps all digits; None: the default float dtype, which loses what a
-                warning names.
+            dtype: float64 keeps all digits, but of whole numbers beyond 2^53; None: the default
+                float dtype. A warning names what is lost.
 
         Raises:
             TypeError: words in a column of numbers.
@@ -140,7 +141,7 @@ class Table:
                 not of its column's kind.
 
         Warns:
-            PrecisionWarning: what a column loses in float32.
+            PrecisionWarning: what a column loses.
         """
         cells = cells_of(frame)
         if absent := [name for name in self.names if name not in cells]:
@@ -152,22 +153,30 @@ class Table:
             if dtype != torch.float64 and len(observed) and not column.levels:
                 lossy = lossy_columns(observed[:, None])
                 warn_of_lost_digits(observed[:, None], lossy, "the frame", [column.name])
+            elif values.dtype.kind == "i" and (np.abs(values.astype(np.float64)) > 2**53).any():
+                warnings.warn(
+                    f"torch.float64 loses digits: column {column.name!r} of the frame has whole "
+                    "numbers beyond 2^53. If they are names, drop it",
+                    PrecisionWarning,
+                    stacklevel=2,
+                )
         return torch.from_numpy(np.stack([v.astype(np.float64) for v in numbers], 1)).to(dtype)
 
-    def to_frame(self, x: Tensor, index: Any = None) -> Any:
+    def to_frame(self, x: Tensor | np.ndarray, index: Any = None) -> Any:
         """The inverse: a frame of these rows, each column of the dtype that it had.
 
-        It is exact where the tensor's dtype holds the values: in float64 all of them. What the
-        column's dtype cannot hold, such as a NaN among whole numbers or a mean of counts, makes it
-        float64.
+        It is exact where the tensor's dtype holds the values: in float64 all but whole numbers
+        beyond 2^53. What the column's dtype cannot hold, such as a NaN among whole numbers or a
+        mean of counts, makes it float64.
 
         Args:
-            x: ``(N, D)``.
+            x: ``(N, D)``, a tensor or an array.
             index: of the rows, for pandas.
 
         Raises:
             ValueError: another number of columns; a code that stands for no level.
         """
+        x = torch.as_tensor(x)
         if x.dim() != 2 or x.shape[1] != len(self.columns):
             raise ValueError(f"x has shape {tuple(x.shape)}, not (N, {len(self.columns)}): {self}")
         numbers = x.detach().cpu().to(torch.float64).numpy()
@@ -206,8 +215,9 @@ def _has(cells: Mapping[Any, Cells]) -> str:
 def _fitted(name: Any, cells: Cells, kind: Kind | None) -> Column:
     """What a column is; raises if it is nothing that a head is for."""
     there = cells.observed
-    if not len(there):
-        raise ValueError(f"column {name!r} has no cell that is not missing: drop it")
+    if len(there) < 2:
+        seen = "has no cell that is not missing" if not len(there) else "has one cell"
+        raise ValueError(f"column {name!r} {seen}: drop it, or fit the table to more rows")
     distinct = np.unique(there) if cells.levels is None else np.unique(there.astype(np.int64))
     if len(distinct) == 1:
         seen = there[0].item() if cells.levels is None else cells.levels[int(there[0])]
@@ -227,7 +237,8 @@ def _fitted(name: Any, cells: Cells, kind: Kind | None) -> Column:
         if not levels and distinct.tolist() != [0, 1]:
             levels = tuple(distinct.tolist())
     elif cells.levels is not None:
-        raise ValueError(f"column {name!r} holds words, which are no {kind}s: use 'category'")
+        use = "binary" if _are_bools(cells) else "category"
+        raise ValueError(f"column {name!r} holds {_words(cells)}, no {kind}s: use {use!r}")
     column = Column(name, kind, cells.dtype, levels)
     values = _coded(column, cells).astype(np.float64)
     values = values[~np.isnan(values)]
@@ -259,7 +270,7 @@ def _coded(column: Column, cells: Cells) -> np.ndarray:
     """A column's cells as numbers, missing ones NaN; whole numbers of a frame stay whole."""
     name, there = column.name, cells.observed
     if column.levels:
-        words = there if cells.levels is None else [cells.levels[int(i)] for i in there]
+        words = there.tolist() if cells.levels is None else [cells.levels[int(i)] for i in there]
         place = {level: code for code, level in enumerate(column.levels)}
         codes = np.array([place.get(word, -1) for word in words], np.float64)
         if (codes < 0).any():
@@ -270,8 +281,8 @@ def _coded(column: Column, cells: Cells) -> np.ndarray:
                 "with all levels"
             )
         return cells.filled(codes)
-    if cells.levels is not None:
-        raise TypeError(f"column {name!r} holds words, such as {cells.levels[0]!r}, not numbers")
+    if cells.levels is not None and not (column.kind == "binary" and _are_bools(cells)):
+        raise TypeError(f"column {name!r} holds {_words(cells)}, not numbers")
     if column.kind != "number":
         top = 1 if column.kind == "binary" else math.inf
         bad = there[~((there >= 0) & (there <= top) & (there == np.round(there)))]
@@ -281,6 +292,14 @@ def _coded(column: Column, cells: Cells) -> np.ndarray:
                 f"mend them, or Table.fit(frame, kinds={{{name!r}: 'number'}})"
             )
     return cells.filled(there) if cells.missing.any() else there
+
+
+def _are_bools(cells: Cells) -> bool:
+    return cells.levels == (False, True)
+
+
+def _words(cells: Cells) -> str:
+    return "True and False" if _are_bools(cells) else f"words, such as {(cells.levels or '?')[0]!r}"
 
 
 def _decoded(column: Column, numbers: np.ndarray) -> np.ndarray:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from ppvae.pairs import (
     seeded,
     structure,
     trace,
+    unconditioned,
 )
 from ppvae.terms import laid_out, unmasked
 from ppvae.weights import LogWeights, drawn_log_q, whole_weights
@@ -68,11 +68,12 @@ def to_arviz(
     """Draws of the guide, the prior and the predictive distribution in ArviZ's format.
 
     Groups: ``posterior`` (the guide's draws of the latents; one that is summed out is drawn from
-    its exact conditional given the others), ``sample_stats`` (``log_weight``, the importance
-    weights of these draws, nats; ``khat`` and ``ess`` of each datapoint), ``log_likelihood`` (the
-    *marginal* log p(x) of each datapoint by importance sampling and its standard error, without
-    chain and draw), ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``
-    and ``constant_data`` (what the programs are conditioned on, e.g. y).
+    its exact conditional given the others; the model's ``pyro.deterministic`` sites at them),
+    ``sample_stats`` (``log_weight``, the importance weights of these draws, nats; ``khat``, ``ess``
+    and ``log_evidence_se`` of each datapoint), ``log_likelihood`` (the *marginal* log p(x) of each
+    datapoint by importance sampling, without chain and draw), ``posterior_predictive``, ``prior``
+    (with ``pyro.deterministic`` sites), ``prior_predictive``, ``observed_data`` and
+    ``constant_data`` (what the programs are conditioned on, e.g. y).
 
     There is one chain: the guide's draws are independent, so R-hat means nothing for them. The
     conditional log p(x | z) at draws of a local z is not written: LOO and WAIC computed from it
@@ -95,7 +96,8 @@ def to_arviz(
 
     Returns:
         ``arviz.InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (1.x); latents have dims
-        ``(chain, draw, datapoint, latent)``. ``.to_netcdf(path)`` saves it.
+        ``(chain, draw, datapoint, latent)``. ``.to_netcdf(path)`` saves it, with the extra
+        ``netcdf`` installed.
 
     Raises:
         ImportError: ArviZ is not installed.
@@ -191,12 +193,13 @@ def _draw(
     seed: int | None,
 ) -> tuple[LogWeights, dict[str, Trace]]:
     """Log-weights, and traces by name: posterior, prior and, if wanted, predictive."""
-    free = poutine.uncondition(model)
+    free = unconditioned(model)
     traces: dict[str, Trace] = {}
     with torch.no_grad(), evaluation_mode(model, guide), own_path(), seeded(seed, *args):
         weights = whole_weights(model, guide, args, {"joint": joint}, num_draws)
         traces["posterior"] = _with_summed_out(weights)
         with particle_plate(structure(model, guide, args, {}), num_draws):
+            traces["conditional"] = replay(model, traces["posterior"], args, {})
             if not predictive:
                 traces["prior"] = trace(model, args, {})
                 return weights, traces
@@ -251,6 +254,8 @@ def _export(
         _variables(traces[name], latents, dims, draws=True, only="latent")
         for name in ("posterior", "prior")
     )
+    posterior |= _deterministic(traces["conditional"], dims)
+    prior |= _deterministic(traces["prior"], dims)
     groups = {"posterior": posterior, "prior": prior}
     groups["observed_data"] = _variables(weights.model_trace, observed, dims)
     if "predictive" in traces:
@@ -266,10 +271,9 @@ def _export(
     if numbers:
         statistics |= {name: by_datapoint(numbers[name]) for name in ("khat", "ess")}
         name = min(observed) if len(observed) == 1 else "joint"
-        groups["log_likelihood"] = {
-            name: by_datapoint(numbers["log_evidence"]),
-            f"{name}_se": by_datapoint(numbers["log_evidence_se"]),
-        }
+        groups["log_likelihood"] = {name: by_datapoint(numbers["log_evidence"])}
+        # no log-likelihood: ArviZ would add it up as one
+        statistics["log_evidence_se"] = by_datapoint(numbers["log_evidence_se"])
     groups |= {"sample_stats": statistics, "constant_data": constants}
     return bundle(groups, coords)
 
@@ -298,10 +302,37 @@ def _variables(
     return {name: _variable(site, labels[name], draws) for name, site in sites.items()}
 
 
-def _variable(site: Site, event: list[str], draws: bool) -> tuple[list[str], Any]:
+def _deterministic(drawn: Trace, dims: dict[str, list[str]] | None) -> Variables:
+    """The ``pyro.deterministic`` sites of a trace of draws."""
+    sites, events = {}, {}
+    for name, site in drawn.nodes.items():
+        if site["type"] != "sample" or not site["infer"].get("_deterministic"):
+            continue
+        value = site["value"]
+        if not isinstance(value, Tensor):
+            continue
+        frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+        depth = max((-frame.dim for frame in frames), default=0)
+        events[name] = site["fn"].event_dim
+        # Without event_dim Pyro takes all dims for the event, those of the plates, too.
+        if events[name] >= value.dim() >= depth and all(
+            value.shape[depth + frame.dim] in (1, frame.size) for frame in frames
+        ):
+            events[name] = value.dim() - depth
+        sites[name] = site
+    labels = event_names(events, dims)
+    return {
+        name: _variable(site, labels[name], draws=True, event_dim=events[name])
+        for name, site in sites.items()
+    }
+
+
+def _variable(
+    site: Site, event: list[str], draws: bool, event_dim: int | None = None
+) -> tuple[list[str], Any]:
     """A site's value with named dimensions: its plates, then those of the event."""
     value = site["value"].detach().cpu()
-    batch = value.dim() - site["fn"].event_dim
+    batch = value.dim() - (site["fn"].event_dim if event_dim is None else event_dim)
     plates = {f.dim: _LABELS.get(f.name, f.name) for f in site["cond_indep_stack"]}
     labels = {d: plates.get(d - batch, "") for d in range(batch)}  # "": broadcast, of size one
     kept = [d for d, label in labels.items() if label and (draws or label != "draw")]

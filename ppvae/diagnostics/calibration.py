@@ -13,6 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from ppvae.arguments import require_functions, takes_numbers
+from ppvae.diagnostics.arviz_bridge import bundle, require_arviz
 from ppvae.diagnostics.rows import (
     bound,
     check_at_least,
@@ -153,6 +154,30 @@ class Calibration:
         if self.absent:
             lines += ["", "Absent", *(f"- {what}: {why}." for what, why in self.absent.items())]
         return "\n".join(lines)
+
+    def to_arviz(self) -> Any:
+        """The ranks for ArviZ, whose ``plot_ecdf_pit`` (1.x) reads them: the group ``prior_sbc``.
+
+        Returns:
+            ``arviz.InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (1.x). A variable for each
+            quantity, ``(chain, draw, unit)``, with a draw for each simulation: the place of the
+            true value among the guide's draws, (rank + 1/2) / (num_draws + 1), uniform on (0, 1)
+            if the guide is the posterior. Units are counted from 0.
+
+        Raises:
+            ImportError: ArviZ is not installed.
+        """
+        require_arviz()
+        found = {}
+        for name, ranks in self.ranks.items():
+            place = ((ranks.double() + 0.5) / (self.num_draws + 1)).numpy()[None]
+            alone = place.shape[-1] == 1
+            found[name] = (
+                (["chain", "draw"], place[..., 0])
+                if alone
+                else (["chain", "draw", f"{name}_dim"], place)
+            )
+        return bundle({"prior_sbc": found})
 
     def plot(self) -> Figure:
         """The ECDFs of the ranks with their band, and the coverage of credible sets."""

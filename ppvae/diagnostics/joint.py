@@ -49,6 +49,7 @@ from ppvae.pairs import (
     sample_sites,
     structure,
     trace,
+    unconditioned,
     unnoticed,
 )
 from ppvae.terms import (
@@ -271,7 +272,7 @@ class Joint:
     def draw_prior(self, chains: int) -> Tensor:
         """Independent draws of the prior, ``(C, N, D)``."""
         with self._running(), self._chains(chains):
-            return self._pack(trace(poutine.uncondition(self.model), self.args, {}))
+            return self._pack(trace(unconditioned(self.model), self.args, {}))
 
     def coordinates(self, drawn: Trace) -> Tensor:
         """u of the latents in a trace of the model that has no plate of chains, ``(N, D)``."""

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical, Independent
 
 from ppvae.arguments import takes_numbers
+from ppvae.containers import Container
 from ppvae.diagnostics.evidence import Evidence, weigh
 from ppvae.diagnostics.rows import (
     bound,
@@ -26,8 +26,7 @@ from ppvae.diagnostics.rows import (
     take,
 )
 from ppvae.distributions import Columns
-from ppvae.intake import takes_rows
-from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site, sample_sites, shown, trace
+from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site, sample_sites, shown, trace, unconditioned
 from ppvae.terms import unmasked
 from ppvae.weights import LogWeights
 
@@ -52,6 +51,8 @@ class Imputation:
             ones; None for ``num_draws=0``.
         evidence: of the observed part of each row, :class:`~ppvae.diagnostics.Evidence`.
         site: the observed site that was imputed.
+        completed: ``filled`` in the container of the rows that came in: for a frame a frame of its
+            columns and index, whose cells with a table are of its dtypes; for an array an array.
     """
 
     observed: Tensor
@@ -61,6 +62,7 @@ class Imputation:
     draws: Tensor | None
     evidence: Evidence
     site: str
+    completed: Any = None
 
     @property
     def ess(self) -> Tensor:
@@ -86,7 +88,6 @@ class Imputation:
 
 
 @takes_numbers
-@takes_rows
 def impute(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -94,6 +95,7 @@ def impute(
     num_particles: int = 1000,
     num_draws: int = 0,
     site: str | None = None,
+    table: Any = None,
     max_rows: int = 10_000,
     seed: int | None = None,
     **kwargs: Any,
@@ -116,6 +118,7 @@ def impute(
         num_particles: K >= 2; ``khat`` takes more than 20.
         num_draws: S joint draws of each row's missing values (multiple imputation).
         site: the observed site, if masks hide values of several.
+        table: the ``data.Table`` of a frame with words.
         max_rows: largest number of (particle, datapoint) rows computed at once.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
         **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
@@ -125,7 +128,7 @@ def impute(
 
     Raises:
         ValueError: bad data or arguments; the pair does not fit; no site, or several, have values
-            that are hidden; a latent is summed out.
+            that are hidden; a latent is summed out that p(x | z) depends on.
 
     Warns:
         RuntimeWarning: p(x | z) has no mean at some missing values.
@@ -143,6 +146,8 @@ def impute(
         >>> found.mean[0, [0, 2]], found.draws.shape, found.num_missing
         (tensor([0.1000, 0.3000], dtype=torch.float64), torch.Size([5, 1, 3]), 1)
     """
+    box = Container(args, table)
+    args = box.tensors(model, guide)
     model, guide = bound(model, guide, kwargs)
     check_at_least(2, num_particles=num_particles)
     check_at_least(0, num_draws=num_draws)
@@ -151,7 +156,9 @@ def impute(
     rows = check_pair_and_data(model, guide, args)
     gathered = _Gathered(rows, num_draws, site)
     evidence = weigh(model, guide, args, num_particles, max_rows, seed, gathered)
-    return Imputation(**gathered.found(), evidence=evidence)
+    found = gathered.found()
+    completed = box.one(found["filled"], "x", like_data=True)
+    return Imputation(**found, evidence=evidence, completed=completed)
 
 
 class _Gathered:
@@ -170,12 +177,13 @@ class _Gathered:
 
     def __call__(self, part: slice, weights: LogWeights) -> None:
         """Take in the weights of some particles of the datapoints ``part``."""
-        if weights.enumerated:
-            raise ValueError(
-                f"latents {sorted(weights.enumerated)} are summed out, and missing values are "
-                "imputed at draws: give a guide that draws them, without infer={'enumerate': ...}"
-            )
         self.name, site, visible = hidden_site(weights.model_trace, self.site)
+        if len(site["fn"].batch_shape) > -weights.leftmost:  # a dimension of their values
+            raise ValueError(
+                f"latents {sorted(weights.enumerated)} are summed out, and {self.name!r}, which "
+                "depends on them, is imputed at draws: give a guide that draws them, without "
+                "infer={'enumerate': ...} (guides.M2(..., draw=True))"
+            )
         self.parts = _parts(site["fn"])
         log_w = weights.log_w.double()
         total = log_w.logsumexp(0)
@@ -229,7 +237,7 @@ class _Gathered:
         model, _, args, _ = weights.pair
         nesting = -weights.leftmost - (len(normal) > 1)
         with pyro.plate(PARTICLE_PLATE, len(index), dim=-1 - nesting), _At(z, nesting):
-            site = trace(poutine.uncondition(model), args, {}).nodes[self.name]
+            site = trace(unconditioned(model), args, {}).nodes[self.name]
         return _rows(site, site["value"])
 
     def _mix(self, key: Any, part: slice, share: Tensor, values: Tensor) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ppvae.arguments import require_functions, takes_numbers
@@ -30,6 +29,7 @@ from ppvae.pairs import (
     shown,
     structure,
     trace,
+    unconditioned,
 )
 from ppvae.plots import diagnostics as plots
 
@@ -157,7 +157,7 @@ def predictive_check(
     if not statistics:
         raise ValueError('statistics is empty: give functions, e.g. {"mean": lambda x: x.mean(-1)}')
     rows = check_pair_and_data(model, guide, args, estimates=True)
-    free = poutine.uncondition(model)
+    free = unconditioned(model)
     replicated = {label: torch.empty(num_draws, rows, dtype=torch.float64) for label in statistics}
     with evaluating(model, guide, args, seed):
         sites = sample_sites(trace(model, args, {}))

@@ -21,6 +21,7 @@ from ppvae.diagnostics.rows import (
     standard_error,
     take,
 )
+from ppvae.intake import takes_rows
 from ppvae.pairs import Program, simulate
 from ppvae.weights import whole_weights
 
@@ -81,6 +82,7 @@ class Divergence:
 
 
 @takes_numbers
+@takes_rows
 def simulated_divergence(
     model: Program,
     guide: Program,

@@ -49,40 +49,41 @@ class Amortized(Program):
         self.condition = condition if condition is not None else nn.Identity()
         self.latent = latent
 
-    def posterior(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Any:
+    def posterior(self, x: Tensor, y: Tensor | None = None, *others: Tensor | None) -> Any:
         """q(z | x), or q(z | x, y): batch shape ``(N,)``, event shape ``(latent_dim,)``."""
-        return self.conditional(*self.inputs(x, y, offset))
+        return self.conditional(*self.inputs(x, y, *others))
 
     def inputs(
-        self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None
+        self, x: Tensor, y: Tensor | None = None, *others: Tensor | None
     ) -> tuple[Tensor, ...]:
         """What the conditional's network is called with; numbers ``(N,)`` are one feature each."""
         if y is None and not isinstance(self.condition, nn.Identity):
             cure = "call it with x and y: data as a tuple (x, y), or dataset.supervised()"
             raise ValueError(f"this guide was given a condition, so {cure}")
         features = [] if y is None else [self.condition(y)]
-        features += [] if offset is None else [offset]
+        features += [other for other in others if other is not None]
         return (x, *(f if f.dim() > 1 else f.unsqueeze(-1) for f in features))
 
     def forward(
         self,
         x: Tensor,
         y: Tensor | None = None,
-        offset: Tensor | None = None,
+        *others: Tensor | None,
         size: int | None = None,
     ) -> Tensor:
         """Draw z, ``(N, latent_dim)``, in the plate ``"data"``; arguments as the model's.
 
-        Of a VAE with an offset this is its second argument, ``y`` here: the network sees it as it
-        sees any condition, since p(z | x) depends on the exposure of x.
+        Others are an offset, and the mask of :class:`ppvae.models.Masked`; of a model without y the
+        first of them is ``y`` here. The network sees each as it sees any condition, since p(z | x)
+        depends on the exposure of x.
         """
         with data_plate(x, size=size):
-            z: Tensor = pyro.sample(self.latent, self.posterior(x, y, offset))
+            z: Tensor = pyro.sample(self.latent, self.posterior(x, y, *others))
         return z
 
-    def outputs(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    def outputs(self, x: Tensor, y: Tensor | None = None, *others: Tensor | None) -> Tensor:
         """What the network gives for each row: the parameters of q(z | x), ``(N, ...)``."""
-        inputs = self.inputs(x, y, offset)
+        inputs = self.inputs(x, y, *others)
         outputs: Tensor = _network_and_head(self.conditional).outputs(*inputs)
         return outputs
 
@@ -91,16 +92,14 @@ class Amortized(Program):
         """The conditional without its network: from :meth:`outputs` to q(z | x)."""
         return _network_and_head(self.conditional).without_net()
 
-    def local(
-        self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None
-    ) -> PerDatapoint:
+    def local(self, x: Tensor, y: Tensor | None = None, *others: Tensor | None) -> PerDatapoint:
         """The same family with parameters of its own for each row, started where this guide is.
 
         Whatever else the head has, as the layers of a flow, is copied and stays fixed.
         """
         with torch.no_grad():
             head = copy.deepcopy(self.head).requires_grad_(False)
-            return PerDatapoint(head, self.outputs(x, y, offset), self.latent)
+            return PerDatapoint(head, self.outputs(x, y, *others), self.latent)
 
 
 class Normal(Amortized):

@@ -57,12 +57,16 @@ class BottomUp(Program):
             label, argument = f"q({name} | {below})", f"levels[{level - 1}]"
             chain.follow(label, name, conditional, model.shapes[name], argument)
 
-    def forward(self, x: Tensor, size: int | None = None) -> Tensor:
-        """Draw z1, z2, ... in the plate ``"data"``; returns the top one."""
+    def forward(self, x: Tensor, *others: Tensor, size: int | None = None) -> Tensor:
+        """Draw z1, z2, ... in the plate ``"data"``; returns the top one.
+
+        Others, such as the mask of :class:`ppvae.models.Masked`, are for the lowest conditional.
+        """
         with data_plate(x, size=size):
-            z = x
+            below = (x, *others)
             for level, conditional in enumerate(self.levels, 1):
-                z = pyro.sample(f"z{level}", conditional(z))
+                z: Tensor = pyro.sample(f"z{level}", conditional(*below))
+                below = (z,)
         return z
 
 

@@ -100,9 +100,12 @@ class Ladder(Program):
             if level <= len(self.levels):
                 _moments(up, label)
 
-    def forward(self, x: Tensor, size: int | None = None) -> Tensor:
-        """Draw the latents from the top down in the plate ``"data"``; returns z1."""
-        up = self.upward(x)
+    def forward(self, x: Tensor, *others: Tensor, size: int | None = None) -> Tensor:
+        """Draw the latents from the top down in the plate ``"data"``; returns z1.
+
+        Others, such as the mask of :class:`ppvae.models.Masked`, are for the first block.
+        """
+        up = self.upward(x, *others)
         with data_plate(x, size=size):
             z: Tensor = pyro.sample(f"z{len(up)}", up[-1])
             for level in range(len(up) - 1, 0, -1):
@@ -110,12 +113,13 @@ class Ladder(Program):
                 z = pyro.sample(f"z{level}", merge(up[level - 1], down, level))
         return z
 
-    def upward(self, x: Tensor) -> list[Any]:
+    def upward(self, x: Tensor, *others: Tensor) -> list[Any]:
         r"""What x says about each level, without the levels above: the :math:`\hat q_l`."""
-        found, d = [], x
+        found, below = [], (x, *others)
         for block, head in zip(self.blocks, self.heads, strict=True):
-            d = block(d)
+            d = block(*below)
             found.append(head(d))
+            below = (d,)
         return found
 
 

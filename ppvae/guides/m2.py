@@ -46,30 +46,39 @@ class M2(Program):
         self.conditional = posterior
         self.draw = draw
 
-    def classes(self, x: Tensor) -> dist.Categorical:
+    def classes(self, x: Tensor, *others: Tensor) -> dist.Categorical:
         """q(y | x), whether or not y is known: batch shape ``(N,)``."""
-        return dist.Categorical(logits=self.classifier(x))
+        return dist.Categorical(logits=self.classifier(x, *others))
 
-    def posterior(self, x: Tensor, y: Tensor) -> Any:
+    def posterior(self, x: Tensor, y: Tensor, *others: Tensor) -> Any:
         """q(z | x, y) for classes ``(..., N)``, none of them -1."""
-        return self.conditional(x, one_hot(y, self.classes(x).logits))
+        return self.conditional(x, one_hot(y, self.classes(x, *others).logits), *others)
 
-    def forward(self, x: Tensor, y: Tensor | None = None, size: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, *others: Tensor, size: int | None = None
+    ) -> Tensor:
         """Draw z, ``(C, N, latent_dim)``, one for each class, in the plate ``"data"``.
 
         ``y``, ``(N,)``, holds classes, and -1 where they are not known; None: nowhere. Where it
-        is drawn, or the guide is run by itself, z is ``(N, latent_dim)``.
+        is drawn, or the guide is run by itself, z is ``(N, latent_dim)``. Others, such as the mask
+        of :class:`ppvae.models.Masked`, are for both networks.
         """
         infer = {} if self.draw else {"enumerate": "parallel"}
         with data_plate(x, size=size):
-            classes = self.classes(x)
+            classes = self.classes(x, *others)
             c = pyro.sample("y", partly_known(classes, y), infer=infer)
-            z: Tensor = pyro.sample("z", self.conditional(x, one_hot(c, classes.logits)))
+            law = self.conditional(x, one_hot(c, classes.logits), *others)
+            z: Tensor = pyro.sample("z", law)
         return z
 
 
 def log_q_of_labels(
-    model: Any, guide: Any, x: Tensor, y: Tensor | None = None, size: int | None = None
+    model: Any,
+    guide: Any,
+    x: Tensor,
+    y: Tensor | None = None,
+    *others: Tensor,
+    size: int | None = None,
 ) -> Tensor:
     r"""log q(y | x) of rows that have a label, 0 of the others, ``(N,)``: a term of ``elbo.Plus``.
 
@@ -82,6 +91,7 @@ def log_q_of_labels(
         guide: has ``classes(x)``, q(y | x), as :class:`M2` does.
         x: ``(N, ...)``.
         y: classes ``(N,)``, -1 where they are not known.
+        others: what ``classes`` takes behind x, such as a mask.
         size: of the data set that these rows are a minibatch of, as the pair takes it; not asked.
 
     Raises:
@@ -98,13 +108,13 @@ def log_q_of_labels(
     """
     if y is None:
         raise ValueError("log_q_of_labels is of labels: train on (x, y), y = -1 where unknown")
-    classes: Callable[[Tensor], Any] | None = getattr(owner_of(innermost(guide)), "classes", None)
+    classes: Callable[..., Any] | None = getattr(owner_of(innermost(guide)), "classes", None)
     if classes is None:
         raise TypeError(
             f"log_q_of_labels asks a guide for q(y | x), and {title(guide)} has no method "
             "classes(x) that returns it, as guides.M2 has"
         )
-    logits = classes(x).logits
+    logits = classes(x, *others).logits
     check_labels(y, logits.shape[-1], values=False)
     known = y != UNKNOWN
     chosen = logits.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)

@@ -89,28 +89,28 @@ class SemiAmortized(Program):
         """The name of the latent site."""
         return self.guide.latent
 
-    def posterior(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Any:
+    def posterior(self, x: Tensor, y: Tensor | None = None, *others: Tensor | None) -> Any:
         """q(z | x) after refinement."""
-        return self.guide.head(self.outputs(x, y, offset))
+        return self.guide.head(self.outputs(x, y, *others))
 
     def forward(
         self,
         x: Tensor,
         y: Tensor | None = None,
-        offset: Tensor | None = None,
+        *others: Tensor | None,
         size: int | None = None,
     ) -> Tensor:
         """Draw z, ``(N, latent_dim)``; arguments as the model's."""
-        posterior = self.posterior(x, y, offset)
+        posterior = self.posterior(x, y, *others)
         with data_plate(x, size=size):
             z: Tensor = pyro.sample(self.latent, posterior)
         return z
 
-    def outputs(self, x: Tensor, y: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    def outputs(self, x: Tensor, y: Tensor | None = None, *others: Tensor | None) -> Tensor:
         """The refined parameters of q(z | x), ``(N, ...)``."""
         through = self.through and torch.is_grad_enabled()
-        outputs = self.guide.outputs(x, y, offset)
-        args = tuple(tensor for tensor in (x, y, offset) if tensor is not None)
+        outputs = self.guide.outputs(x, y, *others)
+        args = tuple(tensor for tensor in (x, y, *others) if tensor is not None)
         # Particles, replays and leaves are about the draw of z to come, not about these.
         with poutine.block(expose_types=["param"]), evaluation_mode(*self._model):
             with torch.enable_grad():

@@ -63,11 +63,13 @@ class TopDown(Program):
         self.encoder, self.heads, self.residual = encoder, nn.ModuleList(heads), residual
         self._check(model)
 
-    def forward(self, x: Tensor, size: int | None = None) -> dict[str, Tensor]:
-        """Draw the latents from the top down in the plate ``"data"``; returns them by name."""
-        said = dict(
-            zip(self.path.names, zip(self.heads, self.encoder(x), strict=True), strict=True)
-        )
+    def forward(self, x: Tensor, *others: Tensor, size: int | None = None) -> dict[str, Tensor]:
+        """Draw the latents from the top down in the plate ``"data"``; returns them by name.
+
+        Others, such as the mask of :class:`ppvae.models.Masked`, are for the encoder.
+        """
+        features = self.encoder(x, *others)
+        said = dict(zip(self.path.names, zip(self.heads, features, strict=True), strict=True))
         steps: dict[str, tuple[Tensor, Tensor]] = {}
 
         def draw(name: str, stats: Tensor, h: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ppvae.chain import require_likelihood
 from ppvae.distributions import masked
 from ppvae.models.vae import choose_prior
 from ppvae.program import Program, data_plate
+from ppvae.wrapped import Last, argument_names
 
 
 class Masked(Program):
@@ -56,6 +57,10 @@ class Masked(Program):
     def __init__(self, model: Callable[..., Any], site: str = "x") -> None:
         super().__init__()
         self.model, self.site = model, site
+
+    def argument_names(self, by_keyword: bool = False) -> list[str]:
+        """Those of the model inside, and behind them ``"observed"``."""
+        return [*argument_names(self.model, by_keyword), Last("observed")]
 
     def forward(
         self, x: Tensor | None = None, *others: Any, size: int | None = None, **kwargs: Any

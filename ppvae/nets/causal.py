@@ -175,7 +175,18 @@ def _gated(x: Tensor) -> Tensor:
 
 def stretched(context: tuple[Tensor, ...], shape: tuple[int, ...], dim: int) -> Tensor | None:
     """Feature maps of any size as one map of a shape, ``(B, dim, h, w)``; None where dim is 0."""
+    flat = [tuple(features.shape) for features in context if features.dim() < 4]
+    if flat:
+        raise ValueError(
+            f"a prior over code maps takes feature maps (N, C, h, w), and was called with {flat[0]}"
+            ": give features of rows as features[..., None, None]"
+        )
     channels = [features.shape[1] for features in context]
+    if dim and not context:
+        raise ValueError(
+            f"a network with context_dim={dim} was called without feature maps: give the model its "
+            "condition, or the network context_dim=0"
+        )
     if sum(channels) != dim:
         raise ValueError(
             f"a network with context_dim={dim} was called with feature maps of {channels} "

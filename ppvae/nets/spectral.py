@@ -17,7 +17,7 @@ class Spectral(nn.Module):
 
     with W a kernel as a matrix, its output channels by the rest. Pass it to
     ``SVI(..., regularizer=...)``, which adds it to each step's loss, times the datapoints that this
-    sums over. Singular values are |W' u| of vectors u that are buffers, saved with the run; in
+    sums over. Singular values are the norms of ``W' u``; the u are buffers, saved with the run; in
     training each call first improves them by some power iterations, so they follow the weights.
     Where weights are normalised (``torch.nn.utils.parametrizations``), W is what the layer uses.
 

@@ -398,7 +398,8 @@ def predictive_check(
         ax: Axes to draw on.
 
     Returns:
-        The axes; both are averaged over the datapoints.
+        The axes; both are averaged over the datapoints. The title is red where fewer than 2.5 % of
+        the draws lie on one side of the data.
 
     Example:
         >>> import torch
@@ -406,14 +407,25 @@ def predictive_check(
         >>> from ppvae import plots
         >>> ax = plots.predictive_check([1.0, 2.0], torch.rand(50, 2), ax=Figure().subplots())
         >>> ax.get_title()
-        'p = 0.000'
+        'the data lie above all 50 draws'
     """
+    from matplotlib.ticker import MaxNLocator
+
     value, drawn = array(observed).mean(), array(replicated).mean(1)
     ax = axes(ax, (4.5, 3.4))
     ax.hist(drawn, bins=min(40, max(10, len(drawn) // 10)), color=BLUE, label="drawn")
     ax.axvline(value, color=RED, lw=2, label="data")
     p = (drawn > value).mean() + 0.5 * (drawn == value).mean()
     ax.set(xlabel=f"{name}, mean over datapoints", ylabel="draws")
-    ax.set_title(f"p = {p:.3f}", fontsize="medium")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    # Near 0 and near 1 are both misfit, and K draws show no p smaller than 1 / K.
+    if min(p, 1 - p) * len(drawn) < 1:
+        side = "below" if p > 0.5 else "above"
+        said, colour = f"the data lie {side} all {len(drawn)} draws", RED
+    else:
+        said, colour = f"{p:.1%} of draws lie above the data", "black"
+        if min(p, 1 - p) < 0.025:
+            colour = RED
+    ax.set_title(said, fontsize="medium", color=colour)
     ax.legend(frameon=False, fontsize="small")
     return ax

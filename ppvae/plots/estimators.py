@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ppvae.plots.common import BLUE, GREY, MARKERS, PALETTE, axes
+from ppvae.plots.common import BLUE, MARKERS, PALETTE, axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,9 +108,6 @@ def variance_against_time(table: Any, part: str = "guide", ax: Axes | None = Non
     for i, (family, rows) in enumerate(shown.groupby("family", sort=False)):
         ax.plot(rows["ms"], rows[f"var_{part}"], color=PALETTE[i % 10], marker=MARKERS[i % 10],
                 linewidth=1, label=family)  # fmt: skip
-        for _, row in rows.iterrows():
-            ax.annotate(f" {row['particles']}", (row["ms"], row[f"var_{part}"]), fontsize="x-small",
-                        color=GREY)  # fmt: skip
     first = shown.iloc[0]
     ends = [shown["ms"].min(), shown["ms"].max()]
     ax.plot(ends, [first[f"var_{part}"] * first["ms"] / ms for ms in ends], color=BLUE,
@@ -122,7 +119,21 @@ def variance_against_time(table: Any, part: str = "guide", ax: Axes | None = Non
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
     _legend(ax)
+    _number_points(ax, shown, f"var_{part}")
     return ax
+
+
+def _number_points(ax: Axes, rows: Any, column: str) -> None:
+    """Write the number of draws beside each point, but where it would lie on another number."""
+    ax.figure.canvas.draw()  # settles the layout, which says where points are in pixels
+    taken: list[tuple[float, float]] = []
+    for _, row in rows.iterrows():
+        x, y = ax.transData.transform((row["ms"], row[column]))
+        text = str(row["particles"])
+        if all(abs(x - u) > 8 * len(text) or abs(y - v) > 12 for u, v in taken):
+            taken.append((x, y))
+            ax.annotate(text, (row["ms"], row[column]), xytext=(4, 4), fontsize="x-small",
+                        textcoords="offset points", color="#4A4A4A")  # fmt: skip
 
 
 def _check_part(part: str) -> None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppvae.check.structure import Structure
 from ppvae.plots.common import BLUE, GREY, axes
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def plates(model: Any, guide: Any = None, ax: Axes | None = None) -> Axes:
     from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 
     for name, given in (("model", model), ("guide", guide)):
-        if not isinstance(given, Structure) and not (given is None and name == "guide"):
+        if not hasattr(given, "parents") and not (given is None and name == "guide"):
             raise TypeError(
                 f"{name} must be what ppvae.check.structure({name}, ...) gives, got "
                 f"{type(given).__name__}"
