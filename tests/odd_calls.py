@@ -33,6 +33,8 @@ ALLOWED = {
     ("", "model", "the network of"): "named by its conditional",
     ("", "observed", "argument 1"): "models.Masked has no name for it",
     ("", "observed", "fails when called"): "the same: it is shown with its type",
+    ("", "x", "a DataLoader cuts batches"): "evaluators take their data by position",
+    ("", "data", "a DataLoader cuts batches"): "the same",
     ("Table.fit", "frame", "column '"): "named more closely",
     ("fit of M2", "y", "data must be"): "data are (x, y)",
     ("fit of M2", "weight", "the loss is"): "too large a number, in the first step",

@@ -11,7 +11,7 @@ from numpy.random import Generator
 
 from ppvae.data.arrays import from_arrays
 from ppvae.data.dataset import Dataset
-from ppvae.data.split import Binarize, check_at_least
+from ppvae.data.split import Binarize, check_at_least, check_binarize
 
 SIDE = 28  # pixels
 FINE = 4  # a pixel is the mean of so many by so many points
@@ -55,6 +55,11 @@ def typeset(
     """
     check_at_least(100, num=num)
     check_at_least(0, seed=seed)
+    check_binarize(binarize)
+    if num >= 2**31:
+        raise ValueError(f"num={num}: give less than 2 ** 31 images")
+    if not isinstance(flatten, bool):
+        raise TypeError(f"flatten must be True or False, got {flatten!r}")
     from PIL import Image
 
     rng = np.random.default_rng([seed, 4])

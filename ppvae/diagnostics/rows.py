@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.check.pair import (
+    FAILURES,
     PairError,
     check_batch,
     check_programs,
@@ -129,7 +130,7 @@ def _runs(model: Program, guide: Program, args: Sequence[Any]) -> bool:
     with torch.no_grad(), own_path(), unnoticed(model, guide), pyro.validation_enabled(False):
         try:
             log_weights(model, guide, *args)
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
+        except FAILURES:
             return False
     return True
 

@@ -9,6 +9,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import number
+from ppvae.check.pair import check_programs, check_shapes, require_runs
 from ppvae.intake import part_of, tensors
 from ppvae.pairs import evaluation_mode, own_path, sample_sites, seeded, trace
 from ppvae.program import Program, data_plate
@@ -56,6 +58,7 @@ def fit_prior(
         The :class:`ppvae.History` of mean log p(z), nats per row.
 
     Raises:
+        TypeError, PairError: the data are none, or the guide does not run on them.
         ValueError: the guide has no such site, or draws NaN or infinity there; the prior is over
             values of another shape; else as :func:`ppvae.fit`.
 
@@ -74,7 +77,15 @@ def fit_prior(
     """
     data = part_of(data, "train", data)
     given = data if isinstance(data, (tuple, list)) else (data,)
-    codes = _codes(guide, tensors(given, guide), latent, seed)
+    check_programs(prior=prior, guide=guide)
+    if not isinstance(latent, str):
+        raise TypeError(f"latent must be the name of a site of the guide, got {latent!r}")
+    args = tensors(given, guide)
+    if wrong := [type(part).__name__ for part in args if not isinstance(part, Tensor)]:
+        raise TypeError(f"data must be arrays, tensors or frames for the guide, got {wrong[0]}")
+    check_shapes(guide, args)
+    require_runs([part[:2] for part in args], guide=guide)
+    codes = _codes(guide, args, latent, number("seed", seed, int))
     _check_shape(prior, codes, latent)
     svi = SVI(_Observed(prior), _Nothing(), optim)
     return fit(svi, codes, epochs=epochs, seed=seed, **options)
@@ -104,7 +115,8 @@ class _Nothing(Program):
 def _codes(guide: Any, args: tuple[Tensor, ...], latent: str, seed: int) -> Tensor:
     """A draw of the latent for each row."""
     parts = []
-    with own_path(), evaluation_mode(guide), seeded(seed, *args):
+    quiet = pyro.validation_enabled(False)  # NaN is reported below
+    with own_path(), evaluation_mode(guide), seeded(seed, *args), quiet:
         for rows in zip(*(tensor.split(_ROWS) for tensor in args), strict=True):
             sites = sample_sites(trace(guide, rows, {}))
             if latent not in sites:
@@ -117,14 +129,20 @@ def _codes(guide: Any, args: tuple[Tensor, ...], latent: str, seed: int) -> Tens
     if broken:
         raise ValueError(
             f"fit_prior: the guide draws NaN or infinity in {latent!r} for {broken} of "
-            f"{len(codes)} rows: look at its encoder's outputs"
+            f"{len(codes)} rows: look at the data and at its encoder's outputs"
         )
     return codes
 
 
 def _check_shape(prior: nn.Module, codes: Tensor, latent: str) -> None:
     """Raise ``ValueError`` unless the prior is over values of the codes' shape."""
-    expected = prior().event_shape
+    try:
+        expected = prior().event_shape
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise TypeError(
+            "prior must give a distribution when it is called without arguments, as "
+            f"conditionals.Mixture does, got {type(prior).__name__} ({error})"
+        ) from error
     if expected != codes.shape[1:]:
         raise ValueError(
             f"fit_prior: the prior is over values of shape {tuple(expected)}, and the guide's "

@@ -20,7 +20,10 @@ _CHEAPER: dict[Any, Any] = {Adam: fused_adam.Adam, AdamW: fused_adam.AdamW}
 
 def check_optim(optim: Any) -> None:
     """Raise ``TypeError`` for what is no optimiser and makes none."""
-    if not callable(optim) and not isinstance(optim, torch.optim.Optimizer):
+    makes = callable(optim) and not isinstance(optim, nn.Module)
+    if isinstance(optim, type):
+        makes = issubclass(optim, torch.optim.Optimizer)
+    if not makes and not isinstance(optim, torch.optim.Optimizer):
         raise TypeError(f"optim takes a torch.optim class, a factory or a PyroOptim, got {optim!r}")
 
 
@@ -48,9 +51,18 @@ def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
     # torch's fused momentum fails where a parameter gets its first gradient after the others
     settled = {"fused", "foreach"} & made.keywords.keys() or made.keywords.get("momentum")
     if settled or not _can_fuse(made.func, parameters):
-        return optim(parameters)
+        return _made(optim(parameters))
     factory = _CHEAPER.get(made.func, made.func)
-    return factory(*made.args, parameters, **made.keywords, fused=True)
+    return _made(factory(*made.args, parameters, **made.keywords, fused=True))
+
+
+def _made(optimizer: Any) -> torch.optim.Optimizer:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "optim must make a torch optimiser from parameters, and made "
+            f"{type(optimizer).__name__}: let it return the optimiser"
+        )
+    return optimizer
 
 
 def take_up(optimizer: torch.optim.Optimizer, optim: Any, module: nn.Module) -> None:
