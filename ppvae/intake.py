@@ -78,7 +78,7 @@ def tensors(args: Sequence[Any], *programs: Any) -> tuple[Any, ...]:
         (torch.float32, torch.int64)
     """
     if all(isinstance(arg, Tensor) for arg in args):
-        return tuple(args)
+        return tuple(map(_ordinary, args))
     found = _columns(args, programs)
     return tuple(_dense(value) for value in found)
 
@@ -195,9 +195,17 @@ def _dtype(programs: Sequence[Any]) -> torch.dtype:
     return next((d for d in found if d.is_floating_point), torch.get_default_dtype())
 
 
+def _ordinary(value: Tensor) -> Tensor:
+    """A tensor that gradients can be taken through: not one of inference mode."""
+    made_elsewhere = value.is_inference() and not torch.is_inference_mode_enabled()
+    return value.clone() if made_elsewhere else value
+
+
 def _rows(value: Any, name: str, is_first: bool, dtype: torch.dtype) -> Any:
     """One argument: a tensor, sparse rows, or what holds no rows."""
-    if isinstance(value, (Tensor, SparseRows)):
+    if isinstance(value, Tensor):
+        return _ordinary(value)
+    if isinstance(value, SparseRows):
         return value
     if hasattr(value, "obs") and hasattr(value, "X"):  # AnnData
         return _rows(value.X, f"{name} (its X)", is_first, dtype)

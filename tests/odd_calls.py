@@ -35,6 +35,7 @@ ALLOWED = {
     ("", "observed", "fails when called"): "the same: it is shown with its type",
     ("", "x", "a DataLoader cuts batches"): "evaluators take their data by position",
     ("", "data", "a DataLoader cuts batches"): "the same",
+    ("ppvae.load", "folder", "there is no pair.json"): "an OSError that names the folder",
     ("Table.fit", "frame", "column '"): "named more closely",
     ("fit of M2", "y", "data must be"): "data are (x, y)",
     ("fit of M2", "weight", "the loss is"): "too large a number, in the first step",

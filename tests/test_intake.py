@@ -363,3 +363,12 @@ def test_cells_that_cannot_be():
     annotated.obs.loc["cell4", "age"] = np.nan
     with pytest.raises(ValueError, match="column 'age' has missing cells"):
         data.from_anndata(annotated, covariates=["age"])
+
+
+def test_a_tensor_of_inference_mode_is_copied_where_gradients_are_taken():
+    with torch.inference_mode():
+        x = torch.zeros(3, 2)
+        assert intake.tensors((x,))[0] is x
+    (copied,) = intake.tensors((x,))
+    assert not copied.is_inference()
+    assert torch.equal(copied, x)

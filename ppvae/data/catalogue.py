@@ -99,9 +99,10 @@ bundled with scikit-learn; grey levels / 16; split at random by class, seed 0
     options["seed"] = seed
     if "flatten" in accepted:
         options["flatten"] = flatten
-    if "binarize" in accepted and binarize != "default":
+    asked = not (isinstance(binarize, str) and binarize == "default")
+    if "binarize" in accepted and asked:
         options["binarize"] = binarize
-    elif binarize not in ("default", None):
+    elif asked and binarize is not None:
         raise ValueError(f"binarize={binarize!r} needs grey levels, and {str(name)!r} has none")
     if unknown := sorted(set(options) - accepted):
         seen = f"{str(name)!r} has no option {', '.join(unknown)}"

@@ -16,6 +16,8 @@ def host(values: Any, dtype: Any = None, name: str = "the argument") -> np.ndarr
         TypeError: a tensor without a dense block of numbers.
     """
     if isinstance(values, Tensor):
+        if values.is_nested:
+            raise TypeError(f"{name} is a nested tensor, of rows of different lengths: pad them")
         if values.layout != torch.strided or values.is_quantized or values.is_meta:
             raise TypeError(
                 f"{name} is a tensor without a dense block of numbers ({values.layout}, "
