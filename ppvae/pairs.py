@@ -363,11 +363,16 @@ def is_discrete(fn: Any) -> bool:
         return False
 
 
-def kind(fn: Any) -> str:
-    """The name of a distribution, without what declares or masks its dimensions."""
+def law(fn: Any) -> Any:
+    """A distribution without what only declares or masks its dimensions."""
     while isinstance(fn, (Independent, MaskedDistribution)):
         fn = fn.base_dist
-    return type(fn).__name__
+    return fn
+
+
+def kind(fn: Any) -> str:
+    """The name of a distribution, without what declares or masks its dimensions."""
+    return type(law(fn)).__name__
 
 
 def moved(value: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
@@ -553,7 +558,7 @@ def own_path(bare: Callable[[Any], None] = read) -> Iterator[None]:
 
     What a stock engine has trained in Pyro's store is read.
     """
-    with one_thread(), nullcontext() if am_i_wrapped() else local_parameters(bare):
+    with one_thread() if am_i_wrapped() else local_parameters(bare):
         yield
 
 

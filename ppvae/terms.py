@@ -15,7 +15,7 @@ from torch.distributions import Bernoulli, Independent
 
 from ppvae.distributions import NoInverse as NoInverse
 from ppvae.distributions.supports import filled
-from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site
+from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site, law
 
 # The letters of (K, N), which a term of an enumerated latent has beside its own.
 PARTICLE, DATAPOINT = get_symbol(0), get_symbol(1)
@@ -128,7 +128,7 @@ def log_density(site: Site, along_path: bool = False) -> Tensor:
     if isinstance(mask, Tensor) and site["is_observed"]:
         value = filled(value, mask, fn)
     if site["is_observed"] and isinstance(value, Tensor):
-        whole = not value.is_floating_point() and isinstance(_inside(fn), Bernoulli)
+        whole = not value.is_floating_point() and isinstance(law(fn), Bernoulli)
         if whole or value.dtype in _NARROW:  # torch's Bernoulli takes floats alone
             value = value.to(torch.get_default_dtype())
     try:
@@ -151,13 +151,6 @@ def log_density(site: Site, along_path: bool = False) -> Tensor:
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
     return masked(values, mask)
-
-
-def _inside(fn: Any) -> Any:
-    """The distribution inside of masks and of dims that are its event."""
-    while isinstance(fn, (MaskedDistribution, Independent)):
-        fn = fn.base_dist
-    return fn
 
 
 def masked(values: Tensor, mask: Any) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Categorical, Independent
+from torch.distributions import Categorical
 
 from ppvae.arguments import takes_numbers
 from ppvae.containers import Container
@@ -34,12 +34,12 @@ from ppvae.pairs import (
     Program,
     Site,
     latent_parents,
+    law,
     replay,
     sample_sites,
     trace,
     unconditioned,
 )
-from ppvae.terms import unmasked
 from ppvae.wrapped import argument_names, title
 
 
@@ -323,34 +323,19 @@ class _AtMeans(Messenger):
             value = _typical(fn)
         except (NotImplementedError, AttributeError):
             return
-        shape = fn.shape()
-        if value.isfinite().all() and value.is_floating_point() == _is_float(fn):
-            msg["value"], msg["done"] = value.expand(shape), True
-
-
-def _is_float(fn: Any) -> bool:
-    return not _classes(fn)
-
-
-def _classes(fn: Any) -> Any:
-    """The law of unordered classes that a distribution is; None: it is another."""
-    law = unmasked(fn)
-    while isinstance(law, Independent):
-        law = law.base_dist
-    return law if isinstance(law, Categorical) else None
+        if value.isfinite().all():
+            msg["value"], msg["done"] = value.expand(fn.shape()), True
 
 
 def _typical(fn: Any) -> Tensor:
     """The mean; where values are classes the most probable."""
-    law = unmasked(fn)
-    while isinstance(law, Independent):
-        law = law.base_dist
-    if isinstance(law, Categorical):
-        return law.logits.argmax(-1)
-    mean: Tensor = law.mean
-    if isinstance(law, Columns):
+    inside = law(fn)
+    if isinstance(inside, Categorical):
+        return inside.logits.argmax(-1)
+    mean: Tensor = inside.mean
+    if isinstance(inside, Columns):
         mean = mean.clone()
-        for part, at in zip(law.parts, law.places, strict=True):
+        for part, at in zip(inside.parts, inside.places, strict=True):
             if isinstance(part, Categorical):
                 mean[..., list(at)] = part.logits.argmax(-1).to(mean)
     return mean
@@ -358,10 +343,11 @@ def _typical(fn: Any) -> Tensor:
 
 def _mean(site: Site) -> tuple[Tensor, int]:
     """E z of a latent's law, and how many dims it has beyond the latent's own."""
-    if (classes := _classes(site["fn"])) is not None:
-        return classes.probs, 1
+    inside = law(site["fn"])
+    if isinstance(inside, Categorical):
+        return inside.probs, 1
     try:
-        mean: Tensor = unmasked(site["fn"]).mean
+        mean: Tensor = inside.mean
     except (NotImplementedError, AttributeError):
         return site["value"], 0
     return mean, 0

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.distributions import IndependentTransform, Transform, biject_to, constraints
 
 from ppvae.auxiliary import own_parameters
-from ppvae.check.sites import CIRCLE, describe, innermost, is_angle, is_point, latent_support
+from ppvae.check.sites import CIRCLE, describe, is_angle, is_point, latent_support
 from ppvae.pairs import (
     Leaves,
     NotAtCopies,
     Program,
     is_rounded,
     kind,
+    law,
     sample_sites,
 )
 from ppvae.program import method_owners, module_of, require_own_parameters
@@ -156,7 +157,7 @@ def point_masses(weights: LogWeights) -> list[str]:
     return [
         name
         for name, site in sites.items()
-        if is_point(site["fn"]) and not torch.as_tensor(innermost(site["fn"]).log_density).any()
+        if is_point(site["fn"]) and not torch.as_tensor(law(site["fn"]).log_density).any()
     ]
 
 
@@ -168,7 +169,7 @@ def drawn_once(weights: LogWeights) -> dict[str, str]:
     """
     found = dict.fromkeys(point_masses(weights), "a point mass")
     for name, site in sample_sites(weights.guide_trace).items():
-        if getattr(innermost(site["fn"]), "deterministic", False):
+        if getattr(law(site["fn"]), "deterministic", False):
             found[name] = "deterministic"
     return found
 

@@ -8,14 +8,12 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Independent
 
 from ppvae.distributions import VonMises, WordCounts
 from ppvae.distributions.supports import ByColumn, heads_that_fit
 from ppvae.latents import check_auxiliary, check_latents
-from ppvae.pairs import DATA_PLATE, Site, is_discrete, kind, unrounded, weighs_alike
+from ppvae.pairs import DATA_PLATE, Site, is_discrete, kind, law, shown, unrounded, weighs_alike
 from ppvae.weights import LogWeights
 
 
@@ -170,7 +168,7 @@ CIRCLE = constraints.interval(-math.pi, math.pi)
 
 def is_angle(fn: Any) -> bool:
     """Whether a distribution is of angles: its density is periodic, its draws lie in one turn."""
-    inside = innermost(fn)
+    inside = law(fn)
     if isinstance(inside, torch.distributions.MixtureSameFamily):
         return is_angle(inside.component_distribution)
     return isinstance(inside, ANGLES)
@@ -241,19 +239,8 @@ def _left(values: Tensor, bad: Tensor, support: Any, where: str = "") -> str:
 
 def hidden_values(site: Site) -> Tensor | None:
     """Which values of an observed site its masks hide, of the value's shape; None: it has none."""
-    fn, value = site["fn"], site["value"]
-    masks = [(site["mask"], fn.event_dim)]
-    while isinstance(fn, (Independent, MaskedDistribution)):
-        if isinstance(fn, MaskedDistribution):
-            masks.append((fn._mask, fn.event_dim))
-        fn = fn.base_dist
-    found = None
-    for mask, event_dim in masks:
-        if mask is False or isinstance(mask, Tensor):
-            shown = torch.as_tensor(mask, device=value.device)
-            hides = ~shown.reshape(shown.shape + (1,) * event_dim).expand(value.shape)
-            found = hides if found is None else found | hides
-    return found
+    visible = shown(site, site["value"])
+    return None if visible is None else ~visible.expand(site["value"].shape)
 
 
 def describe(support: Any) -> str:
@@ -272,13 +259,6 @@ def describe(support: Any) -> str:
     )
 
 
-def innermost(fn: Any) -> Any:
-    """A distribution without what only declares or masks its dimensions."""
-    while isinstance(fn, (Independent, MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
-
-
 def is_point(fn: Any) -> bool:
     """Whether it is a ``Delta``: a point, or a value with a density that it is given."""
-    return isinstance(innermost(fn), dist.Delta)
+    return isinstance(law(fn), dist.Delta)

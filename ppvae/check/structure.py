@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import track_provenance
 from torch import Tensor
-from torch.distributions import Independent
 
 from ppvae.check.pair import FAILURES, check_programs, failed
-from ppvae.pairs import own_path, provenance_of, sample_sites, trace, unnoticed
+from ppvae.pairs import kind, own_path, provenance_of, sample_sites, trace, unnoticed
 from ppvae.wrapped import argument_labels, title
 
 __all__ = ["Structure", "structure"]
@@ -108,12 +106,5 @@ def structure(program: Callable[..., Any], *args: Any, **kwargs: Any) -> Structu
         inputs,
         tuple(name for name, site in sites.items() if site["is_observed"]),
         {plate: tuple(members) for plate, members in plates.items()},
-        {name: _family(site["fn"]) for name, site in sites.items()},
+        {name: kind(site["fn"]) for name, site in sites.items()},
     )
-
-
-def _family(fn: Any) -> str:
-    """The name of a distribution, without what only changes its shape or hides some of it."""
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return type(fn).__name__

@@ -12,7 +12,7 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Categorical, Independent
+from torch.distributions import Categorical
 
 from ppvae.arguments import takes_numbers
 from ppvae.containers import Container
@@ -26,7 +26,16 @@ from ppvae.diagnostics.rows import (
     take,
 )
 from ppvae.distributions import Columns
-from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site, sample_sites, shown, trace, unconditioned
+from ppvae.pairs import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Site,
+    law,
+    sample_sites,
+    shown,
+    trace,
+    unconditioned,
+)
 from ppvae.terms import unmasked
 from ppvae.weights import LogWeights
 
@@ -218,9 +227,9 @@ class _Gathered:
         if variance is not None:
             second = second + _rows(site, variance).double()
         found: dict[Any, Tensor] = {"first": mean, "second": second}
-        for i, (law, columns) in enumerate(self.parts):
-            if isinstance(law, Categorical):
-                probabilities = law.probs
+        for i, (one, columns) in enumerate(self.parts):
+            if isinstance(one, Categorical):
+                probabilities = one.probs
                 if drawn is not None:
                     codes = drawn["value"][..., columns].long()
                     probabilities = torch.nn.functional.one_hot(codes, probabilities.shape[-1])
@@ -252,11 +261,11 @@ class _Gathered:
         """What :class:`Imputation` has beside its evidence."""
         visible, data = self.sums["visible"].bool(), self.sums["data"]
         mean, filled = self.sums["first"].clone(), self.sums["first"].clone()
-        for i, (law, columns) in enumerate(self.parts):
-            if isinstance(law, Categorical):
+        for i, (one, columns) in enumerate(self.parts):
+            if isinstance(one, Categorical):
                 mean[..., columns] = math.nan
                 filled[..., columns] = self.sums[i].argmax(-1).double()
-            elif law.support.is_discrete:
+            elif one.support.is_discrete:
                 filled[..., columns] = filled[..., columns].round()
         if absent := int((filled.isnan() & ~visible).sum()):
             warnings.warn(
@@ -322,12 +331,10 @@ def hidden_site(drawn: Any, name: str | None = None) -> tuple[str, Site, Tensor]
 
 def _parts(fn: Any) -> list[tuple[Any, Any]]:
     """The laws of single values, and the columns that each is of."""
-    law = unmasked(fn)
-    while isinstance(law, Independent):
-        law = law.base_dist
-    if isinstance(law, Columns):
-        return [(part, list(at)) for part, at in zip(law.parts, law.places, strict=True)]
-    return [(law, slice(None))]
+    inside = law(fn)
+    if isinstance(inside, Columns):
+        return [(part, list(at)) for part, at in zip(inside.parts, inside.places, strict=True)]
+    return [(inside, slice(None))]
 
 
 def _rows(site: Site, values: Tensor, own: int = 0, columns: Any = None) -> Tensor:

@@ -73,14 +73,12 @@ class Plus(Estimator):
                 "weight must be a number, a 0-d tensor or a callable of the step such as "
                 f"elbo.LinearWarmup, got {weight!r}"
             )
-        if isinstance(weight, Real) and not math.isfinite(weight):
-            raise ValueError(f"weight must be a finite number, got {weight}")
         if isinstance(weight, Tensor) and weight.dim() != 0:
             raise ValueError(f"weight must be one number, got a tensor {tuple(weight.shape)}")
         if not callable(weight) and not math.isfinite(weight):
-            raise ValueError(f"weight must be finite, got {weight!r}")
+            raise ValueError(f"weight must be a finite number, got {weight!r}")
         values = {"estimator": estimator, "term": term, "weight": weight}
-        same = ("num_particles", "gradient", "sign", "linear", "gradients", "beta")
+        same = ("num_particles", "gradient", "sign", "gradients", "beta")
         values |= {name: getattr(estimator, name) for name in same if hasattr(estimator, name)}
         for name, value in values.items():
             object.__setattr__(self, name, value)
