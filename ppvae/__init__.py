@@ -19,12 +19,12 @@ from ppvae import (
 )
 from ppvae.auxiliary import Auxiliary, Ratio
 from ppvae.check.nonfinite import NonFiniteError
-from ppvae.check.pair import PairError, check_pair
+from ppvae.check.pair import check_pair
+from ppvae.check.programs import PairError
 from ppvae.diagnostics import diagnose, impute
 from ppvae.diagnostics.compare_estimators import compare
 from ppvae.pairs import NotCompiled
 from ppvae.program import Program
-from ppvae.saved import load, save
 from ppvae.train.alternate import alternate
 from ppvae.train.beside import Beside
 from ppvae.train.callbacks import Callback
@@ -33,7 +33,7 @@ from ppvae.train.ex_post import fit_prior
 from ppvae.train.fit import fit
 from ppvae.train.history import History
 from ppvae.train.svi import SVI
-from ppvae.verbs import encode, generate, log_prob, reconstruct
+from ppvae.verbs import encode, generate, load, log_prob, reconstruct, save
 from ppvae.weights import LogWeights, log_weights
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Data as people have them -> the tensors that a program is called with.
+"""Data as people have them -> the tensors that a program is called with, and back.
 
 The one place that knows the containers: everything that takes data asks :func:`tensors`, or
 :func:`for_training` where a batch may be made later. What a container is, is told by what it can
@@ -15,12 +15,19 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    TensorDataset,
+    default_collate,
+)
 
 from ppvae.data.arrays import numbers
-from ppvae.data.frames import is_frame, numeric
+from ppvae.data.frames import backend_of, frame_of_numbers, is_frame, numeric
 from ppvae.data.precision import lossy_columns, warn_of_lost_digits
 from ppvae.data.sparse import SparseArguments, SparseRows
+from ppvae.data.table import Table
 from ppvae.program import module_of
 from ppvae.wrapped import Last, argument_labels, argument_names
 
@@ -180,7 +187,7 @@ def _is_split(data: Any) -> bool:
 
 def _is_dataset(data: Any) -> bool:
     """A data set of torch or Hugging Face, whose rows are asked for one by one."""
-    torch_own = isinstance(data, torch.utils.data.Dataset) and not isinstance(data, TensorDataset)
+    torch_own = isinstance(data, Dataset) and not isinstance(data, TensorDataset)
     return torch_own or _is_hugging_face(data)
 
 
@@ -236,3 +243,61 @@ def _rows(value: Any, name: str, is_first: bool, dtype: torch.dtype) -> Any:
 
 def _dense(value: Any) -> Any:
     return value[torch.arange(len(value))] if isinstance(value, SparseRows) else value
+
+
+# -- and back -----------------------------------------------------------------------------------
+
+
+class Container:
+    """What rows came in, and so what goes out.
+
+    Args:
+        args: what a verb was given.
+        table: a ``data.Table``, or None.
+    """
+
+    def __init__(self, args: Sequence[Any], table: Any) -> None:
+        if not isinstance(table, Table | None):
+            raise TypeError(f"table must be a data.Table, got {type(table).__name__}")
+        self.args, self.table = tuple(args), table
+        self.first: Any = self.args[0] if self.args else None
+
+    def coded(self, value: Any) -> Any:
+        """A frame with words as its table's numbers."""
+        coded = self.table is not None and is_frame(value)
+        return self.table.to_tensor(value) if coded else value
+
+    def tensors(self, *programs: Any) -> tuple[Any, ...]:
+        """What the programs are called with; of several frames the first is the rows."""
+        args, names = self.args, argument_names(programs[0])
+        if len(args) == 1 and isinstance(self.first, Mapping):
+            rows = names[0] if names and names[0] in self.first else next(iter(self.first), None)
+            by_name, self.first = self.first, self.first.get(rows)
+            args = ({**by_name, rows: self.coded(self.first)},)
+        else:
+            args = (*map(self.coded, args[:1]), *args[1:])
+        return tensors(args, *programs)
+
+    def each(self, values: Mapping[str, Tensor], like_data: bool = False) -> Any:
+        """One container, or of several sites a dictionary."""
+        if not values:
+            raise ValueError("there is nothing to give back: no such site in the plate 'data'")
+        boxed = {name: self.one(value, name, like_data) for name, value in values.items()}
+        return boxed if len(boxed) > 1 else next(iter(boxed.values()))
+
+    def one(self, value: Tensor, name: str = "z", like_data: bool = False) -> Any:
+        """A tensor in the container of the rows; ``like_data``: it has their columns."""
+        value, framed = value.detach(), is_frame(self.first)
+        index = getattr(self.first, "index", None) if framed else None  # polars has none
+        index = index if index is not None and len(index) == len(value) else None
+        if like_data and self.table is not None:
+            return self.table.to_frame(self.table.nearest(value), index)
+        if self.first is None or isinstance(self.first, (Tensor, Dataset)):
+            return value
+        array = value.cpu().numpy()
+        if not framed or array.ndim > 2:
+            return array
+        names = [name] if array.ndim == 1 else [f"{name}{i}" for i in range(array.shape[1])]
+        if like_data and len(names) == len(self.first.columns):
+            names = list(self.first.columns)
+        return frame_of_numbers(backend_of(self.first), array, names, index)

@@ -19,7 +19,7 @@ from oracles import BeliefGuide, BeliefNet, LinearGuide, LinearModel, assert_mea
 from ppvae import elbo
 from ppvae.elbo.gradients import coefficient
 from ppvae.elbo.importance import log_mean_exp
-from ppvae.elbo.standard import closed_form_kl
+from ppvae.elbo.kl import closed_form_kl
 from ppvae.program import data_plate
 from registry import ALL_ESTIMATORS, DIMENSIONS
 

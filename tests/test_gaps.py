@@ -14,7 +14,7 @@ from torch import nn
 
 from oracles import LinearGuide, LinearModel, linear_elbo
 from ppvae import conditionals, diagnostics, guides, models, nets, plots, posteriors
-from ppvae.check.pair import PairError
+from ppvae.check.programs import PairError
 from ppvae.diagnostics.compare_posteriors import _sliced
 from ppvae.diagnostics.gaps import _elbo
 from ppvae.local import Indexed, fit_local

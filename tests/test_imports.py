@@ -39,7 +39,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": {"arguments", "pairs", "latents", "terms", "enumeration"},
     "local": PAIR,
     "intake": {"data", "program", "wrapped"},
-    "containers": {"data", "intake", "wrapped"},
     "chain": {"pairs"},
     # what programs are made of
     "nets": {"arguments", "auxiliary"},
@@ -53,11 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "check": PAIR | {"distributions", "intake"},
     "compile": PAIR,
     "train": PAIR | {"elbo", "check", "compile", "data", "intake", "plots"},
-    "diagnostics": PAIR
-    | {"containers", "distributions", "local", "elbo", "check", "compile", "intake", "plots"},
-    "verbs": PAIR | {"containers", "diagnostics", "distributions", "intake"},
-    "described": set(),
-    "saved": {"data", "described", "program", "train", "wrapped"},
+    "diagnostics": PAIR | {"distributions", "local", "elbo", "check", "compile", "intake", "plots"},
+    "verbs": PAIR | {"data", "diagnostics", "distributions", "intake", "train"},
     "sklearn": {"conditionals", "data", "guides", "models", "nets", "train", "verbs"},
     # what knows no pair
     "data": set(),

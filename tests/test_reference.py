@@ -19,7 +19,7 @@ from torch import nn
 import ppvae
 from oracles import LinearGuide, LinearModel, MixtureModel, TwoLevelGuide, TwoLevelModel
 from ppvae import conditionals, diagnostics, guides, models, nets
-from ppvae.check.pair import PairError
+from ppvae.check.programs import PairError
 from ppvae.diagnostics import chains as chains_of
 from ppvae.diagnostics.annealing import Path as AnnealedPath
 from ppvae.diagnostics.chains import ESS_PER_CHAIN, RHAT, Point, convergence

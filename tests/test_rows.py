@@ -11,7 +11,7 @@ import torch
 import ppvae
 from oracles import LinearGuide, LinearModel
 from ppvae import conditionals, diagnostics, elbo, guides, models, nets
-from ppvae.check.pair import PairError
+from ppvae.check.programs import PairError
 from ppvae.diagnostics.rows import check_data
 
 MODEL = LinearModel(2, 3)

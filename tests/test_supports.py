@@ -11,7 +11,7 @@ from torch.distributions import biject_to
 import ppvae
 from ppvae import diagnostics, elbo
 from ppvae.check.behaviour import Turn
-from ppvae.check.pair import PairError
+from ppvae.check.programs import PairError
 from ppvae.program import data_plate
 
 X = torch.tensor([0.2, 1.5])

@@ -1,6 +1,7 @@
 """encode, reconstruct, generate, log_prob: containers, pieces, what they leave as it was; save."""
 
 import json
+import math
 import os
 import pkgutil
 import subprocess
@@ -19,7 +20,7 @@ import oracles
 import ppvae
 from ppvae import conditionals, data, diagnostics, guides, models, nets
 from ppvae.train.checkpoint import CheckpointError
-from ppvae.verbs import _needs_draws
+from ppvae.verbs.sites import needs_draws
 from registry import ALL_PAIRS, TutorialVAE, build, owners
 from test_table import people
 
@@ -185,7 +186,7 @@ def test_pieces_equal_the_whole_and_nothing_moves(name):
         pieces = ppvae.reconstruct(model, guide, *args, max_rows=2)
         torch.testing.assert_close(pieces, found, rtol=1e-5, atol=1e-5)
     parts = ppvae.encode(guide, *args, num_draws=3, max_rows=2)
-    if not _needs_draws(guide, args):
+    if not needs_draws(guide, args):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
 
 
@@ -373,7 +374,7 @@ assert "pickle" not in str(table)
 
 def test_every_module_of_a_described_room_is_imported_with_ppvae():
     """Else a class of it would be known here, and not in a new process."""
-    from ppvae.described import _ROOMS
+    from ppvae.verbs.described import _ROOMS
 
     for room in _ROOMS:
         package = sys.modules[f"ppvae.{room}"]
@@ -426,8 +427,8 @@ def test_a_saved_pair_is_replaced_at_once(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         real(target, content)
 
-    real = ppvae.saved.replace_file
-    monkeypatch.setattr(ppvae.saved, "replace_file", dies)
+    real = ppvae.verbs.saved.replace_file
+    monkeypatch.setattr(ppvae.verbs.saved, "replace_file", dies)
     with pytest.raises(KeyboardInterrupt):
         ppvae.save(tmp_path, *pair(1))
     monkeypatch.undo()
@@ -489,7 +490,7 @@ def test_make_is_asked_for_and_checked(tmp_path, monkeypatch):
         ppvae.load(tmp_path, make=lambda: model)
     again = ppvae.load(tmp_path, make=make)
     assert torch.equal(weights(*again[:2], (rows(),)), weights(model, guide, (rows(),)))
-    monkeypatch.setattr("ppvae.saved.inspect.getsource", lambda kind: "other")
+    monkeypatch.setattr("ppvae.verbs.saved.inspect.getsource", lambda kind: "other")
     with pytest.warns(UserWarning, match="the source of test_verbs.Own is not what it was"):
         ppvae.load(tmp_path, make=make)
 
@@ -515,3 +516,37 @@ def test_rows_of_a_program_that_takes_size_by_keyword_alone(masked):
     assert torch.equal(of_y, ppvae.generate(model, None, y, seed=0))
     with pytest.raises(TypeError, match="Masked takes no size"):
         ppvae.generate(models.Masked(TutorialVAE().model), 5)
+
+
+def test_a_pair_with_a_recurrent_prior_is_described(tmp_path):
+    """A GRU holds weak references to its weights, which its class makes anew."""
+    book = nets.Codebook(8, dim=2)
+    encoder = nn.Sequential(nn.Linear(16, 18), nn.Unflatten(-1, (2, 3, 3)))
+    prior = conditionals.CodePrior(book, (3, 3), nets.CausalGRU(8, (3, 3), hidden=8))
+    decoder = nn.Sequential(nn.Flatten(-3), nn.Linear(18, 16))
+    model, guide = (
+        models.VAE(conditionals.Bernoulli(decoder), prior=prior),
+        guides.Quantized(encoder, book),
+    )
+    x = torch.ones(4, 16)
+    ppvae.save(tmp_path, model, guide)
+    again = ppvae.load(tmp_path)
+    found, expected = (ppvae.log_weights(*p[:2], x).log_w for p in (again, (model, guide)))
+    assert torch.equal(found, expected)
+    assert math.isfinite(ppvae.SVI(again.model, again.guide).step(x))
+
+
+def test_odd_arguments_of_the_verbs_are_named(tmp_path):
+    model, guide, (x, *_) = build("vae_bernoulli")
+    for call, name in (
+        (lambda: ppvae.encode(3, x), "guide"),
+        (lambda: ppvae.encode(guide, x, statistic=np.array(["mean"])), "statistic"),
+        (lambda: ppvae.reconstruct(model, guide, x, table=3), "table"),
+        (lambda: ppvae.generate(model, 3, like=math.inf), "like"),
+        (lambda: ppvae.log_prob(model, guide, x, with_se=np.ones(2)), "with_se"),
+        (lambda: ppvae.load(tmp_path, make=nn.Linear(1, 1)), "make"),
+        (lambda: ppvae.save(3, model, guide), "folder"),
+        (lambda: ppvae.save(tmp_path, model, 3), "guide"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{name} "):
+            call()

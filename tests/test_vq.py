@@ -26,7 +26,7 @@ from ppvae import (
     nets,
     posteriors,
 )
-from ppvae.check.pair import PairError
+from ppvae.check.programs import PairError
 from ppvae.conditionals.codes import CausalCodes, CodeMap
 from ppvae.guides.quantized import PointCodes
 from ppvae.train.processes import Processes

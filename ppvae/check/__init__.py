@@ -8,7 +8,8 @@ changes nothing: it imports neither estimators nor training.
 """
 
 from ppvae.check.nonfinite import NonFiniteError, blame
-from ppvae.check.pair import PairError, PairReport, check_batch, check_pair, check_values
+from ppvae.check.pair import PairReport, check_batch, check_pair, check_values
+from ppvae.check.programs import PairError
 from ppvae.check.structure import Structure, structure
 
 __all__ = [

@@ -13,11 +13,11 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppvae.arguments import require_programs
 from ppvae.check.apart import Apart, keeps_apart
 from ppvae.check.behaviour import possible_gradients
 from ppvae.check.data import number_fault, refused_rows, rows_without_numbers, shape_fault
 from ppvae.check.nonfinite import blame
+from ppvae.check.programs import PairError, check_programs, run_alone
 from ppvae.check.report import PairReport, RowCheck, answer
 from ppvae.check.sites import (
     check_support,
@@ -28,18 +28,14 @@ from ppvae.check.sites import (
     weight_faults,
 )
 from ppvae.intake import takes_rows
-from ppvae.pairs import Site, own_path, position_fault, reason, sample_sites, unnoticed
+from ppvae.pairs import Site, own_path, position_fault, reason, unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.weights import LogWeights, log_weights, weigh, whole_weights
-from ppvae.wrapped import argument_labels, title
+from ppvae.wrapped import argument_labels
 
 __all__ = ["Checks", "PairError", "PairReport", "RowCheck", "check_batch", "check_pair"]
 
 Checks = Iterable[RowCheck]
-
-
-class PairError(ValueError):
-    """A model/guide pair, or the data it is given, cannot work; the message lists every fault."""
 
 
 @takes_rows
@@ -88,7 +84,7 @@ def check_pair(
         >>> ppvae.check_pair(model, guide, torch.full((5, 4), 0.5))
         Traceback (most recent call last):
         ...
-        ppvae.check.pair.PairError: site 'x': argument 'x': 20 of 20 values lie outside the ...
+        ppvae.check.programs.PairError: site 'x': argument 'x': 20 of 20 values lie outside the ...
     """
     with local_parameters():  # what is trained here would not be in Pyro's store
         seen = _examine(model, guide, args, kwargs, joint, num_particles=3, keywords=True)
@@ -174,7 +170,7 @@ def check_values(
         try:
             check(values)
         except ValueError as error:
-            fault = f"argument {names(model, args)[position]!r}{where}: {error}"
+            fault = f"argument {argument_labels(model, len(args))[position]!r}{where}: {error}"
             if getattr(check, "func", None) is not check_support:
                 raise PairError(fault) from error
             doubtful |= {row: fault for row in refused_rows(check, values) if row not in doubtful}
@@ -196,29 +192,6 @@ def check_values(
 _MOST_ROWS = 100
 
 
-def check_programs(**programs: Any) -> None:
-    """Raise ``TypeError`` unless each, passed by its name, can be run as a program.
-
-    Its parameters must have values, so none may be on the device "meta".
-    """
-    require_programs(**programs)
-    for name, program in programs.items():
-        owner = module_of(program)
-        if owner is not None and any(parameter.is_meta for parameter in owner.parameters()):
-            raise TypeError(
-                f"{name} has parameters on the device 'meta', which keeps no values: build it on "
-                f"another, or load a state after {name}.to_empty(device=...)"
-            )
-
-
-def require_runs(args: Sequence[Any], **programs: Any) -> None:
-    """Raise :class:`PairError` unless each program, passed by its name, runs on its own."""
-    first, *_, last = [*programs.values()] * 2
-    with own_path(), unnoticed(first, last), pyro.validation_enabled(False):
-        for role, program in programs.items():
-            _run(role, program, args, {})
-
-
 def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
     """Raise :class:`PairError` unless the tensors are finite, not empty and of equal length."""
     if fault := number_fault(check_shapes(program, args)):
@@ -227,7 +200,7 @@ def check_tensors(program: Callable[..., Any], args: Sequence[Any]) -> None:
 
 def check_shapes(program: Callable[..., Any], args: Sequence[Any]) -> dict[str, Tensor]:
     """The tensors by name; :class:`PairError` unless they are dense, not empty, of equal length."""
-    labels = zip(names(program, args), args, strict=True)
+    labels = zip(argument_labels(program, len(args)), args, strict=True)
     tensors = {label: arg for label, arg in labels if isinstance(arg, Tensor)}
     if fault := shape_fault(tensors):
         raise PairError(fault)
@@ -294,13 +267,13 @@ def _weigh(
     faults: list[str] = []
     checks: list[RowCheck] = []
     try:
-        guide_sites = _run("guide", guide, args, kwargs)
+        guide_sites = run_alone("guide", guide, args, kwargs)
     except PairError as error:  # the model may name the cause in the data
         with suppress(Exception):  # what the guide lacks is to be said
-            model_sites = _run("model", model, args, kwargs)
+            model_sites = run_alone("model", model, args, kwargs)
             faults += _data_faults(model, args, model_sites, checks)
         raise PairError("\n".join([*faults, str(error)])) from error
-    model_sites = _run("model", model, args, kwargs)  # from its own prior
+    model_sites = run_alone("model", model, args, kwargs)  # from its own prior
     faults += latent_faults(_at_draws(model, args, kwargs, guide_sites) or model_sites, guide_sites)
     if not joint:
         faults += plate_faults("model", model_sites) + plate_faults("guide", guide_sites)
@@ -317,54 +290,6 @@ def _weigh(
     return weights, checks
 
 
-def names(program: Callable[..., Any], args: Sequence[Any]) -> list[str]:
-    """What a program calls its positional arguments."""
-    return argument_labels(program, len(args))
-
-
-FAILURES = (
-    RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError
-)  # fmt: skip
-
-
-def failed(
-    role: str,
-    program: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    error: Exception,
-) -> PairError:
-    """What to raise where a program fails on its arguments."""
-    if isinstance(error, PairError):
-        return PairError(reason(error))
-    seen = ", ".join(
-        f"{name}: {arg.dtype} {tuple(arg.shape)}"
-        if isinstance(arg, Tensor)
-        else f"{name}: {type(arg).__name__}"
-        for name, arg in [*zip(names(program, args), args, strict=True), *kwargs.items()]
-    )
-    return PairError(
-        f"the {role} ({title(program)}) fails when called with ({seen}): {reason(error)}"
-    )
-
-
-def _run(
-    role: str, program: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> dict[str, Site]:
-    """The sites of a program that is run on its own."""
-    try:
-        drawn = sample_sites(poutine.trace(program).get_trace(*args, **kwargs))
-    except FAILURES as error:
-        raise failed(role, program, args, kwargs, error) from error
-    for name, site in drawn.items():
-        if not hasattr(site["fn"], "log_prob"):
-            raise PairError(
-                f"site {name!r} of the {role} has a {type(site['fn']).__name__} in the place of a "
-                "distribution; put a network into a conditional, as conditionals.Normal(net)"
-            )
-    return drawn
-
-
 def _at_draws(
     model: Callable[..., Any],
     args: Sequence[Any],
@@ -378,7 +303,7 @@ def _at_draws(
     drawn = Trace()
     drawn.nodes.update(guide_sites)
     try:
-        return _run("model", poutine.replay(model, trace=drawn), args, kwargs)
+        return run_alone("model", poutine.replay(model, trace=drawn), args, kwargs)
     except PairError:
         return None
 
@@ -395,7 +320,7 @@ def _module_checks(model: Any, guide: Any, args: Sequence[Any]) -> Iterator[list
                 try:
                     module.check(arg)
                 except ValueError as error:
-                    label = names(model, args)[position]
+                    label = argument_labels(model, len(args))[position]
                     raise PairError(f"argument {label!r}: {error}") from error
                 noted.append(check)
 
@@ -417,7 +342,11 @@ def _data_faults(
     for name, site in model_sites.items():
         if site["is_observed"] and isinstance(site["value"], Tensor):
             position = next((i for i, arg in enumerate(args) if arg is site["value"]), None)
-            label = "obs" if position is None else f"argument {names(model, args)[position]!r}"
+            label = (
+                "obs"
+                if position is None
+                else f"argument {argument_labels(model, len(args))[position]!r}"
+            )
             fault = observation_fault(site)
             faults += [f"site {name!r}: {label}{fault}"] if fault else []
             support = known_support(site["fn"])

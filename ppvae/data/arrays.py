@@ -296,6 +296,8 @@ def numbers(array: Any, name: str) -> np.ndarray:
 
 def _plain(values: Tensor, name: str) -> Tensor:
     """A tensor that numpy takes; raises ``TypeError`` for one without a dense block of numbers."""
+    if values.is_nested:
+        raise TypeError(f"{name} is a nested tensor, of rows of different lengths: pad them")
     if values.layout != torch.strided or values.is_quantized or values.is_meta:
         raise TypeError(
             f"{name} is a tensor without a dense block of numbers ({values.layout}, "

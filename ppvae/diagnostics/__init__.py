@@ -6,6 +6,7 @@ from ppvae.diagnostics.arviz_bridge import to_arviz
 from ppvae.diagnostics.calibration import Calibration, sbc
 from ppvae.diagnostics.chains import PosteriorDraws, chains_to_arviz
 from ppvae.diagnostics.compare_posteriors import PosteriorComparison, compare_posteriors
+from ppvae.diagnostics.diagnose import diagnose
 from ppvae.diagnostics.evidence import Evidence, log_evidence
 from ppvae.diagnostics.gaps import Gaps, gaps
 from ppvae.diagnostics.hmc import hmc
@@ -15,7 +16,7 @@ from ppvae.diagnostics.nuts import nuts
 from ppvae.diagnostics.predictive import PredictiveCheck, predictive_check
 from ppvae.diagnostics.psis import khat
 from ppvae.diagnostics.quadrature import Quadrature, quadrature
-from ppvae.diagnostics.report import Report, diagnose
+from ppvae.diagnostics.report import Report
 from ppvae.diagnostics.simulated import Divergence, simulated_divergence
 from ppvae.diagnostics.summaries import Aggregate
 from ppvae.diagnostics.total_correlation import TotalCorrelation, total_correlation

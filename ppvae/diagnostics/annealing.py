@@ -94,6 +94,7 @@ class Annealing:
         check_start(start)
         self.betas = _schedule(temperatures, num_temperatures)
         self.start, self.num_chains, self.num_leapfrog = start, num_chains, num_leapfrog
+        check_at_least(1, max_rows=max_rows)
         self.max_rows = max_rows
 
     def paths(self, joint: Joint) -> Iterator[tuple[slice, Path]]:

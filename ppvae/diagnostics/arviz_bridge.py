@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from ppvae.arguments import takes_numbers
-from ppvae.check.pair import names
+from ppvae.diagnostics.arviz_versions import Variables, bundle, require_arviz
 from ppvae.diagnostics.evidence import Evidence, summarise
 from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data, take
 from ppvae.enumeration import draw
@@ -36,19 +35,10 @@ from ppvae.pairs import (
 )
 from ppvae.terms import laid_out, unmasked
 from ppvae.weights import LogWeights, drawn_log_q, whole_weights
+from ppvae.wrapped import argument_labels
 
 _LARGEST = 125_000_000  # values in one export of a report: half a gigabyte in float32
 _LABELS = {DATA_PLATE: "datapoint", PARTICLE_PLATE: "draw"}  # of plates; others keep their name
-Variables = dict[str, tuple[list[str], Any]]  # by name: dimensions, and an array
-
-
-def require_arviz() -> None:
-    """Raise ``ImportError`` with the cure if ArviZ is missing: before any work."""
-    try:
-        with warnings.catch_warnings():  # what it imports adds filters for the whole process
-            import arviz  # noqa: F401
-    except ImportError as error:
-        raise ImportError("this needs ArviZ: pip install arviz") from error
 
 
 @takes_numbers
@@ -283,7 +273,7 @@ def _constants(model: Program, args: Args, weights: LogWeights) -> Variables:
     seen = [weights.model_trace.nodes[name]["value"] for name in weights.observed]
     return {
         name: (["datapoint", *(f"{name}_dim_{d}" for d in range(a.dim() - 1))], a.cpu().numpy())
-        for name, a in zip(names(model, args), args, strict=True)
+        for name, a in zip(argument_labels(model, len(args)), args, strict=True)
         if isinstance(a, Tensor) and not any(a is value for value in seen)
     }
 
@@ -362,50 +352,3 @@ def event_names(
         for name, count in event_dims.items()
     }
     return default | {name: asked for name, asked in (dims or {}).items() if name in default}
-
-
-def bundle(groups: Mapping[str, Variables], coords: dict[str, Any] | None = None) -> Any:
-    """``InferenceData`` on ArviZ 0.x, ``DataTree`` on 1.x, of the groups that are not empty."""
-    import arviz
-    import xarray
-
-    datasets: dict[str, Any] = {}
-    for name, variables in groups.items():
-        sizes = {d: n for ds, a in variables.values() for d, n in zip(ds, a.shape, strict=True)}
-        index = {d: (coords or {}).get(d, np.arange(n)) for d, n in sizes.items()}
-        if variables:
-            datasets[name] = xarray.Dataset(variables, coords=index)
-    if arviz.__version__.startswith("0."):
-        return arviz.InferenceData(**datasets)
-    return xarray.DataTree.from_dict(datasets)
-
-
-def elpd(evidence: Evidence) -> Any:
-    """Log p(x) as ArviZ's ``ELPDData``, see :meth:`ppvae.diagnostics.Report.to_elpd`."""
-    require_arviz()
-    import arviz
-    import xarray
-
-    count = len(evidence.khat)
-    points, k = (
-        xarray.DataArray(v.numpy(), dims=["datapoint"], coords={"datapoint": np.arange(count)})
-        for v in (evidence.log_evidence, evidence.khat)
-    )
-    common = {
-        "se": evidence.mean_se * count,
-        "n_samples": evidence.num_particles,
-        "n_data_points": count,
-        "warning": bool(evidence.unreliable > 0),
-        "pareto_k": k,
-        "scale": "log",
-        "good_k": 0.7,
-    }
-    total = float(points.sum())
-    if arviz.__version__.startswith("0."):
-        from arviz.stats.stats_utils import ELPDData
-
-        values = {"elpd_loo": total, "se": 0.0, "p_loo": np.nan, "loo_i": points, **common}
-        return ELPDData(data=list(values.values()), index=list(values))
-    from arviz_stats.utils import ELPDDataLOO  # type: ignore[import-not-found, unused-ignore]
-
-    return ELPDDataLOO(elpd=total, p=np.nan, elpd_i=points, **common)

@@ -13,7 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from ppvae.arguments import require_functions, takes_numbers
-from ppvae.diagnostics.arviz_bridge import bundle, require_arviz
+from ppvae.diagnostics.arviz_versions import bundle, require_arviz
 from ppvae.diagnostics.rows import (
     bound,
     check_at_least,

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae.diagnostics.arviz_bridge import bundle, event_names, require_arviz
+from ppvae.diagnostics.arviz_bridge import event_names
+from ppvae.diagnostics.arviz_versions import bundle, require_arviz
 from ppvae.diagnostics.joint import Joint
 from ppvae.diagnostics.rows import check_at_least, check_start
 from ppvae.pairs import seeded

@@ -23,7 +23,7 @@ from torch.distributions import Transform
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.check.behaviour import coordinates, is_real, same_support
-from ppvae.check.pair import require_runs
+from ppvae.check.programs import require_runs
 from ppvae.check.sites import describe, latent_support
 from ppvae.diagnostics.rows import (
     check_data,

@@ -1,12 +1,12 @@
-"""Values that a mask hides: imputed from the posterior, and reports by how many there are."""
+"""Values that a mask hides, imputed from the posterior."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
@@ -15,17 +15,15 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ppvae.arguments import takes_numbers
-from ppvae.containers import Container
 from ppvae.diagnostics.evidence import Evidence, weigh
 from ppvae.diagnostics.rows import (
     bound,
     check_at_least,
     check_pair_and_data,
-    evaluating,
-    pieces,
-    take,
+    rows_first,
 )
 from ppvae.distributions import Columns
+from ppvae.intake import Container
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
@@ -40,9 +38,6 @@ from ppvae.terms import unmasked
 from ppvae.weights import LogWeights
 
 SUFFIX = "_missing"  # of the latent that holds a site's hidden values, where the model draws them
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -338,20 +333,10 @@ def _parts(fn: Any) -> list[tuple[Any, Any]]:
 
 
 def _rows(site: Site, values: Tensor, own: int = 0, columns: Any = None) -> Tensor:
-    """Values of a site, as ``(particles, datapoints, rest)``; ``own``: of dims beyond its events.
-
-    ``columns``: which of the last event dimension they are of.
-    """
-    fn = site["fn"]
-    shape = list(fn.batch_shape + fn.event_shape)
-    if isinstance(columns, list):
-        shape[-1] = len(columns)
-    values = values.expand(*shape, *values.shape[values.dim() - own :] if own else ())
-    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    if PARTICLE_PLATE not in dims:
-        values, dims = values[None], {**dims, PARTICLE_PLATE: -1 - len(fn.batch_shape)}
-    moved = [dims[name] - fn.event_dim - own for name in (PARTICLE_PLATE, DATA_PLATE)]
-    return values.movedim(moved, [0, 1])
+    """:func:`rows_first`, with a dim of particles also where there is one only."""
+    found = rows_first(site, values, own, columns if isinstance(columns, list) else None)
+    plates = [frame.name for frame in site["cond_indep_stack"]]
+    return found if PARTICLE_PLATE in plates else found[None]
 
 
 def _chosen(values: Tensor, index: Tensor) -> Tensor:
@@ -362,58 +347,3 @@ def _chosen(values: Tensor, index: Tensor) -> Tensor:
 def _alongside(weights: Tensor, values: Tensor) -> Tensor:
     """Weights with as many dims as values, theirs being the first."""
     return weights.reshape(weights.shape + (1,) * (values.dim() - weights.dim()))
-
-
-# ------------------------------------------------------------------------------ reports
-
-
-def by_missingness(
-    report: Evidence, pair: Sequence[Any], kl: Tensor | None, bins: int | Sequence[float]
-) -> pandas.DataFrame:
-    """What ``Report.by_missingness`` says."""
-    import pandas
-
-    model, guide, args = pair
-    shares, counts = [], []
-    with evaluating(model, guide, args, 0):
-        for part, _ in pieces(len(report.khat), 1, 2_500):
-            _, site, mask = hidden_site(trace(model, take(args, part), {}))
-            visible = _rows(site, mask)[0].flatten(1).cpu()
-            shares.append(1 - visible.double().mean(1))
-            counts.append(visible.sum(1))
-    share, count = torch.cat(shares), torch.cat(counts).double()
-    edges = _edges(bins, share)
-    which = torch.bucketize(share, edges[1:-1].contiguous())  # a share at an edge is below it
-    lines = []
-    for i in which.unique().tolist():
-        rows = which == i
-        line = {
-            "share missing": f"{share[rows].min():.0%} to {share[rows].max():.0%}",
-            "rows": int(rows.sum()),
-            "nats per observed value": _ratio(report.log_evidence[rows], count[rows]),
-            "log p(x)": report.log_evidence[rows].mean().item(),
-            "gap": report.gap[rows].mean().item(),
-            "KL": math.nan if kl is None else kl[rows].mean().item(),
-            "ESS": report.ess[rows].median().item(),
-            "k-hat": report.khat[rows].median().item(),
-            "k-hat > 0.7": (report.khat[rows] > 0.7).double().mean().item(),
-        }
-        lines.append(line)
-    return pandas.DataFrame(lines).set_index("share missing")
-
-
-def _ratio(nats: Tensor, counts: Tensor) -> float:
-    return (nats.sum() / counts.sum()).item() if counts.sum() else math.nan
-
-
-def _edges(bins: int | Sequence[float], share: Tensor) -> Tensor:
-    """Edges of intervals: of as many rows each, or as they are given."""
-    if isinstance(bins, int) and not isinstance(bins, bool) and bins >= 1:
-        levels = torch.linspace(0, 1, bins + 1, dtype=share.dtype)
-        return share.quantile(levels, interpolation="higher")
-    edges = torch.as_tensor(bins, dtype=share.dtype)
-    if edges.dim() != 1 or len(edges) < 2 or bool((edges.diff() <= 0).any()):
-        raise ValueError(
-            f"bins={bins!r}: give how many, or the edges of shares in ascending order, (0, 0.5, 1)"
-        )
-    return edges

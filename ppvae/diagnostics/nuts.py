@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppvae.arguments import takes_numbers
 from ppvae.check.sites import is_angle
-from ppvae.diagnostics.arviz_bridge import require_arviz
+from ppvae.diagnostics.arviz_versions import require_arviz
 from ppvae.diagnostics.chains import PosteriorDraws, convergence, joined
 from ppvae.diagnostics.joint import require_coordinates
 from ppvae.diagnostics.rows import bound, check_at_least, check_data, take

@@ -13,16 +13,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.check.pair import (
-    FAILURES,
-    PairError,
-    check_batch,
-    check_programs,
-    check_shapes,
-    check_tensors,
-    check_values,
-    names,
-)
+from ppvae.check.pair import check_batch, check_shapes, check_tensors, check_values
+from ppvae.check.programs import FAILURES, PairError, check_programs
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
@@ -36,6 +28,7 @@ from ppvae.pairs import (
 )
 from ppvae.program import module_of
 from ppvae.weights import LogWeights, log_weights, require_densities
+from ppvae.wrapped import argument_labels
 
 _CHECKED_ROWS = 100  # on which the pair is tried before all of them
 
@@ -58,7 +51,7 @@ def check_data(program: Program, args: Sequence[Any]) -> int:
 
 def check_rows(program: Program, args: Sequence[Any]) -> int:
     """:func:`check_data`, but for what the tensors hold."""
-    for name, arg in zip(names(program, args), args, strict=True):
+    for name, arg in zip(argument_labels(program, len(args)), args, strict=True):
         if (
             not isinstance(arg, (Tensor, np.generic))
             and hasattr(arg, "__array__")
@@ -145,7 +138,8 @@ def check_at_least(least: int, **arguments: int) -> None:
 
 def check_log_evidence(log_evidence: Tensor, rows: int) -> None:
     """Raise ``ValueError`` unless there is one value of log p(x) per datapoint."""
-    shape = getattr(log_evidence, "shape", None)
+    nested = getattr(log_evidence, "is_nested", False)
+    shape = None if nested else getattr(log_evidence, "shape", None)
     if shape != (rows,):
         raise ValueError(
             f"log_evidence must be a tensor of one value per datapoint, ({rows},), got "
@@ -232,12 +226,29 @@ def trainable(*programs: Program) -> list[nn.Parameter]:
     return [p for p in modules_of(*programs).parameters() if p.requires_grad]
 
 
-def rows_first(site: Site) -> Tensor:
-    """A site's value as ``(particles if any, datapoints, rest)``."""
-    value, event_dim = site["value"], site["fn"].event_dim
+def rows_first(
+    site: Site, values: Tensor | None = None, own: int = 0, columns: Sequence[int] | None = None
+) -> Tensor:
+    """A site's value, or others of its shape, as ``(particles if any, datapoints, rest)``.
+
+    Args:
+        site: of a trace.
+        values: what broadcasts to the site's shape, with ``own`` dims behind; None: its value.
+        own: how many dims the values have beyond those of its event.
+        columns: which of the last event dim the values are of; None: of all.
+    """
+    fn = site["fn"]
+    if values is None:
+        values = site["value"]
+    else:
+        shape = list(fn.batch_shape + fn.event_shape)
+        if columns is not None:
+            shape[-1] = len(columns)
+        values = values.expand(*shape, *values.shape[values.dim() - own :] if own else ())
     dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    moved = [dims[name] - event_dim for name in (PARTICLE_PLATE, DATA_PLATE) if name in dims]
-    return value.movedim(moved, list(range(len(moved))))
+    behind = fn.event_dim + own
+    moved = [dims[name] - behind for name in (PARTICLE_PLATE, DATA_PLATE) if name in dims]
+    return values.movedim(moved, list(range(len(moved))))
 
 
 def require_numbers(weights: LogWeights, start: int = 0, where: str = "") -> None:

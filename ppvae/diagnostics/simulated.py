@@ -67,8 +67,8 @@ class Divergence:
             return ["No sign that the guide differs from the posterior on the model's own data."]
         said = f"On the model's data the guide is {self.mean:.2f} nats from the posterior, as a "
         said += f"normal is that is shifted by {self.shift:.1f} standard deviations."
-        if self.mean > 10:
-            said += " So much is mostly a mode that it misses; k-hat cannot see that."
+        said += " If k-hat is small all the same, the guide misses a part of the posterior, where "
+        said += "none of its draws go."
         return [said]
 
     def __repr__(self) -> str:

@@ -14,7 +14,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppvae.diagnostics.rows import count_rows, evaluating, rows_first, standard_error, take
-from ppvae.elbo.standard import ELBO, closed_form_kl, dimension_rates, independent_units
+from ppvae.elbo.kl import closed_form_kl, dimension_rates, independent_units
+from ppvae.elbo.standard import ELBO
 from ppvae.enumeration import total
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, sample_sites, structure, trace
 from ppvae.terms import distribution_mask, sum_plates, term, unmasked

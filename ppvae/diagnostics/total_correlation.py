@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ppvae.arguments import takes_numbers
-from ppvae.check.pair import check_programs, require_runs
+from ppvae.check.programs import check_programs, require_runs
 from ppvae.diagnostics.rows import check_at_least, check_data, evaluating, standard_error
 from ppvae.elbo.disentangling import code_covariance
-from ppvae.elbo.standard import independent_units
+from ppvae.elbo.kl import independent_units
 from ppvae.intake import takes_rows
 from ppvae.pairs import Program, sample_sites, trace
 

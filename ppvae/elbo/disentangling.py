@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ppvae.elbo.kl import independent_units
 from ppvae.elbo.penalties import Penalty
-from ppvae.elbo.standard import ELBO, independent_units
+from ppvae.elbo.standard import ELBO
 from ppvae.elbo.state import Schedule, State
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Site
 from ppvae.weights import LogWeights

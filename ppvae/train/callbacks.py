@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ppvae.train.history import History
@@ -75,7 +75,8 @@ def overridden(callbacks: Any, method: str) -> list[Any]:
 
 def all_callbacks(on_epoch_end: Any, callbacks: Any) -> list[Callback]:
     """What ``fit`` was given, as a list."""
-    if on_epoch_end is not None and not callable(on_epoch_end):
+    called = callable(on_epoch_end) and not isinstance(on_epoch_end, (type, nn.Module))
+    if on_epoch_end is not None and not called:
         raise TypeError(f"on_epoch_end takes a function of (svi, history), got {on_epoch_end!r}")
     callbacks = _as_list("callbacks", callbacks, isinstance(callbacks, Callback))
     for callback in callbacks:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.arguments import number
-from ppvae.check.pair import check_programs, check_shapes, require_runs
+from ppvae.check.pair import check_shapes
+from ppvae.check.programs import check_programs, require_runs
 from ppvae.intake import part_of, tensors
 from ppvae.pairs import evaluation_mode, own_path, sample_sites, seeded, trace
 from ppvae.program import Program, data_plate

@@ -9,16 +9,18 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ppvae.check.apart import position_faults
-from ppvae.check.pair import Checks, PairError, check_batch, check_shapes, names
+from ppvae.check.pair import Checks, check_batch, check_shapes
+from ppvae.check.programs import PairError
 from ppvae.pairs import own_path, unnoticed
 from ppvae.program import local_parameters, module_of
 from ppvae.train.sources import Batch, Source
 from ppvae.train.svi import SVI
 from ppvae.weights import log_weights
+from ppvae.wrapped import argument_labels
 
 
 def check_arguments(
@@ -43,12 +45,17 @@ def check_arguments(
             raise ValueError(f"{name} must be at least 1, and below 2 ** 63, got {value}")
     if patience is not None and valid is None:
         raise ValueError("patience needs a validation bound: pass valid=..., or a data.Dataset")
-    if lr_scheduler is not None and not callable(lr_scheduler):
-        kind = type(lr_scheduler).__name__
+    makes = callable(lr_scheduler) and not isinstance(lr_scheduler, nn.Module)
+    if isinstance(lr_scheduler, type):
+        makes = hasattr(lr_scheduler, "step")
+    if lr_scheduler is not None and not makes:
+        kind = getattr(lr_scheduler, "__name__", type(lr_scheduler).__name__)
         raise TypeError(
             f"lr_scheduler takes a function from the optimiser to a scheduler, got a {kind}: give "
             f"lambda optimizer: {kind}(optimizer, ...)"
         )
+    if device is not None and not isinstance(device, (str, torch.device)):
+        raise TypeError(f'device takes "cpu", "cuda:1" or "auto", got {device!r}')
     if fabric is not None and device is not None:
         raise ValueError(f"the Fabric says where to train: leave out device={str(device)!r}")
 
@@ -125,7 +132,7 @@ def prepare(svi: SVI, batch: Batch) -> Checks:
     try:
         return svi.prepare(*batch)
     except PairError as error:
-        for i, label in enumerate(names(svi.model, batch)):
+        for i, label in enumerate(argument_labels(svi.model, len(batch))):
             if batch[i].is_floating_point():
                 continue
             try:

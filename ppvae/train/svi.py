@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ppvae.arguments import require_programs, takes_numbers
 from ppvae.auxiliary import auxiliaries
 from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
-from ppvae.check.pair import Checks, PairError, check_batch, names
+from ppvae.check.pair import Checks, check_batch
+from ppvae.check.programs import PairError
 from ppvae.compile.compiled import Compiled, CompiledGradients
 from ppvae.compile.cuda_graph import CudaGraph
 from ppvae.compile.fixed import Fixed
@@ -29,7 +30,7 @@ from ppvae.program import local_parameters, method_owners, require_own_parameter
 from ppvae.train.beside import Beside, Turns
 from ppvae.train.optimizer import build_optimizer, check_optim, left_out, take_up
 from ppvae.weights import log_weights
-from ppvae.wrapped import title
+from ppvae.wrapped import argument_labels, title
 
 _CURES = "Lower the learning rate, clip (SVI(clip_norm=...)), bound the predicted scale"
 
@@ -158,7 +159,7 @@ class SVI(pyro.infer.SVI):
         Returns:
             What :func:`ppvae.check.pair.check_batch` returns.
         """
-        for name, arg in zip(names(self.model, args), args, strict=True):
+        for name, arg in zip(argument_labels(self.model, len(args)), args, strict=True):
             if isinstance(arg, Tensor) and arg.is_inference():
                 raise PairError(
                     f"argument {name!r} was made in inference mode, and a step differentiates "

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import require_programs
 from ppvae.data.table import Column, Table
-from ppvae.described import Describing, NotDescribed, Rebuilding
 from ppvae.program import module_of
 from ppvae.train.checkpoint import CheckpointError, digest, plain, read_tensors, replace_file
+from ppvae.verbs.described import Describing, NotDescribed, Rebuilding
 from ppvae.wrapped import title
 
 FORMAT = 1  # raised when an older ppvae could not read what is written
@@ -78,6 +79,9 @@ def save(
         >>> folder.cleanup()
     """
     folder = _path(folder)
+    require_programs(model=model, guide=guide)
+    if not isinstance(table, Table | None):
+        raise TypeError(f"table must be a data.Table, got {type(table).__name__}")
     found = Describing()
     state = plain(_owners(model, guide).state_dict(), "the pair")
     content: dict[str, Any] = {"format": FORMAT, "versions": _versions()}
@@ -137,6 +141,8 @@ def load(
         UserWarning: the source of one of your classes is not what it was.
     """
     folder = _path(folder)
+    if make is not None and (not callable(make) or isinstance(make, nn.Module)):
+        raise TypeError(f"make must be a function that makes (model, guide), got {make!r}")
     content, tensors = _read(folder)
     described = tensors["described"]
     try:

@@ -7,16 +7,14 @@ at once would, and leave the random stream, modes and buffers as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Categorical
 
 from ppvae.arguments import takes_numbers
-from ppvae.containers import Container
+from ppvae.check.programs import check_programs
 from ppvae.diagnostics.evidence import log_evidence
 from ppvae.diagnostics.rows import (
     bound,
@@ -27,18 +25,19 @@ from ppvae.diagnostics.rows import (
     pieces,
     take,
 )
-from ppvae.distributions import Columns
-from ppvae.intake import tensors
-from ppvae.pairs import (
-    DATA_PLATE,
-    Program,
-    Site,
-    latent_parents,
-    law,
-    replay,
-    sample_sites,
-    trace,
-    unconditioned,
+from ppvae.intake import Container, tensors
+from ppvae.pairs import replay, sample_sites, trace, unconditioned
+from ppvae.verbs.sites import (
+    AtMeans,
+    drawn_data,
+    dtype_of,
+    latents,
+    mean_of,
+    needs_draws,
+    require_choice,
+    require_numbers,
+    rows_of,
+    typical,
 )
 from ppvae.wrapped import argument_names, title
 
@@ -91,8 +90,9 @@ def encode(
         >>> type(encode(guide, frame.to_numpy())).__name__
         'ndarray'
     """
-    _require_choice("statistic", statistic, ("mean", "sample"))
+    require_choice("statistic", statistic, ("mean", "sample"))
     check_at_least(1, num_draws=num_draws, max_rows=max_rows)
+    check_programs(guide=guide)
     box = Container(args, table)
     args = box.tensors(guide)
     guide, _ = bound(guide, guide, kwargs)
@@ -100,21 +100,21 @@ def encode(
     found: dict[str, list[Tensor]] = {}
     with evaluating(guide, guide, args, seed):
         passes = 1
-        if statistic == "mean" and _needs_draws(guide, take(args, slice(2))):
+        if statistic == "mean" and needs_draws(guide, take(args, slice(2))):
             passes = num_draws
         for part, _ in pieces(rows, 1, max_rows):
             sums: dict[str, Tensor] = {}
             for _ in range(passes):
-                for name, site in _latents(guide, take(args, part)).items():
+                for name, site in latents(guide, take(args, part)).items():
                     values, extra = site["value"], 0
                     if statistic == "mean":
-                        values, extra = _mean(site)
-                    values = _rows(name, site, values, extra)
+                        values, extra = mean_of(site)
+                    values = rows_of(name, site, values, extra)
                     values = values if passes == 1 else values.double() / passes
                     sums[name] = sums[name] + values if name in sums else values
             for name, values in sums.items():
-                _require_numbers(name, values, part.start)
-                found.setdefault(name, []).append(values.to(_float(args, values)))
+                require_numbers(name, values, part.start)
+                found.setdefault(name, []).append(values.to(dtype_of(args, values)))
     return box.each({name: torch.cat(values) for name, values in found.items()})
 
 
@@ -158,7 +158,7 @@ def reconstruct(
         >>> reconstruct(model, guide, np.ones((3, 4))).shape  # probabilities
         (3, 4)
     """
-    _require_choice("statistic", statistic, ("mean", "sample"))
+    require_choice("statistic", statistic, ("mean", "sample"))
     check_at_least(1, max_rows=max_rows)
     box = Container(args, table)
     args = box.tensors(model, guide)
@@ -169,15 +169,15 @@ def reconstruct(
     with evaluating(model, guide, args, seed):
         for part, _ in pieces(rows, 1, max_rows):
             batch = take(args, part)
-            with _AtMeans(statistic == "mean"):
+            with AtMeans(statistic == "mean"):
                 drawn = trace(guide, batch, {})
                 sites = sample_sites(replay(free, drawn, batch, {}))
             for name, site in sites.items():
                 if not (site["is_observed"] or site["infer"].get("was_observed")):
                     continue
-                values = site["value"] if statistic == "sample" else _typical(site["fn"])
-                values = _rows(name, site, values)
-                _require_numbers(name, values, part.start, " has no mean: take statistic='sample'")
+                values = site["value"] if statistic == "sample" else typical(site["fn"])
+                values = rows_of(name, site, values)
+                require_numbers(name, values, part.start, " has no mean: take statistic='sample'")
                 found.setdefault(name, []).append(values)
     return box.each({name: torch.cat(values) for name, values in found.items()}, like_data=True)
 
@@ -232,6 +232,8 @@ def generate(
     check_at_least(1, size=size, max_rows=max_rows)
     model, _ = bound(model, model, kwargs)
     if like is not None:
+        if not isinstance(rows, Tensor) or not rows.dim() or not len(rows):
+            raise TypeError(f"like must be rows of data, an array or a frame, got {like!r:.60}")
         rows = rows[torch.arange(size) % len(rows)]
     elif "size" not in argument_names(model, by_keyword=True):
         raise TypeError(
@@ -244,7 +246,7 @@ def generate(
             batch = take(behind, part)  # other arguments are as they are
             if like is not None:
                 drawn = trace(unconditioned(model), (rows[part], *batch), {})
-                found.append(_drawn(drawn))
+                found.append(drawn_data(drawn))
                 continue
             count = part.stop - part.start
             # a condition says how many rows there are, and size would be that of the data set
@@ -294,6 +296,8 @@ def log_prob(
         >>> nats.shape, bool((se < 0.2).all())
         ((3,), True)
     """
+    if not isinstance(with_se, bool):
+        raise TypeError(f"with_se must be True or False, got {with_se!r}")
     box = Container(args, table)
     options: dict[str, Any] = {
         "num_particles": num_particles,
@@ -303,108 +307,3 @@ def log_prob(
     found = log_evidence(model, guide, *box.tensors(model, guide), **options, **kwargs)
     nats = box.one(found.log_evidence, name="log_prob")
     return (nats, box.one(found.log_evidence_se, name="se")) if with_se else nats
-
-
-# -- sites -------------------------------------------------------------------------------------
-
-
-class _AtMeans(Messenger):
-    """Puts a latent's mean, or its most probable class, in the place of its draw."""
-
-    def __init__(self, active: bool) -> None:
-        super().__init__()
-        self.active = active
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not self.active or msg["is_observed"] or msg["value"] is not None:
-            return
-        fn = msg["fn"]
-        try:
-            value = _typical(fn)
-        except (NotImplementedError, AttributeError):
-            return
-        if value.isfinite().all():
-            msg["value"], msg["done"] = value.expand(fn.shape()), True
-
-
-def _typical(fn: Any) -> Tensor:
-    """The mean; where values are classes the most probable."""
-    inside = law(fn)
-    if isinstance(inside, Categorical):
-        return inside.logits.argmax(-1)
-    mean: Tensor = inside.mean
-    if isinstance(inside, Columns):
-        mean = mean.clone()
-        for part, at in zip(inside.parts, inside.places, strict=True):
-            if isinstance(part, Categorical):
-                mean[..., list(at)] = part.logits.argmax(-1).to(mean)
-    return mean
-
-
-def _mean(site: Site) -> tuple[Tensor, int]:
-    """E z of a latent's law, and how many dims it has beyond the latent's own."""
-    inside = law(site["fn"])
-    if isinstance(inside, Categorical):
-        return inside.probs, 1
-    try:
-        mean: Tensor = inside.mean
-    except (NotImplementedError, AttributeError):
-        return site["value"], 0
-    return mean, 0
-
-
-def _needs_draws(guide: Program, args: tuple[Any, ...]) -> bool:
-    """Whether a latent's law depends on another latent, or has no mean."""
-    parents = latent_parents(guide, args)
-    if any(parents.values()):
-        return True
-    return any(_mean(site)[0] is site["value"] for site in _latents(guide, args).values())
-
-
-def _latents(guide: Program, args: tuple[Any, ...]) -> dict[str, Site]:
-    sites = sample_sites(trace(guide, args, {}))
-    return {name: site for name, site in sites.items() if not site["is_observed"]}
-
-
-def _rows(name: str, site: Site, values: Tensor, extra: int = 0) -> Tensor:
-    """Values of a site, with the datapoints first."""
-    fn = site["fn"]
-    shape = tuple(fn.batch_shape + fn.event_shape)
-    values = values.expand(*shape, *values.shape[values.dim() - extra :]) if extra else values
-    values = values if extra else values.expand(shape)
-    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    if DATA_PLATE not in dims:
-        raise ValueError(f"site {name!r} lies outside the plate {DATA_PLATE!r}: it is of no row")
-    return values.movedim(dims[DATA_PLATE] - fn.event_dim - extra, 0)
-
-
-def _drawn(drawn: Any) -> Tensor:
-    """What was drawn in the place of data."""
-    found = {
-        name: site
-        for name, site in sample_sites(drawn).items()
-        if site["infer"].get("was_observed")
-    }
-    if len(found) != 1:
-        raise ValueError(f"generate draws one observed site, and the model has {sorted(found)}")
-    ((name, site),) = found.items()
-    return _rows(name, site, site["value"])
-
-
-def _require_numbers(name: str, values: Tensor, start: int, cure: str = "") -> None:
-    bad = values.isnan().flatten(1).any(1) if values.dim() > 1 else values.isnan()
-    if bad.any():
-        row = start + int(bad.nonzero()[0])
-        cure = cure or ": look at this row, and for parameters that are NaN"
-        raise ValueError(f"site {name!r} of row {row}{cure}")
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
-
-
-def _float(args: Sequence[Any], values: Tensor) -> torch.dtype:
-    """The dtype of what a mean of draws, which was summed in float64, goes out as."""
-    own = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
-    return own if own is not None and values.dtype == torch.float64 else values.dtype

@@ -87,7 +87,9 @@ class Describing:
         number = self._numbers[id(module)] = len(self.modules)
         self.modules.append(None)
         self._kept.append(module)
-        state = vars(module)
+        # what a class leaves out of its state it makes anew, as a GRU its references to its weights
+        own = getattr(module, "__getstate__", None)
+        state = vars(module) if own is None else own()
         if hooks := [key for key in _INTERNAL if "hooks" in key and state.get(key)]:
             raise NotDescribed(f"{where} has hooks ({hooks[0]})")
         attributes = {

@@ -1,0 +1,154 @@
+"""``diagnose``: what a pair's draws tell about every datapoint and every latent unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ppvae.arguments import takes_numbers
+from ppvae.diagnostics.evidence import weigh
+from ppvae.diagnostics.psis import MIN_TAIL, tail_length
+from ppvae.diagnostics.report import Report
+from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data
+from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
+from ppvae.intake import takes_rows
+from ppvae.pairs import Program
+from ppvae.terms import NoInverse
+
+
+@takes_numbers
+@takes_rows
+def diagnose(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_particles: int = 1000,
+    max_rows: int = 10_000,
+    threshold: float = 0.01,
+    num_aggregate: int = 1000,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Report:
+    r"""Ask whether a pair's posterior can be trusted, datapoint by datapoint and unit by unit.
+
+    One pass over K draws per datapoint gives log p(x) with its standard error, the effective
+    sample size, Pareto k-hat, ELBO and gap, the KL of every latent, and the reconstruction. From
+    these follow active units, collapse and the rate-distortion point; further draws give the
+    mutual information
+
+    .. math:: I_q(x; z) = E\,\log\frac{q(z \mid x)}{q(z)},\qquad
+              E\,\mathrm{KL}(q(z \mid x) \,\|\, p(z)) = I_q(x; z) + \mathrm{KL}(q(z) \,\|\, p(z))
+
+    with :math:`q(z) = \frac1N \sum_n q(z \mid x_n)` over the datapoints given. Where q and p have a
+    closed-form KL that is valid, KL is that; elsewhere the mean over the draws. Programs run in
+    evaluation mode.
+
+    Args:
+        model, guide: Pyro programs, ppvae's or your own.
+        *args: data, as both are called; the first dimension of each tensor is the datapoints.
+        num_particles: K >= 21: k-hat is a fit to the largest min(K / 5, 3 sqrt(K)) weights, and
+            five are the least.
+        max_rows: largest number of (particle, datapoint) rows computed at once, which bounds the
+            memory: with a 784-200-200-784 decoder 10,000 rows take about 0.2 GB.
+        threshold: a unit is active if the variance of its posterior mean exceeds this, > 0
+            (Burda et al.: 0.01).
+        num_aggregate: about so many draws of z, of datapoints spread over the data, for the mutual
+            information, which takes ``num_aggregate * N`` densities q(z | x); 0 leaves it out.
+        seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
+
+    Returns:
+        :class:`~ppvae.diagnostics.Report`; print it.
+
+    Raises:
+        ValueError: bad arguments or data; the pair does not fit; a latent lies outside the data
+            plate; a weight is NaN or infinite. The message names argument, datapoint or site.
+
+    Source: Burda, Grosse & Salakhutdinov 2016 (evidence, active units, appendix C); Vehtari et al.
+    2024 (k-hat); Yao et al., Yes, but did it work?, 2018; Hoffman & Johnson 2016 (decomposition);
+    Alemi et al., Fixing a broken ELBO, 2018 (rate and distortion).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch, ppvae
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z, 1.).to_event(1), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.8).to_event(1))  # a little too wide
+        >>> x = 2 ** 0.5 * torch.randn(500, 1)
+        >>> report = ppvae.diagnose(model, guide, x, num_particles=200, seed=0)
+        >>> report.active_units, bool((report.khat < 0.7).all())
+        (1, True)
+        >>> print(report.verdict[0])
+        k-hat <= 0.7 on all points: log p(x) and its standard errors can be trusted at K = 200.
+    """
+    model, guide = bound(model, guide, kwargs)
+    check_at_least(1, num_particles=num_particles, max_rows=max_rows)
+    if tail_length(num_particles) < MIN_TAIL:
+        raise ValueError(
+            f"num_particles={num_particles} is too few for k-hat: pass 21 or more, 1000 for "
+            "numbers to report; diagnostics.log_evidence takes fewer"
+        )
+    if not threshold > 0:
+        raise ValueError(f"threshold must be positive, got {threshold}")
+    check_at_least(0, num_aggregate=num_aggregate)
+    rows = check_pair_and_data(model, guide, args)
+    terms = SiteTerms(rows, num_particles)
+    evidence = weigh(model, guide, args, num_particles, max_rows, seed, terms)
+    absent = terms.absent
+    found = None
+    if rows == 1:
+        absent["activity and mutual information"] = "they take two datapoints"
+    elif num_aggregate:
+        found = _aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed, absent)
+    mean, square, variance = (terms.column(q) for q in ("mean", "square", "variance"))
+    marginal_mean = {site: value.mean(0) for site, value in mean.items()}
+    second = {site: square[site].mean(0) + variance[site].mean(0) for site in mean}
+    return Report(
+        **vars(evidence),
+        kl=terms.column("kl"),
+        kl_per_dimension=terms.column("kl_per_dimension"),
+        reconstruction=terms.column("reconstruction").get(""),
+        posterior_mean=mean,
+        activity=terms.activity(),
+        threshold=threshold,
+        marginal_mean=marginal_mean,
+        marginal_sd={
+            site: (second[site] - value.square()).clamp(min=0).sqrt()
+            for site, value in marginal_mean.items()
+        },
+        aggregate=found,
+        absent=absent,
+        pair=(model, guide, args),
+        seed=seed,
+    )
+
+
+def _aggregate(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    max_pairs: int,
+    num_draws: int,
+    seed: int | None,
+    absent: dict[str, str],
+) -> Aggregate | None:
+    """:func:`~ppvae.diagnostics.summaries.aggregate`; where there is none, ``absent`` says why."""
+    try:
+        found = aggregate(model, guide, args, max_pairs, num_draws, seed)
+    except (NoInverse, NotImplementedError, KeyError) as error:
+        absent["mutual information"] = (
+            f"the guide has no density at points it has not drawn ({type(error).__name__}: {error})"
+        )
+        return None
+    if found is None:
+        absent["activity and mutual information"] = "the guide draws no latents"
+    elif found.masked:
+        absent["KL(q(z) || p(z))"] = (
+            "a mask hides some of the latents, so the mean KL is not of all that the guide draws"
+        )
+    elif found.prior_differs:
+        absent["KL(q(z) || p(z))"] = "the prior differs by datapoint, so there is no one p(z)"
+    return found
