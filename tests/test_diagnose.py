@@ -14,8 +14,8 @@ import ppvae
 from oracles import LinearGuide, LinearModel, assert_mean
 from ppvae import conditionals, data, diagnostics, guides, models, nets
 from ppvae.diagnostics import diagnose, summaries
-from ppvae.diagnostics.report import _share
 from ppvae.diagnostics.summaries import _densities
+from ppvae.diagnostics.verdict import share
 from ppvae.program import data_plate
 from registry import ALL_PAIRS, OWN_DRAWS, build
 
@@ -165,7 +165,7 @@ def test_the_error_of_information_is_over_datapoints(monkeypatch):
      (0.9999, "100 %"), (0.5, "50 %"), (math.nan, "none")],
 )  # fmt: skip
 def test_a_share_reads_all_or_nothing_only_if_it_is(value, text):
-    assert _share(value) == text
+    assert share(value) == text
 
 
 @pytest.mark.parametrize("how", ["poutine", "distribution"])

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 import ppvae
 from ppvae import check_pair, conditionals, diagnostics, elbo, guides, models, nets
-from ppvae.check.pair import names
 from ppvae.program import all_modules, module_of, outside_networks
-from ppvae.wrapped import title
+from ppvae.wrapped import argument_labels, title
 
 X = torch.bernoulli(torch.full((12, 6), 0.5), generator=torch.Generator().manual_seed(0))
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -433,9 +432,9 @@ def test_names_of_arguments_and_programs() -> None:
     scaled = poutine.scale(model, scale=1.0)
     bound = functools.partial(decode, nn.Linear(2, 6))
     for program in (model, scaled, bound, lambda x: model(x), Decorated(), Tutorial().model):
-        assert names(program, [X]) == ["x"]
-    assert names(functools.partial(scaled), [X, 3]) == ["x", "offset"]
-    assert names(print, [X]) == ["argument 0"]
+        assert argument_labels(program, 1) == ["x"]
+    assert argument_labels(functools.partial(scaled), 2) == ["x", "offset"]
+    assert argument_labels(print, 1) == ["argument 0"]
     assert title(scaled) == "VAE" and title(functools.partial(decode)) == "decode"
     assert title(Tutorial().model) == "Tutorial.model" and title(lambda x: x) == "<lambda>"
     with pytest.raises(ppvae.PairError, match=r"argument 'x' is empty"):

@@ -22,13 +22,12 @@ from ppvae.diagnostics.rows import (
     evaluating,
     require_numbers,
     rows_first,
-    rows_per_piece,
-    take,
+    simulations,
 )
 from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
 from ppvae.enumeration import total
 from ppvae.intake import takes_rows
-from ppvae.pairs import Program, replay, sample_sites, simulate
+from ppvae.pairs import Program, replay, sample_sites
 from ppvae.plots import diagnostics as plots
 from ppvae.terms import NoInverse, leftmost_plate, term
 from ppvae.weights import whole_weights
@@ -272,10 +271,9 @@ def sbc(
         require_functions("test_quantities", test_quantities)
     tests, absent = dict(test_quantities or {}), dict[str, str]()
     columns: dict[str, list[Tensor]] = {}
-    which = torch.arange(num_simulations) % rows
     with evaluating(model, guide, args, seed):
-        for index in which.split(rows_per_piece(num_draws, max_rows)):
-            simulated, truth = simulate(model, take(args, index), {})
+        drawn = simulations(model, args, rows, num_simulations, num_draws, max_rows)
+        for simulated, truth in drawn:
             ranks = _ranks(model, guide, truth, simulated, num_draws, tests, absent)
             for name, of_piece in ranks.items():
                 columns.setdefault(name, []).append(of_piece)

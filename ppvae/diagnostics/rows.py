@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ppvae.check.pair import check_batch, check_shapes, check_tensors, check_values
@@ -24,6 +25,7 @@ from ppvae.pairs import (
     evaluation_mode,
     own_path,
     seeded,
+    simulate,
     unnoticed,
 )
 from ppvae.program import module_of
@@ -224,6 +226,17 @@ def modules_of(*programs: Program) -> nn.ModuleList:
 def trainable(*programs: Program) -> list[nn.Parameter]:
     """The programs' parameters that require a gradient, each once."""
     return [p for p in modules_of(*programs).parameters() if p.requires_grad]
+
+
+def simulations(
+    model: Program, args: Sequence[Any], rows: int, count: int, num_draws: int, max_rows: int
+) -> Iterator[tuple[tuple[Any, ...], Trace]]:
+    """Data drawn from the model, and the traces they came from, in pieces; ``count`` rows in all.
+
+    What is not observed (a condition y) is used row after row, again from the first at the end.
+    """
+    for index in (torch.arange(count) % rows).split(rows_per_piece(num_draws, max_rows)):
+        yield simulate(model, take(args, index), {})
 
 
 def rows_first(

@@ -17,12 +17,11 @@ from ppvae.diagnostics.rows import (
     check_pair_and_data,
     evaluating,
     require_numbers,
-    rows_per_piece,
+    simulations,
     standard_error,
-    take,
 )
 from ppvae.intake import takes_rows
-from ppvae.pairs import Program, simulate
+from ppvae.pairs import Program
 from ppvae.weights import whole_weights
 
 
@@ -144,10 +143,10 @@ def simulated_divergence(
     check_at_least(100, num_simulations=num_simulations)
     check_at_least(1, num_draws=num_draws, max_rows=max_rows)
     rows = check_pair_and_data(model, guide, args)
-    which, values = torch.arange(num_simulations) % rows, []
+    values = []
     with evaluating(model, guide, args, seed):
-        for index in which.split(rows_per_piece(num_draws, max_rows)):
-            data, truth = simulate(model, take(args, index), {})
+        drawn = simulations(model, args, rows, num_simulations, num_draws, max_rows)
+        for data, truth in drawn:
             of_q = whole_weights(model, guide, data, {}, num_draws)
             require_numbers(of_q, where="on data drawn from the model, ")
             at_truth = poutine.replay(guide, trace=truth)
