@@ -737,7 +737,7 @@ def test_two_datapoints_that_share_nothing_are_not_at_the_ceiling(float64):
         ({"num_particles": -1}, "num_particles must be at least 1, got -1"),
         ({"num_aggregate": 2**63}, "num_aggregate must be at least 0, and below"),
         ({"threshold": 0.0}, "threshold must be positive"),
-        ({"num_aggregate": -1}, "num_aggregate must be 0 or more"),
+        ({"num_aggregate": -1}, "num_aggregate must be at least 0"),
         ({"max_rows": 0}, "max_rows must be at least 1"),
     ],
 )

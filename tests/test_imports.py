@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compile": PAIR,
     "train": PAIR | {"elbo", "check", "compile", "data", "intake", "plots"},
     "diagnostics": PAIR | {"distributions", "local", "elbo", "check", "compile", "intake", "plots"},
-    "verbs": PAIR | {"data", "diagnostics", "distributions", "intake", "train"},
+    "verbs": PAIR | {"check", "data", "diagnostics", "distributions", "intake", "train"},
     "sklearn": {"conditionals", "data", "guides", "models", "nets", "train", "verbs"},
     # what knows no pair
     "data": set(),

@@ -70,7 +70,7 @@ def _terms(weights: LogWeights, absent: Absent) -> dict[tuple[str, str], Tensor]
     weights = replace(weights, site_scales={})  # a scale belongs to an objective
     if weights.enumerated:
         return _enumerated_terms(weights, absent)
-    closed = closed_form_kl(_CLOSED, weights)
+    closed = closed_form_kl(_CLOSED.kl, weights)
     observed = [weights.log_p[name] for name in weights.observed]
     found = {("reconstruction", ""): functools.reduce(torch.add, observed)}
     for name, log_q in weights.log_q.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
@@ -15,17 +15,17 @@ from ppvae.pairs import Site
 from ppvae.terms import masked, sum_plates
 from ppvae.weights import LogWeights
 
-if TYPE_CHECKING:
-    from ppvae.elbo.standard import ELBO
 
+def closed_form_kl(kl: str, weights: LogWeights) -> dict[str, Tensor]:
+    """KL(q || p) of the latents that an ``ELBO(kl=kl)`` takes in closed form.
 
-def closed_form_kl(estimator: ELBO, weights: LogWeights) -> dict[str, Tensor]:
-    """KL(q || p) of the latents that are to have it, ``(K or 1, N)`` each.
+    Returns:
+        By latent, ``(K or 1, N)`` each, in nats.
 
     Raises:
         ValueError: with ``kl="analytic"``, for a latent that has none or where it is not valid.
     """
-    if estimator.kl == "sampled":
+    if kl == "sampled":
         return {}
     valid, closed = weights.kl_valid(), {}
     scaled = {name for _, name in weights.site_scales}
@@ -40,13 +40,13 @@ def closed_form_kl(estimator: ELBO, weights: LogWeights) -> dict[str, Tensor]:
             )
         else:
             try:
-                kl = _masked_divergence(q["fn"], p["fn"], q["mask"], p["mask"])
-                closed[name] = sum_plates(q, kl, weights.leftmost, weights.joint)
+                divergence = _masked_divergence(q["fn"], p["fn"], q["mask"], p["mask"])
+                closed[name] = sum_plates(q, divergence, weights.leftmost, weights.joint)
                 continue
             except NotImplementedError:
                 kinds = f"KL({_kind(q['fn'])} || {_kind(p['fn'])})"
                 reason = f"no closed form is known for {kinds}, or for its masks"
-        if estimator.kl == "analytic":
+        if kl == "analytic":
             raise ValueError(
                 f'kl="analytic" is not possible for latent {name!r}: {reason}. Use kl="mixed" '
                 '(closed form where valid, draws elsewhere) or kl="sampled"'

@@ -187,7 +187,7 @@ class ELBO(Estimator):
             name: expected(added) - expected(off) if off else expected(added)
             for name, (added, off) in rates.items()
         }
-        closed = closed_form_kl(self, weights)
+        closed = closed_form_kl(self.kl, weights)
         found |= closed
         if isinstance(self.beta, Penalty) and self.beta.per_dimension:
             found = {name: dimension_rates(weights, name, closed=name in closed) for name in found}
