@@ -264,8 +264,9 @@ class Container:
 
     def coded(self, value: Any) -> Any:
         """A frame with words as its table's numbers."""
-        coded = self.table is not None and is_frame(value)
-        return self.table.to_tensor(value) if coded else value
+        if self.table is None or not is_frame(value):
+            return value
+        return self.table.to_tensor(value)
 
     def tensors(self, *programs: Any) -> tuple[Any, ...]:
         """What the programs are called with; of several frames the first is the rows."""
