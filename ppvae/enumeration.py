@@ -147,6 +147,28 @@ def mean(term: Term, probabilities: Mapping[str, Term]) -> Tensor:
     return total([_unpack(weighted, term.plates)])
 
 
+def conditional(terms: Iterable[Term], latents: Collection[str], kept: str) -> Tensor:
+    r"""The probabilities of some latents, given what is drawn and observed.
+
+    .. math:: p(c) = \frac{\sum_{\text{others}} \prod_t e^{t(c)}}{\sum_{c'} \sum_{\text{others}}
+              \prod_t e^{t(c')}}
+
+    Args:
+        terms: log-densities.
+        latents: letters of all latents that are summed out; none of those kept is inside a plate.
+        kept: letters of those that are asked for.
+
+    Returns:
+        ``(K or 1, N or 1, *values of those kept)``; NaN where all are impossible.
+    """
+    about = [t for t in sum_out(terms, set(latents) - set(kept)) if set(t.letters) & set(kept)]
+    logits = _add([_product(_pack(t), t.plates) for t in about])
+    found = _unpack(logits, frozenset())
+    order = [found.letters.index(letter) for letter in kept]
+    first = found.values.permute(-2, -1, *order)
+    return first.flatten(2).softmax(2).reshape(first.shape)
+
+
 def draw(terms: Iterable[Term], latents: Collection[str]) -> dict[str, Term]:
     r"""A joint draw of latents from their exact conditional, :math:`\propto \prod_t e^{t(c)}`.
 

@@ -39,7 +39,7 @@ class Posterior(nn.Module):
         precision = torch.eye(2) + torch.einsum("nd,di,dj->nij", o, W, W) / SIGMA**2
         rest = torch.where(observed, x - B, 0.0) / SIGMA**2
         cov = torch.linalg.inv(precision)
-        mean = torch.einsum("nij,dj,nd->ni", cov, W, rest) + self.shift
+        mean = torch.einsum("nij,dj,...nd->...ni", cov, W, rest) + self.shift
         return dist.MultivariateNormal(mean, self.factor * cov)
 
 
@@ -585,21 +585,127 @@ def test_offsets_beside_masks(float64):
         ppvae.fit(svi, (x, offset[:4], observed), epochs=1, progress=False)
 
 
-def test_what_is_summed_out_is_not_imputed():
-    def model(x, observed):
+SUMMED = {"enumerate": "parallel"}
+FIRST = torch.tensor([0.3, 0.7], dtype=torch.float64)
+SECOND = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]], dtype=torch.float64)
+RATE = torch.tensor(
+    [
+        [[0.1, 0.8, 0.3], [0.9, 0.4, 0.2], [0.5, 0.5, 0.9]],
+        [[0.7, 0.1, 0.6], [0.2, 0.3, 0.4], [0.8, 0.9, 0.1]],
+    ],
+    dtype=torch.float64,
+)
+
+
+class Chain(ppvae.Program):
+    """c1, then c2 given it; three pixels given both; nothing is drawn."""
+
+    def forward(self, x, observed):
         with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
-            law = dist.Normal(c.to(x.dtype).unsqueeze(-1), 1.0).expand([*c.shape, 3]).to_event(1)
-            if c.dim() == 1:
-                law = dist.Normal(c.to(x.dtype).unsqueeze(-1).expand(-1, 3), 1.0).to_event(1)
+            c1 = pyro.sample("c1", dist.Categorical(FIRST), infer=SUMMED)
+            c2 = pyro.sample("c2", dist.Categorical(SECOND[c1]), infer=SUMMED)
+            law = dist.Bernoulli(RATE[c1, c2].expand(*torch.broadcast_shapes(
+                c1.shape, c2.shape, (len(x),)), 3)).to_event(1)  # fmt: skip
             pyro.sample("x", distributions.masked(law, observed), obs=x)
 
-    def guide(x, observed):
-        pass
+
+def no_guide(*args):
+    pass
+
+
+def test_a_latent_that_is_summed_out_is_so_in_imputations(float64):
+    """By hand, to rounding: of several latents, of which one depends on the other."""
+    x = torch.tensor([[1.0, NAN, NAN], [NAN, 0.0, 1.0], [NAN, NAN, NAN], [0.0, 1.0, 1.0]])
+    observed = ~x.isnan()
+    found = ppvae.impute(Chain(), no_guide, x, observed, num_particles=30, num_draws=8000, seed=0)
+    prior = FIRST[:, None] * SECOND
+    for n, row in enumerate(x):
+        each = torch.where(row == 1, RATE, 1 - RATE).where(observed[n], torch.ones(()))
+        posterior = prior * each.prod(-1)
+        posterior = posterior / posterior.sum()
+        mean = (posterior[..., None] * RATE).sum((0, 1))
+        hidden = ~observed[n]
+        torch.testing.assert_close(found.mean[n, hidden], mean[hidden], rtol=0, atol=1e-12)
+        sd = (mean * (1 - mean)).sqrt()
+        torch.testing.assert_close(found.sd[n, hidden], sd[hidden], rtol=0, atol=1e-12)
+        # the draws of a row are joint: how often two pixels are 1 together
+        both = (posterior * RATE[..., 1] * RATE[..., 2]).sum()
+        if hidden[1:].all():
+            often = (found.draws[:, n, 1:] == 1).all(-1).double().mean()
+            assert abs(often - both) < 4.5 * (both * (1 - both) / 8000) ** 0.5
+            assert abs(both - mean[1] * mean[2]) > 4.5 * (both * (1 - both) / 8000) ** 0.5
+    assert torch.equal(found.draws[:, observed], x[observed].expand(8000, -1))
+
+
+class Mixed(nn.Module):
+    """Three values given z, and a class as a vector of ones and zeros that moves them."""
+
+    MOVES = torch.tensor([[0.0, 0.0, 0.0], [1.5, -1.0, 2.0]], dtype=torch.float64)
+
+    def forward(self, z, y):
+        return z @ W.T + B + y @ self.MOVES
+
+
+class MixedPosterior(nn.Module):
+    """q(z | observed part, class): the exact one, but wider."""
+
+    def forward(self, x, y, observed):
+        return Posterior(1.5)(x - y @ Mixed.MOVES, observed)
+
+
+class MixedClasses(nn.Module):
+    """Other logits than those of the exact posterior."""
+
+    def forward(self, x, observed):
+        return torch.stack([0.2 * x.nan_to_num().sum(-1), torch.zeros(len(x))], -1)
+
+
+def test_m2_imputes_with_its_classes_summed_out(float64):
+    """A mixture of two normals; two rows whose class is known."""
+    model = models.Masked(
+        models.M2(conditionals.Normal(Mixed(), scale=SIGMA), 2, num_classes=2, probs=[0.4, 0.6])
+    )
+    guide = guides.M2(MixedClasses(), MixedPosterior())
+    x, observed = some_rows()
+    y = torch.tensor([-1, -1, 1, -1, -1, 0, -1])
+    how = {"num_particles": 20_001, "num_draws": 2000, "seed": 0}
+    found = ppvae.impute(model, guide, x, y, observed, max_rows=50_000, **how)
+    drawn = guides.M2(guide.classifier, guide.conditional, draw=True)
+    other = ppvae.impute(model, drawn, x, y, observed, **how)
+    for n in range(len(x)):
+        parts = [exact(x[n] - move, observed[n]) for move in Mixed.MOVES]
+        hidden = ~observed[n]
+        log_p = torch.stack([p for p, _, _ in parts]) + torch.tensor([0.4, 0.6]).log()
+        if y[n] >= 0:
+            log_p[1 - y[n]] = -math.inf
+        share = log_p.softmax(0)
+        means = torch.stack([m + Mixed.MOVES[c][hidden] for c, (_, m, _) in enumerate(parts)])
+        mean = share @ means
+        second = torch.stack([cov.diagonal() for _, _, cov in parts]) + means.square()
+        sd = (share @ second - mean.square()).sqrt()
+        assert abs(found.evidence.log_evidence[n] - log_p.logsumexp(0)) < 0.05
+        assert ((found.mean[n, hidden] - mean).abs() < 4.5 * sd / found.ess[n].sqrt()).all()
+        assert ((found.sd[n, hidden] / sd - 1).abs() < 4.5 * (2 / found.ess[n]).sqrt()).all()
+        draws = found.draws[:, n, hidden]
+        few = min(found.ess[n].item(), 2000)
+        assert ((draws.mean(0) - mean).abs() < 4.5 * sd * (2 / few) ** 0.5).all()
+        assert ((other.mean[n, hidden] - mean).abs() < 4.5 * sd / other.ess[n].sqrt()).all()
+    assert torch.equal(found.draws[:, observed], x[observed].expand(2000, -1))
+
+
+def test_a_class_of_each_value_is_not_imputed():
+    """Their joint posterior is a product over the plate, which nothing here sums."""
+
+    def model(x, observed):
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("columns", 3, dim=-2):
+            c = pyro.sample("c", dist.Categorical(torch.ones(2)), infer=SUMMED)
+            law = dist.Normal(c.to(x.dtype), 1.0).expand(torch.broadcast_shapes(c.shape, (3, 1)))
+            law = law.expand([*law.batch_shape[:-1], len(x)])
+            pyro.sample("x", distributions.masked(law, observed.T), obs=x.T)
 
     x = gaps(4)
-    with pytest.raises(ValueError, match="are summed out"):
-        ppvae.impute(model, guide, x, ~x.isnan())
+    with pytest.raises(ValueError, match="summed out in plates inside of a datapoint"):
+        ppvae.impute(model, no_guide, x, ~x.isnan())
 
 
 def test_a_latent_that_is_summed_out_above_z_is_in_the_weights():

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ppvae.arguments import takes_numbers
+from ppvae.diagnostics.classes import Classes
 from ppvae.diagnostics.evidence import Evidence, weigh
 from ppvae.diagnostics.rows import (
     bound,
@@ -110,7 +111,8 @@ def impute(
               \tilde w_k = w_k / \textstyle\sum_j w_j,\quad
               w_k = p(x_{\mathrm{obs}}, z_k) / q(z_k \mid x_{\mathrm{obs}})
 
-    Draws are those of the same weights: z is resampled, then x drawn from p(x | z). What is
+    Draws are those of the same weights: z is resampled, then x drawn from p(x | z). Latents that
+    are summed out are so here, too: E[x_d | z_k] is a mean over p(c | x_obs, z_k). What is
     imputed are the values of the observed site that are hidden by a mask, ``models.Masked``'s or
     that of a program of your own; where the model draws them itself, as the site
     ``"<name>_missing"`` (:class:`ppvae.models.MissingNotAtRandom`), by these draws. Programs run in
@@ -132,7 +134,7 @@ def impute(
 
     Raises:
         ValueError: bad data or arguments; the pair does not fit; no site, or several, have values
-            that are hidden; a latent is summed out that p(x | z) depends on.
+            that are hidden; a latent is summed out in a plate inside of a datapoint.
 
     Warns:
         RuntimeWarning: p(x | z) has no mean at some missing values.
@@ -182,12 +184,7 @@ class _Gathered:
     def __call__(self, part: slice, weights: LogWeights) -> None:
         """Take in the weights of some particles of the datapoints ``part``."""
         self.name, site, visible = hidden_site(weights.model_trace, self.site)
-        if len(site["fn"].batch_shape) > -weights.leftmost:  # a dimension of their values
-            raise ValueError(
-                f"latents {sorted(weights.enumerated)} are summed out, and {self.name!r}, which "
-                "depends on them, is imputed at draws: give a guide that draws them, without "
-                "infer={'enumerate': ...} (guides.M2(..., draw=True))"
-            )
+        classes = Classes(weights, self.name)
         self.parts = _parts(site["fn"])
         log_w = weights.log_w.double()
         total = log_w.logsumexp(0)
@@ -197,18 +194,23 @@ class _Gathered:
         share = torch.where(possible, (total - both).exp(), 0.0)
         self.log_total[part] = both.cpu()
         drawn = weights.model_trace.nodes.get(self.name + SUFFIX)
-        for key, values in self._moments(site, drawn).items():  # (K, n, ...)
-            w = _alongside(normal, values)
-            self._mix(key, part, share, torch.where(w > 0, w * values, 0.0).sum(0))
-        data = _rows(site, site["value"])[0].double()
-        self._mix("data", part, torch.ones_like(share), data)
-        self._mix("visible", part, torch.ones_like(share), _rows(site, visible)[0].double())
+        probabilities = classes.probabilities(site)
+        each = _alongside(normal, probabilities) * probabilities  # (K, n, *classes)
+        over = [0, *range(2, each.dim())]
+        for key, values in self._moments(classes, site, drawn).items():  # (K, n, *classes, ...)
+            w = _alongside(each, values)
+            self._mix(key, part, share, torch.where(w > 0, w * values, 0.0).sum(over))
+        for key, values in (("data", site["value"]), ("visible", visible)):
+            one = classes.rows(site, values).double()[0]
+            for _ in over[1:]:  # the same for every class
+                one = one[:, 0]
+            self._mix(key, part, torch.ones_like(share), one)
         if self.num_draws:
             which = torch.rand(self.num_draws, len(share), device=share.device) < share
-            draws = self._draws(weights, normal, drawn).double()  # (S, n, ...)
+            draws = self._draws(weights, classes, normal, drawn).double()  # (S, n, ...)
             self._mix("draws", part, which.T.double(), draws.movedim(0, 1))
 
-    def _moments(self, site: Site, drawn: Site | None) -> dict[Any, Tensor]:
+    def _moments(self, classes: Classes, site: Site, drawn: Site | None) -> dict[Any, Tensor]:
         """First and second moments given each draw of z, and probabilities of classes."""
         fn = unmasked(site["fn"])
         try:
@@ -217,10 +219,10 @@ class _Gathered:
             mean, variance = fn.sample(), None
         if drawn is not None:
             mean, variance = drawn["value"], None
-        mean = _rows(site, mean).double()
+        mean = classes.rows(site, mean).double()
         second = mean.square()
         if variance is not None:
-            second = second + _rows(site, variance).double()
+            second = second + classes.rows(site, variance).double()
         found: dict[Any, Tensor] = {"first": mean, "second": second}
         for i, (one, columns) in enumerate(self.parts):
             if isinstance(one, Categorical):
@@ -228,21 +230,26 @@ class _Gathered:
                 if drawn is not None:
                     codes = drawn["value"][..., columns].long()
                     probabilities = torch.nn.functional.one_hot(codes, probabilities.shape[-1])
-                found[i] = _rows(site, probabilities.double(), own=1, columns=columns)
+                found[i] = classes.rows(site, probabilities.double(), own=1, columns=columns)
         return found
 
-    def _draws(self, weights: LogWeights, normal: Tensor, drawn: Site | None) -> Tensor:
+    def _draws(
+        self, weights: LogWeights, classes: Classes, normal: Tensor, drawn: Site | None
+    ) -> Tensor:
         """Values at particles that are drawn by their weights, ``(S, n, ...)``."""
         index = torch.multinomial(normal.T, self.num_draws, replacement=True).T  # (S, n)
+        chosen = classes.draw(index)
         if drawn is not None:
-            return _chosen(_rows(drawn, drawn["value"]), index)
-        latents = sample_sites(weights.guide_trace)
-        z = {name: _chosen(_rows(s, s["value"]), index) for name, s in latents.items()}
+            return classes.at(drawn, index, chosen)
+        z = classes.values(chosen)
+        for name, site in sample_sites(weights.guide_trace).items():
+            if name not in z:
+                z[name] = classes.at(site, index, chosen)
         model, _, args, _ = weights.pair
         nesting = -weights.leftmost - (len(normal) > 1)
         with pyro.plate(PARTICLE_PLATE, len(index), dim=-1 - nesting), _At(z, nesting):
             site = trace(unconditioned(model), args, {}).nodes[self.name]
-        return _rows(site, site["value"])
+        return rows_first(site)
 
     def _mix(self, key: Any, part: slice, share: Tensor, values: Tensor) -> None:
         """Let values ``(n, ...)`` count for a share of what there is of these datapoints."""
@@ -330,18 +337,6 @@ def _parts(fn: Any) -> list[tuple[Any, Any]]:
     if isinstance(inside, Columns):
         return [(part, list(at)) for part, at in zip(inside.parts, inside.places, strict=True)]
     return [(inside, slice(None))]
-
-
-def _rows(site: Site, values: Tensor, own: int = 0, columns: Any = None) -> Tensor:
-    """:func:`rows_first`, with a dim of particles also where there is one only."""
-    found = rows_first(site, values, own, columns if isinstance(columns, list) else None)
-    plates = [frame.name for frame in site["cond_indep_stack"]]
-    return found if PARTICLE_PLATE in plates else found[None]
-
-
-def _chosen(values: Tensor, index: Tensor) -> Tensor:
-    """Of values ``(K, n, ...)`` those of the particles ``index``, ``(S, n, ...)``."""
-    return values[index, torch.arange(index.shape[1], device=index.device)]
 
 
 def _alongside(weights: Tensor, values: Tensor) -> Tensor:
