@@ -455,11 +455,64 @@ def m2() -> Pair:
 ENUMERATED: dict[str, Callable[[], Pair]] = {"m2": m2}
 
 
+def vq(prior: nn.Module | None = None) -> Pair:
+    """Maps of 3 x 2 codes."""
+    book = nets.Codebook(4, Z)
+    likelihood = conditionals.Bernoulli(nets.upsample(Z, 1, channels=(4,)), event_dim=3)
+    model = models.VAE(likelihood, prior=conditionals.CodePrior(book, (3, 2), prior))
+    guide = guides.Quantized(nets.downsample(1, Z, channels=(4,)), book)
+    return model, guide, (binary(1, 6, 4),)
+
+
+def vq_levels() -> Pair:
+    """Maps of 4 x 2 codes given maps of 2 x 1, both given a label."""
+    labels, fine, coarse = nets.OneHot(3), nets.Codebook(4, Z), nets.Codebook(3, 3)
+    bottom = conditionals.CodePrior(fine, (4, 2), nets.CausalConv(4, 4, 1, context_dim=3 + 3))
+    top = conditionals.CodePrior(coarse, (2, 1), nets.CausalGRU(3, (2, 1), 4, context_dim=3))
+    image = nets.MergeMaps(nets.upsample(Z + 3, 1, channels=(4,)))
+    model = models.CodeHierarchy(conditionals.Bernoulli(image, event_dim=3), bottom, top, labels)
+    guide = guides.QuantizedLevels(
+        nets.downsample(1, 4, channels=(4,)),
+        nets.downsample(4, 3, channels=(4,)),
+        nets.MergeMaps(nets.flat_batch(nn.Conv2d(4 + 3, Z, 1), event_dim=3)),
+        (fine, coarse),
+    )
+    return model, guide, (binary(1, 8, 4), torch.randint(3, (N,)))
+
+
+def fsq() -> Pair:
+    model, _, args = vq()
+    quantizer = nets.FSQ([3, 2])
+    prior = conditionals.CodePrior(quantizer, (3, 2), nets.Unigram(6))
+    guide = guides.Quantized(nets.downsample(1, Z, channels=(4,)), quantizer)
+    return models.VAE(model.likelihood, prior=prior), guide, args
+
+
+def softened(pair: Pair) -> Pair:
+    model, guide, args = pair
+    return model, guide.soften(0.5), args
+
+
+# All draws of the first are equal: log q = 0, and more than one is refused, so the laws of weights,
+# of k-hat and of bounds of several particles are those of the softened ones. These draw codes
+# without a path, so laws of gradients along one are not theirs: tests/test_vq.py.
+CODES: dict[str, Callable[[], Pair]] = {
+    "vq": vq,
+    "vq_unigram": lambda: vq(nets.Unigram(4)),
+    "vq_levels": vq_levels,
+    "fsq": fsq,
+}
+SOFT_CODES: dict[str, Callable[[], Pair]] = {
+    "vq_soft": lambda: softened(vq(nets.CausalGRU(4, (3, 2), 4))),
+    "vq_levels_soft": lambda: softened(vq_levels()),
+}
+
+
 def build(name: str, seed: int = 0) -> Pair:
     """A fresh pair with its data; the same seed gives the same parameters and data."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return (ALL_PAIRS | ESTIMATED | ENUMERATED)[name]()
+        return (ALL_PAIRS | ESTIMATED | ENUMERATED | CODES | SOFT_CODES)[name]()
 
 
 def owners(*programs: Callable[..., Any]) -> list[nn.Module]:

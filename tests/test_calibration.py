@@ -14,7 +14,7 @@ from oracles import LinearGuide, LinearModel
 from ppvae import conditionals, diagnostics, guides, models, nets
 from ppvae.diagnostics.uniformity import chi_square, departure, ecdf_band
 from ppvae.program import data_plate
-from registry import ALL_PAIRS, OWN_DRAWS, build
+from registry import ALL_PAIRS, OWN_DRAWS, SOFT_CODES, build
 
 LEVELS = [0.1, 0.5, 0.9]
 
@@ -435,7 +435,7 @@ def test_misfit_is_seen(float64):
     assert "mean" in repr(found) and "0.000" in repr(found)
 
 
-@pytest.mark.parametrize("name", ALL_PAIRS)
+@pytest.mark.parametrize("name", [*ALL_PAIRS, *SOFT_CODES])
 def test_predictive_check_of_every_pair(name):
     model, guide, args = build(name)
     total = {"sum": lambda x: x.flatten(1).nansum(1)}

@@ -17,7 +17,7 @@ from ppvae.diagnostics import diagnose, summaries
 from ppvae.diagnostics.summaries import _densities
 from ppvae.diagnostics.verdict import share
 from ppvae.program import data_plate
-from registry import ALL_PAIRS, OWN_DRAWS, build
+from registry import ALL_PAIRS, OWN_DRAWS, SOFT_CODES, build
 
 EXACT = {"scale": 1.0, "shift": 0.0}
 WRONG = {"scale": 1.3, "shift": 0.2}
@@ -319,7 +319,7 @@ class _LinearLikelihood(torch.nn.Module):
 # -- every pair --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ALL_PAIRS)
+@pytest.mark.parametrize("name", [*ALL_PAIRS, *SOFT_CODES])
 def test_every_pair(name):
     model, guide, args = build(name)
     report = diagnose(model, guide, *args, num_particles=30, max_rows=50, seed=0)
@@ -335,6 +335,8 @@ def test_every_pair(name):
             "ladder_conv": {"z1": 18, "z2": 9},
             "top_down": {"z1": 18, "z2": 18, "z3": 8},
             "not_at_random": {"x_missing": 5},
+            "vq_soft": {"z": 12},
+            "vq_levels_soft": {"z1": 16, "z2": 6},
         }
         units = by_level.get(name, {}).get(latent, 2)
         assert report.activity[latent].shape == (units,)
@@ -347,7 +349,7 @@ def test_every_pair(name):
     if name in OWN_DRAWS:
         assert "it has not drawn" in report.absent["mutual information"]
         return
-    conditional = name in ("cvae_learned_prior", "cvae_quadrant")
+    conditional = name in ("cvae_learned_prior", "cvae_quadrant", "vq_levels_soft")
     assert report.aggregate.prior_differs is conditional
     # with hidden latents the mean KL is not of all that is drawn
     assert math.isnan(report.marginal_kl) is (conditional or name == "not_at_random")

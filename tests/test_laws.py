@@ -25,14 +25,15 @@ from registry import (
     ALL_ESTIMATORS,
     ALL_PAIRS,
     BESIDE,
+    CODES,
     ESTIMATED,
+    SOFT_CODES,
     WEIGHS_ANY,
     build,
     cross,
     owners,
 )
 
-pairs = pytest.mark.parametrize("pair", ALL_PAIRS)
 crossed = pytest.mark.parametrize(("pair", "estimator"), list(cross()))
 unweighted = [e for e in ALL_ESTIMATORS if not e.startswith("ELBO-beta")]
 
@@ -249,10 +250,18 @@ def test_every_parameter_gets_a_gradient_from_an_estimate_or_is_the_ratios(pair:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("pair", [*ALL_PAIRS, *ESTIMATED])
+def of_one_draw(pair: str) -> elbo.Estimator:
+    """Where all draws are equal, or have no path."""
+    if pair in SOFT_CODES:
+        return elbo.ELBO(gradient="score")
+    return elbo.ELBO() if pair == "fsq" else elbo.VQELBO()
+
+
+@pytest.mark.parametrize("pair", [*ALL_PAIRS, *ESTIMATED, *CODES, *SOFT_CODES])
 def test_save_and_load_reproduce_the_log_weights(pair: str) -> None:
     model, guide, args = build(pair)
     bound = elbo.ELBO(3) if pair in ESTIMATED else elbo.IWELBO(3)
+    bound, draws = (bound, 4) if pair not in CODES | SOFT_CODES else (of_one_draw(pair), 1)
     first = ppvae.SVI(model, guide, torch.optim.Adam, bound)
     for _ in range(2):  # moves parameters and batch-norm statistics
         first.step(*args)
@@ -267,7 +276,7 @@ def test_save_and_load_reproduce_the_log_weights(pair: str) -> None:
     def log_w(svi: ppvae.SVI) -> Tensor:
         pyro.set_rng_seed(7)
         svi.objective.eval()
-        return ppvae.log_weights(svi.model, svi.guide, *args, num_particles=4).log_w
+        return ppvae.log_weights(svi.model, svi.guide, *args, num_particles=draws).log_w
 
     assert torch.equal(log_w(first), log_w(second))
     first.objective.train()
@@ -279,7 +288,7 @@ def test_save_and_load_reproduce_the_log_weights(pair: str) -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("pair", [*WEIGHS_ANY, *ESTIMATED])
+@pytest.mark.parametrize("pair", [*WEIGHS_ANY, *ESTIMATED, *SOFT_CODES])
 def test_k_particles_at_once_equal_k_one_by_one(pair: str) -> None:
     """Written out here with stock handlers, so this also checks what a log-weight is."""
     model, guide, args = build(pair)
@@ -299,6 +308,16 @@ def test_k_particles_at_once_equal_k_one_by_one(pair: str) -> None:
             sites = [*weights.latents, *weights.observed]
             log_p = sum(trace.nodes[name]["log_prob"] for name in sites)
             torch.testing.assert_close(weights.log_w[k], log_p - log_q, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pair", CODES)
+def test_every_parameter_gets_a_gradient_from_one_draw(pair: str) -> None:
+    """What a codebook holds is no parameter of the pair: averages, or FSQ's levels."""
+    model, guide, args = build(pair)
+    objective = of_one_draw(pair)(model, guide)
+    objective(*args).backward()
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
 @crossed
@@ -343,14 +362,15 @@ def test_three_ways_to_train_agree(pair: str, estimator: elbo.Estimator) -> None
         torch.testing.assert_close(other_values, values, rtol=1e-5, atol=1e-6)
 
 
-@pairs
+@pytest.mark.parametrize("pair", [*ALL_PAIRS, *CODES, *SOFT_CODES])
 def test_evaluating_a_pair_changes_nothing(pair: str) -> None:
     model, guide, args = build(pair)
     modules = owners(model, guide)
     for module in modules:
         module.eval()
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
-    bound = elbo.IWELBO(2).evaluate(model, guide, *args)
+    estimator = elbo.IWELBO(2) if pair not in CODES else of_one_draw(pair)
+    bound = estimator.evaluate(model, guide, *args)
     assert bound.shape == (len(args[0]),) and not bound.requires_grad
     for module, state in zip(modules, before, strict=True):
         torch.testing.assert_close(dict(module.state_dict()), state, rtol=0, atol=0)
@@ -370,7 +390,7 @@ def test_a_plate_of_a_data_set_scales_the_loss_only() -> None:
 TAKE_A_SIZE = [pair for pair in ALL_PAIRS if pair not in ("pyro_modules", "tutorial")]
 
 
-@pytest.mark.parametrize("pair", [*TAKE_A_SIZE, *ESTIMATED, "responsibilities"])
+@pytest.mark.parametrize("pair", [*TAKE_A_SIZE, *ESTIMATED, *CODES, "responsibilities"])
 def test_every_pair_knows_that_its_rows_are_some_of_more(pair: str) -> None:
     """Model and guide: plates that differ would be refused."""
     if pair == "responsibilities":
@@ -388,7 +408,7 @@ def test_every_pair_knows_that_its_rows_are_some_of_more(pair: str) -> None:
     torch.testing.assert_close(weights.log_w, plain.log_w)
 
 
-@pytest.mark.parametrize("pair", [*TAKE_A_SIZE, *ESTIMATED])
+@pytest.mark.parametrize("pair", [*TAKE_A_SIZE, *ESTIMATED, *CODES])
 def test_models_draw_the_rows_that_they_are_not_given(pair: str) -> None:
     model, _, args = build(pair)
     if isinstance(model, Indexed):

@@ -487,6 +487,10 @@ def test_arrays_with_gaps(recwarn):
     assert parts.train.observed[:, 2].all() and not parts.train.observed[:, 0].all()
     suggested = conditionals.suggest(made.train)
     assert [s.kind for s in suggested] == ["counts", "positive numbers", "positive numbers"]
+    assert str(conditionals.suggest(made)) == str(suggested)
+    seen = np.where(made.train.observed, made.train.x, np.nan)
+    for container in (seen, torch.from_numpy(seen), pd.DataFrame(seen)):
+        assert str(conditionals.suggest(container)) == str(suggested)
     counts = np.where(np.isnan(x), np.nan, np.floor(np.nan_to_num(x)))
     assert data.from_arrays(counts, missing="mask").support == "counts"
     images = np.where(np.random.default_rng(2).random((30, 2, 2)) < 0.9, 0.5, np.nan)
@@ -744,13 +748,29 @@ def masked_pairs():
     deep = models.TopDown(parts.path, conditionals.Bernoulli(parts.out, event_dim=3))
     encoder = nets.Masked(seen.encoder, event_dim=3)
     yield deep, guides.TopDown(deep, encoder, parts.heads), {}
+    fine, coarse, labels = nets.Codebook(4, 2), nets.Codebook(3, 3), nets.OneHot(3)
+    net = nets.CausalConv(3, 4, 1, context_dim=3)
+    levels = models.CodeHierarchy(
+        conditionals.Bernoulli(nets.MergeMaps(nets.upsample(2 + 3, 1, channels=(4,))), event_dim=3),
+        conditionals.CodePrior(fine, (2, 2), nets.CausalConv(4, 4, 1, context_dim=3 + 3)),
+        conditionals.CodePrior(coarse, (1, 1), net),
+        labels,
+    )
+    codes = guides.QuantizedLevels(
+        nets.Masked(nets.downsample(2, 4, channels=(4,)), event_dim=3),
+        nets.downsample(4, 3, channels=(4,)),
+        nets.MergeMaps(nets.flat_batch(nn.Conv2d(4 + 3, 2, 1), event_dim=3)),
+        (fine, coarse),
+    )
+    yield levels, codes.soften(0.5), {"y": torch.tensor([0, 1, 2, 0, 1])}
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(6))
 def test_a_mask_passes_through_every_guide(which):
     """By name too; and what is hidden is seen by nothing."""
     model, guide, between = list(masked_pairs())[which]
-    x = torch.ones(5, 1, 4, 4) if isinstance(guide, guides.TopDown) else torch.ones(5, 4)
+    images = isinstance(guide, (guides.TopDown, guides.QuantizedLevels))
+    x = torch.ones(5, 1, 4, 4) if images else torch.ones(5, 4)
     model, observed = models.Masked(model), torch.rand_like(x) > 0.4
     held = {"x": x.masked_fill(~observed, NAN), **between, "observed": observed}
     named = dict(reversed(held.items()))

@@ -17,7 +17,7 @@ from ppvae.distributions.supports import point_of
 from ppvae.pairs import Leaves, signature, simulate, structure
 from ppvae.terms import log_density
 from ppvae.weights import dream_log_q, weigh
-from registry import ALL_PAIRS, build
+from registry import ALL_PAIRS, CODES, SOFT_CODES, build
 
 
 def _nesting(*pair) -> int:
@@ -121,7 +121,7 @@ def test_a_hidden_value_is_filled_with_one_that_can_be() -> None:
     assert log_density(site)[1] == 0
 
 
-@pytest.mark.parametrize("pair", ALL_PAIRS)
+@pytest.mark.parametrize("pair", [*ALL_PAIRS, *CODES, *SOFT_CODES])
 @pytest.mark.parametrize("K", [1, 50])
 @pytest.mark.parametrize("rows", [1, 6])
 def test_shapes(pair: str, K: int, rows: int) -> None:
@@ -130,6 +130,10 @@ def test_shapes(pair: str, K: int, rows: int) -> None:
         module = ppvae.program.module_of(program)
         module.eval()  # one row has no batch statistics
     args = [arg[:rows] for arg in args]
+    if K > 1 and pair in CODES:
+        with pytest.raises(ValueError, match="all draws are equal"):
+            ppvae.log_weights(model, guide, *args, num_particles=K)
+        return
     weights = ppvae.log_weights(model, guide, *args, num_particles=K)
     assert weights.log_w.shape == (K, rows)
     assert weights.num_particles == K
@@ -767,7 +771,7 @@ def test_a_scale_near_one_is_a_scale(scale) -> None:
 
 
 # the two that are written as in Pyro's own tutorials take no size
-@pytest.mark.parametrize("name", sorted(ALL_PAIRS.keys() - {"tutorial", "pyro_modules"}))
+@pytest.mark.parametrize("name", sorted((ALL_PAIRS | CODES).keys() - {"tutorial", "pyro_modules"}))
 def test_a_minibatch_of_a_larger_data_set_is_scaled(name: str) -> None:
     model, guide, args = build(name)
     weights = ppvae.log_weights(model, guide, *args, size=60)

@@ -24,6 +24,7 @@ from ppvae.conditionals.continuous import (
 from ppvae.conditionals.counts import NegativeBinomial, Poisson, ZeroInflated
 from ppvae.conditionals.heads import Bernoulli, Categorical, Conditional, Normal
 from ppvae.conditionals.levels import DiscretizedLogistic
+from ppvae.data.arrays import numbers
 from ppvae.data.frames import is_frame, numeric
 from ppvae.distributions.supports import heads_that_fit
 
@@ -80,9 +81,10 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
     ``Poisson`` and ``NegativeBinomial``; a small one says little.
 
     Args:
-        split: a :class:`ppvae.data.Split`, a frame, or values ``(N, ...)``. Every fifth row of a
-            random order is held out; of large data some rows are looked at, and of a split or a
-            frame with missing values each column's observed ones.
+        split: a :class:`ppvae.data.Split` or the data set that it is the ``train`` of, a frame, or
+            values ``(N, ...)``. Every fifth row of a random order is held out; of large data some
+            rows are looked at, and where values are missing (``missing="mask"``; NaN in a frame or
+            an array) each column's observed ones.
         names: of the columns; their numbers, or a frame's own, if None.
         seed: of the order of the rows.
 
@@ -90,24 +92,31 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
         One entry for each column; of more than 30, one for all columns of a kind.
 
     Raises:
+        TypeError: no numbers, or several arrays.
         ValueError: fewer than ten rows, or values of a column, names of another number than
-            columns, or NaN in the data.
+            columns, or infinite values.
 
     Example:
         >>> counts = torch.poisson(torch.tensor([1.0, 9.0]).repeat(250)).reshape(500, 1)
         >>> suggest(counts)[0].kind, list(suggest(counts)[0].scores)
         ('counts', ['Poisson', 'NegativeBinomial', 'ZeroInflated(NegativeBinomial)', ...])
     """
-    observed = None
+    split = getattr(split, "train", split)  # of a data set
     if is_frame(split):
         names = list(split.columns) if names is None else names
-        x = torch.from_numpy(numeric(split, "the frame").astype(float))
-        observed, x = ~x.isnan(), x.nan_to_num()
+        values = numeric(split, "the frame")
+    elif isinstance(split, tuple):
+        raise TypeError(
+            "suggest looks at one array, and was given several: give x alone, NaN where it is "
+            "missing, or a part of data.from_arrays(x, y, missing='mask')"
+        )
     else:
-        x = torch.as_tensor(getattr(split, "x", split)).detach().cpu().double()
-        observed = getattr(split, "observed", None)
-    x = x.reshape(len(x), -1)
-    observed = torch.ones_like(x).bool() if observed is None else observed.cpu().reshape(x.shape)
+        values = numbers(getattr(split, "x", split), "split")
+    x = torch.from_numpy(values.astype(float))
+    observed = getattr(split, "observed", None)
+    observed = ~x.isnan() if observed is None else observed.cpu()
+    x = torch.where(observed, x, 0.0).reshape(len(x), -1)
+    observed = observed.reshape(x.shape)
     labels = tuple(str(name) for name in (names if names is not None else range(x.shape[1])))
     if (
         len(x) < 10
@@ -116,9 +125,9 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
         or not x.isfinite().all()
     ):
         raise ValueError(
-            f"suggest needs ten rows of finite values and a name for each column, and got x "
-            f"{tuple(x.shape)} with {int((~x.isfinite()).sum())} NaN or infinite values and "
-            f"{len(labels)} names"
+            f"suggest needs ten finite values in each column and a name for each, and got x "
+            f"{tuple(x.shape)} with {int((~x.isfinite()).sum())} infinite values, at least "
+            f"{int(observed.sum(0).min())} that are not missing, and {len(labels)} names"
         )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x = x[order[: min(MAX_ROWS, max(200, MAX_VALUES // x.shape[1]))]]

@@ -365,5 +365,9 @@ def class_labels(array: Any, name: str, otherwise: str = "") -> Tensor:
         row = int(bad.argmax())
         seen = f"{int(bad.sum())} labels that are not whole numbers from 0, the first in row {row}"
         cure = f"Number the classes 0..C-1{otherwise}"
+        if (array[bad] == -1).all():
+            cure += (
+                f"; if -1 is no label, as for models.M2, fit on the arrays themselves, (x, {name})"
+            )
         raise ValueError(f"{name} has {seen}: {float(array[row]):g}. {cure}")
     return torch.from_numpy(array.astype(np.int64))

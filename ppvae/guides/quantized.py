@@ -91,9 +91,9 @@ class Quantized(_Softened, Amortized):
     ) -> None:
         super().__init__(Quantizing(encoder, quantizer), condition, latent)
 
-    def indices(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def indices(self, x: Tensor, y: Tensor | None = None, *others: Tensor | None) -> Tensor:
         """The numbers of the codes of each row, ``(N, h, w)``."""
-        return self.conditional.indices(*self.inputs(x, y))
+        return self.conditional.indices(*self.inputs(x, y, *others))
 
 
 class QuantizedLevels(_Softened):
@@ -110,7 +110,8 @@ class QuantizedLevels(_Softened):
         merge: from h and z2 to ``(..., D1, h1, w1)``; it is called as ``merge(h, z2)``.
         quantizers: those of z1 and of z2, in this order; other objects.
 
-    A label y, which the model's prior may depend on, is taken and not used.
+    A label y, which the model's prior may depend on, is taken and not used; the mask of
+    :class:`ppvae.models.Masked` is for ``lower``, as ``nets.Masked(net, event_dim=3)``.
 
     Raises:
         ValueError: one quantiser for both levels; else as :class:`Quantized`.
@@ -137,20 +138,32 @@ class QuantizedLevels(_Softened):
         self.top, self.bottom = Quantizing(upper, coarse), Quantizing(merge, fine)
 
     def forward(
-        self, x: Tensor, y: Tensor | None = None, size: int | None = None
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *others: Tensor | None,
+        size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw z1 and z2 in the plate ``"data"``; arguments as the model's."""
         with data_plate(x, size=size):
-            features = self.lower(x)
+            features = self._features(x, y, *others)
             z2: Tensor = pyro.sample("z2", self.top(features))
             z1: Tensor = pyro.sample("z1", self.bottom(features, z2))
         return z1, z2
 
-    def indices(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def indices(
+        self, x: Tensor, y: Tensor | None = None, *others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The numbers of the codes of each row: z1's ``(N, h1, w1)``, z2's ``(N, h2, w2)``."""
-        features = self.lower(x)
+        features = self._features(x, y, *others)
         z2 = self.top.point(features)
         return self.bottom.indices(features, z2), self.top.quantizer.indices(z2)
+
+    def _features(self, x: Tensor, *others: Tensor | None) -> Tensor:
+        """h, of x and of what of it is observed."""
+        masks = [o for o in others if o is not None and o.dtype == torch.bool and o.dim() > 1]
+        features: Tensor = self.lower(x, *masks)
+        return features
 
 
 class Quantizing(Conditional):
