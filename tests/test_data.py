@@ -381,6 +381,12 @@ X = np.ones((10, 4))
         ((X, np.arange(10) / 2), {}, ValueError, r"\(N, 1\) conditions"),
         ((X, np.array(["a"] * 10)), {}, TypeError, "y holds"),
         ((X, np.full((10, 1), np.nan)), {}, ValueError, "y has 10 NaN"),
+        (
+            (X, np.arange(10) % 3 - 1),
+            {},
+            ValueError,
+            r"y has 4 labels .* if -1 is no label, as for models.M2, fit on the arrays themselves",
+        ),
     ],
 )
 def test_bad_arrays(args, options, error, match):

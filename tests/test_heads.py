@@ -542,7 +542,7 @@ def test_offsets_that_are_none(offset, error, match):
             "must be bool",
         ),
         (lambda: conditionals.suggest(torch.zeros(9, 2)), ValueError, "ten finite values in each"),
-        (lambda: conditionals.suggest(torch.full((20, 2), math.nan)), ValueError, "at least 0 that are not missing"),
+        (lambda: conditionals.suggest(torch.full((20, 2), math.nan)), ValueError, "at least 0 that are not"),
         (lambda: conditionals.suggest(torch.full((20, 2), math.inf)), ValueError, "40 infinite"),
         (lambda: conditionals.suggest((torch.ones(20, 2), torch.ones(20, 2).bool())), TypeError,
          "one array, and was given several"),
