@@ -116,6 +116,33 @@ def test_codes_of_cifar_images(reproduce, monkeypatch, tmp_path, capsys):
     assert "| mnist-1 | " in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_whole_networks_of_codes_of_cifar_images_train(reproduce, monkeypatch, tmp_path):
+    system = reproduce.reproduce_vq
+    images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "cifar10.npz", x=images)
+    monkeypatch.setenv("PPVAE_DATA", str(tmp_path))
+    recipe = system.full(system.CELLS["mnist-1"]) | {"steps": 2, "num_train": 64}
+    found = system.run(recipe, tmp_path / "run")
+    assert found["steps"] == 2 and 0.9 < found["nmse"] < 1.5
+    assert 1 <= found["perplexity"] <= 512
+
+
+@pytest.mark.slow
+def test_the_whole_networks_of_nvae_train(reproduce, monkeypatch, tmp_path):
+    """Two steps of the recipe of 400 epochs, on noise: 33 million parameters."""
+    system = reproduce.reproduce_nvae
+    images = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    noise = data.from_arrays(images, valid=1, test=4, binarize="dynamic")
+    monkeypatch.setattr(system.data, "load", lambda *_, **__: noise)
+    recipe = system.full(system.CELLS["seed-0"])
+    cut = {"epochs": 1, "num_train": 4, "batch_size": 2, "num_test": 2, "num_evidence": 2}
+    found = system.run(recipe | cut | {"num_samples": 2}, tmp_path / "run")
+    assert found["parameters"] == 33_494_750 and len(found["kl"]) == 15
+    assert all(np.isfinite([found["elbo"], found["log_evidence"], *found["train_objective"]]))
+    assert found["elbo"] < -200  # of noise nothing is learned in two steps
+
+
 @pytest.mark.parametrize("name", ["ladder", "bottom-up"])
 def test_renormalise_gives_the_moments_of_all_rows(reproduce, name):
     system = reproduce.SYSTEMS["ladder"]
