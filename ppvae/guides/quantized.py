@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, TypeVar
 
 import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import number
 from ppvae.conditionals import Conditional
 from ppvae.conditionals.codes import CodeDistribution, CodeMap
 from ppvae.guides.amortized import Amortized
@@ -27,19 +29,20 @@ class _Softened(Program):
         Networks and codes are shared, not copied.
 
         Args:
-            tau: > 0, of the size of a squared distance between codes that are neighbours.
+            tau: > 0, finite, of the size of a squared distance between codes that are neighbours.
 
         Raises:
-            ValueError: tau is not positive.
+            TypeError, ValueError: tau is no positive number.
         """
-        if not tau > 0:
-            raise ValueError(f"soften: tau must be positive, got {tau}")
+        tau = number("tau", tau, float)
+        if not 0 < tau < math.inf:
+            raise ValueError(f"soften: tau must be positive and finite, got {tau}")
         softened = copy.copy(self)
         softened._modules = dict(self._modules)
         for name, part in self._modules.items():
             if isinstance(part, Quantizing):
                 softened._modules[name] = other = copy.copy(part)
-                other.tau = float(tau)
+                other.tau = tau
         return softened
 
 

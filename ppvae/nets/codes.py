@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, distributed, nn
 
+from ppvae.arguments import number, takes_numbers
 from ppvae.auxiliary import Auxiliary
 
 _RESTART_EVERY = 20  # steps
@@ -63,6 +64,7 @@ class CodeTable(_Table):
         True
     """
 
+    @takes_numbers
     def __init__(self, num_codes: int, dim: int) -> None:
         super().__init__()
         check_sizes("CodeTable", num_codes, dim)
@@ -129,6 +131,7 @@ class Codebook(_Table, Auxiliary):
     squares: Tensor
     offered: Tensor
 
+    @takes_numbers
     def __init__(
         self,
         num_codes: int,
@@ -242,6 +245,7 @@ class FSQ(nn.Module):
         levels: numbers of levels, one per channel, each >= 2; there are ``prod(levels)`` codes.
 
     Raises:
+        TypeError: levels that are no whole numbers.
         ValueError: no levels, or fewer than two of one; when called, a map with other channels.
 
     Source: Mentzer et al., Finite Scalar Quantization: VQ-VAE Made Simple, 2024, section 3.
@@ -259,8 +263,9 @@ class FSQ(nn.Module):
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
+        levels = [number(f"levels[{i}]", level, int) for i, level in enumerate(levels)]
         if not levels or min(levels) < 2:
-            raise ValueError(f"FSQ: levels are numbers >= 2, one per channel, got {list(levels)}")
+            raise ValueError(f"FSQ: levels are numbers >= 2, one per channel, got {levels}")
         self.levels, self.dim, self.num_codes = tuple(levels), len(levels), math.prod(levels)
         self.norm = nn.BatchNorm1d(self.dim, affine=False)
         count = torch.tensor(self.levels)
