@@ -61,7 +61,16 @@ from ppvae.compile.compiled import Compiled
 from ppvae.elbo.penalties import Penalty, Tilt
 from ppvae.pairs import NotCompiled
 from programs import PROGRAMS
-from registry import ALL_ESTIMATORS, ALL_PAIRS, BESIDE, ONE_OF_EACH, build, cross
+from registry import (
+    ALL_ESTIMATORS,
+    ALL_PAIRS,
+    BESIDE,
+    CODES,
+    ONE_OF_EACH,
+    SOFT_CODES,
+    build,
+    cross,
+)
 
 # -- law 6 -------------------------------------------------------------------------------------
 
@@ -90,6 +99,13 @@ def law(pair, estimator):
 def test_three_steps_traced_equal_three_eager_steps(traced, pair, estimator):
     law(pair, estimator)
     assert len(traced) == 1 + 2 * (pair in BESIDE)  # its draws, and its loss
+
+
+@pytest.mark.parametrize("pair", [*CODES, *SOFT_CODES])
+def test_codes_traced_are_those_of_eager_steps(traced, pair):
+    """Of one draw, or without a path."""
+    hard = elbo.ELBO() if pair == "fsq" else elbo.VQELBO()
+    law(pair, elbo.IWELBO(3, gradient="vimco") if pair in SOFT_CODES else hard)
 
 
 @inductor
