@@ -287,6 +287,8 @@ def test_temperature_scales_deviations_and_given_latents_stay():
         model.decode(given={"z3": z2})
     with pytest.raises(ValueError, match=r"given has 'z2' of shape \(2, 1\)"):
         model.decode(given={"z2": z2[0, :, :, 0]})
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        model.decode(temperature="cold")
     with pytest.raises(ValueError, match="temperature scales standard deviations"):
         model.decode(temperature=-1.0)
 
@@ -377,6 +379,13 @@ def test_a_cell_keeps_to_its_skip():
 def test_networks_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
         nets.nvae(**arguments)
+
+
+def test_numbers_of_groups_are_whole():
+    with pytest.raises(TypeError, match=r"groups\[1\] must be a whole number, got 1.5"):
+        nets.nvae((1, 8, 8), groups=(1, 1.5))
+    with pytest.raises(TypeError, match="blocks must be a whole number"):
+        nets.nvae((1, 8, 8), groups=(1, 1), blocks="2")
 
 
 def parts_of(**changes):

@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import number
 from ppvae.chain import Chain, require_distribution
 from ppvae.conditionals import SoftNormal
 from ppvae.program import Program, data_plate
@@ -110,6 +111,7 @@ class TopDown(Program):
             torch.Size([6, 1, 8, 8])
         """
         given = {} if given is None else given
+        temperature = number("temperature", temperature, float)
         if not temperature >= 0:
             raise ValueError(f"temperature scales standard deviations: >= 0, got {temperature}")
         for name, z in given.items():

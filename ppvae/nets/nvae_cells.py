@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ppvae.arguments import number
 from ppvae.nets.dense import FlatBatch, flat_batch
 from ppvae.nets.top_down import Group, Joined, TopDown, Zeros
 
@@ -293,6 +294,8 @@ def _sizes(shape: Sequence[int], groups: Sequence[int], blocks: int) -> list[tup
     """Height and width after each halving, the image's first."""
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"nets.nvae: shape is (C, H, W) of an image, got {tuple(shape)}")
+    groups = [number(f"groups[{i}]", count, int) for i, count in enumerate(groups)]
+    blocks = number("blocks", blocks, int)
     if not groups or min(groups) < 1 or blocks < 0:
         seen = f"groups={tuple(groups)} and blocks={blocks}"
         raise ValueError(f"nets.nvae: each scale needs a group, and blocks >= 0, got {seen}")
