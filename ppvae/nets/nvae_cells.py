@@ -258,10 +258,10 @@ def nvae(
     places = [
         i for i, n in zip(reversed(range(len(sizes))), groups, strict=False) for _ in range(n)
     ]
-    for number, i in enumerate(places):
-        width, below = widths[i], places[number + 1 : number + 2]
+    for place, i in enumerate(places):
+        width, below = widths[i], places[place + 1 : place + 2]
         prior: nn.Module = Zeros(latent_channels)
-        if number:
+        if place:
             layers = [nn.ELU(), nn.Conv2d(width, 2 * latent_channels, 1)]
             prior = flat_batch(nn.Sequential(*layers), event_dim=3)
         absorb: list[nn.Module] = [nn.Conv2d(width + latent_channels, width, 1)]
@@ -313,6 +313,6 @@ def _sizes(shape: Sequence[int], groups: Sequence[int], blocks: int) -> list[tup
 
 
 def _require_positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"nets.nvae: {name} must be at least 1, got {number}")
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"nets.nvae: {name} must be at least 1, got {value}")
