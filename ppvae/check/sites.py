@@ -243,6 +243,15 @@ def hidden_values(site: Site) -> Tensor | None:
     return None if visible is None else ~visible.expand(site["value"].shape)
 
 
+_IN_WORDS = {
+    "Boolean()": "{0, 1}",
+    "Interval(lower_bound=0.0, upper_bound=1.0)": "[0, 1]",
+    "GreaterThan(lower_bound=0.0)": "positive numbers",
+    "GreaterThanEq(lower_bound=0.0)": "numbers from 0",
+    "Real()": "real numbers",
+}
+
+
 def describe(support: Any) -> str:
     """A support as a text for messages."""
     while hasattr(support, "base_constraint"):
@@ -252,11 +261,9 @@ def describe(support: Any) -> str:
     name = str(support)
     if name == "IntegerGreaterThan(lower_bound=0)":
         return "0, 1, 2, ..."
-    if name.startswith("IntegerInterval") and isinstance(support.upper_bound, int):
-        return f"{support.lower_bound} .. {support.upper_bound}"
-    return {"Boolean()": "{0, 1}", "Interval(lower_bound=0.0, upper_bound=1.0)": "[0, 1]"}.get(
-        name, name
-    )
+    if name.startswith("IntegerInterval") and torch.as_tensor(support.upper_bound).numel() == 1:
+        return f"{int(support.lower_bound)} .. {int(support.upper_bound)}"
+    return _IN_WORDS.get(name, name)
 
 
 def is_point(fn: Any) -> bool:
