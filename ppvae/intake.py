@@ -102,7 +102,7 @@ def for_training(data: Any, label: str, batch_size: int, seed: int, *programs: A
     if isinstance(data, (DataLoader, Tensor)) or _is_split(data):
         return data
     if _is_dataset(data):
-        rows = data.with_format("torch") if _is_hugging_face(data) else data
+        rows = _with_tensors(data, programs)
         if isinstance(data, IterableDataset) or not hasattr(rows, "__len__"):
             return DataLoader(rows, batch_size)
         if not len(rows):
@@ -132,13 +132,13 @@ def part_of(data: Any, name: str, otherwise: Any) -> Any:
 def _columns(args: Sequence[Any], programs: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments one by one, sparse ones still sparse."""
     if len(args) == 1:
-        args = _unpacked(args[0], argument_names(programs[0]) if programs else [])
+        args = _unpacked(args[0], programs)
     dtype = _dtype(programs)
     labels = argument_labels(programs[0] if programs else None, len(args))
     return tuple(_rows(arg, labels[i], i == 0, dtype) for i, arg in enumerate(args))
 
 
-def _unpacked(data: Any, names: Sequence[str]) -> Sequence[Any]:
+def _unpacked(data: Any, programs: Sequence[Any]) -> Sequence[Any]:
     """The arguments that one container holds."""
     if isinstance(data, DataLoader):
         raise TypeError("a DataLoader cuts batches for training; give its dataset here")
@@ -152,12 +152,12 @@ def _unpacked(data: Any, names: Sequence[str]) -> Sequence[Any]:
             raise TypeError(f"{type(data).__name__} is a stream: give tensors, or data with rows")
         if not len(data):
             raise ValueError(f"no data: {type(data).__name__} has no rows")
-        rows = data.with_format("torch") if _is_hugging_face(data) else data
+        rows = _with_tensors(data, programs)
         data = default_collate([rows[i] for i in range(len(rows))])
         if isinstance(data, (tuple, list)):
             return data
     if isinstance(data, Mapping):
-        return by_name(data, names, "the data are")
+        return by_name(data, argument_names(programs[0]) if programs else [], "the data are")
     return [data]
 
 
@@ -193,6 +193,20 @@ def _is_dataset(data: Any) -> bool:
 
 def _is_hugging_face(data: Any) -> bool:
     return hasattr(data, "with_format") and hasattr(data, "column_names") and hasattr(data, "map")
+
+
+def _with_tensors(data: Any, programs: Sequence[Any]) -> Any:
+    """A data set whose rows are tensors; raises ``TypeError`` if its columns are no arguments."""
+    if not _is_hugging_face(data):
+        return data
+    columns, names = data.column_names, argument_names(programs[0]) if programs else []
+    if columns and names and not set(columns) & set(names):
+        raise TypeError(
+            f"the data set has the columns {', '.join(map(repr, columns[:5]))}, and the model "
+            f"takes {', '.join(map(repr, names))}: give data.to_pandas() if they are columns of "
+            f"one table, or rename one, data.rename_column({columns[0]!r}, {names[0]!r})"
+        )
+    return data.with_format("torch")
 
 
 def _dtype(programs: Sequence[Any]) -> torch.dtype:

@@ -258,6 +258,54 @@ def test_what_is_no_data_for_anybody(given, words):
         trained(pair, given())
 
 
+class Lazy:
+    """As a LazyFrame of polars: what it will be, and no rows."""
+
+    columns = dtypes = ["a", "b"]
+
+    def collect(self):
+        raise AssertionError("nobody asked for this work")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Lazy, r"a Lazy holds no rows yet: give frame.collect\(\)"),
+        (lambda: pytest.importorskip("polars").LazyFrame({"a": [1.0], "b": [2.0]}), "no rows yet"),
+    ],
+)
+def test_a_frame_that_is_a_plan(make, words):
+    pair, frame = counts_pair(), make()
+    for call in (
+        lambda: trained(pair, frame),
+        lambda: ppvae.encode(pair[1], frame),
+        lambda: ppvae.log_prob(*pair, frame),
+        lambda: data.Table.fit(frame),
+        lambda: data.from_arrays(frame),
+        lambda: conditionals.suggest(frame),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+
+
+def test_a_data_set_whose_columns_are_no_arguments():
+    pair, rows = counts_pair(), hugging_face({"a": X[:, 0], "b": X[:, 1]})
+    words = r"has the columns 'a', 'b', and the model takes 'x'.*data.to_pandas\(\)"
+    for call in (lambda: trained(pair, rows), lambda: ppvae.log_prob(*pair, rows)):
+        with pytest.raises(TypeError, match=words):
+            call()
+    with pytest.raises(TypeError, match=r"give x.to_pandas\(\)"):
+        data.from_arrays(rows)
+    assert len(data.from_arrays(rows.to_pandas()).train)
+
+
+def test_arrays_that_have_a_function_of_their_own():
+    with pytest.raises(TypeError, match="x is sparse: .* data.from_counts"):
+        data.from_arrays(scipy.sparse.csr_matrix(X))
+    with pytest.raises(TypeError, match="x is an AnnData: data.from_anndata takes it"):
+        data.from_arrays(AnnDataLike(X))
+
+
 def test_what_is_no_data_for_an_evaluator():
     pair = counts_pair()
     with pytest.raises(TypeError, match="a DataLoader cuts batches for training"):

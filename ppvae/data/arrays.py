@@ -98,8 +98,9 @@ def from_arrays(
     """
     check_binarize(binarize)
     check_choice("missing", missing, ("mask", None))
-    columns, observed = getattr(x, "columns", None), None
-    array = numbers(numeric(x, "x") if missing and is_frame(x) else x, "x")
+    framed, observed = is_frame(x), None
+    columns = x.columns if framed else None
+    array = numbers(numeric(x, "x") if missing and framed else x, "x")
     if missing is not None:
         array, observed = without_gaps(array, columns)
     _check_rows(array, support)
@@ -275,7 +276,13 @@ def _size(name: str, share: float | int, num: int) -> int:
 
 def numbers(array: Any, name: str) -> np.ndarray:
     """``array`` as numpy numbers, not yet of a float type."""
-    columns = getattr(array, "dtypes", None)  # of a data frame
+    columns = array.dtypes if is_frame(array) else None
+    if hasattr(array, "obs") and hasattr(array, "X"):
+        raise TypeError(f"{name} is an AnnData: data.from_anndata takes it, or give {name}.X")
+    if hasattr(array, "tocsr"):
+        raise TypeError(f"{name} is sparse: give {name}.toarray(), or counts to data.from_counts")
+    if hasattr(array, "column_names") and hasattr(array, "to_pandas"):
+        raise TypeError(f"{name} is a {type(array).__name__} of columns: give {name}.to_pandas()")
     if isinstance(array, Tensor):
         array = _plain(array, name)
     if np.ma.is_masked(array):

@@ -40,7 +40,14 @@ class Cells:
 
 
 def is_frame(value: Any) -> bool:
-    """Whether it is a frame of pandas, or of a library that narwhals knows."""
+    """Whether it is a frame of pandas, or of a library that narwhals knows.
+
+    Raises:
+        TypeError: it is one that holds no rows yet.
+    """
+    kind = type(value)
+    if hasattr(kind, "collect") and hasattr(kind, "columns") and not hasattr(kind, "__len__"):
+        raise TypeError(f"a {kind.__name__} holds no rows yet: give frame.collect()")
     return hasattr(value, "columns") and hasattr(value, "dtypes") and not hasattr(value, "obs")
 
 
