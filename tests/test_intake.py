@@ -261,7 +261,7 @@ def test_what_is_no_data_for_anybody(given, words):
 class Lazy:
     """As a LazyFrame of polars: what it will be, and no rows."""
 
-    columns = dtypes = ["a", "b"]
+    columns = dtypes = ("a", "b")
 
     def collect(self):
         raise AssertionError("nobody asked for this work")
@@ -300,9 +300,9 @@ def test_a_data_set_whose_columns_are_no_arguments():
 
 
 def test_arrays_that_have_a_function_of_their_own():
-    with pytest.raises(TypeError, match="x is sparse: .* data.from_counts"):
+    with pytest.raises(TypeError, match=r"x is sparse: .* data\.from_counts"):
         data.from_arrays(scipy.sparse.csr_matrix(X))
-    with pytest.raises(TypeError, match="x is an AnnData: data.from_anndata takes it"):
+    with pytest.raises(TypeError, match=r"x is an AnnData: data\.from_anndata takes it"):
         data.from_arrays(AnnDataLike(X))
 
 

@@ -104,15 +104,15 @@ def suggest(split: Any, names: Sequence[str] | None = None, seed: int = 0) -> Su
     split = getattr(split, "train", split)  # of a data set
     if is_frame(split):
         names = list(split.columns) if names is None else names
-        values = numeric(split, "the frame")
+        array = numeric(split, "the frame")
     elif isinstance(split, tuple):
         raise TypeError(
             "suggest looks at one array, and was given several: give x alone, NaN where it is "
             "missing, or a part of data.from_arrays(x, y, missing='mask')"
         )
     else:
-        values = numbers(getattr(split, "x", split), "split")
-    x = torch.from_numpy(values.astype(float))
+        array = numbers(getattr(split, "x", split), "split")
+    x = torch.from_numpy(array.astype(float))
     observed = getattr(split, "observed", None)
     observed = ~x.isnan() if observed is None else observed.cpu()
     x = torch.where(observed, x, 0.0).reshape(len(x), -1)
