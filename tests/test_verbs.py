@@ -21,7 +21,7 @@ import ppvae
 from ppvae import conditionals, data, diagnostics, guides, models, nets
 from ppvae.train.checkpoint import CheckpointError
 from ppvae.verbs.sites import needs_draws
-from registry import ALL_PAIRS, CODES, TutorialVAE, build, owners
+from registry import ALL_PAIRS, CODES, ENUMERATED, TutorialVAE, build, owners
 from test_table import people
 
 N, D = 12, 4
@@ -167,7 +167,7 @@ def test_seeds():
 # ------------------------------------------------------------------------------ laws
 
 
-@pytest.mark.parametrize("name", [*ALL_PAIRS, *CODES])
+@pytest.mark.parametrize("name", [*ALL_PAIRS, *CODES, *ENUMERATED])
 def test_pieces_equal_the_whole_and_nothing_moves(name):
     model, guide, args = build(name)
     for module in owners(model, guide):
@@ -305,7 +305,7 @@ OWN = {  # pairs with parts that are not the package's: tests' own, or zuko's
 }
 
 
-@pytest.mark.parametrize("name", [*ALL_PAIRS, *CODES])
+@pytest.mark.parametrize("name", [*ALL_PAIRS, *CODES, *ENUMERATED])
 def test_a_saved_pair_has_the_same_weights(name, tmp_path):
     model, guide, args = build(name)
     ppvae.save(tmp_path, model, guide)
