@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import TransformedDistribution
 from torch.func import functional_call
 
+from ppvae.arguments import takes_numbers
+
 Inputs = Tensor | Sequence[Tensor]
 
 
@@ -125,6 +127,7 @@ class Ratio(Auxiliary):
 
     seen: Tensor
 
+    @takes_numbers
     def __init__(self, net: nn.Module, contrast: Callable[[Any], tuple[Inputs, Inputs]]) -> None:
         super().__init__()
         self.net, self.contrast = net, contrast

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 
 from ppvae import distributions
+from ppvae.arguments import require_functions
 from ppvae.conditionals.continuous import Affine
 from ppvae.conditionals.counts import NegativeBinomial
 from ppvae.conditionals.heads import Bernoulli, Categorical, Conditional, Normal
@@ -64,6 +65,7 @@ class Columns(Conditional):
         if not columns:
             raise ValueError("Columns needs a column: {'age': conditionals.Normal, ...}")
         self.names = tuple(columns)
+        require_functions("columns", columns)
         groups = _groups(columns)
         self.places = list(groups.values())
         self.heads = nn.ModuleList(make(nn.Identity()) for make in groups)

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.auxiliary import Ratio
 from ppvae.conditionals.heads import full_precision
 from ppvae.distributions import NoInverse, promoted
@@ -93,6 +94,7 @@ class OptimalPrior(nn.Module):
     log_z_error: Tensor
     fingerprint: Tensor
 
+    @takes_numbers(num_candidates=1)
     def __init__(
         self, base: nn.Module, net: nn.Module, latent: str = "z", num_candidates: int = 1_000
     ) -> None:

@@ -133,7 +133,7 @@ def from_images(
         >>> from_images(folder).shape
         (1, 28, 28)
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check the path")
     if not _is_size(size):
@@ -199,9 +199,16 @@ def _with_named_labels(x: Any, words: np.ndarray, **options: Any) -> Dataset:
     return replace(dataset, source=f"{dataset.source}; labels {named}")
 
 
+def as_path(name: str, path: str | Path) -> Path:
+    """The path, if it is one; what is empty would be the folder one is in."""
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise TypeError(f"{name} must be the path of a file or folder, got {path!r}")
+    return Path(path)
+
+
 def existing(path: str | Path) -> Path:
     """The path, if there is a file."""
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         raise ValueError(f"no file {path}: check the path")
     return path

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.distributions.labels import UNKNOWN, check_labels, one_hot, partly_known
 from ppvae.program import Program, data_plate
 from ppvae.wrapped import innermost, owner_of, title
@@ -40,6 +41,7 @@ class M2(Program):
         torch.Size([5, 10])
     """
 
+    @takes_numbers
     def __init__(self, classifier: nn.Module, posterior: nn.Module, draw: bool = False) -> None:
         super().__init__()
         self.classifier = classifier

@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.conditionals import Conditional
 from ppvae.conditionals.codes import CodeDistribution, CodeMap
 from ppvae.guides.amortized import Amortized
@@ -82,6 +83,7 @@ class Quantized(_Softened, Amortized):
 
     conditional: Quantizing
 
+    @takes_numbers
     def __init__(
         self,
         encoder: nn.Module,
@@ -119,6 +121,7 @@ class QuantizedLevels(_Softened):
     2019, section 3.1.
     """
 
+    @takes_numbers
     def __init__(
         self,
         lower: nn.Module,

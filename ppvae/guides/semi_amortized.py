@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.distributions import Reshaped
 from ppvae.guides.amortized import Amortized
 from ppvae.pairs import evaluation_mode
@@ -65,6 +66,7 @@ class SemiAmortized(Program):
         True
     """
 
+    @takes_numbers(steps=0, lr=0)
     def __init__(
         self,
         guide: Amortized,

@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.chain import Chain, require_distribution
 from ppvae.models.vae import choose_prior
 from ppvae.program import Program, data_plate
@@ -59,6 +60,7 @@ class Hierarchical(Program):
         torch.Size([5, 784])
     """
 
+    @takes_numbers
     def __init__(
         self,
         likelihood: nn.Module,

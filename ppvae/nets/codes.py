@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, distributed, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.auxiliary import Auxiliary
 
 _RESTART_EVERY = 20  # steps
@@ -63,6 +64,7 @@ class CodeTable(_Table):
         True
     """
 
+    @takes_numbers(num_codes=1, dim=1)
     def __init__(self, num_codes: int, dim: int) -> None:
         super().__init__()
         check_sizes("CodeTable", num_codes, dim)
@@ -129,6 +131,7 @@ class Codebook(_Table, Auxiliary):
     squares: Tensor
     offered: Tensor
 
+    @takes_numbers(num_codes=1, dim=1, decay=0, restart=0)
     def __init__(
         self,
         num_codes: int,
@@ -257,6 +260,7 @@ class FSQ(nn.Module):
     divisor: Tensor
     strides: Tensor
 
+    @takes_numbers
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
         if not levels or min(levels) < 2:

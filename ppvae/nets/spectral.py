@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -44,6 +46,7 @@ class Spectral(nn.Module):
 
     weight: Tensor
 
+    @takes_numbers(weight=0, iterations=1)
     def __init__(self, module: nn.Module, weight: float = 1e-2, iterations: int = 4) -> None:
         super().__init__()
         if not weight >= 0 or iterations < 1:

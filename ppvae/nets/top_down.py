@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
+
 Draw = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -43,6 +45,7 @@ class TopDown(nn.Module):
         torch.Size([5, 2, 4, 4])
     """
 
+    @takes_numbers
     def __init__(self, start: Sequence[int], groups: Sequence[nn.Module]) -> None:
         super().__init__()
         if not groups:
@@ -108,6 +111,7 @@ class Group(nn.Module):
         torch.Size([2, 4, 4])
     """
 
+    @takes_numbers
     def __init__(self, prior: nn.Module, absorb: nn.Module) -> None:
         super().__init__()
         self.prior, self.absorb = prior, absorb
@@ -130,6 +134,7 @@ class Zeros(nn.Module):
         torch.Size([6, 4, 4])
     """
 
+    @takes_numbers(channels=1)
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
@@ -153,6 +158,7 @@ class Joined(nn.Module):
         torch.Size([6, 2, 4, 4])
     """
 
+    @takes_numbers
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.auxiliary import Ratio, drawn_with
 from ppvae.conditionals.heads import full_precision
 
@@ -70,6 +71,7 @@ class Implicit(nn.Module):
 
     points: Tensor
 
+    @takes_numbers(dim=1, noise_dim=1)
     def __init__(
         self,
         sampler: nn.Module,

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 
+
+@takes_numbers(steps=1)
 def alternate(
     optim: Callable[..., torch.optim.Optimizer],
     *turns: nn.Module | Iterable[Tensor],
@@ -47,10 +50,10 @@ def alternate(
         >>> torch.equal(model.word_vectors, words), torch.equal(guide.outputs(counts), codes)
         (False, True)
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not callable(optim):
+        raise TypeError(f"optim makes an optimiser, as torch.optim.Adam does, got {optim!r}")
     if len(turns) < 2:
-        raise ValueError(f"give two or more parts to alternate between, got {len(turns)}")
+        raise ValueError(f"turns: give two or more parts to alternate between, got {len(turns)}")
     groups: list[dict[str, Any]] = []
     owner: dict[int, int] = {}
     for turn, part in enumerate(turns):
