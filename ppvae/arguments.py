@@ -43,8 +43,8 @@ def takes_numbers(function: Any = None, /, **at_least: float) -> Any:
     Numbers of NumPy, and arrays and tensors that hold one, are converted; anything else raises a
     ``TypeError`` that names the argument. ``int | None`` takes None as well. ``tuple[int, ...]``
     and ``Sequence[int]`` are sizes, each at least 1, and become a tuple. ``bool``, ``str`` (and a
-    ``Literal``) and ``nn.Module``, one or a sequence, are looked at, too. Of other annotations
-    nothing is assumed. A bool is no number.
+    ``Literal``) and ``nn.Module``, one or a sequence, are looked at, too: what can be called and is
+    no class does for a module. Of other annotations nothing is assumed. A bool is no number.
 
     Args:
         function: what is called; or None, to be decorated later.
@@ -125,7 +125,7 @@ def _read(name: str, value: Any, wanted: _Wanted) -> Any:
         return None
     if row is not None and _is_row(value):
         if wanted.length not in (None, len(value)):
-            raise ValueError(f"{name} must be {wanted.length} numbers, got {_shown(value)}")
+            raise ValueError(f"{name} must have {wanted.length} values, got {_shown(value)}")
         items = tuple(_one(name, item, row, wanted.at_least) for item in value)
         return value if isinstance(value, nn.Module) else items
     if kind is None:
@@ -147,8 +147,6 @@ def _one(name: str, value: Any, kind: type, at_least: float | None) -> Any:
         return _bounded(name, value, kind, at_least)
     if kind is nn.Module:
         _require_callable(name, value, "a module, as nets.mlp(...)")
-        if not isinstance(value, nn.Module):
-            raise TypeError(f"{name} must be a module, as nets.mlp(...), got {_shown(value)}")
     elif kind is str and not isinstance(value, str):
         raise TypeError(f"{name} must be a word, got {_shown(value)}")
     elif kind is bool:
@@ -193,14 +191,14 @@ def number(name: str, value: Any, kind: type, optional: bool = False) -> Any:
 
 
 def number_or_tensor(name: str, value: Any) -> Tensor:
-    """An argument as a tensor of the default floats."""
+    """An argument as a tensor."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         value = torch.from_numpy(value)
     if not isinstance(value, Tensor):
         value = torch.tensor(number(name, value, float))
     elif value.is_complex():
         raise TypeError(f"{name} must be a number or a tensor of them, got {value.dtype}")
-    return value.to(torch.get_default_dtype())
+    return value
 
 
 def require_programs(**programs: Any) -> None:

@@ -231,6 +231,8 @@ def _as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
 
 def _one_per_row(output: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     rows = {tensor.shape[0] for tensor in inputs}  # with particles, not of every input
+    if not isinstance(output, Tensor):
+        raise TypeError(f"net: the network of a ratio gives a tensor, got {type(output).__name__}")
     if output.dim() < 2 or output.shape[-1] != 1 or output.shape[0] not in rows:
         raise ValueError(
             f"the network of a ratio must give one number per row, (..., 1): of inputs "

@@ -101,6 +101,11 @@ def codebook():
     return nets.Codebook(4, 2)
 
 
+def as_tuple(value):
+    """What goes by position, one or several."""
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
 def files():
     """A folder with a table, arrays and images."""
     folder = Path(HERE.name) / "files"
@@ -265,11 +270,11 @@ MADE = {
         model=lambda: M.MissingNotAtRandom(bernoulli()(), nets.SelfMasking(4), 2),
     ),
     "guides.Auto": of(
-        lambda make, model, x: G.Auto(make, model, x), make=lambda: AutoNormal,
-        model=lambda: pair()["model"], x=lambda: X,
+        lambda make, model, data: G.Auto(make, model, data), make=lambda: AutoNormal,
+        model=lambda: pair()["model"], data=lambda: X,
     ),
     "nets.mlp": of(
-        lambda sizes, **o: nets.mlp(*sizes, **o), sizes=(4, 8, 2), activation=nn.ReLU,
+        lambda sizes, **o: nets.mlp(*as_tuple(sizes), **o), sizes=(4, 8, 2), activation=nn.ReLU,
         batch_norm=False, dropout=0.1,
     ),
     "nets.residual": of(
@@ -357,7 +362,7 @@ MADE = {
     ),
     "Ratio": of(Ratio, net=net(2, 8, 1), contrast=lambda: lambda draws: None),
     "alternate": of(
-        lambda optim, turns, steps: alternate(optim, *turns, steps=steps),
+        lambda optim, turns, steps: alternate(optim, *as_tuple(turns), steps=steps),
         optim=lambda: torch.optim.Adam, turns=lambda: [nn.Linear(2, 2), nn.Linear(2, 2)], steps=2,
     ),
     "data.sprites": of(data.sprites, size=16, sizes=(3, 4, 2, 3, 3), full_turn=False),

@@ -62,10 +62,10 @@ class Columns(Conditional):
 
     def __init__(self, net: nn.Module, columns: Mapping[str, Make]) -> None:
         super().__init__(net)
-        if not columns:
-            raise ValueError("Columns needs a column: {'age': conditionals.Normal, ...}")
-        self.names = tuple(columns)
         require_functions("columns", columns)
+        if not columns:
+            raise ValueError("Columns needs a column, columns={'age': conditionals.Normal, ...}")
+        self.names = tuple(columns)
         groups = _groups(columns)
         self.places = list(groups.values())
         self.heads = nn.ModuleList(make(nn.Identity()) for make in groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import Independent
 
@@ -214,7 +215,9 @@ class Affine(Around):
     @takes_numbers
     def __init__(self, head: Conditional, loc: Tensor | float, scale: Tensor | float) -> None:
         super().__init__(head)
-        loc, scale = number_or_tensor("loc", loc), number_or_tensor("scale", scale)
+        floats = torch.get_default_dtype()
+        loc = number_or_tensor("loc", loc).to(floats)
+        scale = number_or_tensor("scale", scale).to(floats)
         if not ((scale > 0) & scale.isfinite()).all():
             where = (~(scale > 0)).flatten().nonzero().flatten()[:3].tolist()
             raise ValueError(

@@ -103,7 +103,7 @@ def log_q_of_labels(
     Example:
         >>> import torch
         >>> from ppvae import guides, nets
-        >>> guide = guides.M2(nets.mlp(4, 3), posterior=None)
+        >>> guide = guides.M2(nets.mlp(4, 3), posterior=torch.nn.Identity())
         >>> _ = [p.data.zero_() for p in guide.parameters()]
         >>> guides.log_q_of_labels(None, guide, torch.ones(2, 4), torch.tensor([2, -1]))
         tensor([-1.0986,  0.0000], grad_fn=<WhereBackward0>)

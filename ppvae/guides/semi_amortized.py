@@ -78,7 +78,7 @@ class SemiAmortized(Program):
         super().__init__()
         if not isinstance(guide, Amortized):
             wanted = "a guides.Amortized(conditional), or a shorthand such as guides.Normal"
-            raise TypeError(f"SemiAmortized refines {wanted}, got a {type(guide).__name__}")
+            raise TypeError(f"guide: SemiAmortized refines {wanted}, got a {type(guide).__name__}")
         if steps < 1 or not lr > 0:
             raise ValueError(f"SemiAmortized needs steps >= 1 and lr > 0, got {steps} and {lr}")
         self.guide = guide

@@ -64,6 +64,7 @@ class TopDown(Program):
     ) -> None:
         super().__init__()
         require_has("path", path, "start names", "nets.TopDown(start, groups)")
+        require_has("likelihood", likelihood, "parameters", "conditionals.Bernoulli(net)")
         self.path, self.likelihood = path, likelihood
         self.normal = SoftNormal() if normal is None else normal
         self.shapes, self.integer = self._walked_once()

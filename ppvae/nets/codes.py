@@ -131,7 +131,7 @@ class Codebook(_Table, Auxiliary):
     squares: Tensor
     offered: Tensor
 
-    @takes_numbers(num_codes=1, dim=1, decay=0, restart=0)
+    @takes_numbers(num_codes=1, dim=1)
     def __init__(
         self,
         num_codes: int,

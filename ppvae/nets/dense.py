@@ -167,7 +167,7 @@ def mlp(
         torch.Size([5, 10, 64])
     """
     if len(sizes) < 2:
-        raise ValueError(f"mlp needs an input and an output size, as mlp(16, 64); got {sizes}")
+        raise ValueError(f"mlp needs two sizes, input and output, as mlp(16, 64); got {sizes}")
     if min(sizes) < 1 or not 0 <= dropout < 1:
         raise ValueError(f"mlp needs sizes >= 1 and dropout in [0, 1), got {sizes} and {dropout}")
     layers: list[nn.Module] = []

@@ -54,7 +54,9 @@ class Masked(nn.Module):
         if isinstance(fill, nn.Parameter):
             self.fill: Tensor = fill
         else:
-            self.register_buffer("fill", number_or_tensor("fill", fill))
+            self.register_buffer(
+                "fill", number_or_tensor("fill", fill).to(torch.get_default_dtype())
+            )
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         """From ``x``, what else the network takes, and bools of the shape of x."""

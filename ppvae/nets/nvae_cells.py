@@ -166,6 +166,7 @@ class Tower(nn.Module):
         [3, 2]
     """
 
+    @takes_numbers
     def __init__(self, stages: Sequence[nn.Module]) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)

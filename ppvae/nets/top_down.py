@@ -49,7 +49,7 @@ class TopDown(nn.Module):
     def __init__(self, start: Sequence[int], groups: Sequence[nn.Module]) -> None:
         super().__init__()
         if not groups:
-            raise ValueError("nets.TopDown needs a group for each latent, and was given none")
+            raise ValueError("groups of nets.TopDown are one for each latent, and none was given")
         self.start = nn.Parameter(torch.rand(tuple(start)))
         self.groups = nn.ModuleList(groups)
         self.names = [f"z{level}" for level in range(len(groups), 0, -1)]

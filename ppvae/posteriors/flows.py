@@ -217,6 +217,8 @@ def spline(
 def _require_two(dim: int, name: str, hidden: Sequence[int]) -> None:
     if dim < 2:
         raise ValueError(f"{name} needs a latent dimension of at least 2, got {dim}: use spline")
+    if not hidden:
+        raise ValueError(f"{name} needs widths, as hidden=(64,), got none")
 
 
 def _import_zuko() -> Any:

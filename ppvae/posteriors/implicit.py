@@ -81,11 +81,6 @@ class Implicit(nn.Module):
         contrast: Literal["adaptive", "prior"] = "adaptive",
     ) -> None:
         super().__init__()
-        for name, size in (("dim", dim), ("noise_dim", noise_dim)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(
-                    f"Implicit: {name} must be a whole number of at least 1, got {size!r}"
-                )
         if contrast not in ("adaptive", "prior"):
             raise ValueError(
                 f'Implicit: contrast must be "adaptive" or "prior", the distribution that q is '

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.arguments import takes_numbers
+from ppvae.train.optimizer import check_optim, made
 
 
 @takes_numbers(steps=1)
@@ -50,8 +51,7 @@ def alternate(
         >>> torch.equal(model.word_vectors, words), torch.equal(guide.outputs(counts), codes)
         (False, True)
     """
-    if not callable(optim):
-        raise TypeError(f"optim makes an optimiser, as torch.optim.Adam does, got {optim!r}")
+    check_optim(optim)
     if len(turns) < 2:
         raise ValueError(f"turns: give two or more parts to alternate between, got {len(turns)}")
     groups: list[dict[str, Any]] = []
@@ -68,7 +68,7 @@ def alternate(
                     "give lists of parameters, each in one part"
                 )
         groups.append({"params": own, "taken": 0})
-    optimizer = optim(groups)
+    optimizer = made(optim(groups))
     if any(group.get("fused") for group in optimizer.param_groups):
         raise ValueError("a fused optimiser cannot be asked whose turn it is: leave out fused=True")
 
