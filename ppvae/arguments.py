@@ -4,27 +4,54 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_KINDS = {"int": int, "float": float}
+_KINDS: dict[str, type] = {
+    "int": int, "float": float, "bool": bool, "str": str, "nn.Module": nn.Module
+}  # fmt: skip
+_ROW = re.compile(r"(?P<what>tuple|Sequence|Iterable)\[(?P<of>(int|nn\.Module)\b.*)\]")
 _WORDS = {int: "a whole number", float: "a number"}
+_LARGEST_SIZE = 2**31 - 1
 
 
-def takes_numbers(function: Callable[P, R]) -> Callable[P, R]:
+class _Wanted(NamedTuple):
+    """What an annotation says of an argument."""
+
+    kind: type | None = None  # one of it, if any
+    row: type | None = None  # int or nn.Module: several of it
+    length: int | None = None  # how many, if that is said
+    optional: bool = False
+    at_least: float | None = None
+
+
+@overload
+def takes_numbers(function: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def takes_numbers(**at_least: float) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def takes_numbers(function: Any = None, /, **at_least: float) -> Any:
     """Give a function Python's ints and floats where its annotations say ``int`` or ``float``.
 
     Numbers of NumPy, and arrays and tensors that hold one, are converted; anything else raises a
-    ``TypeError`` that names the argument. ``int | None`` takes None as well; of other unions
-    nothing is assumed. A bool is no number.
+    ``TypeError`` that names the argument. ``int | None`` takes None as well. ``tuple[int, ...]``
+    and ``Sequence[int]`` are sizes, each at least 1, and become a tuple. ``bool``, ``str`` (and a
+    ``Literal``) and ``nn.Module``, one or a sequence, are looked at, too: what can be called and is
+    no class does for a module. Of other annotations nothing is assumed. A bool is no number.
+
+    Args:
+        function: what is called; or None, to be decorated later.
+        **at_least: the least value of an argument, by its name. It must be finite then, and a size.
 
     Example:
-        >>> @takes_numbers
+        >>> @takes_numbers(size=1)
         ... def double(size: int, scale: float = 1.0) -> float:
         ...     return 2 * size * scale
         >>> double(np.int64(3), scale=np.ones(()))
@@ -32,18 +59,24 @@ def takes_numbers(function: Callable[P, R]) -> Callable[P, R]:
         >>> double(size=2.5)
         Traceback (most recent call last):
         TypeError: size must be a whole number, got 2.5
+        >>> double(-3)
+        Traceback (most recent call last):
+        ValueError: size must be at least 1, got -3
     """
-    wanted: dict[str, tuple[type, bool]] = {}
+    if function is None:
+        return functools.partial(_takes, at_least)
+    return _takes(at_least, function)
+
+
+def _takes(at_least: Mapping[str, float], function: Callable[P, R]) -> Callable[P, R]:
+    wanted: dict[str, _Wanted] = {}
     positions: dict[str, int] = {}
     rest: tuple[str, int] | None = None  # of *names, and where they begin
     for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
-        annotation = parameter.annotation
-        annotation = annotation.__name__ if annotation in (int, float) else str(annotation)
-        options = set(annotation.split(" | "))
-        kind = _KINDS.get(next(iter(options - {"None"}), ""))
-        if kind is None or len(options - {"None"}) > 1:
+        one = _wanted(parameter.annotation)
+        if one is None:
             continue
-        wanted[name] = kind, "None" in options
+        wanted[name] = one._replace(at_least=at_least.get(name, one.at_least))
         if parameter.kind is parameter.VAR_POSITIONAL:
             rest = name, i
         elif parameter.kind is not parameter.KEYWORD_ONLY:
@@ -52,17 +85,86 @@ def takes_numbers(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         given = list(args)
-        for name, (kind, optional) in wanted.items():
+        for name, one in wanted.items():
             if name in kwargs:
-                kwargs[name] = number(name, kwargs[name], kind, optional)
+                kwargs[name] = _read(name, kwargs[name], one)
             elif name in positions and positions[name] < len(given):
-                given[positions[name]] = number(name, given[positions[name]], kind, optional)
+                given[positions[name]] = _read(name, given[positions[name]], one)
         if rest is not None:
             name, first = rest
-            given[first:] = [number(name, value, *wanted[name]) for value in given[first:]]
+            given[first:] = [_read(name, value, wanted[name]) for value in given[first:]]
         return function(*given, **kwargs)  # type: ignore[arg-type]
 
     return call
+
+
+def _wanted(annotation: Any) -> _Wanted | None:
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    if text.startswith("Literal["):
+        text = "str" + " | None" * text.endswith(" | None")
+    options = set(text.split(" | "))
+    single, optional = options - {"None"}, "None" in options
+    for option in options:
+        if found := _ROW.fullmatch(option):
+            several = found["of"].split(", ")
+            length = None if found["what"] != "tuple" or "..." in several else len(several)
+            kind = _KINDS[several[0]]
+            if single - {option, several[0]} or kind not in (int, nn.Module):
+                return None
+            one = kind if several[0] in single else None
+            return _Wanted(one, kind, length, optional, 1 if kind is int else None)
+    if len(single) != 1 or not single <= set(_KINDS):
+        return None
+    return _Wanted(_KINDS[single.pop()], optional=optional)
+
+
+def _read(name: str, value: Any, wanted: _Wanted) -> Any:
+    """An argument as it is wanted."""
+    kind, row = wanted.kind, wanted.row
+    if value is None and wanted.optional:
+        return None
+    if row is not None and _is_row(value):
+        if wanted.length not in (None, len(value)):
+            raise ValueError(f"{name} must have {wanted.length} values, got {_shown(value)}")
+        items = tuple(_one(name, item, row, wanted.at_least) for item in value)
+        return value if isinstance(value, nn.Module) else items
+    if kind is None:
+        what = "whole numbers" if row is int else "modules"
+        raise TypeError(f"{name} must be several {what}, as a tuple, got {_shown(value)}")
+    return _one(name, value, kind, wanted.at_least)
+
+
+def _is_row(value: Any) -> bool:
+    if isinstance(value, (str, bytes)):
+        return False
+    return isinstance(value, (Sequence, nn.ModuleList, nn.Sequential)) or (
+        isinstance(value, (np.ndarray, Tensor)) and value.ndim == 1
+    )
+
+
+def _one(name: str, value: Any, kind: type, at_least: float | None) -> Any:
+    if kind in _WORDS:
+        return _bounded(name, value, kind, at_least)
+    if kind is nn.Module:
+        _require_callable(name, value, "a module, as nets.mlp(...)")
+    elif kind is str and not isinstance(value, str):
+        raise TypeError(f"{name} must be a word, got {_shown(value)}")
+    elif kind is bool:
+        if isinstance(value, (np.ndarray, np.generic, Tensor)) and value.ndim == 0:
+            value = value.item()
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+    return value
+
+
+def _bounded(name: str, value: Any, kind: type, at_least: float | None) -> Any:
+    plain = number(name, value, kind)
+    if at_least is not None:
+        if not at_least <= plain < math.inf:
+            raise ValueError(f"{name} must be at least {at_least}, got {plain}")
+        if kind is int and plain > _LARGEST_SIZE:
+            raise ValueError(f"{name} must be below 2 ** 31, got {plain}")
+    return plain
 
 
 def number(name: str, value: Any, kind: type, optional: bool = False) -> Any:
@@ -88,6 +190,17 @@ def number(name: str, value: Any, kind: type, optional: bool = False) -> Any:
     return kind(plain)
 
 
+def number_or_tensor(name: str, value: Any) -> Tensor:
+    """An argument as a tensor."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.from_numpy(value)
+    if not isinstance(value, Tensor):
+        value = torch.tensor(number(name, value, float))
+    elif value.is_complex():
+        raise TypeError(f"{name} must be a number or a tensor of them, got {value.dtype}")
+    return value
+
+
 def require_programs(**programs: Any) -> None:
     """Raise ``TypeError`` for what cannot be run as a Pyro program; each is passed by its name.
 
@@ -97,15 +210,29 @@ def require_programs(**programs: Any) -> None:
         TypeError: guide must be a Pyro program, something to call with the data, got 3
     """
     for name, program in programs.items():
-        if isinstance(program, type):
-            raise TypeError(
-                f"{name} is the class {program.__name__}: give an object, {program.__name__}(...)"
-            )
-        if not callable(program):
-            raise TypeError(
-                f"{name} must be a Pyro program, something to call with the data, got "
-                f"{_shown(program)}"
-            )
+        _require_callable(name, program, "a Pyro program, something to call with the data")
+
+
+def _require_callable(name: str, value: Any, what: str) -> None:
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} is the class {value.__name__}: give an object, {value.__name__}(...)"
+        )
+    if not callable(value):
+        raise TypeError(f"{name} must be {what}, got {_shown(value)}")
+
+
+def require_has(name: str, value: Any, attributes: str, example: str) -> None:
+    """Raise ``TypeError`` for what lacks one of the attributes it is asked for.
+
+    Example:
+        >>> require_has("quantizer", 3, "num_codes codes", "nets.Codebook(512, 64)")
+        Traceback (most recent call last):
+        TypeError: quantizer must have num_codes, as nets.Codebook(512, 64) has, got 3
+    """
+    for attribute in attributes.split():
+        if isinstance(value, type) or not hasattr(value, attribute):
+            raise TypeError(f"{name} must have {attribute}, as {example} has, got {_shown(value)}")
 
 
 def require_functions(name: str, functions: Any) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import TransformedDistribution
 from torch.func import functional_call
 
+from ppvae.arguments import takes_numbers
+
 Inputs = Tensor | Sequence[Tensor]
 
 
@@ -125,6 +127,7 @@ class Ratio(Auxiliary):
 
     seen: Tensor
 
+    @takes_numbers
     def __init__(self, net: nn.Module, contrast: Callable[[Any], tuple[Inputs, Inputs]]) -> None:
         super().__init__()
         self.net, self.contrast = net, contrast
@@ -228,6 +231,8 @@ def _as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
 
 def _one_per_row(output: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     rows = {tensor.shape[0] for tensor in inputs}  # with particles, not of every input
+    if not isinstance(output, Tensor):
+        raise TypeError(f"net: the network of a ratio gives a tensor, got {type(output).__name__}")
     if output.dim() < 2 or output.shape[-1] != 1 or output.shape[0] not in rows:
         raise ValueError(
             f"the network of a ratio must give one number per row, (..., 1): of inputs "

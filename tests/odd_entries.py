@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 import ppvae
+from odd_made import MADE
 from odd_values import X, pair
 from ppvae import check, conditionals, data, diagnostics, elbo, guides, metrics, models, nets, plots
 
@@ -311,4 +312,4 @@ ENTRIES = {
         lambda: {"labels": np.arange(12) % 3, "clusters": np.arange(12) % 2},
         {"labels": "rows", "clusters": "rows"},
     ),
-}  # fmt: skip
+} | MADE  # fmt: skip

@@ -181,6 +181,18 @@ MASKS = {
     "meta": lambda: X.bool().to("meta"),
     "sparse": lambda: X.bool().to_sparse(),
 }
+SIZES = {
+    "minus one": lambda: -1,
+    "a negative size": lambda: (4, -1),
+    "of zero": lambda: (4, 0),
+    "words": lambda: ("a", 2),
+    "halves": lambda: (2.5, 4),
+    "numpy's": lambda: np.array([4, 4]),
+    "of numpy's": lambda: (np.int64(4),),
+    "of None": lambda: (4, None),
+    "huge": lambda: (2**62, 2),
+    "torch's": lambda: torch.Size([4]),
+}
 KINDS = {
     "frame": THINGS | FRAMES,
     "split": THINGS | SPLITS,
@@ -188,6 +200,7 @@ KINDS = {
     "mask": THINGS | MASKS,
     "count": THINGS | COUNTS,
     "number": THINGS | NUMBERS,
+    "sizes": THINGS | SIZES,
     "seed": THINGS | COUNTS,
     "rows": THINGS | ROWS,
     "program": THINGS | PROGRAMS,

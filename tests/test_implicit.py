@@ -388,9 +388,9 @@ def test_compiled_steps_are_the_eager_ones(contrast):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"noise_dim": 0}, "noise_dim must be a whole number of at least 1, got 0"),
-        ({"noise_dim": 2.0}, "noise_dim must be a whole number"),
-        ({"dim": 0}, "dim must be a whole number of at least 1, got 0"),
+        ({"noise_dim": 0}, "noise_dim must be at least 1, got 0"),
+        ({"noise_dim": -2}, "noise_dim must be at least 1"),
+        ({"dim": 0}, "dim must be at least 1, got 0"),
         ({"contrast": "posterior"}, 'contrast must be "adaptive" or "prior"'),
     ],
 )

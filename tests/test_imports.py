@@ -29,7 +29,7 @@ PAIR = {
 MAY_IMPORT: dict[str, set[str]] = {
     # what a pair is
     "arguments": set(),
-    "auxiliary": set(),
+    "auxiliary": {"arguments"},
     "wrapped": set(),
     "program": {"wrapped"},
     "pairs": {"wrapped", "program", "distributions"},
@@ -43,8 +43,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what programs are made of
     "nets": {"arguments", "auxiliary"},
     "distributions": set(),
-    "conditionals": {"distributions", "auxiliary", "data", "pairs", "terms"},  # optimal: a guide
-    "posteriors": DENSITIES | {"auxiliary"},
+    "conditionals": {
+        "arguments",
+        "distributions",
+        "auxiliary",
+        "data",
+        "pairs",
+        "terms",
+    },  # optimal
+    "posteriors": DENSITIES | {"arguments", "auxiliary"},
     "models": DENSITIES | {"arguments", "program", "chain", "wrapped"},
     "guides": DENSITIES | PAIR | {"local", "chain", "models", "posteriors"},
     # what is done with a pair
@@ -56,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verbs": PAIR | {"check", "data", "diagnostics", "distributions", "intake", "train"},
     "sklearn": {"conditionals", "data", "guides", "models", "nets", "train", "verbs"},
     # what knows no pair
-    "data": set(),
+    "data": {"arguments"},
     "metrics": set(),
     "plots": set(),
 }

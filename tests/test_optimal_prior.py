@@ -433,7 +433,7 @@ STANDARD = conditionals.StandardNormal(2)
         (lambda: (STANDARD, nn.Flatten(0)), ValueError, "one number per row"),
         (lambda: (STANDARD, nets.mlp(3, 1)), Exception, "3"),
         (lambda: (STANDARD, nets.mlp(2, 1), "z", 0), ValueError, "num_candidates"),
-        (lambda: (STANDARD, nets.mlp(2, 1), "z", 1.5), ValueError, "num_candidates"),
+        (lambda: (STANDARD, nets.mlp(2, 1), "z", 1.5), TypeError, "num_candidates"),
     ],
 )
 def test_bad_priors(make, error, message):

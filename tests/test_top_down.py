@@ -368,7 +368,7 @@ def test_a_cell_keeps_to_its_skip():
     [
         ({"shape": (28, 28)}, r"shape is \(C, H, W\) of an image, got \(28, 28\)"),
         ({"groups": ()}, "each scale needs a group"),
-        ({"groups": (1, 0)}, "each scale needs a group"),
+        ({"groups": (1, 0)}, "groups must be at least 1, got 0"),
         ({"cells": 0}, "cells must be at least 1, got 0"),
         (
             {"shape": (1, 4, 4), "groups": (1, 2), "blocks": 2},
@@ -422,7 +422,7 @@ def test_parts_that_do_not_fit_are_named():
         make(parts._replace(heads=heads))
     with pytest.raises(TypeError, match="encoder gives a Tensor, and must give a list"):
         make(parts._replace(encoder=parts.encoder.stages[0]))
-    with pytest.raises(ValueError, match="needs a group for each latent"):
+    with pytest.raises(ValueError, match="one for each latent"):
         nets.TopDown((2, 1, 1), [])
     with pytest.raises(TypeError, match=r"TopDown\(model\) must be"):
         guides.TopDown(

@@ -10,6 +10,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import Distribution, register_kl
 
+from ppvae.arguments import require_has, takes_numbers
 from ppvae.conditionals.heads import full_precision
 
 
@@ -224,19 +225,19 @@ class CodePrior(nn.Module):
     zeros: Tensor
     quantizer: Any
 
+    @takes_numbers
     def __init__(
         self, quantizer: Any, shape: tuple[int, int], net: nn.Module | None = None
     ) -> None:
         super().__init__()
-        if len(shape) != 2 or min(shape) < 1:
-            raise ValueError(f"CodePrior: shape is the (h, w) of a code map, got {shape}")
+        require_has("quantizer", quantizer, "num_codes", "nets.Codebook(512, 64)")
         in_net = getattr(net, "num_codes", quantizer.num_codes)
         if in_net != quantizer.num_codes:
             raise ValueError(
                 f"CodePrior: a network of {in_net} codes beside a quantiser of "
                 f"{quantizer.num_codes}: give {type(net).__name__} the quantiser's num_codes"
             )
-        self.quantizer, self.shape, self.net = quantizer, tuple(shape), net
+        self.quantizer, self.shape, self.net = quantizer, shape, net
         zeros = torch.zeros(quantizer.num_codes, 1, 1)
         self.register_buffer("zeros", zeros, persistent=False)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 
 from ppvae import distributions
+from ppvae.arguments import require_functions
 from ppvae.conditionals.continuous import Affine
 from ppvae.conditionals.counts import NegativeBinomial
 from ppvae.conditionals.heads import Bernoulli, Categorical, Conditional, Normal
@@ -61,8 +62,9 @@ class Columns(Conditional):
 
     def __init__(self, net: nn.Module, columns: Mapping[str, Make]) -> None:
         super().__init__(net)
+        require_functions("columns", columns)
         if not columns:
-            raise ValueError("Columns needs a column: {'age': conditionals.Normal, ...}")
+            raise ValueError("Columns needs a column, columns={'age': conditionals.Normal, ...}")
         self.names = tuple(columns)
         groups = _groups(columns)
         self.places = list(groups.values())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 
 from ppvae import distributions
+from ppvae.arguments import number_or_tensor, takes_numbers
 from ppvae.conditionals.counts import Positive
 from ppvae.conditionals.heads import Conditional
 from ppvae.conditionals.values import Around, Elementwise
@@ -211,17 +212,19 @@ class Affine(Around):
     loc: Tensor
     scale: Tensor
 
+    @takes_numbers
     def __init__(self, head: Conditional, loc: Tensor | float, scale: Tensor | float) -> None:
         super().__init__(head)
         floats = torch.get_default_dtype()
-        scale = torch.as_tensor(scale).to(floats)
+        loc = number_or_tensor("loc", loc).to(floats)
+        scale = number_or_tensor("scale", scale).to(floats)
         if not ((scale > 0) & scale.isfinite()).all():
             where = (~(scale > 0)).flatten().nonzero().flatten()[:3].tolist()
             raise ValueError(
                 f"Affine: scale must be positive and finite, and is not at {where}: a constant "
                 "column has no density; leave it out"
             )
-        self.register_buffer("loc", torch.as_tensor(loc).to(floats))
+        self.register_buffer("loc", loc)
         self.register_buffer("scale", scale)
 
     def num_outputs(self, num_values: int = 1) -> int:

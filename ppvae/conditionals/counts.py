@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ppvae import distributions
+from ppvae.arguments import takes_numbers
 from ppvae.conditionals.heads import Conditional, Scale
 from ppvae.conditionals.values import Around, Elementwise
 
@@ -150,6 +151,7 @@ class ZeroInflated(Around):
 
     head: Elementwise
 
+    @takes_numbers
     def __init__(self, head: Elementwise) -> None:
         counts = isinstance(head, Elementwise) and getattr(head.family, "support", None) is not None
         if not counts or not head.family.support.is_discrete:

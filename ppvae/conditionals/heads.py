@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.distributions import BinaryVector, DiagonalNormal, WordCounts
 
 
@@ -36,6 +37,7 @@ class Conditional(nn.Module):
         torch.Size([3])
     """
 
+    @takes_numbers
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
@@ -106,7 +108,7 @@ class Scale(nn.Module):
     def __init__(self, init: float = 1.0, shape: int | tuple[int, ...] = ()) -> None:
         super().__init__()
         _check_sigma(init, "Scale", "init is the initial sigma")
-        size = (shape,) if isinstance(shape, int) else tuple(shape)
+        size = _shape(shape=shape)
         self.log_scale = nn.Parameter(torch.full(size, math.log(init)))
 
     def forward(self) -> Tensor:
@@ -115,6 +117,11 @@ class Scale(nn.Module):
 
     def extra_repr(self) -> str:
         return f"sigma={_range(self().detach())}, shape={tuple(self.log_scale.shape)}"
+
+
+@takes_numbers
+def _shape(shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else shape
 
 
 def _check_sigma(sigma: Any, owner: str, meaning: str) -> None:
@@ -232,6 +239,7 @@ class SoftNormal(Conditional):
         (tensor([0.9869, 5.0000]), tensor([1.0100, 0.0167]))
     """
 
+    @takes_numbers
     def __init__(
         self,
         net: nn.Module | None = None,
@@ -317,6 +325,7 @@ class Categorical(Conditional):
         (torch.Size([5]), torch.Size([3]))
     """
 
+    @takes_numbers
     def __init__(self, net: nn.Module, num_classes: int, event_dim: int = 1) -> None:
         super().__init__(net)
         self.num_classes = num_classes

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import distributions
+from ppvae.arguments import takes_numbers
 from ppvae.conditionals.heads import full_precision
 from ppvae.conditionals.values import Elementwise
 
@@ -44,6 +45,7 @@ class DiscretizedLogistic(Elementwise):
 
     family = distributions.DiscretizedLogistic
 
+    @takes_numbers(num_levels=2, num_components=1)
     def __init__(
         self,
         net: nn.Module,
@@ -99,6 +101,7 @@ class Ordinal(Elementwise):
 
     family = distributions.Ordinal
 
+    @takes_numbers(num_levels=2)
     def __init__(
         self,
         net: nn.Module,

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import require_has, takes_numbers
 from ppvae.auxiliary import Ratio
 from ppvae.conditionals.heads import full_precision
 from ppvae.distributions import NoInverse, promoted
@@ -93,12 +94,12 @@ class OptimalPrior(nn.Module):
     log_z_error: Tensor
     fingerprint: Tensor
 
+    @takes_numbers(num_candidates=1)
     def __init__(
         self, base: nn.Module, net: nn.Module, latent: str = "z", num_candidates: int = 1_000
     ) -> None:
         super().__init__()
-        if not isinstance(num_candidates, int) or num_candidates < 1:
-            raise ValueError(f"num_candidates must be a whole number >= 1, got {num_candidates!r}")
+        require_has("net", net, "named_parameters", "nets.mlp(...)")
         self.base, self.latent, self.num_candidates = base, latent, num_candidates
         self.ratio = Ratio(net, _AgainstBase(base, latent))
         self.register_buffer("log_z", torch.zeros(()))

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.conditionals.heads import full_precision
 from ppvae.distributions import DiagonalNormal, UnitNormal
 
@@ -25,6 +26,7 @@ class StandardNormal(nn.Module):
 
     loc: Tensor
 
+    @takes_numbers
     def __init__(self, dim: int | tuple[int, ...]) -> None:
         super().__init__()
         shape = (dim,) if isinstance(dim, int) else tuple(dim)
@@ -55,6 +57,7 @@ class Mixture(nn.Module):
         torch.Size([5, 20])
     """
 
+    @takes_numbers(num_components=1, spread=0)
     def __init__(
         self, num_components: int, dim: int | tuple[int, ...], spread: float = 1.0
     ) -> None:
@@ -137,6 +140,7 @@ class VampPrior(nn.Module):
 
     equal: Tensor
 
+    @takes_numbers(num_pseudo_inputs=1, std=0)
     def __init__(
         self,
         posterior: nn.Module,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ppvae import distributions
+from ppvae.arguments import takes_numbers
 from ppvae.conditionals.heads import Conditional
 from ppvae.conditionals.values import Around
 
@@ -36,6 +37,7 @@ class Reshaped(Around):
         (torch.Size([5]), torch.Size([2, 2, 2]))
     """
 
+    @takes_numbers
     def __init__(self, head: Conditional, shape: tuple[int, ...]) -> None:
         super().__init__(head)
         self.shape = tuple(shape)

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.auxiliary import Ratio, drawn_with
 
 
@@ -60,6 +61,7 @@ class Simulator(nn.Module):
         (torch.Size([20, 2]), torch.Size([5]))
     """
 
+    @takes_numbers
     def __init__(
         self, simulate: Callable[[Tensor], Tensor], net: nn.Module, shape: int | tuple[int, ...]
     ) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.data.arrays import from_arrays
 from ppvae.data.bounded import check_room, npz_arrays, reading
 from ppvae.data.dataset import Dataset
@@ -180,6 +181,7 @@ class Factors:
 NAMES = ("shape", "scale", "orientation", "x", "y")
 
 
+@takes_numbers(size=8)
 def sprites(
     size: int = 32, sizes: tuple[int, ...] = (3, 4, 8, 12, 12), full_turn: bool = False
 ) -> Factors:
@@ -206,12 +208,8 @@ def sprites(
         >>> sprites()
         Factors 'sprites': 13,824 images (1, 32, 32); 3 shape, 4 scale, 8 orientation, 12 x, 12 y
     """
-    if not isinstance(size, (int, np.integer)) or not 1 <= size < 2**15:
-        raise ValueError(f"size={size!r}: give a number of pixels, from 8 on")
-    if not isinstance(sizes, (tuple, list)) or not all(
-        isinstance(n, (int, np.integer)) for n in sizes
-    ):
-        raise TypeError(f"sizes={sizes!r}: give five numbers >= 1 for {NAMES}")
+    if size >= 2**15:
+        raise ValueError(f"size={size}: give a number of pixels, below {2**15}")
     if len(sizes) != 5 or min(sizes) < 1 or sizes[0] > 3:
         raise ValueError(f"sizes={sizes}: give five numbers >= 1 for {NAMES}, at most 3 shapes")
     radius = min(5 * size // 16, (size + 1 - max(sizes[3:])) // 2)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ppvae.arguments import takes_numbers
 from ppvae.data.arrays import from_arrays
 from ppvae.data.bounded import check_room, npz_arrays, reading
 from ppvae.data.dataset import Dataset
@@ -18,6 +19,7 @@ from ppvae.data.dataset import Dataset
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 
 
+@takes_numbers
 def from_npz(path: str | Path, x: str = "x", y: str | None = "y", **options: Any) -> Dataset:
     """A ``Dataset`` from arrays in an .npz file; pickled objects are refused, never loaded.
 
@@ -79,7 +81,7 @@ def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -
     """
     import pandas
 
-    path = existing(path)
+    path, label = existing(path), _as_label(label)
     with reading(path, "Give a table in UTF-8, not empty, with as many cells in each line"):
         check_room(path.stat().st_size, "it")
         table = pandas.read_csv(  # cells as text, so that a word stays what it was
@@ -103,6 +105,7 @@ def from_csv(path: str | Path, label: str | int | None = None, **options: Any) -
         return _with_named_labels(x, words, **options)
 
 
+@takes_numbers
 def from_images(
     folder: str | Path, size: tuple[int, int] = (28, 28), grey: bool = True, **options: Any
 ) -> Dataset:
@@ -133,7 +136,7 @@ def from_images(
         >>> from_images(folder).shape
         (1, 28, 28)
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check the path")
     if not _is_size(size):
@@ -199,9 +202,16 @@ def _with_named_labels(x: Any, words: np.ndarray, **options: Any) -> Dataset:
     return replace(dataset, source=f"{dataset.source}; labels {named}")
 
 
+def as_path(name: str, path: str | Path) -> Path:
+    """The path, if it is one; what is empty would be the folder one is in."""
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise TypeError(f"{name} must be the path of a file or folder, got {path!r}")
+    return Path(path)
+
+
 def existing(path: str | Path) -> Path:
     """The path, if there is a file."""
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         raise ValueError(f"no file {path}: check the path")
     return path
@@ -237,6 +247,14 @@ def _as_numbers(cells: np.ndarray, names: list[str], path: Path) -> np.ndarray:
         seen = f"data row {row}, column {names[column]!r} holds {cell}, not a number"
         cure = "fill empty cells, separate by commas, and name a column of words as label="
         raise ValueError(f"{path}: {seen}: {cure}") from error
+
+
+def _as_label(label: Any) -> str | int | None:
+    if isinstance(label, np.integer):
+        return int(label)
+    if label is not None and (not isinstance(label, (str, int)) or isinstance(label, bool)):
+        raise TypeError(f"label must be the name or number of a column, got {label!r}")
+    return label
 
 
 def _column(label: str | int, names: list[str], path: Path) -> int:

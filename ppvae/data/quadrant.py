@@ -41,6 +41,8 @@ def quadrants(dataset: Dataset, missing: int) -> Dataset:
         >>> [tuple(t.shape) for t in cut.train.batch(0)]
         [(1297, 48), (1297, 16)]
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"dataset must be a data.Dataset, as data.load(...) gives, got {dataset!r}")
     check_choice("missing", missing, (1, 2, 3))
     shape = dataset.shape
     if len(shape) not in (2, 3) or min(shape[-2:]) < 2:

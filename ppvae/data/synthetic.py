@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 
+from ppvae.arguments import takes_numbers
 from ppvae.data.arrays import from_arrays
 from ppvae.data.dataset import Dataset
 from ppvae.data.split import check_at_least
@@ -63,6 +64,7 @@ class LinearGaussian(NamedTuple):
         return MultivariateNormal(loc, covariance)
 
 
+@takes_numbers(dim=1, latent_dim=1)
 def linear_gaussian_parameters(dim: int = 8, latent_dim: int = 2, seed: int = 0) -> LinearGaussian:
     """The W, b and sigma that ``load("linear_gaussian")`` draws its data with.
 
@@ -135,6 +137,7 @@ class GaussianMixture(NamedTuple):
         return ((-far / (2 * self.sigma**2)).logsumexp(-1) - log_norm).to(x)
 
 
+@takes_numbers(num_components=1)
 def gaussian_mixture_parameters(num_components: int = 5) -> GaussianMixture:
     """The mixture ``load("gaussian_mixture")`` draws from: means on a circle, sigma 0.5.
 

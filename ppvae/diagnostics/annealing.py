@@ -22,7 +22,7 @@ TARGET_ACCEPT = 0.8
 REFRESH = 10  # transitions at the posterior that separate chains started at one exact draw
 
 
-@takes_numbers
+@takes_numbers(num_temperatures=1)
 def sigmoid_schedule(num_temperatures: int, delta: float = 4.0) -> Tensor:
     r"""Inverse temperatures from 0 to 1, dense at both ends, ``(T + 1,)``.
 

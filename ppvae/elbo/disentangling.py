@@ -167,7 +167,7 @@ class DIPELBO(ELBO):
         super().__post_init__()
         for name in ("diagonal", "off_diagonal"):
             _require_weight(self, name, getattr(self, name))
-        if self.kind not in ("I", "II"):
+        if not isinstance(self.kind, str) or self.kind not in ("I", "II"):
             raise ValueError(f'kind must be "I" or "II", got {self.kind!r}')
 
     def effective(self, weights: LogWeights, state: State) -> Tensor:

@@ -289,6 +289,8 @@ class Objective(nn.Module):
 
     def __init__(self, model: Callable, guide: Callable, elbo: Estimator) -> None:
         super().__init__()
+        if not isinstance(elbo, Estimator):
+            raise TypeError(f"elbo must be an estimator, as elbo.ELBO(), got {elbo!r}")
         self.model, self.guide, self.elbo = model, guide, elbo
         self.state = elbo.new_state()
         self.owners = method_owners(model, guide)

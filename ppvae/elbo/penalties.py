@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ppvae.arguments import number
 from ppvae.elbo.state import State
 
 
@@ -77,7 +78,7 @@ class FreeBits(Penalty):
     per_dimension: bool = False
 
     def __post_init__(self) -> None:
-        if not self.nats >= 0:
+        if not number("nats", self.nats, float) >= 0:
             raise ValueError(f"FreeBits: nats must be >= 0, got {self.nats}")
 
     def tilt(self, rates: dict[str, Tensor], log_likelihood: Tensor, state: State) -> Tilt:
@@ -114,7 +115,7 @@ class Capacity(Penalty):
     gamma: float = 1000.0
 
     def __post_init__(self) -> None:
-        if not self.gamma > 0:
+        if not number("gamma", self.gamma, float) > 0:
             raise ValueError(f"Capacity: gamma must be positive, got {self.gamma}")
 
     @property
@@ -166,7 +167,13 @@ class Balanced(Penalty):
     alpha: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        bad = [name for name, value in (self.alpha or {}).items() if not value > 0]
+        if not isinstance(self.alpha, Mapping | None):
+            raise TypeError(
+                f"Balanced: alpha is a number for each latent by its name, got {self.alpha!r}"
+            )
+        bad = [
+            n for n, value in (self.alpha or {}).items() if not number("alpha", value, float) > 0
+        ]
         if bad:
             raise ValueError(f"Balanced: alpha must be positive, and of {bad[0]!r} it is not")
 
@@ -230,11 +237,14 @@ class Constraint(Penalty):
                 "Constraint needs exactly one of max_rate and max_distortion, got "
                 f"{self.max_rate} and {self.max_distortion}"
             )
-        if self.max_rate is not None and not self.max_rate >= 0:
+        speed, memory = number("speed", self.speed, float), number("memory", self.memory, float)
+        max_rate = number("max_rate", self.max_rate, float, optional=True)
+        number("max_distortion", self.max_distortion, float, optional=True)
+        if max_rate is not None and not max_rate >= 0:
             raise ValueError(
                 f"a KL is never negative, so max_rate must be >= 0, got {self.max_rate}"
             )
-        if not self.speed > 0 or not 0 <= self.memory < 1:
+        if not speed > 0 or not 0 <= memory < 1:
             raise ValueError(
                 f"Constraint needs speed > 0 and memory in [0, 1), got {self.speed}, {self.memory}"
             )

@@ -80,7 +80,7 @@ class ELBO(Estimator):
             raise ValueError(f"beta must be one number, got a tensor {tuple(self.beta.shape)}")
         if isinstance(self.beta, (int, float, Tensor)) and not self.beta >= 0:
             raise ValueError(f"beta weighs the KL, so it must be >= 0, got {self.beta}")
-        if self.kl not in ("sampled", "analytic", "mixed"):
+        if not isinstance(self.kl, str) or self.kl not in ("sampled", "analytic", "mixed"):
             raise ValueError(f'kl must be "sampled", "analytic" or "mixed", got {self.kl!r}')
         if self.kl != "sampled" and self.gradient != "pathwise":
             raise ValueError(

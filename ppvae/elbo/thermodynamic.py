@@ -56,6 +56,8 @@ class ThermodynamicELBO(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number(self, "partition")
+        if not isinstance(self.partition, tuple):
+            raise TypeError(f"partition is a tuple, as (0.1, 0.5), got {self.partition!r}")
         points = (0.0, *self.partition, 1.0)
         if any(not a < b for a, b in itertools.pairwise(points)):
             raise ValueError(

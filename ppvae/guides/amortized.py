@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import conditionals
+from ppvae.arguments import takes_numbers
 from ppvae.guides.per_datapoint import PerDatapoint
 from ppvae.program import Program, data_plate
 
@@ -41,6 +42,7 @@ class Amortized(Program):
         torch.Size([5, 16])
     """
 
+    @takes_numbers
     def __init__(
         self, conditional: nn.Module, condition: nn.Module | None = None, latent: str = "z"
     ) -> None:
@@ -126,6 +128,7 @@ class Normal(Amortized):
         torch.Size([5, 16])
     """
 
+    @takes_numbers
     def __init__(
         self,
         net: nn.Module,

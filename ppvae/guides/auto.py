@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ppvae.arguments import require_programs
 from ppvae.local import Indexed
 from ppvae.pairs import DATA_PLATE, sample_sites
 from ppvae.program import Program, local_parameters
@@ -59,12 +60,17 @@ class Auto(Program):
         self, make: Callable[..., AutoGuide], model: Callable[..., Any], *data: Tensor
     ) -> None:
         super().__init__()
+        require_programs(model=model)
+        if not callable(make):
+            raise TypeError(f"make must make a guide, as AutoNormal does, got {make!r}")
+        if not data or not isinstance(data[0], Tensor) or data[0].dim() < 1:
+            raise TypeError(f"data must be tensors whose rows are datapoints, got {data!r}")
         self.num_rows = len(data[0])
         plates = functools.partial(_plate_of_rows, self.num_rows)
         index = torch.arange(self.num_rows, device=data[0].device)
         flattens = ValueError(
-            f"{getattr(make, '__name__', make)} flattens all latents into one vector, outside the "
-            f"plate {DATA_PLATE!r}: use AutoNormal, or pass it bare: svi.step(x, joint=True)"
+            f"make: {getattr(make, '__name__', make)} flattens all latents into one vector, "
+            f"outside the plate {DATA_PLATE!r}: use AutoNormal, or pass it bare: svi.step(x, joint=True)"
         )
         try:
             self.auto = make(Indexed(model), create_plates=plates)

@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.chain import Chain
 from ppvae.models.hierarchical import Hierarchical
 from ppvae.program import Program, data_plate
@@ -47,6 +48,7 @@ class BottomUp(Program):
         torch.Size([5, 4])
     """
 
+    @takes_numbers
     def __init__(self, model: Hierarchical, levels: Sequence[nn.Module]) -> None:
         super().__init__()
         check_hierarchy(self, model, ("shapes", "integer"), levels=levels)

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.chain import Chain
 from ppvae.distributions import DiagonalNormal
 from ppvae.guides.bottom_up import check_hierarchy
@@ -68,6 +69,7 @@ class Ladder(Program):
         torch.Size([5, 8])
     """
 
+    @takes_numbers
     def __init__(
         self, model: Hierarchical, blocks: Sequence[nn.Module], heads: Sequence[nn.Module]
     ) -> None:

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.distributions.labels import UNKNOWN, check_labels, one_hot, partly_known
 from ppvae.program import Program, data_plate
 from ppvae.wrapped import innermost, owner_of, title
@@ -40,6 +41,7 @@ class M2(Program):
         torch.Size([5, 10])
     """
 
+    @takes_numbers
     def __init__(self, classifier: nn.Module, posterior: nn.Module, draw: bool = False) -> None:
         super().__init__()
         self.classifier = classifier
@@ -101,7 +103,7 @@ def log_q_of_labels(
     Example:
         >>> import torch
         >>> from ppvae import guides, nets
-        >>> guide = guides.M2(nets.mlp(4, 3), posterior=None)
+        >>> guide = guides.M2(nets.mlp(4, 3), posterior=torch.nn.Identity())
         >>> _ = [p.data.zero_() for p in guide.parameters()]
         >>> guides.log_q_of_labels(None, guide, torch.ones(2, 4), torch.tensor([2, -1]))
         tensor([-1.0986,  0.0000], grad_fn=<WhereBackward0>)

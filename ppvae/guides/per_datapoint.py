@@ -6,6 +6,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.program import Program, data_plate
 
 
@@ -43,8 +44,11 @@ class PerDatapoint(Program):
         torch.Size([2, 2])
     """
 
+    @takes_numbers
     def __init__(self, head: nn.Module, outputs: Tensor, latent: str = "z") -> None:
         super().__init__()
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"outputs must be a tensor, a row for each datapoint, got {outputs!r}")
         self.head = head
         self.table = Table(outputs)
         self.latent = latent

@@ -7,6 +7,7 @@ from typing import Any
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.conditionals import Conditional
 from ppvae.guides.amortized import Amortized
 
@@ -43,6 +44,7 @@ class PointMass(Amortized):
         ValueError: a point mass has no density, ...
     """
 
+    @takes_numbers
     def __init__(
         self, net: nn.Module, condition: nn.Module | None = None, latent: str = "z"
     ) -> None:

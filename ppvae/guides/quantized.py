@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.arguments import number
+from ppvae.arguments import number, takes_numbers
 from ppvae.conditionals import Conditional
 from ppvae.conditionals.codes import CodeDistribution, CodeMap
 from ppvae.guides.amortized import Amortized
@@ -85,6 +85,7 @@ class Quantized(_Softened, Amortized):
 
     conditional: Quantizing
 
+    @takes_numbers
     def __init__(
         self,
         encoder: nn.Module,
@@ -123,6 +124,7 @@ class QuantizedLevels(_Softened):
     2019, section 3.1.
     """
 
+    @takes_numbers
     def __init__(
         self,
         lower: nn.Module,

@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
+from ppvae.arguments import require_has, takes_numbers
 from ppvae.program import Program, data_plate
 
 
@@ -38,8 +39,10 @@ class Responsibilities(Program):
         True
     """
 
+    @takes_numbers
     def __init__(self, model: nn.Module, draw: bool = False, latent: str = "c") -> None:
         super().__init__()
+        require_has("model", model, "requires_grad_", "models.GaussianMixture(3, 2)")
         self.fixed: Any = copy.deepcopy(model).requires_grad_(False)
         self.draw = draw
         self.latent = latent

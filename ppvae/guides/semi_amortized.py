@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ppvae.arguments import takes_numbers
 from ppvae.distributions import Reshaped
 from ppvae.guides.amortized import Amortized
 from ppvae.pairs import evaluation_mode
@@ -65,6 +66,7 @@ class SemiAmortized(Program):
         True
     """
 
+    @takes_numbers(steps=0, lr=0)
     def __init__(
         self,
         guide: Amortized,
@@ -76,7 +78,7 @@ class SemiAmortized(Program):
         super().__init__()
         if not isinstance(guide, Amortized):
             wanted = "a guides.Amortized(conditional), or a shorthand such as guides.Normal"
-            raise TypeError(f"SemiAmortized refines {wanted}, got a {type(guide).__name__}")
+            raise TypeError(f"guide: SemiAmortized refines {wanted}, got a {type(guide).__name__}")
         if steps < 1 or not lr > 0:
             raise ValueError(f"SemiAmortized needs steps >= 1 and lr > 0, got {steps} and {lr}")
         self.guide = guide

@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.guides.bottom_up import check_hierarchy
 from ppvae.models.top_down import TopDown as Model
 from ppvae.pairs import evaluation_mode
@@ -54,6 +55,7 @@ class TopDown(Program):
 
     path: Any
 
+    @takes_numbers
     def __init__(
         self, model: Model, encoder: nn.Module, heads: Sequence[nn.Module], residual: bool = True
     ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.distributions import masked
 from ppvae.models.masked import MissingNotAtRandom
 from ppvae.program import Program, data_plate
@@ -33,6 +34,7 @@ class WithMissing(Program):
     Example: see :class:`ppvae.models.MissingNotAtRandom`.
     """
 
+    @takes_numbers
     def __init__(self, guide: nn.Module, model: MissingNotAtRandom) -> None:
         super().__init__()
         if not isinstance(model, MissingNotAtRandom) or not hasattr(guide, "posterior"):

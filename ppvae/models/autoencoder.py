@@ -9,6 +9,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.models.vae import VAE
 
 
@@ -45,6 +46,7 @@ class Autoencoder(VAE):
         True
     """
 
+    @takes_numbers(latent_dim=1)
     def __init__(self, likelihood: nn.Module, latent_dim: int) -> None:
         super().__init__(likelihood, prior=Flat(latent_dim))
 

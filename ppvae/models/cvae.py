@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.chain import require_likelihood
 from ppvae.models.vae import choose_prior, with_offset
 from ppvae.program import Program, data_plate
@@ -43,6 +44,7 @@ class CVAE(Program):
         torch.Size([10, 64])
     """
 
+    @takes_numbers
     def __init__(
         self,
         likelihood: nn.Module,

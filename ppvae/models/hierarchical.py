@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
+from ppvae.arguments import require_has, takes_numbers
 from ppvae.chain import Chain, require_distribution
 from ppvae.models.vae import choose_prior
 from ppvae.program import Program, data_plate
@@ -59,6 +60,7 @@ class Hierarchical(Program):
         torch.Size([5, 784])
     """
 
+    @takes_numbers
     def __init__(
         self,
         likelihood: nn.Module,
@@ -67,6 +69,7 @@ class Hierarchical(Program):
         prior: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        require_has("likelihood", likelihood, "parameters", "conditionals.Bernoulli(net)")
         self.likelihood = likelihood
         self.levels = nn.ModuleList(levels)
         self.prior = choose_prior(prior, latent_dim)

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.arguments import number
+from ppvae.arguments import number, takes_numbers
 from ppvae.chain import require_likelihood
 from ppvae.distributions.labels import UNKNOWN, check_labels, one_hot, partly_known
 from ppvae.models.vae import choose_prior
@@ -99,6 +99,7 @@ class M2(Program):
         torch.Size([3])
     """
 
+    @takes_numbers(num_classes=2)
     def __init__(
         self,
         likelihood: nn.Module,

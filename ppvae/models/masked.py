@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.chain import require_likelihood
 from ppvae.distributions import masked
 from ppvae.models.vae import choose_prior
@@ -148,6 +149,7 @@ class MissingNotAtRandom(Program):
         ['missing', 'x', 'x_missing', 'z']
     """
 
+    @takes_numbers
     def __init__(
         self,
         likelihood: nn.Module,

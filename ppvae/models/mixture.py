@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.distributions import DiagonalNormal, MultivariateNormal
 from ppvae.models import expectation_maximisation as em
 from ppvae.models.expectation_maximisation import CollapsedComponent
@@ -58,6 +59,7 @@ class GaussianMixture(Program):
                 [ 5.3300,  5.0000]])
     """
 
+    @takes_numbers(num_components=1, dim=1)
     def __init__(self, num_components: int, dim: int, full: bool = True) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(num_components))

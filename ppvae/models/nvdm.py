@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.conditionals import BagOfWords, StandardNormal
 from ppvae.program import Program, data_plate
 
@@ -40,6 +41,7 @@ class NVDM(Program):
         (torch.Size([5, 2000]), tensor([120., 120., 120., 120., 120.]))
     """
 
+    @takes_numbers(num_words=1, latent_dim=1, length=0)
     def __init__(self, num_words: int, latent_dim: int, length: int | None = None) -> None:
         super().__init__()
         self.prior = StandardNormal(latent_dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyro
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.program import Program, data_plate
 
 
@@ -44,6 +45,7 @@ class CodeHierarchy(Program):
         torch.Size([5, 1, 4, 4])
     """
 
+    @takes_numbers
     def __init__(
         self,
         likelihood: nn.Module,

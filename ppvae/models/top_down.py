@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.arguments import number
+from ppvae.arguments import number, require_has, takes_numbers
 from ppvae.chain import Chain, require_distribution
 from ppvae.conditionals import SoftNormal
 from ppvae.program import Program, data_plate
@@ -58,10 +58,13 @@ class TopDown(Program):
 
     path: Any  # of a TopDown in ppvae.nets, which this room does not import
 
+    @takes_numbers
     def __init__(
         self, path: nn.Module, likelihood: nn.Module, normal: nn.Module | None = None
     ) -> None:
         super().__init__()
+        require_has("path", path, "start names", "nets.TopDown(start, groups)")
+        require_has("likelihood", likelihood, "parameters", "conditionals.Bernoulli(net)")
         self.path, self.likelihood = path, likelihood
         self.normal = SoftNormal() if normal is None else normal
         self.shapes, self.integer = self._walked_once()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae import conditionals
+from ppvae.arguments import takes_numbers
 from ppvae.chain import require_likelihood
 from ppvae.distributions import DiagonalNormal
 from ppvae.models import expectation_maximisation as em
@@ -49,6 +50,7 @@ class VaDE(Program):
         torch.Size([10, 64])
     """
 
+    @takes_numbers
     def __init__(self, likelihood: nn.Module, prior: conditionals.Mixture) -> None:
         super().__init__()
         if not all(callable(getattr(prior, name, None)) for name in ("weights", "components")):

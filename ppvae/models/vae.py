@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.arguments import number
+from ppvae.arguments import number, takes_numbers
 from ppvae.chain import require_likelihood
 from ppvae.conditionals import StandardNormal
 from ppvae.program import Program, data_plate
@@ -42,6 +42,7 @@ class VAE(Program):
         torch.Size([5, 64])
     """
 
+    @takes_numbers
     def __init__(
         self,
         likelihood: nn.Module,

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
+from ppvae.arguments import takes_numbers
+
 
 class Unigram(nn.Module):
     """The same learned logits at each place, whatever the others hold.
@@ -26,6 +28,7 @@ class Unigram(nn.Module):
         tensor([0.5385, 0.2308, 0.0769, 0.0769, 0.0769], grad_fn=<SoftmaxBackward0>)
     """
 
+    @takes_numbers(num_codes=1)
     def __init__(self, num_codes: int) -> None:
         super().__init__()
         self.num_codes = num_codes
@@ -65,6 +68,7 @@ class CausalGRU(nn.Module):
         torch.Size([2, 5, 3, 4])
     """
 
+    @takes_numbers(num_codes=1, hidden=1, embedding=1, context_dim=0)
     def __init__(
         self,
         num_codes: int,
@@ -124,6 +128,7 @@ class CausalConv(nn.Module):
         torch.Size([2, 5, 3, 4])
     """
 
+    @takes_numbers(num_codes=1, channels=1, layers=1, context_dim=0)
     def __init__(
         self, num_codes: int, channels: int = 64, layers: int = 6, context_dim: int = 0
     ) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, distributed, nn
 
-from ppvae.arguments import number, takes_numbers
+from ppvae.arguments import takes_numbers
 from ppvae.auxiliary import Auxiliary
 
 _RESTART_EVERY = 20  # steps
@@ -64,7 +64,7 @@ class CodeTable(_Table):
         True
     """
 
-    @takes_numbers
+    @takes_numbers(num_codes=1, dim=1)
     def __init__(self, num_codes: int, dim: int) -> None:
         super().__init__()
         check_sizes("CodeTable", num_codes, dim)
@@ -131,7 +131,7 @@ class Codebook(_Table, Auxiliary):
     squares: Tensor
     offered: Tensor
 
-    @takes_numbers
+    @takes_numbers(num_codes=1, dim=1)
     def __init__(
         self,
         num_codes: int,
@@ -261,11 +261,11 @@ class FSQ(nn.Module):
     divisor: Tensor
     strides: Tensor
 
+    @takes_numbers
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
-        levels = [number(f"levels[{i}]", level, int) for i, level in enumerate(levels)]
         if not levels or min(levels) < 2:
-            raise ValueError(f"FSQ: levels are numbers >= 2, one per channel, got {levels}")
+            raise ValueError(f"FSQ: levels are numbers >= 2, one per channel, got {tuple(levels)}")
         self.levels, self.dim, self.num_codes = tuple(levels), len(levels), math.prod(levels)
         self.norm = nn.BatchNorm1d(self.dim, affine=False)
         count = torch.tensor(self.levels)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from ppvae.arguments import takes_numbers
 from ppvae.nets.dense import MLP, Activation, FlatBatch, Residual, hidden_layers, mlp
 
 
@@ -78,6 +79,7 @@ class ConvEncoder(nn.Module):
         return self.head(self.features(image), *context)
 
 
+@takes_numbers(out_dim=1, context_dim=0, residual_blocks=0)
 def conv_encoder(
     out_dim: int,
     shape: tuple[int, int, int] = (1, 28, 28),
@@ -142,6 +144,7 @@ class ConvDecoder(nn.Module):
         return image[..., : self.shape[1], : self.shape[2]]
 
 
+@takes_numbers(in_dim=1, residual_blocks=0)
 def conv_decoder(
     in_dim: int,
     shape: tuple[int, int, int] = (1, 28, 28),
@@ -181,6 +184,7 @@ def conv_decoder(
     return ConvDecoder(stem, FlatBatch(nn.Sequential(nn.Unflatten(1, start), *layers)), shape)
 
 
+@takes_numbers(width_in=1, width_out=1, residual_blocks=0)
 def downsample(
     width_in: int,
     width_out: int,
@@ -209,6 +213,7 @@ def downsample(
     return FlatBatch(nn.Sequential(*layers), event_dim=3)
 
 
+@takes_numbers(width_in=1, width_out=1, residual_blocks=0)
 def upsample(
     width_in: int,
     width_out: int,
@@ -255,6 +260,7 @@ class MergeMaps(nn.Module):
         torch.Size([5, 2, 4, 4])
     """
 
+    @takes_numbers
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
@@ -300,6 +306,7 @@ class PositionEmbedding(nn.Module):
     Source: Gehring et al., Convolutional Sequence to Sequence Learning, 2017, section 3.1.
     """
 
+    @takes_numbers(dim=1, scale=0)
     def __init__(self, dim: int, shape: tuple[int, int], scale: float = 0.5) -> None:
         super().__init__()
         if not scale >= 0:

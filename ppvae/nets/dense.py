@@ -58,6 +58,7 @@ class FlatBatch(nn.Module):
         event_dim: as in :func:`flat_batch`.
     """
 
+    @takes_numbers
     def __init__(self, net: nn.Module, event_dim: int | tuple[int, ...] = 1) -> None:
         super().__init__()
         self.net = net
@@ -80,6 +81,7 @@ class FlatBatch(nn.Module):
         return out.reshape(leading + out.shape[1:])
 
 
+@takes_numbers
 def flat_batch(net: nn.Module, event_dim: int | tuple[int, ...] = 1) -> FlatBatch:
     """Make any module see exactly one batch dimension.
 
@@ -165,7 +167,7 @@ def mlp(
         torch.Size([5, 10, 64])
     """
     if len(sizes) < 2:
-        raise ValueError(f"mlp needs an input and an output size, as mlp(16, 64); got {sizes}")
+        raise ValueError(f"mlp needs two sizes, input and output, as mlp(16, 64); got {sizes}")
     if min(sizes) < 1 or not 0 <= dropout < 1:
         raise ValueError(f"mlp needs sizes >= 1 and dropout in [0, 1), got {sizes} and {dropout}")
     layers: list[nn.Module] = []
@@ -185,6 +187,7 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
+@takes_numbers(width_in=1, hidden=1, width_out=1, blocks=0)
 def residual(
     width_in: int,
     hidden: int,
@@ -242,6 +245,7 @@ class Constant(nn.Module):
         torch.Size([5, 3])
     """
 
+    @takes_numbers(width=1)
     def __init__(self, width: int) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.zeros(width))
@@ -274,6 +278,7 @@ class OneHot(nn.Module):
     classes: Tensor
     one: Tensor
 
+    @takes_numbers(num_classes=1)
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import number_or_tensor, takes_numbers
+
 
 class Masked(nn.Module):
     r"""A network that sees values and which of them are observed.
@@ -39,6 +41,7 @@ class Masked(nn.Module):
         tensor([[1., 0., 1., 0.]])
     """
 
+    @takes_numbers
     def __init__(
         self,
         net: nn.Module,
@@ -51,7 +54,9 @@ class Masked(nn.Module):
         if isinstance(fill, nn.Parameter):
             self.fill: Tensor = fill
         else:
-            self.register_buffer("fill", torch.as_tensor(fill, dtype=torch.get_default_dtype()))
+            self.register_buffer(
+                "fill", number_or_tensor("fill", fill).to(torch.get_default_dtype())
+            )
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         """From ``x``, what else the network takes, and bools of the shape of x."""
@@ -96,6 +101,7 @@ class SelfMasking(nn.Module):
         torch.Size([5, 3])
     """
 
+    @takes_numbers(dim=1)
     def __init__(self, dim: int, sign: int = 0) -> None:
         super().__init__()
         if sign not in (-1, 0, 1):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ppvae.arguments import number
+from ppvae.arguments import takes_numbers
 from ppvae.nets.dense import FlatBatch, flat_batch
 from ppvae.nets.top_down import Group, Joined, TopDown, Zeros
 
@@ -28,6 +28,7 @@ class SqueezeExcitation(nn.Module):
         torch.Size([2, 8, 4, 4])
     """
 
+    @takes_numbers(channels=1)
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(channels // 16, 4)
@@ -53,6 +54,7 @@ class Cell(nn.Module):
         tensor([1.1000])
     """
 
+    @takes_numbers
     def __init__(self, branch: nn.Module, skip: nn.Module) -> None:
         super().__init__()
         self.branch, self.skip = branch, skip
@@ -62,6 +64,7 @@ class Cell(nn.Module):
         return y
 
 
+@takes_numbers(channels=1, out=1)
 def encoder_cell(channels: int, out: int | None = None, down: bool = False) -> Cell:
     """NVAE's cell of the encoder: batch norm, swish, 3 x 3 convolution, twice; then gates.
 
@@ -86,6 +89,7 @@ def encoder_cell(channels: int, out: int | None = None, down: bool = False) -> C
     return Cell(branch, nn.Sequential(*pool, *_widen(channels, out)))
 
 
+@takes_numbers(channels=1, out=1, expansion=1)
 def decoder_cell(
     channels: int, out: int | None = None, size: Sequence[int] | None = None, expansion: int = 6
 ) -> Cell:
@@ -138,6 +142,7 @@ class Combine(nn.Module):
         torch.Size([5, 6, 7, 7])
     """
 
+    @takes_numbers(channels=1, out=1)
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
         self.of_h = flat_batch(nn.Conv2d(channels, channels, 1), event_dim=3)
@@ -161,6 +166,7 @@ class Tower(nn.Module):
         [3, 2]
     """
 
+    @takes_numbers
     def __init__(self, stages: Sequence[nn.Module]) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
@@ -189,6 +195,16 @@ class NVAE(NamedTuple):
     heads: list[Combine]
 
 
+@takes_numbers(
+    channels=1,
+    latent_channels=1,
+    blocks=0,
+    cells=0,
+    expansion=1,
+    block_cells=0,
+    block_expansion=1,
+    out_channels=1,
+)
 def nvae(
     shape: Sequence[int] = (1, 28, 28),
     groups: Sequence[int] = (1, 2),
@@ -294,8 +310,6 @@ def _sizes(shape: Sequence[int], groups: Sequence[int], blocks: int) -> list[tup
     """Height and width after each halving, the image's first."""
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"nets.nvae: shape is (C, H, W) of an image, got {tuple(shape)}")
-    groups = [number(f"groups[{i}]", count, int) for i, count in enumerate(groups)]
-    blocks = number("blocks", blocks, int)
     if not groups or min(groups) < 1 or blocks < 0:
         seen = f"groups={tuple(groups)} and blocks={blocks}"
         raise ValueError(f"nets.nvae: each scale needs a group, and blocks >= 0, got {seen}")

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ppvae.arguments import require_has, takes_numbers
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -44,8 +46,10 @@ class Spectral(nn.Module):
 
     weight: Tensor
 
+    @takes_numbers(weight=0, iterations=1)
     def __init__(self, module: nn.Module, weight: float = 1e-2, iterations: int = 4) -> None:
         super().__init__()
+        require_has("module", module, "modules", "nets.nvae(...).path")
         if not weight >= 0 or iterations < 1:
             seen = f"weight={weight} and iterations={iterations}"
             raise ValueError(f"Spectral needs weight >= 0 and iterations >= 1, got {seen}")

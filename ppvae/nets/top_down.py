@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
+
 Draw = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -43,10 +45,11 @@ class TopDown(nn.Module):
         torch.Size([5, 2, 4, 4])
     """
 
+    @takes_numbers
     def __init__(self, start: Sequence[int], groups: Sequence[nn.Module]) -> None:
         super().__init__()
         if not groups:
-            raise ValueError("nets.TopDown needs a group for each latent, and was given none")
+            raise ValueError("groups of nets.TopDown are one for each latent, and none was given")
         self.start = nn.Parameter(torch.rand(tuple(start)))
         self.groups = nn.ModuleList(groups)
         self.names = [f"z{level}" for level in range(len(groups), 0, -1)]
@@ -108,6 +111,7 @@ class Group(nn.Module):
         torch.Size([2, 4, 4])
     """
 
+    @takes_numbers
     def __init__(self, prior: nn.Module, absorb: nn.Module) -> None:
         super().__init__()
         self.prior, self.absorb = prior, absorb
@@ -130,6 +134,7 @@ class Zeros(nn.Module):
         torch.Size([6, 4, 4])
     """
 
+    @takes_numbers(channels=1)
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
@@ -153,6 +158,7 @@ class Joined(nn.Module):
         torch.Size([6, 2, 4, 4])
     """
 
+    @takes_numbers
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net

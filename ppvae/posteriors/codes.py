@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import require_has, takes_numbers
 from ppvae.conditionals import Conditional
 from ppvae.conditionals.codes import CodeMap
 
@@ -49,10 +50,12 @@ class GumbelCodes(Conditional):
 
     quantizer: Any
 
+    @takes_numbers
     def __init__(self, net: nn.Module, quantizer: Any, temperature: float | None = 1.0) -> None:
         super().__init__(net)
         if temperature is not None and not temperature > 0:
             raise ValueError(f"GumbelCodes: temperature must be positive or None: {temperature}")
+        require_has("quantizer", quantizer, "num_codes", "nets.Codebook(512, 64)")
         self.quantizer, self.temperature = quantizer, temperature
 
     def forward(self, *inputs: Tensor) -> CodeMap:

@@ -33,6 +33,7 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 from torch.distributions import Transform
 
+from ppvae.arguments import takes_numbers
 from ppvae.conditionals import Conditional
 from ppvae.distributions import DiagonalNormal, ForAnyDtype
 from ppvae.posteriors.normals import check_width
@@ -61,6 +62,7 @@ class Flow(Conditional):
         (torch.Size([10, 5, 3]), torch.Size([10, 5]))
     """
 
+    @takes_numbers(dim=1, context_dim=0)
     def __init__(
         self,
         net: nn.Module,
@@ -99,6 +101,7 @@ class TransformedDistribution(ForAnyDtype, dist.TransformedDistribution):
         return loc
 
 
+@takes_numbers(dim=1, context_dim=0, num_layers=1)
 def iaf(
     dim: int, context_dim: int, num_layers: int = 2, hidden: Sequence[int] = (64,)
 ) -> nn.ModuleList:
@@ -122,7 +125,7 @@ def iaf(
         >>> len(iaf(16, context_dim=32, num_layers=3))
         3
     """
-    _require_two(dim, "iaf")
+    _require_two(dim, "iaf", hidden)
     layers = []
     for i in range(num_layers):
         order = torch.arange(dim) if i % 2 == 0 else torch.arange(dim).flip(0)
@@ -138,6 +141,7 @@ def iaf(
     return nn.ModuleList(layers)
 
 
+@takes_numbers(dim=1, context_dim=0, num_layers=1)
 def coupling(
     dim: int, context_dim: int, num_layers: int = 4, hidden: Sequence[int] = (64,)
 ) -> nn.ModuleList:
@@ -162,7 +166,7 @@ def coupling(
         >>> len(coupling(16, context_dim=32, num_layers=4))  # and three reversals
         7
     """
-    _require_two(dim, "coupling")
+    _require_two(dim, "coupling", hidden)
     layers: list[nn.Module] = []
     for i in range(num_layers):
         layers += [_Reverse()] if i else []
@@ -171,6 +175,7 @@ def coupling(
     return nn.ModuleList(layers)
 
 
+@takes_numbers(dim=1, context_dim=0, num_layers=1, bins=1)
 def spline(
     dim: int,
     context_dim: int,
@@ -209,9 +214,11 @@ def spline(
     return nn.ModuleList([_Spline(nsf.transform)])
 
 
-def _require_two(dim: int, name: str) -> None:
+def _require_two(dim: int, name: str, hidden: Sequence[int]) -> None:
     if dim < 2:
         raise ValueError(f"{name} needs a latent dimension of at least 2, got {dim}: use spline")
+    if not hidden:
+        raise ValueError(f"{name} needs widths, as hidden=(64,), got none")
 
 
 def _import_zuko() -> Any:

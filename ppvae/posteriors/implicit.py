@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.auxiliary import Ratio, drawn_with
 from ppvae.conditionals.heads import full_precision
 
@@ -70,6 +71,7 @@ class Implicit(nn.Module):
 
     points: Tensor
 
+    @takes_numbers(dim=1, noise_dim=1)
     def __init__(
         self,
         sampler: nn.Module,
@@ -79,11 +81,6 @@ class Implicit(nn.Module):
         contrast: Literal["adaptive", "prior"] = "adaptive",
     ) -> None:
         super().__init__()
-        for name, size in (("dim", dim), ("noise_dim", noise_dim)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(
-                    f"Implicit: {name} must be a whole number of at least 1, got {size!r}"
-                )
         if contrast not in ("adaptive", "prior"):
             raise ValueError(
                 f'Implicit: contrast must be "adaptive" or "prior", the distribution that q is '

@@ -11,6 +11,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.conditionals import Conditional
 from ppvae.distributions import promoted
 from ppvae.posteriors.normals import check_width
@@ -37,6 +38,7 @@ class Mixture(Conditional):
         (torch.Size([5]), torch.Size([3]), True)
     """
 
+    @takes_numbers(num_components=1)
     def __init__(
         self,
         net: nn.Module,

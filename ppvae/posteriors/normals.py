@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.conditionals import Conditional
 from ppvae.distributions import ForAnyDtype, MultivariateNormal
 
@@ -36,6 +37,7 @@ class FullNormal(Conditional):
     below: Tensor  # where in the flat matrix the strictly lower triangle lies
     diagonal: Tensor
 
+    @takes_numbers(dim=1)
     def __init__(
         self, net: nn.Module, dim: int, positive: Callable[[Tensor], Tensor] = torch.exp
     ) -> None:
@@ -76,6 +78,7 @@ class LowRankNormal(Conditional):
         (torch.Size([5]), torch.Size([3]), torch.Size([5, 3, 1]))
     """
 
+    @takes_numbers(rank=1)
     def __init__(
         self, net: nn.Module, rank: int, positive: Callable[[Tensor], Tensor] = torch.exp
     ) -> None:

@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
 from ppvae.conditionals import Conditional
 from ppvae.distributions import NoInverse
 
@@ -75,6 +76,7 @@ class SemiImplicit(Conditional):
         True
     """
 
+    @takes_numbers(num_mixing=0)
     def __init__(self, mixing: Conditional, head: Conditional, num_mixing: int) -> None:
         nn.Module.__init__(self)  # the network is that of the mixing
         for name, part in (("mixing", mixing), ("head", head)):

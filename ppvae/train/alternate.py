@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppvae.arguments import takes_numbers
+from ppvae.train.optimizer import check_optim, made
 
+
+@takes_numbers(steps=1)
 def alternate(
     optim: Callable[..., torch.optim.Optimizer],
     *turns: nn.Module | Iterable[Tensor],
@@ -47,10 +51,9 @@ def alternate(
         >>> torch.equal(model.word_vectors, words), torch.equal(guide.outputs(counts), codes)
         (False, True)
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_optim(optim)
     if len(turns) < 2:
-        raise ValueError(f"give two or more parts to alternate between, got {len(turns)}")
+        raise ValueError(f"turns: give two or more parts to alternate between, got {len(turns)}")
     groups: list[dict[str, Any]] = []
     owner: dict[int, int] = {}
     for turn, part in enumerate(turns):
@@ -65,7 +68,7 @@ def alternate(
                     "give lists of parameters, each in one part"
                 )
         groups.append({"params": own, "taken": 0})
-    optimizer = optim(groups)
+    optimizer = made(optim(groups))
     if any(group.get("fused") for group in optimizer.param_groups):
         raise ValueError("a fused optimiser cannot be asked whose turn it is: leave out fused=True")
 

@@ -51,12 +51,13 @@ def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
     # torch's fused momentum fails where a parameter gets its first gradient after the others
     settled = {"fused", "foreach"} & made.keywords.keys() or made.keywords.get("momentum")
     if settled or not _can_fuse(made.func, parameters):
-        return _made(optim(parameters))
+        return made(optim(parameters))
     factory = _CHEAPER.get(made.func, made.func)
-    return _made(factory(*made.args, parameters, **made.keywords, fused=True))
+    return made(factory(*made.args, parameters, **made.keywords, fused=True))
 
 
-def _made(optimizer: Any) -> torch.optim.Optimizer:
+def made(optimizer: Any) -> torch.optim.Optimizer:
+    """What was made, if it is an optimiser."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "optim must make a torch optimiser from parameters, and made "
