@@ -23,6 +23,7 @@ from ppvae.train.callbacks import Callback, all_callbacks, all_loggers, log, ove
 from ppvae.train.checkpoint import Checkpoints, checkpoints_for
 from ppvae.train.history import History
 from ppvae.train.interrupt import Interrupt, interrupts
+from ppvae.train.optimizer import moved
 from ppvae.train.processes import Processes
 from ppvae.train.refusals import resolve_device
 from ppvae.train.run import Progress, Run, state_of
@@ -335,8 +336,8 @@ def mean_bound(
 
 def _move(svi: SVI, device: torch.device) -> None:
     svi.objective.to(device)
-    if svi.optimizer is not None:  # loading casts the optimiser's state to the parameters' device
-        svi.optimizer.load_state_dict(svi.optimizer.state_dict())
+    if svi.optimizer is not None:
+        moved(svi.optimizer)
     if svi.turns is not None:
         svi.turns.load_state_dict(svi.turns.state_dict())
 
