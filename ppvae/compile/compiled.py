@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ppvae.auxiliary import own_parameters
-from ppvae.compile.cuda_graph import CudaGraph
+from ppvae.compile import cuda_graph
 from ppvae.compile.fixed import Fixed
 from ppvae.compile.graph import (
     Graph,
@@ -56,7 +56,6 @@ class Compiled:
         build_seconds: time spent building graphs.
         reason: why steps run eagerly, where they do; None otherwise.
         latest: the graph that the last call ran; None: it ran none, the caller runs eagerly.
-        replays: whole steps captured as CUDA graphs, see :class:`CudaGraph`.
     """
 
     max_graphs = 8
@@ -73,7 +72,6 @@ class Compiled:
         self.build_seconds = 0.0
         self.reason: str | None = None
         self.latest: Any = None
-        self.replays: dict[Any, CudaGraph] = {}
         self._graphs: dict[Any, Any] = {}
         self._fixed = Fixed(module, programs)
         self._alive: list[Any] = []  # what keys know by its address
@@ -113,9 +111,13 @@ class Compiled:
         """What a step does outside its graph; for a step that is replayed."""
         self._graphs[key].advance()
 
-    def built(self, key: Any) -> bool:
-        """Whether there is a graph."""
-        return self._graphs.get(key) is not None
+    def tensors(self, key: Any) -> list[Tensor] | None:
+        """What the graph of a key reads besides its arguments; None: there is none."""
+        try:
+            graph = self._graphs.get(key)
+        except TypeError:  # an argument is not hashable
+            return None
+        return None if graph is None else [*graph.inputs, *graph.graph.reached]
 
     def key(self, args: tuple, kwargs: dict) -> Any:
         """What a graph depends on besides the values of tensors."""
@@ -167,13 +169,14 @@ class CompiledGradients:
 
     Attributes:
         parameters: what it differentiates by.
-        norm: of the gradient of the last call.
+        norm: of the gradient of the last call; None on a GPU, where torch's own takes two kernels
+            for all tensors, and a graph one or two for each.
 
     Raises:
         NotCompiled: no graph can be built, or it gives another loss or gradient.
     """
 
-    norm: Tensor
+    norm: Tensor | None
 
     def __init__(
         self, objective: nn.Module, args: tuple, kwargs: dict, progress: Callable[[], Any]
@@ -184,6 +187,7 @@ class CompiledGradients:
         self.parameters = [p for p in trained.values() if p.requires_grad]
         self.inputs: list[Tensor] = [*self.parameters, *objective.buffers()]
         self.positions = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+        self.has_norm = not cuda_graph.is_gpu(self.parameters[0])
         used: list[bool] = []
         shown: list[str] = []
 
@@ -201,8 +205,9 @@ class CompiledGradients:
             weights = getattr(self.state, "shown", {})
             shown[:] = weights
             taken = {tensor.untyped_storage()._cdata for tensor in inputs}
-            norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
-            outputs = [loss.detach(), norm]
+            outputs = [loss.detach()]
+            if self.has_norm:
+                outputs.append(nn.utils.get_total_norm([g for g in gradients if g is not None]))
             for parameter, gradient in zip(wanted, gradients, strict=True):
                 if gradient is not None:
                     outputs.append(_in_own_memory(gradient, parameter, taken))
@@ -226,9 +231,10 @@ class CompiledGradients:
         progress()
 
     def __call__(self, args: tuple) -> Tensor:
-        if not (self.parameters[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not (cuda_graph.is_gpu(self.parameters[0]) and cuda_graph.capturing()):
             self.advance()  # a captured graph would keep this step's numbers
-        loss, self.norm, *outputs = self.graph(*self.inputs, *(args[i] for i in self.positions))
+        loss, *outputs = self.graph(*self.inputs, *(args[i] for i in self.positions))
+        self.norm = outputs.pop(0) if self.has_norm else None
         if self.shown:
             outputs, weights = outputs[: -len(self.shown)], outputs[-len(self.shown) :]
             self.state.shown.update(zip(self.shown, weights, strict=True))
