@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class Begun(NamedTuple):
     total: Tensor  # over all of them
     parameters: list[nn.Parameter]  # that the optimiser holds and that are trained
     buffers: list[tuple[Tensor, Tensor]]  # with what they were before
-    random: Tensor  # the state of the stream before
+    rewind: Callable[[], None] | None  # to the draws; None: the update is withheld on the device
 
 
 class Captures:

@@ -25,7 +25,7 @@ from ppvae.compile.compiled import Compiled, CompiledGradients
 from ppvae.compile.fixed import Fixed
 from ppvae.compile.graph import unmoved
 from ppvae.elbo import ELBO, Estimator
-from ppvae.pairs import NotCompiled, seeded
+from ppvae.pairs import NotCompiled, cuda_devices, rewinder, seeded
 from ppvae.program import local_parameters, method_owners, require_own_parameters
 from ppvae.train.beside import Beside, Turns
 from ppvae.train.captured import Begun, Captures, withheld
@@ -254,7 +254,6 @@ class SVI(pyro.infer.SVI):
     def _begin(self, args: tuple, kwargs: dict) -> Begun:
         """Loss and gradient of this process."""
         assert self.optimizer is not None
-        random = torch.get_rng_state()
         buffers = [b for owned in self._buffers for b in owned.values() if b is not None]
         kept = [buffer.clone() for buffer in buffers]
         # not all of the pair: gradients that nobody sets to zero would add up in the norm
@@ -262,17 +261,21 @@ class SVI(pyro.infer.SVI):
         for parameter in parameters:
             parameter.grad = None
         parameters = [p for p in parameters if p.requires_grad]
+        later = any(map(cuda_graph.is_gpu, parameters[:1])) and all(
+            group.get("fused") for group in self.optimizer.param_groups
+        )
+        rewind = None if later else rewinder(*parameters[:1])
         try:
             loss = self._loss(args, kwargs)
         except (RuntimeError, ValueError) as error:
-            loss = self._loss_of_failed_draw(error, random, args, kwargs)
+            loss = self._loss_of_failed_draw(error, rewind, args, kwargs)
         total = loss  # over the processes, which must agree on whether the step is finite
         if self.synchronize is not None:
             total = loss.clone()
             for parameter in parameters:  # so that every process has the same ones
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        return Begun(loss, total, parameters, list(zip(buffers, kept, strict=True)), random)
+        return Begun(loss, total, parameters, list(zip(buffers, kept, strict=True)), rewind)
 
     def _synchronize(self, begun: Begun) -> None:
         if self.synchronize is not None:
@@ -285,7 +288,7 @@ class SVI(pyro.infer.SVI):
         norm = self._norm(begun.parameters)
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(begun.parameters, self.clip_norm, norm)
-        if cuda_graph.is_gpu(loss) and all(g.get("fused") for g in optimizer.param_groups):
+        if begun.rewind is None:
             # nothing waits for the device: the optimiser reads found_inf there, and does nothing
             bad = ~torch.isfinite(total + norm)
             self._skipped += bad.long()
@@ -298,7 +301,7 @@ class SVI(pyro.infer.SVI):
         if not math.isfinite(float(total) + float(norm)):
             for buffer, value in begun.buffers:
                 buffer.copy_(value)
-            self._skip(float(total), begun.random, args, kwargs)
+            self._skip(float(total), begun.rewind, args, kwargs)
             return loss
         optimizer.step()
         return loss
@@ -368,34 +371,35 @@ class SVI(pyro.infer.SVI):
             )
 
     def _loss_of_failed_draw(
-        self, error: Exception, random: Tensor, args: tuple, kwargs: dict
+        self, error: Exception, rewind: Callable[[], None] | None, args: tuple, kwargs: dict
     ) -> Tensor:
         """NaN, if a sampler raised because it was given NaN; any other error is raised again."""
         parameter = next(self.objective.parameters())
         # only on the CPU the site can be named
-        if isinstance(error, NotCompiled) or cuda_graph.is_gpu(parameter):
+        if isinstance(error, NotCompiled) or cuda_graph.is_gpu(parameter) or rewind is None:
             raise error
-        site = self._site(random, args, kwargs)
+        site = self._site(rewind, args, kwargs)
         if not site:
             raise error
         if not self.skip_nonfinite:
             raise self._nonfinite("a draw is not possible", site) from error
         return torch.full((), math.nan, dtype=parameter.dtype, device=parameter.device)
 
-    def _skip(self, loss: float, random: Tensor, args: tuple, kwargs: dict) -> None:
+    def _skip(self, loss: float, rewind: Callable[[], None], args: tuple, kwargs: dict) -> None:
         """Count a step that made no update, or raise."""
         if not self.skip_nonfinite:
             seen = f"the loss is {loss:.6g}"
             if math.isfinite(loss):
                 seen += f", but {bad_gradients(self.objective)}"
-            raise self._nonfinite(seen, self._site(random, args, kwargs))
+            raise self._nonfinite(seen, self._site(rewind, args, kwargs))
         self._skipped += 1
 
-    def _site(self, random: Tensor, args: tuple, kwargs: dict) -> str:
+    def _site(self, rewind: Callable[[], None], args: tuple, kwargs: dict) -> str:
         """The site that makes the loss not finite: the pair is run again at its draws."""
         draws = getattr(self.elbo, "num_draws", self.elbo.num_particles)
-        with unmoved(self.objective), torch.random.fork_rng(devices=[]), self.autocast():
-            torch.set_rng_state(random)
+        devices = cuda_devices(*self.objective.parameters())
+        with unmoved(self.objective), torch.random.fork_rng(devices=devices), self.autocast():
+            rewind()
             return blame(self.model, self.guide, *args, num_particles=draws, **kwargs)
 
     def _nonfinite(self, seen: str, site: str) -> NonFiniteError:
