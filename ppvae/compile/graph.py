@@ -81,6 +81,10 @@ class Graph:
                 "reorder_for_peak_memory": False,  # it would change the order of draws
                 "layout_optimization": False,  # convolutions take images as the eager step does
             }
+            if not _on_cpu(traced):  # what is timed on a GPU may come out another way each time
+                options["shape_padding"] = False
+                if hasattr(config, "deterministic"):  # since torch 2.9
+                    options["deterministic"] = True
             with torch.no_grad(), config.patch(options), seeded(0, *inputs), _without_remarks():
                 compiler = cast(Callable[..., Any], compile_fx)
                 self._call = compiler(traced, [*inputs, *self.reached])
@@ -111,13 +115,17 @@ class Graph:
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """Silence what the compiler says of its own code: deprecated calls, indirect operators."""
+    """Silence what the compiler says of its own code, and that TF32 would be faster.
+
+    Of its code: deprecated calls, indirect operators. TF32 is the user's to choose.
+    """
     log = logging.getLogger("torch._inductor.ir")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)
             yield
     finally:
         log.setLevel(level)
