@@ -5,6 +5,7 @@ import copy
 import functools
 import math
 import types
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -31,8 +32,10 @@ from compiling import (
     vae,
 )
 from cuda_emulation import emulated
-from ppvae import elbo
+from ppvae import diagnostics, elbo, pairs
 from ppvae.compile import cuda_graph, graph
+from ppvae.compile.compiled import _difference, _precision
+from ppvae.diagnostics import evidence
 from ppvae.train import captured
 from ppvae.train.optimizer import _can_fuse
 from registry import ALL_ESTIMATORS, build
@@ -481,3 +484,143 @@ def test_fused_adagrad_is_for_cpus():
         assert _can_fuse(kind, [parameter("cpu")])
         assert _can_fuse(kind, [parameter("cuda")]) == (kind is not torch.optim.Adagrad)
     assert not _can_fuse(torch.optim.Adagrad, [parameter("cpu"), parameter("cuda:1")])
+
+
+# -- what a graph is built with ----------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Options that the compiler is called with, whose own remark is an error unless ignored."""
+    import torch._inductor.compile_fx
+    from torch._inductor import config
+
+    found = []
+
+    def interpret(made, inputs):
+        found.append((config.shape_padding, getattr(config, "deterministic", True)))
+        remark = "TensorFloat32 tensor cores for float32 matrix multiplication available"
+        warnings.warn(remark, UserWarning, stacklevel=1)
+        return made
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", interpret)
+    return found
+
+
+def test_a_remark_on_tf32_is_no_reason_not_to_compile(asked):
+    svi = ppvae.SVI(*plain(), ADAM, compile=True)
+    svi.step(X)
+    assert svi._compiled.latest is not None and len(asked) == 1
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_nothing_is_timed_on_a_gpu_to_choose_a_kernel(asked, monkeypatch, on_cpu):
+    from torch._inductor import config
+
+    usual = (config.shape_padding, getattr(config, "deterministic", True))
+    monkeypatch.setattr(graph, "_on_cpu", lambda traced: on_cpu)
+    ppvae.SVI(*plain(), ADAM, compile=True).step(X)
+    assert asked == [usual if on_cpu else (False, True)] and usual != (False, True)
+
+
+@pytest.fixture
+def precision():
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def test_another_precision_of_products_is_another_graph(traced, precision):
+    svi = ppvae.SVI(*plain(), ADAM, compile=True)
+    for name in ("highest", "high", "highest", "high"):
+        precision(name)
+        svi.step(X)
+    assert len(svi._compiled._graphs) == 2
+
+
+def test_products_may_differ_more_where_they_are_rounded_more(precision):
+    expected, found = [torch.ones(2)], [torch.full((2,), 1.005)]
+    assert _difference(expected, found) == pytest.approx(0.005, rel=1e-3)
+    precision("high")
+    assert _difference(expected, found) is None
+    assert _difference(expected, [torch.full((2,), 1.02)]) is not None
+    doubles = [expected[0].double()], [found[0].double()]
+    assert _difference(*doubles) is not None
+
+
+def test_precisions_on_cuda_are_the_products_and_the_convolutions(precision, monkeypatch):
+    """Also where torch's older and newer way to set them have been mixed, which raises."""
+    precision("high")
+    assert _precision("cuda")[0] == "high" and _precision("cpu") == ("high",)
+    before = _precision("cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not before[2])
+    assert _precision("cuda")[:2] == before[:2] and _precision("cuda") != before
+
+    def mixed():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    assert len(_precision("cuda")) == 3
+
+
+# -- random streams ----------------------------------------------------------------------------
+
+
+class Streams:
+    """A generator of CUDA's, for the functions of torch.cuda that get and set its state."""
+
+    def __init__(self, monkeypatch):
+        self.generator = torch.Generator().manual_seed(5)
+        monkeypatch.setattr(pairs, "cuda_devices", lambda *tensors: [1] if tensors else [])
+        monkeypatch.setattr(torch.cuda, "get_rng_state", self.get)
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self.set)
+
+    def get(self, device):
+        assert device == 1
+        return self.generator.get_state()
+
+    def set(self, state, device):
+        assert device == 1
+        self.generator.set_state(state)
+
+    def draw(self):
+        return torch.rand((), generator=self.generator)
+
+
+def test_draws_of_the_device_are_found_again(monkeypatch):
+    streams = Streams(monkeypatch)
+    rewind = pairs.rewinder(X)
+    first = streams.draw(), torch.rand(())
+    rewind()
+    assert first == (streams.draw(), torch.rand(()))
+
+
+def test_a_piece_of_the_evidence_that_is_not_finite_is_drawn_again_on_its_device(
+    traced, monkeypatch
+):
+    """The error names the datapoint whose draw was not finite, not those of other draws."""
+    streams, seen = Streams(monkeypatch), []
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    def graph_of(compiled, args, kwargs):
+        seen.append(streams.draw())
+        return torch.full((kwargs["num_particles"], len(args[0])), math.inf)
+
+    def whole(*args):
+        if args[2][0][0] != 0.0:
+            seen.append(streams.draw())
+        return usual(*args)
+
+    usual = evidence.whole_weights
+    monkeypatch.setattr(evidence.Compiled, "__call__", graph_of)
+    monkeypatch.setattr(evidence, "whole_weights", whole)
+    x = torch.linspace(0.0, 1.0, 4)
+    diagnostics.log_evidence(model, guide, x, num_particles=5, max_rows=10, compile="auto")
+    assert len(seen) == 2 and seen[0] == seen[1]

@@ -131,6 +131,7 @@ class Compiled:
             self._fixed.key(),
             None if parameter is None else (parameter.dtype, parameter.device),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            _precision(device),
         )
 
     def _build(self, args: tuple, kwargs: dict) -> Any:
@@ -447,7 +448,8 @@ def _different_changes(expected: Sequence[_Change], found: Sequence[_Change]) ->
             different = not torch.equal(after, other.after)
         else:
             half = torch.is_autocast_enabled(after.device.type)
-            tolerance = 0.1 if half else 1e-9 if after.dtype == torch.float64 else 1e-3
+            double = after.dtype == torch.float64
+            tolerance = 0.1 if half else 1e-9 if double else _rounding_of_products(after)
             change = float((after - before).nan_to_num().norm()) + 0.03 * total
             rounding = 16 * torch.finfo(after.dtype).eps * float(after.nan_to_num().norm())
             error = float((after - other.after).nan_to_num().norm())
@@ -472,9 +474,32 @@ def _difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None
     loss = expected[0]
     assert loss is not None
     half = torch.is_autocast_enabled(loss.device.type)
-    tolerance = 0.1 if half else 1e-3 if loss.dtype == torch.float32 else 1e-9
+    single = loss.dtype == torch.float32
+    tolerance = 0.1 if half else _rounding_of_products(loss) if single else 1e-9
     largest = _relative(expected, found)
     return largest if largest > tolerance else None
+
+
+def _rounding_of_products(tensor: Tensor) -> float:
+    """The relative difference that products of float32 may make; those of TF32 have ten bits."""
+    exact = ("highest", "none", "ieee", False)
+    return 1e-3 if all(p in exact for p in _precision(tensor.device.type)[:2]) else 1e-2
+
+
+def _precision(device: str) -> tuple[Any, ...]:
+    """How products and convolutions of float32 may be rounded, which is the user's to set."""
+    try:
+        products: Any = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's two ways to set it have been mixed
+        products = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    if device != "cuda":
+        return (products,)
+    cuda = torch.backends.cuda.matmul
+    try:
+        convolutions: Any = torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        convolutions = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return products, getattr(cuda, "fp32_precision", cuda.allow_tf32), convolutions
 
 
 def _relative(expected: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> float:
