@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import math
+import threading
 import types
 import warnings
 
@@ -624,3 +625,152 @@ def test_a_piece_of_the_evidence_that_is_not_finite_is_drawn_again_on_its_device
     x = torch.linspace(0.0, 1.0, 4)
     diagnostics.log_evidence(model, guide, x, num_particles=5, max_rows=10, compile="auto")
     assert len(seen) == 2 and seen[0] == seen[1]
+
+
+# -- on a GPU ----------------------------------------------------------------------------------
+
+
+def cuda_svi(make=plain, optim=ADAM, number=3, **kwargs):
+    """An SVI on the GPU, after so many steps."""
+    svi = ppvae.SVI(*[program.cuda() for program in make()], optim, compile=True, **kwargs)
+    steps(svi, number, X.cuda())
+    return svi
+
+
+def captures(svi):
+    return [step for step in svi._captures.steps.values() if step is not None]
+
+
+@pytest.mark.cuda
+def test_a_learning_rate_of_zero_on_cuda():
+    svi = cuda_svi(optim=two_groups)
+    assert len(captures(svi)) == 1
+    for group in svi.optimizer.param_groups:
+        group["lr"] = 0.0
+    before = tensors(svi.objective)
+    steps(svi, 5, X.cuda())
+    assert all(torch.equal(v, before[k]) for k, v in tensors(svi.objective).items())
+    svi.optimizer.param_groups[1]["lr"] = 0.1
+    steps(svi, 1, X.cuda())
+    first = next(iter(dict(svi.objective.named_parameters())))
+    moved = [k for k, v in tensors(svi.objective).items() if not torch.equal(v, before[k])]
+    assert moved and first not in moved and len(captures(svi)) == 1
+
+
+@pytest.mark.cuda
+def test_a_compiled_run_with_a_schedule_is_resumed_on_cuda(tmp_path):
+    def train(epochs, folder, resume=False):
+        torch.manual_seed(0)
+        svi = ppvae.SVI(*vae(), ADAM, compile=True)
+        options = {"batch_size": N, "device": "cuda", "checkpoint": folder, "resume": resume}
+        step = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+        ppvae.fit(svi, X.repeat(4, 1), epochs=epochs, lr_scheduler=step, **options)
+        return tensors(svi.objective)
+
+    whole = train(6, tmp_path / "whole")
+    train(3, tmp_path / "parts")
+    resumed = train(6, tmp_path / "parts", resume=True)
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.cuda
+def test_bf16_is_replayed_on_cuda():
+    svi = ppvae.SVI(*[program.cuda() for program in plain()], ADAM, compile=True)
+    svi.autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16)
+    assert all(map(math.isfinite, steps(svi, 6, X.cuda())))
+    assert len(svi._compiled._graphs) == len(captures(svi)) == 1
+
+
+@pytest.mark.cuda
+def test_a_reader_pins_memory_while_a_step_is_captured_on_cuda():
+    stop = threading.Event()
+
+    def read():
+        while not stop.is_set():
+            torch.ones(1000).pin_memory().to("cuda", non_blocking=True)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        svi = cuda_svi()
+        for rows in range(2, N):
+            steps(svi, 3, X[:rows].cuda())
+    finally:
+        stop.set()
+        reader.join()
+    assert len(captures(svi)) == N - 1
+
+
+@pytest.mark.cuda
+def test_a_sliced_batch_on_cuda():
+    x = normal(N, 2 * D).cuda()[:, :D]
+    svi = ppvae.SVI(*[program.cuda() for program in plain()], ADAM, compile=True)
+    steps(svi, 5, x)
+    assert len(svi._compiled._graphs) == len(captures(svi)) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("known", [True, False])
+def test_what_cannot_be_captured_is_compiled_on_cuda(monkeypatch, known):
+    """And draws go on: in this process, and by the steps that have been captured before."""
+    other = cuda_svi()
+    if not known:
+        monkeypatch.setattr(graph, "_WAITING", set())
+    svi = ppvae.SVI(*[program.cuda() for program in correlated()], ADAM, compile="auto")
+    with pytest.warns(RuntimeWarning, match="not captured as a CUDA graph"):
+        found = steps(svi, 6, X.cuda())
+    assert all(map(math.isfinite, found)) and not captures(svi)
+    assert svi._compiled.latest is not None
+    torch.randn(3, device="cuda")
+    assert all(map(math.isfinite, steps(other, 3, X.cuda())))
+    assert len(captures(cuda_svi(vae))) == 1
+
+
+@pytest.mark.cuda
+def test_a_withheld_step_on_cuda_does_not_withhold_those_on_the_cpu():
+    svi = cuda_svi(skip_nonfinite=True)
+    svi.update(X.cuda() * math.inf)
+    assert svi.num_skipped == 1
+    ppvae.fit(svi, X, epochs=1, device="cpu", progress=False)
+    before = tensors(svi.objective)
+    steps(svi, 1)
+    assert all(not torch.equal(v, before[k]) for k, v in tensors(svi.objective).items())
+    assert svi.num_skipped == 1
+
+
+@pytest.mark.cuda
+def test_a_hundred_replays_on_cuda_wait_for_nothing():
+    svi, x = cuda_svi(clip_norm=1.0), X.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [svi.update(x) for _ in range(100)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(set(torch.stack(losses).tolist())) > 80
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_pair_on_the_second_gpu():
+    svi = ppvae.SVI(*[program.to("cuda:1") for program in plain()], ADAM, compile=True)
+    before = tensors(svi.objective)
+    assert len(set(steps(svi, 6, X.to("cuda:1")))) == 6 and len(captures(svi)) == 1
+    assert all(not torch.equal(v, before[k]) for k, v in tensors(svi.objective).items())
+
+
+@pytest.mark.cuda
+def test_a_state_of_the_stream_on_cuda():
+    rewind = pairs.rewinder(X.cuda())
+    first = torch.rand(3, device="cuda")
+    rewind()
+    assert torch.equal(torch.rand(3, device="cuda"), first)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.AdamW, torch.optim.SGD])
+def test_optimisers_on_cuda_and_moved_there(kind):
+    ppvae.fit(ppvae.SVI(*vae(), kind), X, epochs=2, device="cuda", progress=False)
+    svi = ppvae.SVI(*vae(), kind)
+    steps(svi, 2)
+    ppvae.fit(svi, X, epochs=1, device="cuda", progress=False)

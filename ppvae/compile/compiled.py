@@ -51,6 +51,8 @@ class Compiled:
             :class:`CompiledGradients`, :class:`CompiledOutputs` or :class:`CompiledWeights`.
         required: raise where no graph can be built, instead of running eagerly.
         programs: model and guide, whose functions may read names from outside.
+        fixed: what is looked at of module and programs, renewed by the caller before each call;
+            None: one of its own.
 
     Attributes:
         build_seconds: time spent building graphs.
@@ -66,6 +68,7 @@ class Compiled:
         build: Callable[..., Any],
         required: bool,
         programs: Sequence[Program] = (),
+        fixed: Fixed | None = None,
     ) -> None:
         self.module, self.build, self.required = module, build, required
         self.programs = programs
@@ -73,7 +76,7 @@ class Compiled:
         self.reason: str | None = None
         self.latest: Any = None
         self._graphs: dict[Any, Any] = {}
-        self._fixed = Fixed(module, programs)
+        self._fixed, self._renews = fixed or Fixed(module, programs), fixed is None
         self._alive: list[Any] = []  # what keys know by its address
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
@@ -121,8 +124,9 @@ class Compiled:
 
     def key(self, args: tuple, kwargs: dict) -> Any:
         """What a graph depends on besides the values of tensors."""
-        self._fixed.renew()
-        parameter = next(self.module.parameters(), None)
+        if self._renews:
+            self._fixed.renew()
+        parameter = next(iter(self._fixed.parameters), None)
         tensors = [t for t in (parameter, *args) if isinstance(t, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
         return (

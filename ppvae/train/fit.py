@@ -325,10 +325,12 @@ def mean_bound(
     estimate = ELBO(svi.evaluator.num_draws).estimate
     evaluate = svi.evaluator.evaluate if has_bound else estimate
     with evaluation_mode(svi.objective), seeded(seed, *svi.objective.parameters()):
-        total, count = 0.0, 0.0
+        total: Any = 0.0  # a tensor of float64 on the device, so that no batch waits for another
+        count = 0.0
         for batch in batches:
-            total += evaluate(svi.model, svi.guide, *batch).sum().item()
+            total = total + evaluate(svi.model, svi.guide, *batch).sum().double()
             count += len(batch[0])
+        total = float(total)
     if processes is not None:
         total, count = processes.sum(total, count)
     return total / count

@@ -189,7 +189,9 @@ class SVI(pyro.infer.SVI):
         self._look_at_pair()
 
     def _look_at_pair(self) -> None:
-        self._fixed = Fixed(self.objective, (self.model, self.guide))
+        if self._fixed is None:
+            self._fixed = Fixed(self.objective, (self.model, self.guide))
+        self._fixed.look()
         self._foreign_refused = False
         self._buffers = [m._buffers for m in self.objective.modules() if m._buffers]
         assert self.optimizer is not None
@@ -329,7 +331,9 @@ class SVI(pyro.infer.SVI):
         """The same by a compiled graph; None if there is none for these arguments."""
         if self._compiled is None:
             programs, required = (self.model, self.guide), self.compile is True
-            self._compiled = Compiled(self.objective, CompiledGradients, required, programs)
+            self._compiled = Compiled(
+                self.objective, CompiledGradients, required, programs, self._fixed
+            )
         with self.autocast():
             return self._compiled(args, kwargs)
 
