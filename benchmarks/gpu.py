@@ -46,6 +46,7 @@ HERE = Path(__file__).resolve().parent
 SHARES = {"smoke": 15, "tests": 35, "speed": 25, "burda": 15, "profile": 10}  # of the time
 COLUMNS = "ppvae-compiled,ppvae-eager,hand,hand-compile,hand-overhead,hand-graph,pyro"
 BURDA_STEPS = 3280 * 59_600 // 20  # the paper's 3,280 epochs
+SMALL = Workload("small", MLP(data=100, hidden=(50,), latent=5), 20)
 WELL, FAILED, NO_CUDA, MISSED, LATE = range(5)
 
 
@@ -67,11 +68,10 @@ class Certain(ppvae.Program):
 
 def smoke(device: torch.device, out: Path, tiny: bool) -> None:
     """Raise if captured steps are not the eager ones, or wait for the device."""
-    small = Workload("small", MLP(data=100, hidden=(50,), latent=5), 32)
-    batches = small.batches(8, device)
+    batches = SMALL.batches(8, device)
     ends = []
     for compile in (False, True):
-        model, guide = small.pair(small.networks(device))
+        model, guide = SMALL.pair(SMALL.networks(device))
         certain = Certain(guide.conditional.net)
         adam = functools.partial(torch.optim.Adam, lr=1e-3)
         loss = elbo.ELBO(beta=elbo.LinearWarmup(50))
@@ -90,7 +90,7 @@ def smoke(device: torch.device, out: Path, tiny: bool) -> None:
     print(f"largest relative difference of a loss: {worst:.2g}")
     if not worst < 1e-3:
         raise SystemExit("captured steps have other losses than eager ones")
-    _smoke_of_draws(small, device, 20 if tiny else 400)
+    _smoke_of_draws(SMALL, device, 20 if tiny else 400)
 
 
 def _smoke_of_draws(workload: Workload, device: torch.device, number: int) -> None:
@@ -117,13 +117,14 @@ def _captures(svi: ppvae.SVI) -> int:
 
 def burda(device: torch.device, out: Path, tiny: bool) -> None:
     """A pilot of the longest cell of Burda et al. on images of noise; writes after each epoch."""
-    workload = Workload("mlp-20-50", MLP(), 20, 50)
+    workload = SMALL if tiny else Workload("mlp-20-50", MLP(), 20, 50)
     rows, epochs = (60, 2) if tiny else (59_600, 20)
-    grey = torch.rand(rows, 784, generator=torch.Generator().manual_seed(0)).pow(4).numpy()
+    shape = rows, *workload.family.shape
+    grey = torch.rand(shape, generator=torch.Generator().manual_seed(0)).pow(4).numpy()
     model, guide = workload.pair(workload.networks())
     adam = functools.partial(torch.optim.Adam, lr=1e-3, eps=1e-4)
     svi = ppvae.SVI(model, guide, adam, workload.bound, compile=True)
-    steps = -(-rows // 20)
+    steps = -(-rows // workload.batch)
 
     def write(svi: ppvae.SVI, history: ppvae.History) -> None:
         seconds = [row["seconds"] for row in history.rows]
@@ -139,7 +140,9 @@ def burda(device: torch.device, out: Path, tiny: bool) -> None:
         (out / "burda.json").write_text(json.dumps(found, indent=1))
 
     dataset = data.from_arrays(grey, binarize="dynamic")
-    ppvae.fit(svi, dataset, epochs=epochs, batch_size=20, device=device, on_epoch_end=write)
+    ppvae.fit(
+        svi, dataset, epochs=epochs, batch_size=workload.batch, device=device, on_epoch_end=write
+    )
     print((out / "burda.json").read_text())
 
 
@@ -147,8 +150,7 @@ def profile(device: torch.device, out: Path, tiny: bool) -> None:
     """The kernels of a replay, the longest first."""
     from torch.profiler import ProfilerActivity
 
-    small = Workload("small", MLP(data=100, hidden=(50,), latent=5), 32, 5)
-    workload = small if tiny else Workload("mlp-20-50", MLP(), 20, 50)
+    workload = SMALL if tiny else Workload("mlp-20-50", MLP(), 20, 50)
     model, guide = workload.pair(workload.networks(device))
     adam = functools.partial(torch.optim.Adam, lr=1e-3)
     svi = ppvae.SVI(model, guide, adam, workload.bound, compile=True)
