@@ -13,7 +13,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PY := $(VENV)/bin/python
 SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py docs/course/checks.py)
 
-.PHONY: help demo test test-arviz1 test-intake test-slow test-all faults lint format docs look bench coverage dist clean clean-all
+.PHONY: help demo test test-arviz1 test-intake test-slow test-all faults lint format docs look bench gpu coverage dist clean clean-all
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +97,11 @@ bench: $(VENV)/.bench ## compare speed with NumPyro, pythae, stock Pyro and hand
 	@for name in speed speed_scaling speed_factor speed_nvae speed_fit speed_build evidence data_path; do \
 		echo "== benchmarks/$$name.py"; \
 		$(PY) benchmarks/$$name.py --out $(BENCH_OUT) $(BENCH_ARGS); done
+
+# Exit status: 0 well, 1 a test or the smoke failed, 2 no CUDA, 3 a target is missed, 4 out of time.
+GPU_OUT := out/gpu
+gpu: $(VENV)/.installed ## on a machine with a GPU: does the CUDA path work, and what is it worth? Ten minutes
+	$(PY) benchmarks/gpu.py --out $(GPU_OUT) --seconds 570
 
 coverage: $(VENV)/.installed ## which lines the fast tests run; out/coverage/index.html
 	$(PIP) install --progress-bar off -c constraints.txt coverage

@@ -581,12 +581,30 @@ def seeded(seed: int | None, *tensors: Any) -> Iterator[None]:
     if seed is None:
         yield
         return
-    cuda = {
-        tensor.device.index for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_cuda
-    }
-    with torch.random.fork_rng(devices=sorted(cuda)):
+    with torch.random.fork_rng(devices=cuda_devices(*tensors)):
         torch.manual_seed(seed)
         yield
+
+
+def cuda_devices(*tensors: Any) -> list[int]:
+    """The numbers of the CUDA devices that tensors are on."""
+    return sorted({t.device.index for t in tensors if isinstance(t, Tensor) and t.is_cuda})
+
+
+def rewinder(*tensors: Any) -> Callable[[], None]:
+    """A function that moves the random streams back to where they are now.
+
+    Those are the CPU's, and of the CUDA devices that the tensors are on.
+    """
+    cpu = torch.get_rng_state()
+    cuda = [(device, torch.cuda.get_rng_state(device)) for device in cuda_devices(*tensors)]
+
+    def rewind() -> None:
+        torch.set_rng_state(cpu)
+        for device, state in cuda:
+            torch.cuda.set_rng_state(state, device)
+
+    return rewind
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import pyro
 import pytest
 import torch
 
+import ppvae
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 
@@ -433,3 +435,111 @@ def test_speed_nvae_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(speed_nvae, "RECIPE", speed_nvae.RECIPE | {"channels": 2, "groups": [1]})
     speed_nvae.main(["--quick", "--threads", "1", "--out", str(tmp_path / "speed.jsonl")])
     assert "compiled / eager" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ gpu.py
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_gpu_without_cuda_has_a_status_of_its_own(tmp_path, capsys):
+    import gpu
+
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert "no CUDA" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Stages of gpu.py that are a line of Python each."""
+    import gpu
+
+    lines = dict.fromkeys(gpu.SHARES, "print('fine')")
+
+    def command(stage, out, rehearse):
+        ends = {"speed": "speed.md"}.get(stage, f"{stage}.log")
+        return ["-c", lines[stage]], out / ends
+
+    monkeypatch.setattr(gpu, "command", command)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    where = {"torch": "x"}
+    monkeypatch.setattr(gpu, "environment", lambda device: where)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_capability", lambda: (9, 0))
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("stage", "line", "expected"),
+    [
+        ("smoke", "print('fine')", 0),
+        ("smoke", "raise SystemExit('no step was captured')", 1),
+        ("tests", "raise SystemExit(1)", 1),
+        ("tests", "raise SystemExit(5)", 1),
+        ("speed", "print('compiled / hand-written CUDA graph: 1.3, target <= 1.1: NOT met')", 3),
+        ("burda", "import time; time.sleep(60)", 4),
+    ],
+)
+def test_the_status_of_gpu(stand_ins, tmp_path, stage, line, expected):
+    import gpu
+
+    stand_ins[stage] = line
+    assert gpu.main(["--out", str(tmp_path), "--seconds", "12"]) == expected
+    found = json.loads((tmp_path / "env.json").read_text())
+    assert found["status"] == expected and list(found["stages"]) == list(gpu.SHARES)
+    assert found["where"]["capability"] == [9, 0]
+    assert (found["stages"][stage]["status"] is None) == (expected == 4)
+    if stage == "smoke" and expected == 1:
+        assert "no step was captured" in (tmp_path / "smoke.log").read_text()
+
+
+def test_a_failure_comes_before_a_deadline_and_a_deadline_before_a_target(tmp_path):
+    import gpu
+
+    (tmp_path / "speed.md").write_text("NOT met")
+    stages = {name: {"status": 0} for name in gpu.SHARES}
+    assert gpu.verdict(stages, tmp_path, False) == gpu.MISSED
+    assert gpu.verdict(stages, tmp_path, True) == gpu.WELL
+    stages["profile"] = {"status": None}
+    assert gpu.verdict(stages, tmp_path, False) == gpu.LATE
+    stages["smoke"] = {"status": 1}
+    assert gpu.verdict(stages, tmp_path, False) == gpu.FAILED
+
+
+def test_the_stages_of_gpu_on_a_cpu(traced, tmp_path, capsys):
+    """All but speed.py, whose own tests are above, and pytest."""
+    import gpu
+
+    for stage in ("smoke", "burda", "profile"):
+        assert gpu.main(["--out", str(tmp_path), "--rehearse", "--stage", stage]) == 0
+    printed = capsys.readouterr().out
+    assert "largest relative difference of a loss" in printed and "errors apart" in printed
+    found = json.loads((tmp_path / "burda.json").read_text())
+    assert len(found["us_per_step"]) == 2 and found["steps_of_the_paper"] == 9_774_400
+    hours = found["us_per_step"][0] * 9_774_400 / 3.6e9
+    assert found["hours_for_them"] == pytest.approx(hours)
+    assert "aten::" in (tmp_path / "profile.txt").read_text()
+
+
+@pytest.mark.parametrize("wrong", ["losses", "draws"])
+def test_the_smoke_of_gpu_notices(traced, tmp_path, monkeypatch, wrong):
+    import gpu
+
+    usual = ppvae.SVI.update
+
+    def update(self, *args):
+        if self.compile and wrong == "draws":
+            torch.manual_seed(0)
+        loss = usual(self, *args)
+        return loss * 1.01 if self.compile and wrong == "losses" else loss
+
+    monkeypatch.setattr(ppvae.SVI, "update", update)
+    with pytest.raises(SystemExit, match="other losses" if wrong == "losses" else "draw anew"):
+        gpu.main(["--out", str(tmp_path), "--rehearse", "--stage", "smoke"])
+
+
+@pytest.mark.slow
+def test_gpu_rehearses_all_of_itself(tmp_path):
+    import gpu
+
+    assert gpu.main(["--out", str(tmp_path), "--rehearse", "--seconds", "900"]) == 0
+    names = {"env.json", "tests.xml", "tests.log", "speed.jsonl", "speed.md", "burda.json"}
+    assert names | {"profile.txt"} <= {path.name for path in tmp_path.iterdir()}

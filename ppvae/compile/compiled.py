@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ppvae.auxiliary import own_parameters
-from ppvae.compile.cuda_graph import CudaGraph
+from ppvae.compile import cuda_graph
 from ppvae.compile.fixed import Fixed
 from ppvae.compile.graph import (
     Graph,
@@ -51,12 +51,13 @@ class Compiled:
             :class:`CompiledGradients`, :class:`CompiledOutputs` or :class:`CompiledWeights`.
         required: raise where no graph can be built, instead of running eagerly.
         programs: model and guide, whose functions may read names from outside.
+        fixed: what is looked at of module and programs, renewed by the caller before each call;
+            None: one of its own.
 
     Attributes:
         build_seconds: time spent building graphs.
         reason: why steps run eagerly, where they do; None otherwise.
         latest: the graph that the last call ran; None: it ran none, the caller runs eagerly.
-        replays: whole steps captured as CUDA graphs, see :class:`CudaGraph`.
     """
 
     max_graphs = 8
@@ -67,15 +68,15 @@ class Compiled:
         build: Callable[..., Any],
         required: bool,
         programs: Sequence[Program] = (),
+        fixed: Fixed | None = None,
     ) -> None:
         self.module, self.build, self.required = module, build, required
         self.programs = programs
         self.build_seconds = 0.0
         self.reason: str | None = None
         self.latest: Any = None
-        self.replays: dict[Any, CudaGraph] = {}
         self._graphs: dict[Any, Any] = {}
-        self._fixed = Fixed(module, programs)
+        self._fixed, self._renews = fixed or Fixed(module, programs), fixed is None
         self._alive: list[Any] = []  # what keys know by its address
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
@@ -113,14 +114,19 @@ class Compiled:
         """What a step does outside its graph; for a step that is replayed."""
         self._graphs[key].advance()
 
-    def built(self, key: Any) -> bool:
-        """Whether there is a graph."""
-        return self._graphs.get(key) is not None
+    def tensors(self, key: Any) -> list[Tensor] | None:
+        """What the graph of a key reads besides its arguments; None: there is none."""
+        try:
+            graph = self._graphs.get(key)
+        except TypeError:  # an argument is not hashable
+            return None
+        return None if graph is None else [*graph.inputs, *graph.graph.reached]
 
     def key(self, args: tuple, kwargs: dict) -> Any:
         """What a graph depends on besides the values of tensors."""
-        self._fixed.renew()
-        parameter = next(self.module.parameters(), None)
+        if self._renews:
+            self._fixed.renew()
+        parameter = next(iter(self._fixed.parameters), None)
         tensors = [t for t in (parameter, *args) if isinstance(t, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
         return (
@@ -129,6 +135,7 @@ class Compiled:
             self._fixed.key(),
             None if parameter is None else (parameter.dtype, parameter.device),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            _precision(device),
         )
 
     def _build(self, args: tuple, kwargs: dict) -> Any:
@@ -167,13 +174,14 @@ class CompiledGradients:
 
     Attributes:
         parameters: what it differentiates by.
-        norm: of the gradient of the last call.
+        norm: of the gradient of the last call; None on a GPU, where torch's own takes two kernels
+            for all tensors, and a graph one or two for each.
 
     Raises:
         NotCompiled: no graph can be built, or it gives another loss or gradient.
     """
 
-    norm: Tensor
+    norm: Tensor | None
 
     def __init__(
         self, objective: nn.Module, args: tuple, kwargs: dict, progress: Callable[[], Any]
@@ -184,6 +192,7 @@ class CompiledGradients:
         self.parameters = [p for p in trained.values() if p.requires_grad]
         self.inputs: list[Tensor] = [*self.parameters, *objective.buffers()]
         self.positions = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+        self.has_norm = not cuda_graph.is_gpu(self.parameters[0])
         used: list[bool] = []
         shown: list[str] = []
 
@@ -201,8 +210,9 @@ class CompiledGradients:
             weights = getattr(self.state, "shown", {})
             shown[:] = weights
             taken = {tensor.untyped_storage()._cdata for tensor in inputs}
-            norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
-            outputs = [loss.detach(), norm]
+            outputs = [loss.detach()]
+            if self.has_norm:
+                outputs.append(nn.utils.get_total_norm([g for g in gradients if g is not None]))
             for parameter, gradient in zip(wanted, gradients, strict=True):
                 if gradient is not None:
                     outputs.append(_in_own_memory(gradient, parameter, taken))
@@ -226,9 +236,10 @@ class CompiledGradients:
         progress()
 
     def __call__(self, args: tuple) -> Tensor:
-        if not (self.parameters[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not (cuda_graph.is_gpu(self.parameters[0]) and cuda_graph.capturing()):
             self.advance()  # a captured graph would keep this step's numbers
-        loss, self.norm, *outputs = self.graph(*self.inputs, *(args[i] for i in self.positions))
+        loss, *outputs = self.graph(*self.inputs, *(args[i] for i in self.positions))
+        self.norm = outputs.pop(0) if self.has_norm else None
         if self.shown:
             outputs, weights = outputs[: -len(self.shown)], outputs[-len(self.shown) :]
             self.state.shown.update(zip(self.shown, weights, strict=True))
@@ -441,7 +452,8 @@ def _different_changes(expected: Sequence[_Change], found: Sequence[_Change]) ->
             different = not torch.equal(after, other.after)
         else:
             half = torch.is_autocast_enabled(after.device.type)
-            tolerance = 0.1 if half else 1e-9 if after.dtype == torch.float64 else 1e-3
+            double = after.dtype == torch.float64
+            tolerance = 0.1 if half else 1e-9 if double else _rounding_of_products(after)
             change = float((after - before).nan_to_num().norm()) + 0.03 * total
             rounding = 16 * torch.finfo(after.dtype).eps * float(after.nan_to_num().norm())
             error = float((after - other.after).nan_to_num().norm())
@@ -466,9 +478,32 @@ def _difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None
     loss = expected[0]
     assert loss is not None
     half = torch.is_autocast_enabled(loss.device.type)
-    tolerance = 0.1 if half else 1e-3 if loss.dtype == torch.float32 else 1e-9
+    single = loss.dtype == torch.float32
+    tolerance = 0.1 if half else _rounding_of_products(loss) if single else 1e-9
     largest = _relative(expected, found)
     return largest if largest > tolerance else None
+
+
+def _rounding_of_products(tensor: Tensor) -> float:
+    """The relative difference that products of float32 may make; those of TF32 have ten bits."""
+    exact = ("highest", "none", "ieee", False)
+    return 1e-3 if all(p in exact for p in _precision(tensor.device.type)[:2]) else 1e-2
+
+
+def _precision(device: str) -> tuple[Any, ...]:
+    """How products and convolutions of float32 may be rounded, which is the user's to set."""
+    try:
+        products: Any = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's two ways to set it have been mixed
+        products = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    if device != "cuda":
+        return (products,)
+    cuda = torch.backends.cuda.matmul
+    try:
+        convolutions: Any = torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        convolutions = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return products, getattr(cuda, "fp32_precision", cuda.allow_tf32), convolutions
 
 
 def _relative(expected: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> float:

@@ -33,6 +33,9 @@ class Fixed:
         module: has the parameters and buffers; not looked at is its ``state``, which changes.
         programs: model and guide.
 
+    Attributes:
+        parameters: of the module.
+
     Example:
         >>> net = nn.Linear(2, 2)
         >>> fixed = Fixed(net)
@@ -46,13 +49,14 @@ class Fixed:
 
     def __init__(self, module: nn.Module, programs: Sequence[Any] = ()) -> None:
         self.module, self.programs = module, programs
-        self._look()
+        self.look()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fixed:
         """Of a copy's own modules."""
         return Fixed(*copy.deepcopy((self.module, self.programs), memo))
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Find the places where something may change."""
         state = getattr(self.module, "state", None)
         self._modules = [part for part in self.module.modules() if part is not state]
         self._dicts: list[Any] = [  # looked through at every step
@@ -95,7 +99,7 @@ class Fixed:
         self._buffers: list[Place] = [
             (p._buffers, name) for p in self._modules for name in p._buffers
         ]
-        self._parameters = list(self.module.parameters())
+        self.parameters = list(self.module.parameters())
         self._structure = self._made_of()
 
     def _made_of(self) -> list[Any]:
@@ -109,14 +113,14 @@ class Fixed:
         now = self._made_of()
         if len(now) == len(self._structure) and all(map(operator.is_, now, self._structure)):
             return False
-        self._look()
+        self.look()
         return True
 
     def key(self) -> Any:
         """Equal for equal contents, of objects and tensors for the same ones."""
         return (
             tuple([part.training for part in self._modules]),
-            tuple([parameter.requires_grad for parameter in self._parameters]),
+            tuple([parameter.requires_grad for parameter in self.parameters]),
             tuple(map(id, self._structure)),
             tuple([_value(mapping.get(name)) for mapping, name in self._attributes]),
             tuple([getattr(owner, name, None) for owner, name in self._defaults]),

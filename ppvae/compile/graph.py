@@ -23,6 +23,8 @@ from ppvae.pairs import NotCompiled, seeded
 
 INTERNAL = set(vars(nn.Module()))  # attributes that every module has
 LARGEST_CPP = 4_000  # nodes of a graph that is one piece of C++
+# Operators that look at a value on the device, so that no CUDA graph can have them.
+_WAITING = {"_linalg_check_errors", "_local_scalar_dense", "multinomial", "nonzero"}
 
 
 class Graph:
@@ -38,6 +40,7 @@ class Graph:
 
     Attributes:
         reached: tensors that the function uses besides its inputs.
+        waits: an operator in it that waits for a GPU, by name; "": none is known to.
 
     Raises:
         NotCompiled: the function looks at a tensor's value, or there is no C++ compiler.
@@ -69,6 +72,7 @@ class Graph:
             )
             traced = trace(*inputs)
             self.reached = _lift_constants(traced)
+            self.waits = _waiting(traced)
             rewrite(traced, differentiates)
             options = {
                 "fallback_random": True,
@@ -77,6 +81,10 @@ class Graph:
                 "reorder_for_peak_memory": False,  # it would change the order of draws
                 "layout_optimization": False,  # convolutions take images as the eager step does
             }
+            if not _on_cpu(traced):  # what is timed on a GPU may come out another way each time
+                options["shape_padding"] = False
+                if hasattr(config, "deterministic"):  # since torch 2.9
+                    options["deterministic"] = True
             with torch.no_grad(), config.patch(options), seeded(0, *inputs), _without_remarks():
                 compiler = cast(Callable[..., Any], compile_fx)
                 self._call = compiler(traced, [*inputs, *self.reached])
@@ -107,13 +115,17 @@ class Graph:
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """Silence what the compiler says of its own code: deprecated calls, indirect operators."""
+    """Silence what the compiler says of its own code, and that TF32 would be faster.
+
+    Of its code: deprecated calls, indirect operators. TF32 is the user's to choose.
+    """
     log = logging.getLogger("torch._inductor.ir")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)
             yield
     finally:
         log.setLevel(level)
@@ -128,6 +140,13 @@ def _on_cpu(traced: GraphModule) -> bool:
     """Whether no tensor of a graph is elsewhere."""
     values = [node.meta.get("val") for node in traced.graph.nodes]
     return all(value.is_cpu for value in values if isinstance(value, Tensor))
+
+
+def _waiting(traced: GraphModule) -> str:
+    """An operator of a graph that would wait for a GPU; "" if none is known to."""
+    schemas = [getattr(node.target, "_schema", None) for node in traced.graph.nodes]
+    names = [schema.name.partition("::")[2] for schema in schemas if schema is not None]
+    return next((name for name in names if name in _WAITING), "")
 
 
 def _keep_memory_between_calls() -> None:

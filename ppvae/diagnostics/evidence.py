@@ -29,7 +29,7 @@ from ppvae.diagnostics.rows import (
     take,
 )
 from ppvae.intake import takes_rows
-from ppvae.pairs import Program
+from ppvae.pairs import Program, rewinder
 from ppvae.weights import LogWeights, whole_weights
 
 _BLOCK = 256  # datapoints whose weights are summarised at once
@@ -207,11 +207,11 @@ def weigh(
         batch = take(args, part)
         # The first piece runs eagerly, to be checked; a shorter last one is not worth a graph.
         if compiled is not None and 0 < part.start <= last:
-            random = torch.get_rng_state()
+            rewind = rewinder(*batch, *compiled.module.parameters())
             log_w = compiled(batch, {"num_particles": particles})
             if log_w is not None and (log_w < math.inf).all():
                 return log_w
-            torch.set_rng_state(random)  # draw the same again, to name the site
+            rewind()  # draw the same again, to name the site
         weights = whole_weights(model, guide, batch, {}, particles)
         require_numbers(weights, part.start)
         if part.start == 0:

@@ -70,7 +70,8 @@ class Auto(Program):
         index = torch.arange(self.num_rows, device=data[0].device)
         flattens = ValueError(
             f"make: {getattr(make, '__name__', make)} flattens all latents into one vector, "
-            f"outside the plate {DATA_PLATE!r}: use AutoNormal, or pass it bare: svi.step(x, joint=True)"
+            f"outside the plate {DATA_PLATE!r}: use AutoNormal, or pass it bare: "
+            "svi.step(x, joint=True)"
         )
         try:
             self.auto = make(Indexed(model), create_plates=plates)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ppvae.auxiliary import Auxiliary, auxiliaries, own_parameters
 from ppvae.check.nonfinite import NonFiniteError, bad_gradients
+from ppvae.compile import cuda_graph
 from ppvae.compile.compiled import Compiled, CompiledGradients, CompiledOutputs
 from ppvae.compile.graph import unmoved
 from ppvae.pairs import Program, seeded
 from ppvae.program import local_parameters, method_owners
+from ppvae.train.captured import withheld
 from ppvae.train.draws import Draws
 from ppvae.train.optimizer import build_optimizer, check_optim, take_up
 
@@ -184,16 +186,17 @@ class Turn:
             loss = loss.clone()
             svi.synchronize([*(p.grad for p in parameters), loss])
         graph = self.compiled.latest if self.compiled is not None else None
-        if graph is not None and svi.synchronize is None:
+        if graph is not None and graph.norm is not None and svi.synchronize is None:
             norm = graph.norm
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if loss.is_cuda and all(group.get("fused") for group in self.optimizer.param_groups):
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        if cuda_graph.is_gpu(loss) and fused:
             # nothing waits for the device: the optimiser reads found_inf there, and does nothing
             bad = ~torch.isfinite(loss + norm)
-            withheld = bad | torch.as_tensor(skipped, device=loss.device).bool()
-            self.optimizer.found_inf = withheld.float()  # type: ignore[attr-defined]
-            self.optimizer.step()
+            left_out = bad | torch.as_tensor(skipped, device=loss.device).bool()
+            with withheld(self.optimizer, left_out):
+                self.optimizer.step()
             return bad.long()
         if math.isfinite(float(loss) + float(norm)):
             self.optimizer.step()

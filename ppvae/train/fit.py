@@ -23,6 +23,7 @@ from ppvae.train.callbacks import Callback, all_callbacks, all_loggers, log, ove
 from ppvae.train.checkpoint import Checkpoints, checkpoints_for
 from ppvae.train.history import History
 from ppvae.train.interrupt import Interrupt, interrupts
+from ppvae.train.optimizer import moved
 from ppvae.train.processes import Processes
 from ppvae.train.refusals import resolve_device
 from ppvae.train.run import Progress, Run, state_of
@@ -324,10 +325,12 @@ def mean_bound(
     estimate = ELBO(svi.evaluator.num_draws).estimate
     evaluate = svi.evaluator.evaluate if has_bound else estimate
     with evaluation_mode(svi.objective), seeded(seed, *svi.objective.parameters()):
-        total, count = 0.0, 0.0
+        total: Any = 0.0  # a tensor of float64 on the device, so that no batch waits for another
+        count = 0.0
         for batch in batches:
-            total += evaluate(svi.model, svi.guide, *batch).sum().item()
+            total = total + evaluate(svi.model, svi.guide, *batch).sum().double()
             count += len(batch[0])
+        total = float(total)
     if processes is not None:
         total, count = processes.sum(total, count)
     return total / count
@@ -335,8 +338,8 @@ def mean_bound(
 
 def _move(svi: SVI, device: torch.device) -> None:
     svi.objective.to(device)
-    if svi.optimizer is not None:  # loading casts the optimiser's state to the parameters' device
-        svi.optimizer.load_state_dict(svi.optimizer.state_dict())
+    if svi.optimizer is not None:
+        moved(svi.optimizer)
     if svi.turns is not None:
         svi.turns.load_state_dict(svi.turns.state_dict())
 

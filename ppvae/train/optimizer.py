@@ -110,11 +110,18 @@ def _check_first_order(factory: Any) -> None:
 
 def _can_fuse(factory: Any, parameters: list[nn.Parameter]) -> bool:
     is_class = inspect.isclass(factory) and issubclass(factory, torch.optim.Optimizer)
-    return (
-        is_class
-        and "fused" in inspect.signature(factory).parameters
-        and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    )
+    if not is_class or "fused" not in inspect.signature(factory).parameters:
+        return False
+    devices = ("cpu",) if issubclass(factory, torch.optim.Adagrad) else ("cpu", "cuda")
+    return all(p.is_floating_point() and p.device.type in devices for p in parameters)
+
+
+def moved(optimizer: torch.optim.Optimizer) -> None:
+    """Settle an optimiser whose parameters are on another device now, and its state with them."""
+    optimizer.load_state_dict(optimizer.state_dict())  # which casts the state
+    for group in optimizer.param_groups:
+        if group.get("fused") and not _can_fuse(type(optimizer), group["params"]):
+            group["fused"] = False
 
 
 def _from_pyro(optim: pyro.optim.PyroOptim) -> Callable[..., torch.optim.Optimizer]:

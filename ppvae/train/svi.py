@@ -20,14 +20,15 @@ from ppvae.auxiliary import auxiliaries
 from ppvae.check.nonfinite import NonFiniteError, bad_gradients, blame
 from ppvae.check.pair import Checks, check_batch
 from ppvae.check.programs import PairError
+from ppvae.compile import cuda_graph
 from ppvae.compile.compiled import Compiled, CompiledGradients
-from ppvae.compile.cuda_graph import CudaGraph
 from ppvae.compile.fixed import Fixed
 from ppvae.compile.graph import unmoved
 from ppvae.elbo import ELBO, Estimator
-from ppvae.pairs import NotCompiled, seeded
+from ppvae.pairs import NotCompiled, cuda_devices, rewinder, seeded
 from ppvae.program import local_parameters, method_owners, require_own_parameters
 from ppvae.train.beside import Beside, Turns
+from ppvae.train.captured import Begun, Captures, withheld
 from ppvae.train.optimizer import build_optimizer, check_optim, left_out, take_up
 from ppvae.weights import log_weights
 from ppvae.wrapped import argument_labels, title
@@ -133,6 +134,7 @@ class SVI(pyro.infer.SVI):
         self._warned: set[str] = set()  # names of those, once a warning has been given
         self._buffers: list[dict[str, Tensor | None]] = []  # of modules: a move replaces tensors
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
+        self._captures = Captures()
         self._reported = (0, 0)  # steps and skipped steps when check_finite was last called
 
     def __repr__(self) -> str:
@@ -187,7 +189,9 @@ class SVI(pyro.infer.SVI):
         self._look_at_pair()
 
     def _look_at_pair(self) -> None:
-        self._fixed = Fixed(self.objective, (self.model, self.guide))
+        if self._fixed is None:
+            self._fixed = Fixed(self.objective, (self.model, self.guide))
+        self._fixed.look()
         self._foreign_refused = False
         self._buffers = [m._buffers for m in self.objective.modules() if m._buffers]
         assert self.optimizer is not None
@@ -232,9 +236,12 @@ class SVI(pyro.infer.SVI):
             self._warn_of_left_out()
         if self.turns is not None and self.num_steps == 0:
             self.turns.burn_in(args, kwargs)
-        key = self._capture_key(args, kwargs) if self.compile else None
+        key = self._captures.key(self, args, kwargs)
         before = self._skipped + 0 if self.turns is not None else 0  # a tensor changes in place
-        loss = self._step(args, kwargs) if key is None else self._replay(key, args, kwargs)
+        if key is None:
+            loss = self._step(args, kwargs)
+        else:
+            loss = self._captures.step(key, self, args, kwargs)
         if self.turns is not None:
             self.turns(args, kwargs, self._skipped - before)
         self.num_steps += 1
@@ -242,38 +249,61 @@ class SVI(pyro.infer.SVI):
 
     def _step(self, args: tuple, kwargs: dict) -> Tensor:
         """Loss and gradient, over all processes and clipped; the update, if they are finite."""
-        optimizer = self.optimizer
-        assert optimizer is not None
-        random = torch.get_rng_state()
+        begun = self._begin(args, kwargs)
+        self._synchronize(begun)
+        return self._end(begun, args, kwargs)
+
+    def _begin(self, args: tuple, kwargs: dict) -> Begun:
+        """Loss and gradient of this process."""
+        assert self.optimizer is not None
         buffers = [b for owned in self._buffers for b in owned.values() if b is not None]
         kept = [buffer.clone() for buffer in buffers]
         # not all of the pair: gradients that nobody sets to zero would add up in the norm
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             parameter.grad = None
         parameters = [p for p in parameters if p.requires_grad]
+        later = any(map(cuda_graph.is_gpu, parameters[:1])) and all(
+            group.get("fused") for group in self.optimizer.param_groups
+        )
+        rewind = None if later else rewinder(*parameters[:1])
         try:
             loss = self._loss(args, kwargs)
         except (RuntimeError, ValueError) as error:
-            loss = self._loss_of_failed_draw(error, random, args, kwargs)
+            loss = self._loss_of_failed_draw(error, rewind, args, kwargs)
         total = loss  # over the processes, which must agree on whether the step is finite
         if self.synchronize is not None:
             total = loss.clone()
-            self.synchronize([*(_gradient(parameter) for parameter in parameters), total])
-        norm = self._norm(parameters)
+            for parameter in parameters:  # so that every process has the same ones
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return Begun(loss, total, parameters, list(zip(buffers, kept, strict=True)), rewind)
+
+    def _synchronize(self, begun: Begun) -> None:
+        if self.synchronize is not None:
+            self.synchronize([*(p.grad for p in begun.parameters), begun.total])  # type: ignore[list-item]
+
+    def _end(self, begun: Begun, args: tuple, kwargs: dict) -> Tensor:
+        """The update, if loss and gradient are finite; returns the loss."""
+        optimizer, loss, total = self.optimizer, begun.loss, begun.total
+        assert optimizer is not None
+        norm = self._norm(begun.parameters)
         if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        if loss.is_cuda and all(group.get("fused") for group in optimizer.param_groups):
+            nn.utils.clip_grads_with_norm_(begun.parameters, self.clip_norm, norm)
+        if begun.rewind is None:
             # nothing waits for the device: the optimiser reads found_inf there, and does nothing
             bad = ~torch.isfinite(total + norm)
-            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self._skipped += bad.long()
-            for buffer, value in zip(buffers, kept, strict=True):
+            for buffer, value in begun.buffers:
                 buffer.copy_(torch.where(bad, value, buffer))
-        elif not math.isfinite(float(total) + float(norm)):
-            for buffer, value in zip(buffers, kept, strict=True):
+            rates = self._captures.rates
+            with withheld(optimizer, bad), nullcontext() if rates is None else rates.read():
+                optimizer.step()
+            return loss
+        if not math.isfinite(float(total) + float(norm)):
+            for buffer, value in begun.buffers:
                 buffer.copy_(value)
-            self._skip(float(total), random, args, kwargs)
+            self._skip(float(total), begun.rewind, args, kwargs)
             return loss
         optimizer.step()
         return loss
@@ -301,57 +331,25 @@ class SVI(pyro.infer.SVI):
         """The same by a compiled graph; None if there is none for these arguments."""
         if self._compiled is None:
             programs, required = (self.model, self.guide), self.compile is True
-            self._compiled = Compiled(self.objective, CompiledGradients, required, programs)
+            self._compiled = Compiled(
+                self.objective, CompiledGradients, required, programs, self._fixed
+            )
         with self.autocast():
             return self._compiled(args, kwargs)
 
     def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
-        """The norm of the gradient; a graph has it, where these are its parameters."""
+        """The norm of the gradient; a graph on a CPU has it, where these are its parameters."""
         graph = self._compiled.latest if self._compiled is not None else None
-        if graph is not None and self.synchronize is None:
+        if graph is not None and graph.norm is not None and self.synchronize is None:
             own = graph.parameters
             if len(own) == len(parameters) and all(map(operator.is_, own, parameters)):
                 return graph.norm
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients and all(gradient.is_cpu for gradient in gradients):
+        if gradients and all(g.is_cpu and not cuda_graph.is_gpu(g) for g in gradients):
             # get_total_norm takes twice as long: it sorts them by device and stacks their norms
             norms = [torch.linalg.vector_norm(gradient).item() for gradient in gradients]
             return torch.linalg.vector_norm(torch.tensor(norms, dtype=gradients[0].dtype))
         return nn.utils.get_total_norm(gradients)
-
-    # -- a step as one CUDA graph ----------------------------------------------------------------
-    def _replay(self, key: Any, args: tuple, kwargs: dict) -> Tensor:
-        """The step as a CUDA graph; the first time it is run eagerly, and then captured."""
-        assert self._compiled is not None
-        replays = self._compiled.replays
-        if key in replays:
-            self._compiled.advance(key[0])
-            return replays[key](args)
-        loss = self._step(args, kwargs)  # capturing needs the optimiser's state to be there
-        replays[key] = CudaGraph(lambda *args: self._step(args, kwargs), args)
-        return loss
-
-    def _capture_key(self, args: tuple, kwargs: dict) -> Any:
-        """What a captured step depends on besides the values of tensors; None: do not capture."""
-        assert self.optimizer is not None
-        groups = self.optimizer.param_groups
-        first = next(p for group in groups for p in group["params"] if p.requires_grad)
-        if not (first.is_cuda and self.synchronize is None):
-            return None
-        if not all(group.get("fused") and "capturable" in group for group in groups):
-            return None
-        if not isinstance(groups[0]["lr"], Tensor):  # a graph reads what changes from the device
-            self._skipped = torch.as_tensor(self._skipped, device=first.device)
-            for group in groups:
-                group["capturable"] = True
-                group["lr"] = torch.as_tensor(float(group["lr"]), device=first.device)
-        if self._compiled is None or not self._compiled.built(
-            key := self._compiled.key(args, kwargs)
-        ):
-            return None
-        fixed = [sorted((k, v) for k, v in g.items() if k not in ("params", "lr")) for g in groups]
-        moments = [t.data_ptr() for t in self.optimizer.state[first].values()]
-        return key, self.clip_norm, str(fixed), tuple(moments)
 
     # -- a loss or gradient that is not finite ---------------------------------------------------
     @property
@@ -377,33 +375,35 @@ class SVI(pyro.infer.SVI):
             )
 
     def _loss_of_failed_draw(
-        self, error: Exception, random: Tensor, args: tuple, kwargs: dict
+        self, error: Exception, rewind: Callable[[], None] | None, args: tuple, kwargs: dict
     ) -> Tensor:
         """NaN, if a sampler raised because it was given NaN; any other error is raised again."""
         parameter = next(self.objective.parameters())
-        if isinstance(error, NotCompiled) or parameter.is_cuda:  # on the CPU the site can be named
+        # only on the CPU the site can be named
+        if isinstance(error, NotCompiled) or cuda_graph.is_gpu(parameter) or rewind is None:
             raise error
-        site = self._site(random, args, kwargs)
+        site = self._site(rewind, args, kwargs)
         if not site:
             raise error
         if not self.skip_nonfinite:
             raise self._nonfinite("a draw is not possible", site) from error
         return torch.full((), math.nan, dtype=parameter.dtype, device=parameter.device)
 
-    def _skip(self, loss: float, random: Tensor, args: tuple, kwargs: dict) -> None:
+    def _skip(self, loss: float, rewind: Callable[[], None], args: tuple, kwargs: dict) -> None:
         """Count a step that made no update, or raise."""
         if not self.skip_nonfinite:
             seen = f"the loss is {loss:.6g}"
             if math.isfinite(loss):
                 seen += f", but {bad_gradients(self.objective)}"
-            raise self._nonfinite(seen, self._site(random, args, kwargs))
+            raise self._nonfinite(seen, self._site(rewind, args, kwargs))
         self._skipped += 1
 
-    def _site(self, random: Tensor, args: tuple, kwargs: dict) -> str:
+    def _site(self, rewind: Callable[[], None], args: tuple, kwargs: dict) -> str:
         """The site that makes the loss not finite: the pair is run again at its draws."""
         draws = getattr(self.elbo, "num_draws", self.elbo.num_particles)
-        with unmoved(self.objective), torch.random.fork_rng(devices=[]), self.autocast():
-            torch.set_rng_state(random)
+        devices = cuda_devices(*self.objective.parameters())
+        with unmoved(self.objective), torch.random.fork_rng(devices=devices), self.autocast():
+            rewind()
             return blame(self.model, self.guide, *args, num_particles=draws, **kwargs)
 
     def _nonfinite(self, seen: str, site: str) -> NonFiniteError:
@@ -458,8 +458,7 @@ class SVI(pyro.infer.SVI):
         self.objective.load_state_dict(state["objective"])
         self.num_steps, self.num_epochs = state["num_steps"], state["num_epochs"]
         self._skipped = state["num_skipped"]
-        if self._compiled is not None:
-            self._compiled.replays.clear()
+        self._captures = Captures()
         self._reported = (self.num_steps, self.num_skipped)
         if state["optimizer"] is not None:
             if self.optimizer is None:
@@ -468,13 +467,6 @@ class SVI(pyro.infer.SVI):
             self.optimizer.load_state_dict(state["optimizer"])
             if self.turns is not None:
                 self.turns.load_state_dict(state["auxiliary"])
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    """A parameter's gradient; zeros where it has none, so that every process has one."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 def _check_regularizer(regularizer: Any, loss: Any) -> None:
