@@ -17,12 +17,14 @@ from typing import Any
 import matplotlib
 import pyro
 import torch
+from matplotlib import style
 from torch import Tensor
 
 import ppvae
 from ppvae import conditionals, data, diagnostics, elbo, plots
 
 matplotlib.use("Agg")  # pictures go to files
+style.use("ppvae.plots.style")
 
 SMOKE_ROWS = 200  # of each part of the data
 
@@ -247,7 +249,7 @@ def save(ax: Any, path: Path) -> None:
     """Write the figure of some axes as PNG."""
     from matplotlib import pyplot as plt
 
-    ax.figure.savefig(path, dpi=150, bbox_inches="tight")
+    ax.figure.savefig(path, bbox_inches="tight")
     plt.close(ax.figure)
 
 
