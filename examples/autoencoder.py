@@ -204,7 +204,7 @@ def draw_plane(sweep: pd.DataFrame, out: Path) -> None:
                             (row["rate [nats]"], row["squared error"]), xytext=(10, 5),
                             textcoords="offset points", fontsize="small")  # fmt: skip
     ax.set(xlabel="rate, KL(q || p) [nats]", ylabel="distortion, squared error per pixel")
-    ax.margins(0.1, 0.12)  # room for the labels
+    ax.margins(0.16, 0.12)  # room for the labels
     ax.legend()
     reporting.save(ax, out / "rate_distortion.png")
 

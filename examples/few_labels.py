@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         n: [statistics.mean(v) for v in zip(*pairs, strict=True)] for n, pairs in errors.items()
     }
     reporting.print_table(
-        f"{dataset.name}: test error of argmax q(y | x), mean of {args.seeds} seeds",
+        f"{dataset.name}: test error of argmax q(y | x), mean of {reporting.of_seeds(args.seeds)}",
         [(f"{n} labels", f"M2 {a:6.1%}   network alone {b:6.1%}") for n, (a, b) in means.items()],
     )
     reporting.clear(out, FILES)

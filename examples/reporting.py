@@ -239,6 +239,11 @@ def open_folder(folder: Path, overwrite: bool, files: Iterable[str]) -> Path:
     return folder
 
 
+def of_seeds(count: int) -> str:
+    """How far a mean or median over runs can be trusted."""
+    return f"{count} seeds" if count > 1 else "one seed: what another gives is not known"
+
+
 def clear(folder: Path, files: Iterable[str]) -> None:
     """Remove the files of an earlier run, now that new ones are ready: no mixture of two runs."""
     for name in files:

@@ -403,7 +403,9 @@ def report(scores: dict[str, list[metrics.Clustering]], rows: int) -> None:
             )
         )
     reporting.print_table(
-        f"Clustering accuracy of {rows:,} rows: median (worst to best) of {seeds} seeds", lines
+        f"Clustering accuracy of {rows:,} rows: median (worst to best) of "
+        f"{reporting.of_seeds(seeds)}",
+        lines,
     )
 
 
