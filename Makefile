@@ -11,9 +11,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; 
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PY := $(VENV)/bin/python
-SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py docs/course/checks.py)
+SOURCES := $(wildcard ppvae tests examples benchmarks docs/conf.py docs/figures.py docs/course/checks.py)
 
-.PHONY: help demo test test-arviz1 test-intake test-slow test-all faults lint format docs look bench gpu coverage dist clean clean-all
+.PHONY: help demo test test-arviz1 test-intake test-slow test-all faults lint format docs figures look bench gpu coverage dist clean clean-all
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -84,6 +84,10 @@ format: $(VENV)/.installed ## rewrite the sources as ruff wants them
 docs: $(VENV)/.installed ## the site, in docs/_build/html, and the examples on its pages
 	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	$(PY) -m sphinx -q -W --keep-going -b doctest docs docs/_build/doctest
+
+# Some of them: make figures FIGURES='mixture_em constrained'; what makes which: FIGURES=--list
+figures: $(VENV)/.installed ## the pictures in docs/figures again, each by its command; all take many hours
+	$(PY) docs/figures.py $(FIGURES)
 
 # It drives the Chromium that is installed; CHROMIUM=/path/to/chrome names another one.
 look: $(VENV)/.installed ## open every page of the built site in Chromium: dead links, errors, cut-off tables

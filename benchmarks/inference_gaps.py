@@ -17,7 +17,7 @@ A flow's q* moves location, scale and context of each image; its layers stay as 
     python benchmarks/inference_gaps.py mnist --quick   # does it run?
 
 Every training and evaluation is one file under --out; what is there already is not run again. One
-thread.
+thread. A picture for each size of z: the first guide's posterior of one image, and all gaps.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import functools
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from mnist_vs_handwritten import once
 from torch import Tensor, nn
 
 import ppvae
-from ppvae import conditionals, data, diagnostics, elbo, guides, models, nets, posteriors
+from ppvae import conditionals, data, diagnostics, elbo, guides, models, nets, plots, posteriors
 
 GUIDES = ("diagonal", "full covariance", "flow")
 PROBLEMS: dict[str, list[tuple[int, tuple[int, ...], int]]] = {  # latents, hidden layers, epochs
@@ -94,6 +95,14 @@ def full_covariance(guide: Any, x: Tensor, latent: int) -> nn.Module:
     return guides.PerDatapoint(head, torch.cat([outputs, below], -1))
 
 
+def trained(dim: int, shape: tuple[int, tuple[int, ...], int], family: str, weights: Path) -> Any:
+    model, guide = pair(dim, shape[0], shape[1], family)
+    state = torch.load(weights, weights_only=True)
+    model.load_state_dict(state["model"])
+    guide.load_state_dict(state["guide"])
+    return model, guide
+
+
 def measure(
     name: str,
     shape: tuple[int, tuple[int, ...], int],
@@ -105,12 +114,9 @@ def measure(
     draws: int,
     seed: int,
 ) -> dict[str, Any]:
-    latent, hidden, _ = shape
+    latent = shape[0]
     x = data.load(name, seed=0).test.x[:images].flatten(1)
-    model, guide = pair(x.shape[1], latent, hidden, family)
-    state = torch.load(weights, weights_only=True)
-    model.load_state_dict(state["model"])
-    guide.load_state_dict(state["guide"])
+    model, guide = trained(x.shape[1], shape, family, weights)
 
     seconds, started = {}, time.perf_counter()
 
@@ -167,6 +173,31 @@ def measure(
         "seconds": seconds,
         "threads": torch.get_num_threads(),
     }
+
+
+def draw(found: dict[str, dict[str, Any]], pair: tuple[Any, Any], x: Tensor, path: Path) -> None:
+    """One image's posterior beside HMC: two latents, all latents; and the gaps of every guide."""
+    from matplotlib import pyplot as plt
+
+    plt.style.use("ppvae.plots.style")
+    hmc = diagnostics.hmc(*pair, x, num_draws=1000, seed=0)
+    compared = diagnostics.compare_posteriors(*pair, x, reference=hmc, seed=0)
+    guide, reference = compared.guide_draws[:, 0], compared.reference_draws[:, 0]
+    related = torch.corrcoef(reference.T).abs().fill_diagonal_(0)
+    two = sorted(divmod(int(related.argmax()), len(related)))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2))
+    plots.posterior_contours(guide, reference, (two[0], two[1]), ax=axes[0])
+    plots.posterior_intervals(guide, reference, ax=axes[1])
+    gaps = {}
+    for family, r in found.items():
+        log_p, bound, best = (torch.tensor(values) for values in
+                              (r["log_evidence"], r["elbo"], r["local"]["own family"]))  # fmt: skip
+        gaps[family.replace(" ", "\n")] = SimpleNamespace(
+            approximation=log_p - best, amortisation=best - bound
+        )
+    plots.gap_bars(gaps, axes[2])
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def mean(values: Tensor, digits: int = 2) -> str:
@@ -239,6 +270,14 @@ def main() -> None:
                 functools.partial(measure, args.data, shape, family, weights, **scoring),
             )
             print("\n" + report(found) + "\n", flush=True)
+        x = data.load(args.data, seed=0).test.x[:1].flatten(1)
+        weights = (
+            args.out
+            / f"{args.data}-z{latent}-{args.guides[0].replace(' ', '-')}-seed{args.seed}.pt"
+        )
+        own = {family: found[f"{args.data} z{latent}", family] for family in args.guides}
+        draw(own, trained(x.shape[1], shape, args.guides[0], weights), x,
+             args.out / f"{args.data}-z{latent}.png")  # fmt: skip
     print(f"{scoring}; torch {torch.__version__}, 1 thread")
 
 

@@ -387,8 +387,8 @@ def draw_figure(cells: dict, smallest: int, path: Path) -> None:
             xlabel="draws per datapoint, T", ylabel="|mean| / standard deviation",
         )  # fmt: skip
         ax.grid(True, which="major", alpha=0.3)
-        ax.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+        ax.legend()
+    figure.savefig(path)
     plt.close(figure)
 
 

@@ -48,15 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         ).to_string(float_format="%.4g")
     )
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4))
     plots.bound_against_particles(table, axes[0])
     plots.snr_against_particles(table, "guide", axes[1])
-    plots.variance_against_time(table, "guide", axes[2])
-    for ax in axes:  # one legend serves all three
+    for ax in axes[:2]:  # one legend serves all three
         ax.get_legend().remove()
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=6, fontsize="small")
-    figure.savefig(out / "estimators.png", dpi=120)
+    figure.legend(handles, labels, loc="outside upper center", ncols=6)
+    plots.variance_against_time(table, "guide", axes[2]).get_legend().remove()
+    figure.savefig(out / "estimators.png")
     table.to_csv(out / "estimators.csv")
     reporting.print_files(out, FILES)
 

@@ -131,7 +131,7 @@ def rate_and_distortion(model: models.VAE, guide: guides.Amortized, x: Tensor) -
 
 def draw_curves(chosen: dict[str, Choice], curves: dict[str, pd.DataFrame], out: Path) -> None:
     """Above what is to be set, its target dashed; below the weight that this takes."""
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), sharex=True)
     for column, sets in zip(axes.T, ("weight", "rate", "distortion"), strict=True):
         above, below = column
         shown = "distortion" if sets == "distortion" else "rate"
@@ -147,17 +147,15 @@ def draw_curves(chosen: dict[str, Choice], curves: dict[str, pd.DataFrame], out:
             above.plot([], [], color="black", ls="--", lw=1, label="target")
         if shown == "rate":
             limits = 0.0, 2 * HIGH
-        else:  # all of the second half, however far it is from its target
-            late = [curves[n]["distortion"].iloc[len(curves[n]) // 2 :] for n, c in chosen.items()
-                    if c[1] == sets]  # fmt: skip
-            limits = (min(DISTORTION - 4, *(v.min() - 1 for v in late)),
-                      max(DISTORTION + 14, *(v.max() + 1 for v in late)))  # fmt: skip
+        else:
+            every = [curves[n]["distortion"] for n, c in chosen.items() if c[1] == sets]
+            limits = (min(DISTORTION - 4, *(v.min() - 1 for v in every)),
+                      max(DISTORTION + 4, *(v.max() + 1 for v in every)))  # fmt: skip
         above.set(ylabel=f"{shown} [nats per digit]", ylim=limits)
         above.set_title(f"the {sets} is set", pad=54)  # the legend between
-        above.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False,
-                     fontsize="small")  # fmt: skip
+        above.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         below.set(xlabel="optimisation step", ylabel="weight on the KL", ylim=(0, 2.2))
-    figure.savefig(out / "curves.png", dpi=120)
+    figure.savefig(out / "curves.png")
     plt.close(figure)
 
 

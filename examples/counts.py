@@ -243,7 +243,7 @@ def draw_dispersion(pairs: dict[str, Any], test: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     x, batch, log_size = test
-    _, every = plt.subplots(1, len(pairs), figsize=(9, 4), sharey=True, layout="constrained")
+    _, every = plt.subplots(1, len(pairs), figsize=(9, 4), sharey=True)
     for ax, (name, (model, guide)) in zip(every, pairs.items(), strict=True):
         z = guide.posterior(*test).sample()
         law = model.likelihood(z, model.condition(batch), offset=log_size)
@@ -254,7 +254,7 @@ def draw_dispersion(pairs: dict[str, Any], test: Any, path: Path) -> None:
         line = torch.tensor([float(x.mean(0).min()), float(x.mean(0).max())])
         ax.plot(line, line, "k--", lw=1, label="variance = mean")
         ax.set(xscale="log", yscale="log", xlabel="mean count of a gene")
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend()
     every[0].set_ylabel("mean squared distance from E[x | z]")
     reporting.save(every[0], path)
 
@@ -263,7 +263,7 @@ def draw_nats(evidence: dict[str, diagnostics.Evidence], truth: Tensor, path: Pa
     """Of each cell what a model loses to the process that made it, by the cell's own log p."""
     from matplotlib import pyplot as plt
 
-    _, ax = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    _, ax = plt.subplots(figsize=(5.5, 4))
     for name, found in evidence.items():
         lost = truth - found.log_evidence.double()
         label = f"{name}: {float(lost.mean()):.1f} nats"
@@ -273,17 +273,17 @@ def draw_nats(evidence: dict[str, diagnostics.Evidence], truth: Tensor, path: Pa
     xlabel = "log p(x) of the process - log p(x) of the model, nats (150 and more in the last bar)"
     ax.set_xlabel(xlabel, fontsize="small")
     ax.set_ylabel("held-out cells")
-    ax.legend(frameon=False, title="mean loss")
+    ax.legend(title="mean loss")
     reporting.save(ax, path)
 
 
 def draw_khat(evidence: dict[str, diagnostics.Evidence], path: Path) -> None:
     from matplotlib import pyplot as plt
 
-    _, every = plt.subplots(1, len(evidence), figsize=(9, 3.4), sharey=True, layout="constrained")
+    _, every = plt.subplots(1, len(evidence), figsize=(9, 3.4), sharey=True)
     for ax, (name, found) in zip(every, evidence.items(), strict=True):
         plots.khat_histogram(found.khat, ax=ax)
-        ax.set_title(name, fontsize="medium")
+        ax.set_title(name)
     reporting.save(every[0], path)
 
 
@@ -294,7 +294,7 @@ def draw_latent(guide: guides.Normal, test: Any, path: Path) -> None:
         guide.posterior(*test).mean[:, :2], labels=test[1], class_names=["batch 0", "batch 1"]
     )
     ax.get_legend().set_title("")
-    ax.set_title("means of q(z | x)", fontsize="medium")
+    ax.set_title("means of q(z | x)")
     reporting.save(ax, path)
 
 

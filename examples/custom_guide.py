@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{bound.max() - individual(model, trained['diagonal normal'], x, args):.3f}."
     )
     if args.latent_dim == 2:
-        draw(model, trained, x).savefig(out / "guides.png", dpi=120)
+        draw(model, trained, x).savefig(out / "guides.png")
     table.to_csv(out / "guides.csv")
     reporting.print_files(out, [name for name in FILES if (out / name).exists()])
 
@@ -152,7 +152,7 @@ def draw(model: models.VAE, trained: dict[str, ppvae.Program], x: Tensor) -> plt
         kl = (first.exp() * (first - log_p)).sum(-1) * step**2
     shown = kl.topk(min(4, len(x))).indices
     figure, axes = plt.subplots(
-        len(shown), len(trained) + 1, squeeze=False, layout="constrained",
+        len(shown), len(trained) + 1, squeeze=False,
         figsize=(2.1 * (len(trained) + 1), 2.1 * len(shown) + 0.6),
     )  # fmt: skip
     for n, image in zip(shown, axes, strict=True):
@@ -175,15 +175,15 @@ def draw(model: models.VAE, trained: dict[str, ppvae.Program], x: Tensor) -> plt
             ax.set_aspect("equal")
             ax.tick_params(labelsize="small")
             if n == shown[0]:
-                ax.set_title(name, fontsize="medium")
+                ax.set_title(name)
     for ax in axes[-1][1:]:
-        ax.set_xlabel("$z_1$")
+        ax.set_xlabel("z[0]")
     for row in axes:
-        row[1].set_ylabel("$z_2$")
-    axes[0][0].set_title("x", fontsize="medium")
+        row[1].set_ylabel("z[1]")
+    axes[0][0].set_title("x")
     key = [Line2D([], [], color=BLUE, lw=6, alpha=0.6), Line2D([], [], color=RED, lw=1.2)]
     names = ["p(z | x), on a grid", "q(z | x), at the same levels"]
-    figure.legend(key, names, loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(key, names, loc="outside upper center", ncols=2)
     return figure
 
 

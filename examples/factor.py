@@ -345,7 +345,7 @@ def draw_information(factors: data.Factors, x: Tensor, kept: dict[str, ppvae.SVI
     """Mutual information of each code with each factor, as a share of the factor's entropy."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(kept), figsize=(3.6 * len(kept), 4.0), layout="constrained")
+    figure, axes = plt.subplots(1, len(kept), figsize=(3.6 * len(kept), 4.0))
     everything = factors[torch.arange(len(factors))]
     entropies = np.log(factors.sizes)
     for ax, (method, svi) in zip(axes, kept.items(), strict=True):
@@ -372,7 +372,7 @@ def draw_scores(found: dict[str, list[dict[str, Any]]]) -> Any:
     from matplotlib import pyplot as plt
 
     names = list(found["VAE"][0]["scores"])
-    _, ax = plt.subplots(figsize=(8.2, 3.6), layout="constrained")
+    _, ax = plt.subplots(figsize=(8.2, 3.6))
     for place, method in enumerate(METHODS):
         at = np.arange(len(names)) + (place - 1.5) * 0.2
         for x, name in zip(at, names, strict=True):
@@ -386,7 +386,7 @@ def draw_scores(found: dict[str, list[dict[str, Any]]]) -> Any:
     ax.set_xticks(range(len(names)), [scored.get(name, name) for name in names])
     ax.set(ylabel="score", ylim=(0, 1.02))
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return ax
 
 
@@ -394,9 +394,7 @@ def draw_total_correlation(found: dict[str, list[dict[str, Any]]]) -> Any:
     """Left over training, thin lines are seeds, the thick one their median; right at the end."""
     from matplotlib import pyplot as plt
 
-    _, (ax, end) = plt.subplots(
-        1, 2, figsize=(8.0, 3.4), layout="constrained", width_ratios=[1.6, 1]
-    )
+    _, (ax, end) = plt.subplots(1, 2, figsize=(8.0, 3.4), width_ratios=[1.6, 1])
     kinds = {
         "tc_gaussian": "fitted\nGaussian",
         "tc_ratio": "ratio",
@@ -416,7 +414,7 @@ def draw_total_correlation(found: dict[str, list[dict[str, Any]]]) -> Any:
     end.set_xticks(range(len(kinds)), list(kinds.values()))
     for each in (ax, end):
         each.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend()
     return ax
 
 

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         n: [statistics.mean(v) for v in zip(*pairs, strict=True)] for n, pairs in errors.items()
     }
     reporting.print_table(
-        f"{dataset.name}: test error of argmax q(y | x), mean of {args.seeds} seeds",
+        f"{dataset.name}: test error of argmax q(y | x), mean of {reporting.of_seeds(args.seeds)}",
         [(f"{n} labels", f"M2 {a:6.1%}   network alone {b:6.1%}") for n, (a, b) in means.items()],
     )
     reporting.clear(out, FILES)
@@ -176,14 +176,14 @@ def draw_styles(dataset: data.Dataset, model: models.M2, guide: guides.M2, path:
     shown = torch.cat([dataset.test.values[rows][None], images])  # its grey levels
     labels = ["image", *(f"as a {c}" for c in range(C))]
     ax = plots.image_grid(reporting.to_pixels(dataset, shown), dataset.shape, row_labels=labels)
-    ax.set_title("one style in each column", fontsize="medium")
+    ax.set_title("one style in each column")
     reporting.save(ax, path)
 
 
 def draw_errors(errors: dict[int, list[tuple[float, float]]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
-    _, ax = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
+    _, ax = plt.subplots(figsize=(5.5, 3.8))
     labels = list(errors)
     for i, (name, colour) in enumerate((("M2", "C0"), ("network on the labels alone", "C1"))):
         of_seeds = [[100 * pair[i] for pair in errors[n]] for n in labels]
@@ -193,7 +193,7 @@ def draw_errors(errors: dict[int, list[tuple[float, float]]], path: Path) -> Non
     ax.set(xscale="log", xlabel="labels", ylabel="test error, %", ylim=(0, None))
     ax.set_xticks(labels, [str(n) for n in labels], minor=False)
     ax.minorticks_off()
-    ax.legend(frameon=False)
+    ax.legend()
     reporting.save(ax, path)
 
 

@@ -228,7 +228,7 @@ def images(dataset: data.Dataset) -> data.Dataset:
 
 def draw_levels(courses: dict[str, pd.DataFrame], args: argparse.Namespace, out: Path) -> None:
     figure, axes = plt.subplots(2, len(courses), figsize=(5.2 * len(courses), 6.4), squeeze=False,
-                                sharex=True, sharey="row", layout="constrained")  # fmt: skip
+                                sharex=True, sharey="row")  # fmt: skip
     for column, (name, table) in zip(axes.T, courses.items(), strict=True):
         for ax, what, unit in zip(
             column, ("KL", "active"), (" [nats]", " units, KL > 0.01 nats"), strict=True
@@ -239,13 +239,14 @@ def draw_levels(courses: dict[str, pd.DataFrame], args: argparse.Namespace, out:
                 if end and end < table["epoch"].max():
                     ax.axvline(end, color="black", lw=0.8, ls=":")
                     ax.annotate(text, (end, 0.97), xycoords=("data", "axes fraction"), ha="right",
-                                va="top", rotation=90, fontsize="small", xytext=(-3, 0),
-                                textcoords="offset points")  # fmt: skip
+                                va="top", rotation=90, rotation_mode="default", xytext=(-5, 0),
+                                textcoords="offset points", fontsize="small",
+                                bbox={"fc": "white", "lw": 0, "pad": 0.5})  # fmt: skip
         column[0].set(title=name, xlabel="")
     for row in axes:
         for ax in row[1:]:
             ax.set_ylabel("")
-    figure.savefig(out / "levels.png", dpi=120)
+    figure.savefig(out / "levels.png")
     plt.close(figure)
 
 

@@ -116,7 +116,7 @@ def banana(args: argparse.Namespace) -> pd.DataFrame:
         f"log p(x) by annealing from the prior: {annealed.mean:.3f} ± {annealed.mean_mc_se:.3f}\n"
     )
     print(table.to_string(float_format="%.3f"))
-    draw_banana(model, trained, args.x).savefig(args.out / "banana.png", dpi=120)
+    draw_banana(model, trained, args.x).savefig(args.out / "banana.png")
     draw_values(table, (annealed.log_evidence - exact).mean().item()).savefig(
         args.out / "values.png", dpi=120
     )
@@ -131,22 +131,20 @@ def draw_banana(model: models.VAE, trained: dict[str, guides.Amortized], at: flo
     grid = torch.cartesian_prod(across, up)
     log_p = model.prior().log_prob(grid) + model.likelihood(grid).log_prob(x)
     density = (log_p - log_p.max()).exp().reshape(201, 201).T.numpy()
-    figure, axes = plt.subplots(
-        1, len(trained), layout="constrained", figsize=(11, 3.4), sharey=True
-    )
+    figure, axes = plt.subplots(1, len(trained), figsize=(11, 3.4), sharey=True)
     for ax, (name, guide) in zip(axes, trained.items(), strict=True):
         z = guide.posterior(x.expand(600, 1)).sample()
         levels = [0.05, 0.35, 0.7, 1.01]
         ax.contourf(across.numpy(), up.numpy(), density, levels, cmap="Blues", vmin=-0.3)
         ax.scatter(z[:, 0], z[:, 1], s=4, color=RED, linewidth=0, alpha=0.7)
-        ax.set(xlim=(-2.7, 2.7), ylim=(-3.2, 2.8), title=name, xlabel="$z_1$")
-    axes[0].set_ylabel("$z_2$")
+        ax.set(xlim=(-2.7, 2.7), ylim=(-3.2, 2.8), title=name, xlabel="z[0]")
+    axes[0].set_ylabel("z[1]")
     return figure
 
 
 def draw_values(table: pd.DataFrame, annealed: float) -> plt.Figure:
     """What each guide is trained by, and log p(x) by annealing, against log p(x) by quadrature."""
-    figure, ax = plt.subplots(layout="constrained", figsize=(7.6, 3.2))
+    figure, ax = plt.subplots(figsize=(7.6, 3.2))
     places = range(len(table))
     bounds = ~table.index.str.startswith("AVB")
     for is_bound, colour, label in (
@@ -160,7 +158,7 @@ def draw_values(table: pd.DataFrame, annealed: float) -> plt.Figure:
     ax.set_yticks(list(places), table.index)
     ax.invert_yaxis()
     ax.set_xlabel("less log p(x) by quadrature [nats per datapoint]")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
     return figure
 
 
@@ -229,12 +227,12 @@ def queue(args: argparse.Namespace) -> pd.DataFrame:
     table = pd.DataFrame(rows).set_index("guide by")
     print(f"\nThe queue, calibration on {args.simulations} simulated data sets\n")
     print(table.to_string(float_format="%.3g"))
-    figure, axes = plt.subplots(1, len(checks), layout="constrained", figsize=(13, 3.8))
+    figure, axes = plt.subplots(1, len(checks), figsize=(13, 3.8))
     for ax, (name, check) in zip(axes, checks.items(), strict=True):
         plots.sbc_ecdf(check.ranks, check.num_draws, check.band(), ax=ax)
         ax.set(title=name, xlabel="rank of the true value, as a fraction")
-    figure.savefig(args.out / "calibration.png", dpi=120)
-    draw_queue(trained, args).savefig(args.out / "queue.png", dpi=120)
+    figure.savefig(args.out / "calibration.png")
+    draw_queue(trained, args).savefig(args.out / "queue.png")
     return table
 
 
@@ -244,7 +242,7 @@ def draw_queue(trained: dict[str, guides.Amortized], args: argparse.Namespace) -
     torch.manual_seed(args.seed)
     truth = torch.tensor([[1.0, 4.0, 0.2]])
     x = simulate(torch.special.ndtri(truth / LARGEST))
-    figure, axes = plt.subplots(1, 3, layout="constrained", figsize=(11, 3.2))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
     for (name, guide), colour in zip(trained.items(), (BLUE, ORANGE, RED), strict=True):
         drawn = parameters(guide.posterior(x.expand(4_000, -1)).sample())
         for i, ax in enumerate(axes):
@@ -254,7 +252,7 @@ def draw_queue(trained: dict[str, guides.Amortized], args: argparse.Namespace) -
         ax.axvline(truth[0, i].item(), color=GREY, ls="--", label="truth")
         ax.set(title=NAMES[i], xlim=(0, LARGEST[i].item()), yticks=[])
     axes[0].set_ylabel("density")
-    axes[2].legend(frameon=False)
+    axes[2].legend()
     return figure
 
 

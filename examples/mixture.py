@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table.to_string(float_format="%.4f"))
     table.to_csv(out / "proposals.csv")
 
-    _, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    _, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     tril = model.scale_tril()
     plots.gaussian_components(x, model.posterior(x).probs, model.loc, tril @ tril.mT, left)
     left.set(xlabel="1st principal component", ylabel="2nd principal component")
@@ -174,7 +174,7 @@ def draw_density(model: models.GaussianMixture, x: Tensor, out: Path) -> None:
     grid = torch.cartesian_prod(side, side)
     with torch.no_grad():
         density = model.log_evidence(grid).exp().reshape(161, 161).T
-    figure, ax = plt.subplots(figsize=(5.4, 4.6), layout="constrained")
+    figure, ax = plt.subplots(figsize=(5.4, 4.6))
     shown = ax.contourf(side.numpy(), side.numpy(), density.numpy(), 12, cmap="Blues")
     ax.scatter(*x.T.numpy(), s=5, color="black", alpha=0.4, linewidths=0)
     figure.colorbar(shown, label="p(x), exact")
@@ -184,7 +184,7 @@ def draw_density(model: models.GaussianMixture, x: Tensor, out: Path) -> None:
 
 
 def draw_proposals(table: pd.DataFrame, out: Path) -> None:
-    _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    _, ax = plt.subplots(figsize=(6, 4))
     for (name, rows), colour, marker in zip(
         table.groupby(level=0, sort=False), (RED, ORANGE, BLUE), "osD", strict=True
     ):
@@ -194,7 +194,7 @@ def draw_proposals(table: pd.DataFrame, out: Path) -> None:
     ax.set_yticks([0, 0.1, 0.3, 1, 3], ["0", "0.1", "0.3", "1", "3"])
     ax.set(xscale="log", ylim=(-0.02, 4), xlabel="draws of c, K",
            ylabel="standard deviation of the estimate / p(x)")  # fmt: skip
-    ax.legend(frameon=False, fontsize="small", title="proposal q(c)", loc="upper right")
+    ax.legend(title="proposal q(c)", loc="upper right")
     reporting.save(ax, out / "proposals.png")
 
 

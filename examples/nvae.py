@@ -189,7 +189,7 @@ class Groups(ppvae.Callback):
 
     def plot(self) -> Any:
         """The KL of each group against epochs."""
-        _, ax = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+        _, ax = plt.subplots(figsize=(5.6, 3.4))
         epochs = [row["epoch"] for row in self.rows]
         groups = [name for name in self.rows[0] if name.startswith("z")]
         levels = {name: [row[name] for row in self.rows] for name in groups}
@@ -198,7 +198,8 @@ class Groups(ppvae.Callback):
         if rising and rising[-1] < epochs[-1]:
             ax.axvline(rising[-1], color="black", lw=0.8, ls=":")
             ax.annotate("end of warm-up", (rising[-1], 0.97), xycoords=("data", "axes fraction"),
-                        ha="right", va="top", rotation=90, fontsize="small")  # fmt: skip
+                        ha="right", va="top", rotation=90, fontsize="small",
+                        xytext=(-4, 0), textcoords="offset points")  # fmt: skip
         return ax
 
 

@@ -251,7 +251,7 @@ def document_map(guide: guides.Normal, dataset: data.Dataset, counts: Tensor, in
     colours = "newsgroup" if y is not None else "k-means groups of z"
     ax.get_legend().set_title("newsgroup" if y is not None else "words that set it apart")
     ax.set(xlabel="t-SNE, first axis", ylabel="t-SNE, second axis", xticks=[], yticks=[])
-    ax.set_title(f"{len(z):,} test documents; colour: {colours}", fontsize="medium")
+    ax.set_title(f"{len(z):,} test documents; colour: {colours}")
     return ax
 
 

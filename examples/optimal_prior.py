@@ -192,14 +192,14 @@ class Track(ppvae.Callback):
         self.shown[svi.num_steps] = bound + log_z
 
     def plot(self) -> Any:
-        _, ax = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
+        _, ax = plt.subplots(figsize=(5.4, 3.4))
         ax.plot(list(self.shown), list(self.shown.values()), color="#D55E00", ls="--",
                 label="without log Z, as training has it")  # fmt: skip
         ax.plot(list(self.bounds), list(self.bounds.values()), color="#0072B2", label="ELBO")
         ax.axhline(OPTIMUM, color="0.4", lw=0.9, label="optimum, -log 4")
         low = min([*list(self.bounds.values())[3:], -2.0])
         ax.set(xlabel="step", ylabel="nats per datapoint", ylim=(low - 0.05, -1.1))
-        ax.legend(frameon=False, fontsize="small", loc="lower right")
+        ax.legend(loc="lower right")
         ax.spines[["top", "right"]].set_visible(False)
         return ax
 
@@ -220,12 +220,12 @@ def draw_densities(model: models.VAE, guide: guides.Normal) -> Any:
     }
     top = max(float(values.exp().max()) for values in list(panels.values())[1:])
     levels = torch.logspace(math.log10(top) - 3, math.log10(top), 10)
-    _, axes = plt.subplots(1, 3, figsize=(10.2, 3.5), layout="constrained", sharey=True)
+    _, axes = plt.subplots(1, 3, figsize=(10.2, 3.5), sharey=True)
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
         ax.contourf(axis, axis, values.exp(), levels=levels, cmap="Blues", extend="max",
                     norm="log")  # fmt: skip
-        ax.set(title=title, xlabel="$z_1$", aspect="equal")
-    axes[0].set_ylabel("$z_2$")
+        ax.set(title=title, xlabel="z[0]", aspect="equal")
+    axes[0].set_ylabel("z[1]")
     return axes[0]
 
 
@@ -238,7 +238,7 @@ def draw_draws(model: models.VAE, guide: guides.Normal) -> Any:
         "draws of $p^*$": model.prior().expand((800,)).sample(),
         "draws of $q(z)$": guide.posterior(x).sample((200,)).flatten(0, 1),
     }
-    _, axes = plt.subplots(1, 3, figsize=(10.2, 3.7), layout="constrained", sharey=True)
+    _, axes = plt.subplots(1, 3, figsize=(10.2, 3.7), sharey=True)
     for ax, (title, draws) in zip(axes, z.items(), strict=True):
         means = model.likelihood(draws).mean
         sure = means.max(-1).values > 0.9
@@ -247,9 +247,9 @@ def draw_draws(model: models.VAE, guide: guides.Normal) -> Any:
             chosen = draws[sure & (means.argmax(-1) == point)]
             ax.scatter(*chosen.T, s=5, c=colour, label=f"bit {point + 1}")
         share = float((~sure).float().mean())
-        ax.set(title=f"{title}: {share:.0%} in between", xlabel="$z_1$", aspect="equal",
+        ax.set(title=f"{title}: {share:.0%} in between", xlabel="z[0]", aspect="equal",
                xlim=(-4, 4), ylim=(-4, 4))  # fmt: skip
-    axes[0].set_ylabel("$z_2$")
+    axes[0].set_ylabel("z[1]")
     axes[0].legend(fontsize="x-small", loc="upper left", markerscale=2)
     return axes[0]
 
@@ -261,7 +261,7 @@ def draw_calibration(model: models.VAE, guide: guides.Normal, seed: int) -> Any:
         numerator = guide.posterior(torch.eye(4)).sample((1_000,)).flatten(0, 1)
         denominator = model.prior.base().expand((4_000,)).sample()
     t = [model.prior.ratio(z).numpy() for z in (numerator, denominator)]
-    _, ax = plt.subplots(figsize=(3.6, 3.6), layout="constrained")
+    _, ax = plt.subplots(figsize=(3.6, 3.6))
     return plots.ratio_calibration(*t, bins=12, ax=ax)
 
 

@@ -141,7 +141,7 @@ def statistics() -> dict[str, Any]:
 
 
 def save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight")
     plt.close("all")
 
 

@@ -17,12 +17,14 @@ from typing import Any
 import matplotlib
 import pyro
 import torch
+from matplotlib import style
 from torch import Tensor
 
 import ppvae
 from ppvae import conditionals, data, diagnostics, elbo, plots
 
 matplotlib.use("Agg")  # pictures go to files
+style.use("ppvae.plots.style")
 
 SMOKE_ROWS = 200  # of each part of the data
 
@@ -237,6 +239,11 @@ def open_folder(folder: Path, overwrite: bool, files: Iterable[str]) -> Path:
     return folder
 
 
+def of_seeds(count: int) -> str:
+    """How far a mean or median over runs can be trusted."""
+    return f"{count} seeds" if count > 1 else "one seed: what another gives is not known"
+
+
 def clear(folder: Path, files: Iterable[str]) -> None:
     """Remove the files of an earlier run, now that new ones are ready: no mixture of two runs."""
     for name in files:
@@ -247,7 +254,7 @@ def save(ax: Any, path: Path) -> None:
     """Write the figure of some axes as PNG."""
     from matplotlib import pyplot as plt
 
-    ax.figure.savefig(path, dpi=150, bbox_inches="tight")
+    ax.figure.savefig(path, bbox_inches="tight")
     plt.close(ax.figure)
 
 

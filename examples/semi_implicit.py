@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"log p(x) by quadrature: {exact.mean():.3f}\n")
     print(table.to_string(float_format="%.3f"))
     sandwich(model, guide, test, args)
-    draw(model, trained, args.x).savefig(out / "ring.png", dpi=120)
+    draw(model, trained, args.x).savefig(out / "ring.png")
     table.to_csv(out / "guides.csv")
     reporting.print_files(out, FILES)
 
@@ -119,15 +119,15 @@ def draw(model: models.VAE, trained: dict[str, guides.Amortized], at: float) -> 
     grid = torch.cartesian_prod(side, side)
     log_p = model.prior().log_prob(grid) + model.likelihood(grid).log_prob(x)
     density = (log_p - log_p.max()).exp().reshape(201, 201).numpy()
-    figure, axes = plt.subplots(1, len(trained), layout="constrained", figsize=(9, 3.4))
+    figure, axes = plt.subplots(1, len(trained), figsize=(9, 3.4))
     for ax, (name, guide) in zip(axes, trained.items(), strict=True):
         z = guide.posterior(x.expand(600, 1)).sample()
         levels = [0.05, 0.35, 0.7, 1.01]
         ax.contourf(side.numpy(), side.numpy(), density, levels, cmap="Blues", vmin=-0.3)
         ax.scatter(z[:, 0], z[:, 1], s=4, color=RED, linewidth=0, alpha=0.7)
-        ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), title=name, xlabel="$z_1$")
+        ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), title=name, xlabel="z[0]")
         ax.set_aspect("equal")
-    axes[0].set_ylabel("$z_2$")
+    axes[0].set_ylabel("z[1]")
     return figure
 
 

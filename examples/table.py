@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns.to_csv(out / "columns.csv")
     imputed = table.to_frame(found.filled).where(frame.isna(), frame)  # with all digits that it had
     imputed.to_csv(out / "imputed.csv", index=False, float_format="%.6g")
-    draw_cells(table, truth, found).savefig(out / "cells.png", dpi=120)
-    draw_pit(table, truth, found, args.seed).savefig(out / "pit.png", dpi=120)
+    draw_cells(table, truth, found).savefig(out / "cells.png")
+    draw_pit(table, truth, found, args.seed).savefig(out / "pit.png")
     reporting.print_files(out, FILES)
 
 
@@ -164,7 +164,7 @@ def ranks(true: Tensor, draws: Tensor) -> Tensor:
 
 def draw_cells(table: data.Table, truth: Tensor, found: ppvae.diagnostics.Imputation) -> plt.Figure:
     """Hidden cells: what they are against what was imputed, with two standard deviations."""
-    figure, axes = plt.subplots(3, 4, figsize=(11, 8), layout="constrained")
+    figure, axes = plt.subplots(3, 4, figsize=(11, 8))
     for i, (ax, column) in enumerate(zip(axes.flat, table.columns, strict=False)):
         hidden = ~found.observed[:, i]
         true, mean, sd = truth[hidden, i], found.mean[hidden, i], found.sd[hidden, i]
@@ -199,9 +199,7 @@ def draw_pit(
 ) -> plt.Figure:
     """By column, whether the rank of the true value among draws is uniform: the randomised PIT."""
     torch.manual_seed(seed)
-    figure, axes = plt.subplots(
-        3, 4, figsize=(11, 7), layout="constrained", sharex=True, sharey=True
-    )
+    figure, axes = plt.subplots(3, 4, figsize=(11, 7), sharex=True, sharey=True)
     for i, (ax, column) in enumerate(zip(axes.flat, table.columns, strict=False)):
         hidden = ~found.observed[:, i]
         among = ranks(truth[hidden, i].double(), found.draws[:, hidden, i])

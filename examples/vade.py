@@ -352,7 +352,7 @@ class Track(ppvae.Callback):
         """Accuracy against epochs; epoch 0 is the start."""
         from matplotlib import pyplot as plt
 
-        _, ax = plt.subplots(figsize=(5.0, 3.2), layout="constrained")
+        _, ax = plt.subplots(figsize=(5.0, 3.2))
         ax.plot(list(self.accuracy), [100 * a for a in self.accuracy.values()], color="#0072B2")
         ax.set(xlabel="epoch of VaDE", ylabel="clustering accuracy [%]")
         ax.spines[["top", "right"]].set_visible(False)
@@ -365,7 +365,7 @@ class Track(ppvae.Callback):
 
         pca = PCA(2).fit(self.latents[max(self.latents)][0].numpy())
         _, axes = plt.subplots(
-            1, len(self.latents), figsize=(4.2 * len(self.latents), 4.0), layout="constrained",
+            1, len(self.latents), figsize=(4.2 * len(self.latents), 4.0),
             squeeze=False,
         )  # fmt: skip
         for ax, (epoch, (z, loc)) in zip(axes[0], self.latents.items(), strict=True):
@@ -403,7 +403,9 @@ def report(scores: dict[str, list[metrics.Clustering]], rows: int) -> None:
             )
         )
     reporting.print_table(
-        f"Clustering accuracy of {rows:,} rows: median (worst to best) of {seeds} seeds", lines
+        f"Clustering accuracy of {rows:,} rows: median (worst to best) of "
+        f"{reporting.of_seeds(seeds)}",
+        lines,
     )
 
 

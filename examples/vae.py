@@ -110,7 +110,7 @@ def draw_latents(guide: guides.Normal, x: Tensor, labels: Tensor | None, out: Pa
     i, j = sorted(means.var(0).topk(2).indices.tolist())
     labels = labels[: len(x)] if labels is not None and labels.dim() == 1 else None
     ax = plots.latent_scatter(means[:, [i, j]], labels)
-    ax.set(xlabel=f"$z_{{{i + 1}}}$", ylabel=f"$z_{{{j + 1}}}$")
+    ax.set(xlabel=f"z[{i}]", ylabel=f"z[{j}]")
     ax.set_title("posterior means" + f", most active 2 of {means.shape[1]}" * (means.shape[1] > 2))
     reporting.save(ax, out / "latent_scatter.png")
 

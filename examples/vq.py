@@ -354,9 +354,7 @@ def draw_codes(dataset: data.Dataset, model: Any, guide: Any, x: Tensor, path: P
     height = 1.2 * args_of(dataset)
     size = (0.75 * len(x) + 1.2, 0.75 * height * (2 + len(latents)))
     ratios = [2, *[1] * len(latents)]
-    _, axes = plt.subplots(
-        1 + len(latents), 1, figsize=size, layout="constrained", height_ratios=ratios
-    )
+    _, axes = plt.subplots(1 + len(latents), 1, figsize=size, height_ratios=ratios)
     plots.reconstructions(reporting.to_pixels(dataset, x), decoded, dataset.shape, ax=axes[0])
     for ax, prior, z in zip(axes[1:], priors, latents, strict=True):
         maps, book = prior.quantizer.indices(z), prior.quantizer.table()
@@ -377,7 +375,7 @@ def draw_samples(dataset: data.Dataset, fitted: dict[str, Any], path: Path, seed
 
     shown = {"uniform": "uniform prior", "network": "fitted prior"}
     side = 2.6 * args_of(dataset)
-    _, axes = plt.subplots(1, 2, figsize=(5.6, side + 0.3), layout="constrained")
+    _, axes = plt.subplots(1, 2, figsize=(5.6, side + 0.3))
     for ax, (kind, title) in zip(axes, shown.items(), strict=True):
         pyro.set_rng_seed(seed)
         model = fitted[kind]

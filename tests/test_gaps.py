@@ -374,7 +374,7 @@ def close_figures():
 def test_contours_enclose_the_mass_they_say():
     q, p = 0.5 * torch.randn(4000, 3), torch.randn(4000, 3)
     ax = plots.posterior_contours(q, p, latents=(2, 0), mass=(0.5, 0.9))
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("latent 2", "latent 0")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("z[2]", "z[0]")
     lines = [c for c in ax.collections if hasattr(c, "get_paths") and len(c.get_paths()) == 2]
     radii = []
     for contour in lines[-2:]:  # reference, then guide

@@ -545,7 +545,7 @@ class TestPicturesOfAModel:
         """Decode z to two pixels that are z itself: every tile then states its own place."""
         images = (torch.cartesian_prod(GRID, GRID) + 1.5) / 3
         plots.manifold(images, (1, 2), GRID, ax=ax)
-        assert (ax.get_xlabel(), ax.get_ylabel()) == ("$z_1$", "$z_2$")
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("z[0]", "z[1]")
         number = [float(t.replace("\N{MINUS SIGN}", "-")) for t in ticks(ax.xaxis)]
         assert number == GRID.tolist()
         assert ticks(ax.yaxis) == ticks(ax.xaxis)
@@ -611,7 +611,7 @@ class TestLatentScatter:
         for (low, high), column in zip((ax.get_xlim(), ax.get_ylim()), z.T, strict=True):
             assert low < column.min()
             assert column.max() < high
-        assert (ax.get_xlabel(), ax.get_ylabel()) == ("$z_1$", "$z_2$")
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("z[0]", "z[1]")
 
     def test_legend_stands_outside_the_axes_and_inside_the_figure(self):
         """Also in a plain 6 x 4 figure without a layout engine."""

@@ -1,6 +1,7 @@
 """What a release is made of says the same everywhere."""
 
 import configparser
+import importlib.util
 import re
 from pathlib import Path
 
@@ -35,3 +36,17 @@ def test_every_requirement_is_pinned_and_has_its_reason() -> None:
     for name in requirements():
         assert re.search(rf"^{name}==", pinned, re.MULTILINE), name
         assert f"`{name}`" in reasons, name
+
+
+def test_every_figure_has_the_command_that_makes_it() -> None:
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs/figures.py")
+    assert spec and spec.loader
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    made = [figure for pictures in figures.COMMANDS.values() for figure in pictures]
+    assert sorted(made) == sorted(path.stem for path in (ROOT / "docs/figures").glob("*.png"))
+    for command, pictures in figures.COMMANDS.items():
+        script = re.findall(r"python (\S+\.py)", command)[-1]
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for file in pictures.values():
+            assert file in source or script == "benchmarks/inference_gaps.py", (script, file)

@@ -84,7 +84,7 @@ def training_curve(
         ax.set_ylim(floor, high + 0.06 * (high - floor))
         hidden = sum(int((p < floor).sum()) for p in points)
         note = f"{hidden} value{'s' * (hidden > 1)} below the axis"
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     ax.set(xlabel="epoch", ylabel=ylabel, xlim=(0.5, epochs.size + max(0.5, 0.03 * epochs.size)))
     ax.legend(loc="best", title=note)
     return ax
@@ -95,6 +95,7 @@ def latent_scatter(
     labels: Values | None = None,
     ax: Axes | None = None,
     class_names: Sequence[str] | None = None,
+    name: str = "z",
 ) -> Axes:
     """Draw two latent dimensions as points, each class with a colour and a marker of its own.
 
@@ -103,6 +104,7 @@ def latent_scatter(
         labels: ``(N,)`` integers >= 0; the same label has the same colour in every figure.
         ax: Axes to draw on; the legend stands at their right.
         class_names: Names indexed by label; the labels themselves by default.
+        name: Name of the latent site; the axes are its units 0 and 1, ``z[0]`` and ``z[1]``.
 
     Returns:
         The axes drawn on.
@@ -151,7 +153,7 @@ def latent_scatter(
     centre, reach = (low + high) / 2, 0.55 * float((high - low).max()) or 1.0
     (left, right), (bottom, top) = zip(centre - reach, centre + reach, strict=True)
     ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")  # a square at any scale
-    ax.set(xlabel="$z_1$", ylabel="$z_2$")
+    ax.set(xlabel=f"{name}[0]", ylabel=f"{name}[1]")
     if labels is not None:
         ax.set_anchor("W")  # leave the spare width to the legend
         ax.legend(title="class", loc="upper left", bbox_to_anchor=(1.02, 1.0), markerscale=1.6,

@@ -190,7 +190,8 @@ def kl_per_unit(
     place = np.arange(len(values))
     ax.bar(place, values[order], color=[BLUE if flags[i] else GREY for i in order])
     if len(values) <= 32:
-        ax.set_xticks(place, [str(i) for i in order], fontsize="small")
+        turned = 90 if len(values) > 16 else 0
+        ax.set_xticks(place, [str(i) for i in order], fontsize="small", rotation=turned)
     else:
         ax.set_xticks([])
     if active is not None:
@@ -233,6 +234,8 @@ def rate_distortion(points: Mapping[str, tuple[float, float]], ax: Axes | None =
     rates, distortions = (np.array(v) for v in zip(*points.values(), strict=True))
     reach = max(np.ptp(rates), np.ptp(distortions), 0.2 * float((rates + distortions).max()))
     left, bottom = max(0.0, rates.mean() - reach), distortions.mean() - reach
+    if distortions.min() >= 0:
+        bottom = max(0.0, bottom)
     right, top = rates.mean() + reach, distortions.mean() + reach
     total = np.linspace(left + bottom, right + top, 7)[1:-1]
     for value in total:
@@ -243,7 +246,7 @@ def rate_distortion(points: Mapping[str, tuple[float, float]], ax: Axes | None =
                         color=GREY, ha="left", va="bottom")  # fmt: skip
     ax.set(xlim=(left, right), ylim=(bottom, top), xlabel="rate, KL(q || p) [nats]",
            ylabel="distortion, -E log p(x | z) [nats]".replace("-", "\N{MINUS SIGN}"))  # fmt: skip
-    ax.legend(frameon=False, fontsize="small", loc="upper right")
+    ax.legend(frameon=True, framealpha=1, edgecolor="white", fontsize="small", loc="upper right")
     return ax
 
 
@@ -417,7 +420,9 @@ def predictive_check(
     ax.axvline(value, color=RED, lw=2, label="data")
     p = (drawn > value).mean() + 0.5 * (drawn == value).mean()
     ax.set(xlabel=f"{name}, mean over datapoints", ylabel="draws")
+    ax.ticklabel_format(axis="x", scilimits=(-3, 5), useOffset=False)
     ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     # Near 0 and near 1 are both misfit, and K draws show no p smaller than 1 / K.
     if min(p, 1 - p) * len(drawn) < 1:
         side = "below" if p > 0.5 else "above"

@@ -124,16 +124,22 @@ def variance_against_time(table: Any, part: str = "guide", ax: Axes | None = Non
 
 
 def _number_points(ax: Axes, rows: Any, column: str) -> None:
-    """Write the number of draws beside each point, but where it would lie on another number."""
-    ax.figure.canvas.draw()  # settles the layout, which says where points are in pixels
-    taken: list[tuple[float, float]] = []
-    for _, row in rows.iterrows():
-        x, y = ax.transData.transform((row["ms"], row[column]))
+    """Write the number of draws beside each point, where neither a point nor a number is."""
+    ax.figure.canvas.draw()  # settles the layout, which says where points are on the page
+    points = ax.transData.transform(rows[["ms", column]].to_numpy(dtype=float))
+    points *= 72 / ax.figure.dpi  # pixels to the unit of font sizes
+    taken = [(x, y, 4.0, 4.0) for x, y in points]  # centre and half the size
+    for (x, y), (_, row) in zip(points, rows.iterrows(), strict=True):
         text = str(row["particles"])
-        if all(abs(x - u) > 8 * len(text) or abs(y - v) > 12 for u, v in taken):
-            taken.append((x, y))
-            ax.annotate(text, (row["ms"], row[column]), xytext=(4, 4), fontsize="x-small",
-                        textcoords="offset points", color="#4A4A4A")  # fmt: skip
+        width = 2.5 * len(text)
+        for right, up in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+            u, v = x + right * (4.5 + width), y + 5 * up
+            if all(abs(u - a) >= width + w or abs(v - b) >= 3 + h for a, b, w, h in taken):
+                taken.append((u, v, width, 3.0))
+                ax.annotate(text, (row["ms"], row[column]), (u - x, v - y), ha="center",
+                            va="center", fontsize="x-small", textcoords="offset points",
+                            color="#4A4A4A")  # fmt: skip
+                break
 
 
 def _check_part(part: str) -> None:

@@ -226,14 +226,22 @@ def quadrant_completion(
     )
 
 
-def manifold(images: Values, shape: Sequence[int], grid: Values, ax: Axes | None = None) -> Axes:
-    """Draw what a two-dimensional latent space decodes to: z1 grows to the right, z2 upwards.
+def manifold(
+    images: Values,
+    shape: Sequence[int],
+    grid: Values,
+    ax: Axes | None = None,
+    name: str = "z",
+) -> Axes:
+    """Draw what two latent units decode to: unit 0 grows to the right, unit 1 upwards.
 
     Args:
-        images: ``(G * G, D)``: decoded ``torch.cartesian_prod(grid, grid)``, so z2 varies fastest.
+        images: ``(G * G, D)``: decoded ``torch.cartesian_prod(grid, grid)``, so unit 1 varies
+            fastest.
         shape: ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)`` with product D.
         grid: ``(G,)`` latent values along each axis, such as quantiles of the prior.
         ax: Axes to draw on.
+        name: Name of the latent site.
 
     Returns:
         The axes drawn on.
@@ -265,7 +273,7 @@ def manifold(images: Values, shape: Sequence[int], grid: Values, ax: Axes | None
     ax.set_xticks((shown + 0.5) * width - 0.5, labels)
     ax.set_yticks((size - shown - 0.5) * height - 0.5, labels)
     ax.tick_params(length=3)
-    ax.set(xlabel="$z_1$", ylabel="$z_2$")
+    ax.set(xlabel=f"{name}[0]", ylabel=f"{name}[1]")
     return ax
 
 

@@ -137,7 +137,9 @@ def levels_over_training(
     for i, (name, y) in enumerate(curves.items()):
         ax.plot(x, y, color=PALETTE[i % 10], marker=MARKERS[i % 10], ms=5, markevery=every,
                 label=name)  # fmt: skip
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if np.ptp(x) == 0:  # one epoch
+        ax.set_xlim(x[0] - 0.5, x[0] + 0.5)
     ax.axhline(0, color=GREY, lw=0.8, zorder=0)
     ax.set(xlabel="epoch", ylabel=ylabel)
     ax.legend(frameon=False, fontsize="small")

@@ -26,6 +26,7 @@ def posterior_contours(
     latents: tuple[int, int] = (0, 1),
     mass: tuple[float, ...] = (0.5, 0.9),
     ax: Axes | None = None,
+    name: str = "z",
 ) -> Axes:
     """Draw q(z | x) of one datapoint over a reference posterior, for two of its latents.
 
@@ -38,6 +39,7 @@ def posterior_contours(
         latents: which two of the d latents.
         mass: shares of the mass to enclose, each in (0, 1).
         ax: Axes to draw on.
+        name: of the latent site.
 
     Returns:
         The axes.
@@ -50,7 +52,7 @@ def posterior_contours(
         >>> from matplotlib import pyplot as plt
         >>> _ = torch.manual_seed(0)
         >>> posterior_contours(torch.randn(500, 2), 1.5 * torch.randn(500, 2)).get_xlabel()
-        'latent 0'
+        'z[0]'
         >>> plt.close("all")
     """
     guide, reference = (
@@ -79,7 +81,7 @@ def posterior_contours(
     percent = ", ".join(f"{share:.0%}" for share in shares)
     ax.plot([], [], color=BLUE, label=f"p(z | x): {percent}")
     ax.plot([], [], color=BROWN, linestyle="--", label=f"q(z | x): {percent}")
-    ax.set(xlabel=f"latent {latents[0]}", ylabel=f"latent {latents[1]}",
+    ax.set(xlabel=f"{name}[{latents[0]}]", ylabel=f"{name}[{latents[1]}]",
            xlim=extent[0], ylim=extent[1])  # fmt: skip
     ax.legend(frameon=False, fontsize="x-small", loc="lower left", bbox_to_anchor=(0, 1), ncols=2,
               markerscale=2)  # fmt: skip
@@ -87,13 +89,14 @@ def posterior_contours(
 
 
 def posterior_intervals(
-    guide_draws: Values, reference_draws: Values, ax: Axes | None = None
+    guide_draws: Values, reference_draws: Values, ax: Axes | None = None, name: str = "z"
 ) -> Axes:
     """Draw the marginals of every latent of one datapoint: medians, 50 % and 95 % intervals.
 
     Args:
         guide_draws, reference_draws: ``(S, d)`` draws of one datapoint.
         ax: Axes to draw on.
+        name: of the latent site.
 
     Returns:
         The axes.
@@ -125,9 +128,9 @@ def posterior_intervals(
         ax.hlines(rows + shift, q[1], q[3], color=colour, linewidth=3.5)
         ax.plot(q[2], rows + shift, marker, color="white", markeredgecolor=colour, markersize=4.5,
                 linestyle="none", label=f"{label}: median, 50 %, 95 %")  # fmt: skip
-    ax.set_yticks(rows, [str(row) for row in rows])
+    ax.set_yticks(rows, [f"{name}[{row}]" for row in rows])
     ax.invert_yaxis()
-    ax.set(xlabel="value of the latent", ylabel="latent")
+    ax.set_xlabel("value of the latent")
     ax.legend(frameon=False, fontsize="x-small", loc="lower left", bbox_to_anchor=(0, 1))
     return ax
 
