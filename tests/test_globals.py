@@ -1,0 +1,455 @@
+"""Global and local latents together: one draw of what lies outside the plate "data", K of the rest.
+
+The oracle is a hierarchical normal, g ~ N(0, 2), z_n ~ N(g, 1), x_n ~ N(z_n, 0.5).
+"""
+
+import functools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from torch import Tensor, nn
+
+import oracles
+import ppvae
+from oracles import assert_below, assert_mean, trainable
+from ppvae import diagnostics, elbo
+
+pytestmark = pytest.mark.usefixtures("float64")
+X = torch.tensor([-1.0, 0.5, 2.0, 3.0], dtype=torch.float64)
+EVIDENCE = -9.256114662  # log p(X)
+MEAN, SD = 1.2 / 1.15, 0.538381903  # of g given X
+WIDE = -9.338750398  # the bound with that sd times 1.3, for every K: the locals are exact
+
+
+class Model(nn.Module):
+    def __init__(self, size: int | None = None) -> None:
+        super().__init__()
+        self.size = size
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> None:
+        g = pyro.sample("g", dist.Normal(0.0, self.scale))
+        with plate(x, self.size):
+            z = pyro.sample("z", dist.Normal(g, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+class Guide(nn.Module):
+    """The exact posterior, but for factors on the sds, and a weaker tie of z to g."""
+
+    def __init__(
+        self, wide: float = 1.0, local: float = 1.0, tie: float = 0.2, size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.loc, self.sd = nn.Parameter(torch.tensor(MEAN)), nn.Parameter(torch.tensor(SD * wide))
+        self.tie, self.slope = nn.Parameter(torch.tensor(tie)), nn.Parameter(torch.tensor(0.8))
+        self.local = nn.Parameter(torch.tensor(0.2**0.5 * local))
+
+    def forward(self, x: Tensor) -> None:
+        g = pyro.sample("g", dist.Normal(self.loc, self.sd))
+        with plate(x, self.size):
+            pyro.sample("z", dist.Normal(self.tie * g + self.slope * x, self.local))
+
+
+def plate(x: Tensor, size: int | None) -> pyro.plate:
+    return pyro.plate("data", size or len(x), subsample=None if size is None else x)
+
+
+def losses(estimator, model, guide, x: Tensor, draws: int, num_rows: int | None = None) -> Tensor:
+    """Minus independent losses, ``(draws,)``."""
+    objective = estimator(model, guide)
+    objective.num_rows = num_rows
+    with torch.no_grad():
+        return torch.stack([-objective(x) for _ in range(draws)])
+
+
+ESTIMATORS = [
+    elbo.ELBO(),
+    elbo.ELBO(3),
+    elbo.ELBO(3, "stl"),
+    elbo.IWELBO(3),
+    elbo.IWELBO(3, "dreg"),
+    elbo.MIWELBO(2, num_groups=2),
+    elbo.CIWELBO(3),
+    elbo.RenyiELBO(3),
+]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_with_the_exact_posterior_each_bound_is_the_evidence(estimator: elbo.Estimator) -> None:
+    found = losses(estimator, Model(), Guide(), X, 5)
+    torch.testing.assert_close(found, torch.full((5,), EVIDENCE), rtol=0, atol=2e-6)
+    if estimator.gradient in ("stl", "dreg"):
+        guide = Guide()
+        estimator(Model(), guide)(X).backward()
+        assert all(p.grad.abs() < 3e-5 for p in guide.parameters())  # SD has nine digits
+
+
+@pytest.mark.parametrize("K", [1, 5])
+def test_too_wide_a_global_costs_the_same_for_each_k(K: int) -> None:
+    assert_mean(losses(elbo.IWELBO(K), Model(), Guide(1.3), X, 400), WIDE)
+
+
+def test_the_bound_rises_with_k_up_to_that_of_exact_locals() -> None:
+    one, many = (losses(elbo.IWELBO(K), Model(), Guide(1.3, 1.8, 0.0), X, 300) for K in (1, 30))
+    assert one.mean() + 4 * one.std() / 300**0.5 < many.mean()
+    assert_below(many, WIDE)
+
+
+@pytest.mark.parametrize("draws", [100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("K", [1, 4])
+@pytest.mark.parametrize("gradient", ["pathwise", "stl"])
+def test_value_and_gradient_of_the_elbo(K: int, gradient: str, draws: int) -> None:
+    """Against the closed form, off the optimum."""
+    model, guide = Model(), Guide(1.3, 1.5, 0.1)
+
+    def exact() -> Tensor:
+        g2 = guide.sd.square() + guide.loc.square()
+        prior = -model.scale.log() - g2 / (2 * model.scale.square())
+        entropy = guide.sd.log() + 0.5 + len(X) * (guide.local.log() + 0.5)
+        mean = guide.tie * guide.loc + guide.slope * X
+        var = (guide.tie * guide.sd).square() + guide.local.square()
+        away = (mean - guide.loc).square() + ((guide.tie - 1) * guide.sd).square()
+        away = away + guide.local.square()
+        fit = (X - mean).square() + var
+        constant = -0.5 * math.log(2 * math.pi)
+        rows = constant - away / 2 + constant - math.log(0.5) - 2 * fit
+        return prior + entropy + rows.sum() + len(X) * -constant
+
+    parameters = trainable(model, guide)
+    value = exact()
+    assert_mean(losses(elbo.ELBO(K), model, guide, X, draws), value.detach())
+    objective = elbo.ELBO(K, gradient)(model, guide)
+    found = oracles.gradients(lambda: -objective(X), parameters, draws)
+    assert_mean(found, oracles.exact_gradient(value, parameters), gradient)
+
+
+@pytest.mark.parametrize("kl", ["analytic", "mixed"])
+def test_the_closed_form_covers_globals(kl: str) -> None:
+    """Given the draws, the globals' part of the loss is their KL, and beta weighs the locals'."""
+    model, guide = Model(), Guide(1.3, 1.5, 0.1)
+    q, p = dist.Normal(guide.loc, guide.sd), dist.Normal(0.0, model.scale)
+    exact = torch.distributions.kl_divergence(q, p)
+    torch.manual_seed(1)
+    whole = elbo.ELBO(3, kl=kl, beta=2.0)(model, guide)(X)
+    torch.manual_seed(1)
+    weights = ppvae.log_weights(model, guide, X, num_particles=3)
+    likelihood = weights.log_p["x"].mean(0)
+    g = weights.guide_trace.nodes["g"]["value"]
+    of_rows = dist.Normal(guide.tie * g + guide.slope * X, guide.local), dist.Normal(g, 1.0)
+    local = torch.distributions.kl_divergence(*of_rows)
+    torch.testing.assert_close(whole, -(likelihood - 2 * local).sum() + exact)
+
+
+def test_the_jacobian_of_an_automatic_guide_counts_in_a_mixed_kl() -> None:
+    """Its Delta has a density, which Pyro's closed form of KL(Delta || p) leaves out."""
+
+    def model(x: Tensor) -> None:
+        sd = pyro.sample("sd", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(rate, sd), obs=x)
+
+    guide, found = AutoNormal(model), []
+    for kl in ("sampled", "mixed"):
+        torch.manual_seed(0)
+        found.append(elbo.ELBO(2, kl=kl)(model, guide)(X))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("draws", [100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pair", [(1.3, 1.5, 0.1), (1.2, 1.5, 0.0)])
+def test_dreg_has_the_mean_of_the_pathwise_gradient(pair, draws: int) -> None:
+    """With locals that depend on g and without: g's own slope keeps the plain coefficients."""
+    model, guide = Model(), Guide(*pair)
+    parameters = trainable(model, guide)
+    both = [
+        oracles.gradients(lambda e=e: e(model, guide)(X), parameters, draws)
+        for e in (elbo.IWELBO(4), elbo.IWELBO(4, "dreg"))
+    ]
+    assert_mean(both[0] - both[1], torch.zeros(len(parameters)))
+
+
+# ------------------------------------------------------------------------------ minibatches
+
+
+@pytest.mark.parametrize("draws", [80, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["num_rows", "plate"])
+@pytest.mark.parametrize("estimator", [elbo.ELBO(2), elbo.ELBO(2, "stl"), elbo.IWELBO(2)], ids=repr)
+def test_minibatches_have_the_mean_of_all_data(way: str, estimator, draws: int) -> None:
+    size = 4 if way == "plate" else None
+    model, guide = Model(size), Guide(1.3, 1.5, 0.1, size)
+    parameters = trainable(model, guide)
+    objective = estimator(model, guide)
+    objective.num_rows = None if way == "plate" else 4
+    share = 1.0 if way == "plate" else 2.0  # a batch by hand is a sum over its rows
+
+    def of(rows: Tensor) -> Tensor:
+        values = share ** (len(rows) < 4) * objective(X[rows])
+        grads = torch.autograd.grad(values, parameters)
+        return torch.stack([values.detach(), *(grad for grad in grads)])
+
+    full = torch.stack([of(torch.arange(4)) for _ in range(draws)])
+    few = torch.stack([of(torch.randperm(4)[:2]) for _ in range(draws)])
+    assert_mean(full - few, torch.zeros(1 + len(parameters)))
+
+
+def test_a_batch_by_hand_is_a_sum_over_its_rows() -> None:
+    """The globals' terms are shared out over the rows of the data set."""
+    model, guide = Model(), Guide()
+    torch.manual_seed(3)
+    loss = elbo.ELBO()(model, guide)
+    loss.num_rows = 40
+    found = loss(X)
+    torch.manual_seed(3)
+    weights = ppvae.log_weights(model, guide, X)
+    torch.testing.assert_close(-found, weights.log_w.sum() + weights.log_global / 10)
+
+
+def test_a_plate_and_num_rows_that_differ_are_refused() -> None:
+    objective = elbo.ELBO()(Model(8), Guide(size=8))
+    objective.num_rows = 40
+    with pytest.raises(ValueError, match="plate 'data' has 8 rows, and there are num_rows=40"):
+        objective(X)
+
+
+def test_steps_by_hand_ask_for_the_number_of_rows() -> None:
+    with pytest.raises(ppvae.PairError, match=r"global latents \(g\).*SVI\(num_rows=len\(x\)\)"):
+        ppvae.SVI(Model(), Guide()).step(X)
+    ppvae.SVI(Model(), Guide(), num_rows=4).step(X)
+    ppvae.SVI(Model(8), Guide(size=8)).step(X)  # the plate says it
+    with pytest.raises(ValueError, match="num_rows must be at least 1"):
+        ppvae.SVI(Model(), Guide(), num_rows=0)
+
+
+def test_fit_finds_the_posterior_from_minibatches() -> None:
+    """Forgetting how many rows there are would double the sd of the global latent."""
+    model, guide = Model(), Guide(1.5, 1.5, 0.0)
+    model.requires_grad_(False)
+    adam = functools.partial(torch.optim.Adam, lr=0.02)
+    svi = ppvae.SVI(model, guide, adam, elbo.ELBO(8, "stl"))
+    slower = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.98)
+    history = ppvae.fit(svi, X, epochs=200, batch_size=2, progress=False, lr_scheduler=slower)
+    assert svi.num_rows == 4
+    assert abs(guide.sd / SD - 1) < 0.05 and abs(guide.loc - MEAN) < 0.03
+    assert abs(guide.tie - 0.2) < 0.01 and abs(guide.slope - 0.8) < 0.01
+    objective = [4 * row["train_objective"] for row in history.rows[-50:]]  # with the globals'
+    assert_mean(torch.tensor(objective), EVIDENCE)
+
+
+# ------------------------------------------------------------------------------ programs
+
+
+def in_plates(x: Tensor, draw=lambda name, fn: pyro.sample(name, fn)) -> tuple[Tensor, Tensor]:
+    """A scalar, an event, and a plate of its own."""
+    scale = draw("scale", dist.LogNormal(torch.zeros(()), 0.3))
+    shift = draw("shift", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("features", 3):
+        slope = draw("slope", dist.Normal(torch.zeros(()), 1.0))
+    return scale, shift + slope
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_scalars_events_and_plates_are_summed_whole(K: int) -> None:
+    def model(x: Tensor) -> None:
+        scale, shift = in_plates(x)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + shift, scale).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        in_plates(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+    x = torch.randn(5, 3)
+    weights = ppvae.log_weights(model, guide, x, num_particles=K)
+    nodes = weights.guide_trace.nodes
+    drawn = {name: nodes[name]["value"] for name in ("scale", "shift", "slope", "z")}
+    assert [drawn[n].shape for n in ("scale", "shift", "slope")] == [(), (3,), (3,)]
+    assert drawn["z"].shape == ((K, 5, 3) if K > 1 else (5, 3))
+    standard = dist.Normal(0.0, 1.0)
+    exact = standard.log_prob(drawn["slope"]).sum().item()
+    assert weights.global_p["slope"].item() == pytest.approx(exact)
+    assert weights.log_global == pytest.approx(0.0, abs=1e-12)
+    z = drawn["z"]
+    ratio = standard.log_prob(z) - dist.Normal(x / 2, 1.0).log_prob(z)
+    mean = z + drawn["shift"] + drawn["slope"]
+    by_hand = (ratio + dist.Normal(mean, drawn["scale"]).log_prob(x)).sum(-1)
+    torch.testing.assert_close(weights.log_w, by_hand.reshape(K, 5))
+    assert ppvae.check_pair(model, guide, x).gradients["pathwise"] == ""
+
+
+def test_a_local_class_is_summed_out_given_the_globals() -> None:
+    """log w_n is that of the mixture at the drawn means; no particle of them."""
+    logits = torch.tensor([0.2, -0.1, 0.4])
+
+    def means() -> Tensor:
+        return pyro.sample("means", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+
+    def model(x: Tensor) -> None:
+        found = means()
+        with pyro.plate("data", len(x)):
+            how = {"enumerate": "parallel"}
+            c = pyro.sample("c", dist.Categorical(logits=logits), infer=how)
+            pyro.sample("x", dist.Normal(found[c], 0.5), obs=x)
+
+    weights = ppvae.log_weights(model, lambda x: means(), X, num_particles=4)
+    drawn = weights.guide_trace.nodes["means"]["value"]
+    exact = logits.log_softmax(0) + dist.Normal(drawn, 0.5).log_prob(X[:, None])
+    torch.testing.assert_close(weights.log_w, exact.logsumexp(1).expand(4, 4))
+
+
+@pytest.mark.parametrize("draws", [150, pytest.param(3000, marks=pytest.mark.slow)])
+def test_a_discrete_local_is_scored_beside_a_global(draws: int) -> None:
+    """score and vimco: means against enumeration, with a class whose law depends on g."""
+
+    class Program(nn.Module):
+        def __init__(self, observes: bool, enumerate: str | None) -> None:
+            super().__init__()
+            self.observes, self.infer = observes, {"enumerate": enumerate}
+            self.loc, self.slope = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x: Tensor) -> None:
+            g = pyro.sample("g", dist.Normal(self.loc, 0.5))
+            with pyro.plate("data", len(x)):
+                logits = self.slope * g + (0.0 if self.observes else x)
+                c = pyro.sample("c", dist.Bernoulli(logits=logits), infer=self.infer)
+                if self.observes:
+                    pyro.sample("x", dist.Normal(c + g, 1.0), obs=x)
+
+    pairs = [(Program(True, how), Program(False, how)) for how in (None, "parallel")]
+    found = [
+        oracles.gradients(lambda p=pair, e=e: e(*p)(X), trainable(*pair), draws)
+        for pair, e in zip(pairs, (elbo.ELBO(4, "score"), elbo.ELBO(4)), strict=True)
+    ]
+    assert_mean(found[0] - found[1], torch.zeros(4))
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal])
+def test_automatic_guides_of_globals_alone(make) -> None:
+    """Bayesian regression has no local latents; a guide in coordinates of the real line, too."""
+
+    def model(x: Tensor) -> None:
+        sd = pyro.sample("sd", dist.LogNormal(0.0, 0.5))
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(x.new_ones(len(x), 2) @ slope, sd), obs=x)
+
+    guide = make(model)
+    for estimator in (elbo.ELBO(), elbo.IWELBO(3), elbo.ELBO(2, "stl")):
+        torch.manual_seed(0)
+        ours = estimator(model, guide)(X).item()
+        torch.manual_seed(0)
+        assert ours == pytest.approx(Trace_ELBO().loss(model, guide, X), rel=1e-10)
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+
+def hidden_batch(x: Tensor) -> None:
+    pyro.sample("g", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1))
+
+
+def pair_with(draw, **plates):
+    """A model and a guide that call ``draw`` for the latent g, and observe x."""
+
+    def model(x: Tensor) -> None:
+        g = draw(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0 if g is None else g, 1.0), obs=x)
+
+    return model, draw
+
+
+def scaled(x: Tensor) -> Tensor:
+    with poutine.scale(scale=0.5):
+        return pyro.sample("g", dist.Normal(0.0, 1.0))
+
+
+def enumerated(x: Tensor) -> Tensor:
+    return pyro.sample("g", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+
+
+REFUSED = {
+    "undeclared": (lambda x: pyro.sample("g", dist.Normal(torch.zeros(4), 1.0)), "shape"),
+    "scaled": (scaled, "global latent with the scale 0.5"),
+    "enumerated": (enumerated, "summed out of all rows at once"),
+    "discrete": (lambda x: pyro.sample("g", dist.Bernoulli(0.5)), "no reparameterised sampler"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_done_is_refused_by_name(case: str) -> None:
+    draw, message = REFUSED[case]
+    for estimator in (elbo.ELBO(), elbo.IWELBO(2, "vimco")):
+        with pytest.raises(ValueError, match=f"'g'.*{message}"):
+            estimator(*pair_with(draw))(X)
+
+
+def test_a_latent_that_is_global_in_one_program_alone_is_refused() -> None:
+    model, _ = pair_with(lambda x: pyro.sample("g", dist.Normal(0.0, 1.0)))
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("g", dist.Normal(x, 1.0))
+
+    with pytest.raises(ValueError, match="'g' lies in the plate 'data' in the guide, and outside"):
+        elbo.ELBO()(model, guide)(X)
+    with pytest.raises(ppvae.PairError, match="'g' of the model lies outside the plate 'data'"):
+        ppvae.check_pair(model, guide, X)
+
+
+def test_a_forgotten_plate_is_seen_at_another_number_of_rows() -> None:
+    with pytest.raises(ppvae.PairError, match=r"'g' lies outside.*\(2,\) for 2, \(4,\) for 4"):
+        ppvae.check_pair(*pair_with(hidden_batch), X)
+
+
+def test_a_global_that_depends_on_the_batch_is_refused() -> None:
+    model, _ = pair_with(lambda x: pyro.sample("g", dist.Normal(0.0, 1.0)))
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("g", dist.Normal(x.mean(), 1.0))
+
+    with pytest.raises(ppvae.PairError, match="'g' of the guide: the density of a global latent"):
+        ppvae.check_pair(model, guide, X)
+
+
+OTHERS = [
+    elbo.ChiUpperBound(3),
+    elbo.ThermodynamicELBO(3),
+    elbo.PIWELBO(2, num_groups=2),
+    elbo.ReweightedWakeSleep(3),
+]
+
+
+@pytest.mark.parametrize("estimator", OTHERS, ids=repr)
+def test_other_objectives_refuse_globals(estimator: elbo.Estimator) -> None:
+    with pytest.raises(ValueError, match="'g' lies outside the plate 'data': it is global"):
+        estimator(Model(), Guide())(X)
+
+
+def test_losses_of_pyro_refuse_globals_unless_joint() -> None:
+    with pytest.raises(ppvae.PairError, match="Pyro's losses are not done"):
+        ppvae.SVI(Model(), Guide(), loss=Trace_ELBO(), num_rows=4).step(X)
+    ppvae.SVI(Model(), Guide(), loss=Trace_ELBO()).prepare(X, joint=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["log_evidence", "sbc", "gaps", "simulated_divergence", "diagnose"]
+)
+def test_evaluators_of_rows_refuse_globals(name: str) -> None:
+    with pytest.raises(ValueError, match=r"'g' lies outside.*log_predictive and joint_evidence"):
+        getattr(diagnostics, name)(Model(), Guide(), X)
+
+
+def test_chains_refuse_globals() -> None:
+    with pytest.raises(ValueError, match="'g' lies outside the plate 'data'"):
+        diagnostics.hmc(Model(), Guide(), X)
