@@ -5,6 +5,7 @@ The oracle is a hierarchical normal, g ~ N(0, 2), z_n ~ N(g, 1), x_n ~ N(z_n, 0.
 
 import functools
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -19,6 +20,7 @@ import oracles
 import ppvae
 from oracles import assert_below, assert_mean, trainable
 from ppvae import diagnostics, elbo
+from ppvae.train.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("float64")
 X = torch.tensor([-1.0, 0.5, 2.0, 3.0], dtype=torch.float64)
@@ -349,6 +351,96 @@ def test_automatic_guides_of_globals_alone(make) -> None:
         ours = estimator(model, guide)(X).item()
         torch.manual_seed(0)
         assert ours == pytest.approx(Trace_ELBO().loss(model, guide, X), rel=1e-10)
+
+
+# ------------------------------------------------------------------------------ runs
+
+ADAM = functools.partial(torch.optim.Adam, lr=0.02)
+
+
+def run(estimator: elbo.Estimator, compile: bool = False, **options) -> tuple[list[float], list]:
+    """The parameters and the history of a short run."""
+    pyro.set_rng_seed(0)
+    svi = ppvae.SVI(Model(), Guide(1.3, 1.5, 0.1), ADAM, estimator, compile=compile)
+    options = {"epochs": 3, "batch_size": 2, "valid": X, "progress": False, **options}
+    history = ppvae.fit(svi, X, **options)
+    rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in history.rows]
+    return [p.item() for p in svi.objective.parameters()], rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "estimator",
+    [elbo.IWELBO(3), elbo.IWELBO(3, "dreg"), elbo.ELBO(3, "stl"), elbo.ELBO(2, kl="analytic")],
+    ids=repr,
+)
+def test_compiled_steps_are_the_eager_ones(estimator: elbo.Estimator) -> None:
+    eager, compiled = run(estimator), run(estimator, compile=True)
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-12)
+
+
+@pytest.mark.slow
+def test_a_graph_is_of_one_number_of_rows() -> None:
+    svi = ppvae.SVI(Model(), Guide(), ADAM, compile=True, num_rows=4)
+    svi.step(X[:2])
+    ppvae.fit(svi, X.repeat(2), epochs=1, batch_size=2, progress=False)
+    guide = Guide()
+    again = ppvae.SVI(Model(), guide, ADAM, num_rows=8)
+    again.load_state_dict(svi.state_dict())
+    losses = []
+    for one in (svi, again):
+        torch.manual_seed(0)
+        losses.append(one.step(X[:2]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+class Crash(ppvae.Callback):
+    def on_step_end(self, svi: ppvae.SVI, loss: Tensor) -> None:
+        if svi.num_steps == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_is_the_run(tmp_path) -> None:
+    estimator = elbo.IWELBO(3, "dreg")
+    expected = run(estimator, checkpoint=tmp_path / "whole")
+    files = ppvae.Checkpoints(tmp_path / "crashed", every_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(estimator, checkpoint=files, callbacks=[Crash()])
+    assert run(estimator, checkpoint=files, resume=True) == expected
+
+
+class Points(nn.Module):
+    """A point for g, and no other latent, so that a step is a function of its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> None:
+        pyro.sample("g", dist.Delta(self.g))
+
+
+def at_points(fabric=None) -> list[float]:
+    model, _ = pair_with(lambda x: pyro.sample("g", dist.Normal(0.0, 2.0)))
+    guide = Points()
+    svi = ppvae.SVI(model, guide, functools.partial(torch.optim.SGD, lr=0.1))
+    x = torch.linspace(-1, 3, 10)
+    history = ppvae.fit(svi, x, epochs=2, batch_size=5, progress=False, fabric=fabric)
+    return [guide.g.item(), *(row["train_objective"] for row in history.rows)]
+
+
+def on_each_rank(fabric) -> bytes:
+    torch.set_default_dtype(torch.float64)
+    return pickle.dumps(Processes(fabric).gather(at_points(fabric)))
+
+
+@pytest.mark.forks
+def test_two_processes_share_the_globals_terms_out() -> None:
+    fabric = pytest.importorskip("lightning_fabric").Fabric(
+        accelerator="cpu", devices=2, strategy="ddp_fork"
+    )
+    for found in pickle.loads(fabric.launch(on_each_rank)):
+        assert found == pytest.approx(at_points(), rel=1e-6)
 
 
 # ------------------------------------------------------------------------------ what is refused

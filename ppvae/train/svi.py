@@ -126,6 +126,7 @@ class SVI(pyro.infer.SVI):
         if num_rows is not None and not 1 <= num_rows < 2**63:
             raise ValueError(f"num_rows must be at least 1, and below 2 ** 63, got {num_rows}")
         self.num_rows = num_rows
+        self._rows_asked = False  # whether it is known if these matter
         self.optim = optim
         self.optimizer: torch.optim.Optimizer | None = None
         self.num_steps = self.num_epochs = 0
@@ -186,7 +187,10 @@ class SVI(pyro.infer.SVI):
     def _check_globals(self, args: tuple, kwargs: dict) -> None:
         """Raise ``PairError`` for global latents whose terms would get another weight than 1."""
         pair = self.model, self.guide
-        if kwargs.get("joint") or not structure(*pair, args, kwargs).has_globals:
+        if kwargs.get("joint"):
+            return
+        self._rows_asked = True
+        if not structure(*pair, args, kwargs).has_globals:
             return
         if not isinstance(self.elbo, Estimator) or auxiliaries(self.objective):
             what = "auxiliaries are" if isinstance(self.elbo, Estimator) else "Pyro's losses are"
@@ -253,6 +257,8 @@ class SVI(pyro.infer.SVI):
 
     def update(self, *args: Any, **kwargs: Any) -> Tensor:
         """One step; the loss as a 0-d tensor, so that nothing waits for the device."""
+        if not self._rows_asked and self.optimizer is not None:  # its state was loaded
+            self._check_globals(args, kwargs)
         if self.optimizer is None:
             self.prepare(*args, **kwargs)
         elif self._fixed is not None and self._fixed.renew():
