@@ -21,7 +21,8 @@ Sites = Mapping[str, Site]
 _CURE = (
     'put it inside `with pyro.plate("data", len(x)):` if it is of a row; a global latent goes with '
     "elbo.ELBO, IWELBO, MIWELBO, CIWELBO and RenyiELBO, with diagnostics.log_predictive and "
-    "joint_evidence, or with one weight for the whole batch: joint=True"
+    "joint_evidence, with all others at one draw (diagnostics.given_globals), or with one weight "
+    "for the whole batch: joint=True"
 )
 
 

@@ -443,6 +443,152 @@ def test_two_processes_share_the_globals_terms_out() -> None:
         assert found == pytest.approx(at_points(), rel=1e-6)
 
 
+# ------------------------------------------------------------------------------ evaluation
+
+
+def exact_predictive(new: Tensor) -> Tensor:
+    return dist.Normal(MEAN, math.sqrt(SD**2 + 1.25)).log_prob(new)
+
+
+def test_the_predictive_density_of_new_rows() -> None:
+    new = torch.tensor([1.7, -2.0, 0.0])
+    assert exact_predictive(new)[0].item() == pytest.approx(-1.274737672, abs=1e-8)
+    found = diagnostics.log_predictive(
+        Model(), Guide(), new, num_globals=250, num_particles=1, seed=0
+    )
+    assert ((found.log_density - exact_predictive(new)).abs() < 4.5 * found.se).all()
+    assert (found.se < 0.15).all() and found.mean == found.log_density.mean().item()
+    pieces = diagnostics.log_predictive(
+        Model(), Guide(), new, num_globals=100, num_particles=3, max_rows=2, seed=0
+    )  # of one draw of g for all of a row's pieces: the locals are exact, so pieces change nothing
+    assert ((pieces.log_density - exact_predictive(new)).abs() < 4.5 * pieces.se).all()
+
+
+def test_the_evidence_of_all_rows() -> None:
+    exact = diagnostics.joint_evidence(Model(), Guide(), X, num_globals=30, num_particles=2, seed=0)
+    assert exact.log_evidence == pytest.approx(EVIDENCE, abs=2e-6) and exact.se < 1e-6
+    guide = Guide(1.4, 1.3, 0.1)
+    found = diagnostics.joint_evidence(Model(), guide, X, num_globals=500, num_particles=20, seed=1)
+    assert abs(found.log_evidence - EVIDENCE) < 4.5 * found.se < 0.3
+    assert found.elbo < EVIDENCE and found.khat < 0.7 and 1 < found.ess < 500
+    q, p = dist.Normal(MEAN, 1.4 * SD), dist.Normal(0.0, 2.0)
+    assert found.kl["g"] == pytest.approx(dist.kl.kl_divergence(q, p).item(), abs=0.15)
+    row = found.table.loc["g"]
+    assert row["sd"] == pytest.approx(1.4 * SD, rel=0.15)
+    assert row["weighted_sd"] == pytest.approx(SD, rel=0.15)
+    assert row["weighted_mean"] == pytest.approx(MEAN, abs=4 * SD / found.ess**0.5)
+    assert "log p(X)" in repr(found)
+
+
+def test_the_inner_estimates_are_unbiased() -> None:
+    """The mean of p^(X) is p(X) with one particle, too."""
+    found = diagnostics.joint_evidence(
+        Model(), Guide(1.3, 1.2, 0.1), X, num_globals=800, num_particles=1, seed=2
+    )
+    assert_mean((found.log_weights - EVIDENCE).exp(), 1.0)
+
+
+def test_every_piece_of_the_rows_is_at_the_same_draw() -> None:
+    """Pieces at draws of their own would estimate the product of the rows' evidences."""
+    whole, cut = (
+        diagnostics.joint_evidence(
+            Model(), Guide(), X, num_globals=25, num_particles=2, max_rows=rows, seed=0
+        )
+        for rows in (100, 1)
+    )
+    torch.testing.assert_close(cut.log_weights, whole.log_weights, rtol=0, atol=1e-5)
+
+
+def positive(x: Tensor) -> None:
+    sd = pyro.sample("sd", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("features", 2):
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(slope.sum(), sd), obs=x)
+
+
+def test_an_automatic_guide_is_evaluated_by_its_noise() -> None:
+    guide = AutoMultivariateNormal(positive, init_scale=0.6)
+    ppvae.check_pair(positive, guide, X)
+    guide.loc.data = torch.tensor([0.4, 0.5, 0.5])
+    sd = torch.linspace(-3, 4, 4001).exp()
+    of_sum = [dist.MultivariateNormal(X * 0, 2.0 + torch.eye(4) * s**2).log_prob(X) for s in sd]
+    heights = torch.stack(of_sum) + dist.Normal(0.0, 0.5).log_prob(sd.log())
+    exact = torch.trapezoid(heights.exp(), sd.log()).log().item()
+    found = diagnostics.joint_evidence(positive, guide, X, num_globals=600, num_particles=1, seed=3)
+    assert abs(found.log_evidence - exact) < 4.5 * found.se < 0.5
+    assert list(found.table.index) == ["sd", "slope[0]", "slope[1]"] and list(found.kl) == [
+        "sd+slope"
+    ]
+    model, local = diagnostics.given_globals(positive, guide, X, seed=0)
+    assert ppvae.log_weights(model, local, X).log_global is None
+
+
+def test_a_pair_at_one_draw_is_an_ordinary_one() -> None:
+    pair = diagnostics.given_globals(Model(), Guide(1.3), X, seed=0)
+    report = ppvae.diagnose(*pair, X, num_particles=50, seed=0)
+    assert (report.khat <= 0).all() and set(report.kl) == {"z"}
+    torch.manual_seed(0)
+    weights = ppvae.log_weights(Model(), Guide(1.3), X)
+    g = weights.guide_trace.nodes["g"]["value"]
+    exact = dist.Normal(g, math.sqrt(1.25)).log_prob(X)
+    torch.testing.assert_close(report.log_evidence, exact.detach(), rtol=0, atol=1e-6)
+
+
+def test_pairs_without_globals_are_sent_back() -> None:
+    pair = diagnostics.given_globals(Model(), Guide(), X, seed=0)
+    for evaluate in (diagnostics.log_predictive, diagnostics.joint_evidence):
+        with pytest.raises(ValueError, match=r"no latents outside the plate 'data'.*log_evidence"):
+            evaluate(*pair, X)
+    with pytest.raises(ValueError, match="num_globals must be at least 2"):
+        diagnostics.log_predictive(Model(), Guide(), X, num_globals=1)
+
+
+def test_the_validation_bound_is_that_of_new_rows() -> None:
+    """A mean over q(g) of log p(x | g), below the log of the mean."""
+    found = torch.stack([elbo.IWELBO(2).evaluate(Model(), Guide(), X) for _ in range(150)])
+    mean = dist.Normal(MEAN, math.sqrt(1.25)).log_prob(X) - SD**2 / 2.5
+    assert_mean(found, mean)
+    assert (mean < exact_predictive(X)).all()
+
+
+@pytest.mark.parametrize("draws", [150, pytest.param(2500, marks=pytest.mark.slow)])
+def test_leave_one_out_by_arviz_is_right(draws: int) -> None:
+    """With the locals integrated; of log p(x | z, g) it would be far off."""
+    arviz = pytest.importorskip("arviz")
+    x = torch.linspace(-2.0, 4.0, 25)
+    precision = 1 / 4 + len(x) / 1.25
+    guide = Guide()
+    guide.loc.data, guide.sd.data = x.sum() / 1.25 / precision, torch.tensor(precision**-0.5)
+    idata = diagnostics.to_arviz(Model(), guide, x, num_draws=draws, num_particles=2, seed=0)
+    log_p = idata.log_likelihood["x"]
+    assert log_p.dims == ("chain", "draw", "datapoint") and log_p.shape == (1, draws, 25)
+    assert idata.posterior["g"].dims == ("chain", "draw")
+    assert idata.posterior["z"].dims == idata.posterior_predictive["x"].dims == log_p.dims
+    assert idata.sample_stats["log_weight"].dims == ("chain", "draw")
+    assert float(idata.sample_stats["log_weight"].std()) < 1e-5
+    g = torch.from_numpy(idata.posterior["g"].values)[0]
+    exact_rows = dist.Normal(g[:, None], math.sqrt(1.25)).log_prob(x)
+    torch.testing.assert_close(torch.from_numpy(log_p.values)[0], exact_rows, rtol=0, atol=1e-6)
+    left = precision - 1 / 1.25
+    mean = (x.sum() - x) / 1.25 / left
+    exact = dist.Normal(mean, (1 / left + 1.25) ** 0.5).log_prob(x).sum().item()
+    ratios = (-exact_rows).exp()
+    se = (ratios / ratios.mean(0)).sum(1).std().item() / draws**0.5  # the rows share their draws
+    found = arviz.loo(idata)
+    elpd = float(getattr(found, "elpd_loo", getattr(found, "elpd", None)))
+    assert elpd == pytest.approx(exact, abs=4.5 * se) and se < 3 / draws**0.5
+
+
+def test_plates_of_globals_are_named_in_an_export() -> None:
+    guide = AutoNormal(positive)
+    idata = diagnostics.to_arviz(positive, guide, X, num_draws=6, num_particles=1, seed=0)
+    assert idata.posterior["slope"].dims == ("chain", "draw", "features")
+    assert idata.posterior["sd"].shape == (1, 6) and len(set(idata.posterior["sd"].values[0])) == 6
+    assert idata.prior["slope"].shape == (1, 6, 2)
+    assert set(idata.posterior.data_vars) == {"sd", "slope"}
+
+
 # ------------------------------------------------------------------------------ what is refused
 
 
