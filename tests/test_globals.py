@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import oracles
 import ppvae
 from oracles import assert_below, assert_mean, trainable
-from ppvae import diagnostics, elbo
+from ppvae import diagnostics, elbo, guides
 from ppvae.train.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -587,6 +587,65 @@ def test_plates_of_globals_are_named_in_an_export() -> None:
     assert idata.posterior["sd"].shape == (1, 6) and len(set(idata.posterior["sd"].values[0])) == 6
     assert idata.prior["slope"].shape == (1, 6, 2)
     assert set(idata.posterior.data_vars) == {"sd", "slope"}
+
+
+# ------------------------------------------------------------------------------ guides.Global
+
+
+class Local(nn.Module):
+    """q(z | x, g), or with the globals left out q(z | x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope, self.sd = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.6))
+        self.tie = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, *args) -> None:
+        *drawn, x = args
+        g = drawn[0]["g"] if drawn else 0.0
+        assert not torch.is_tensor(g) or g.dim() == 0  # no particles, no rows
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.tie * g + self.slope * x, self.sd))
+
+
+@pytest.mark.parametrize("sees", [True, False])
+@pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal])
+def test_an_automatic_guide_of_globals_beside_an_encoder(make, sees: bool) -> None:
+    model = Model()
+    guide = guides.Global(
+        functools.partial(make, init_scale=0.3), model, X, local=Local(), sees_globals=sees
+    )
+    report = ppvae.check_pair(model, guide, X) if sees else None
+    assert report is None or not any(report.gradients.values())
+    model.requires_grad_(False)
+    svi = ppvae.SVI(
+        model, guide, functools.partial(torch.optim.Adam, lr=0.05), elbo.ELBO(4, "stl"), num_rows=4
+    )
+    for _ in range(250 if sees else 2):
+        svi.step(X)
+    found = diagnostics.joint_evidence(model, guide, X, num_globals=50, num_particles=5, seed=0)
+    if sees:
+        assert abs(found.log_evidence - EVIDENCE) < 0.05 and found.se < 0.05
+        assert found.table.loc["g", "mean"] == pytest.approx(MEAN, abs=0.5)
+    fresh = guides.Global(make, model, X, local=Local(), sees_globals=sees)
+    fresh.load_state_dict(guide.state_dict())
+    log_w = []
+    for each in (guide, fresh):
+        torch.manual_seed(0)
+        log_w.append(ppvae.log_weights(model, each, X, num_particles=3).log_w)
+    assert torch.equal(*log_w)
+
+
+def test_a_guide_of_globals_refuses_what_it_is_not_for() -> None:
+    local, _ = diagnostics.given_globals(Model(), Guide(), X)
+    with pytest.raises(ValueError, match=r"nothing outside the plate 'data', but \['z'\] in it"):
+        guides.Global(AutoNormal, local, X)
+    with pytest.raises(ValueError, match=r"local is None, and the model draws \['z'\]"):
+        guides.Global(AutoNormal, Model(), X)
+    with pytest.raises(TypeError, match="local must be a guide, a program, got int"):
+        guides.Global(AutoNormal, Model(), X, local=3)
+    only = guides.Global(AutoNormal, positive, X)
+    assert ppvae.log_weights(positive, only, X).global_q.keys() >= {"sd", "slope"}
 
 
 # ------------------------------------------------------------------------------ what is refused
