@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import Delta
 from torch.distributions import biject_to
 
-from ppvae.pairs import Site, is_enumerated
+from ppvae.pairs import Site, is_enumerated, is_global
 
 
 def check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
@@ -60,20 +60,31 @@ def check_auxiliary(model_sites: dict[str, Site], guide_sites: dict[str, Site]) 
     """Refuse a guide's own site with a density, unless it is the noise of all its latents.
 
     That is how Pyro's autoguides write a density: one draw, and latents that are functions of it,
-    whose Jacobians are the log-densities of their ``Delta``.
+    whose Jacobians are the log-densities of their ``Delta``. It may be the noise of the global
+    latents alone, beside a guide of the others.
     """
-    names = guide_sites.keys() - model_sites.keys()
-    if not names:
+    if guide_sites.keys() <= model_sites.keys():
         return
+    fault = _noise_fault(model_sites, guide_sites)
+    for apart in (True, False) if fault else ():
+        p = {name: site for name, site in model_sites.items() if is_global(site) == apart}
+        q = {name: site for name, site in guide_sites.items() if is_global(site) == apart}
+        if _noise_fault(p, q):
+            raise ValueError(fault)
+
+
+def _noise_fault(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> str:
+    """What is wrong with the guide's own sites; "": nothing."""
+    names = guide_sites.keys() - model_sites.keys()
     noise = {n: guide_sites[n] for n in names if not _is_point(guide_sites[n]["fn"])}
     size = sum(site["value"].numel() for site in noise.values())
     if size == 0:  # a factor has no value
-        return
+        return ""
     latents = names ^ guide_sites.keys()
     functions = all(_is_point(guide_sites[name]["fn"]) for name in latents)
     if functions and size == sum(_unconstrained_size(model_sites[name]) for name in latents):
-        return
-    raise ValueError(
+        return ""
+    return (
         f"the guide draws {sorted(noise)} beside the model's latents, and q(z | x) would take an "
         "integral over it, so no log-weight can be formed. Give the model a site of that name, "
         "with any density r(a | z): the bound is then one of the pair with both latents"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -54,15 +54,17 @@ class Structure:
     Attributes:
         nesting: how many plate dims it uses.
         enumerated: how many latents are marked ``infer={"enumerate": "parallel"}``.
+        has_globals: whether a latent lies outside the data plate.
     """
 
     nesting: int
     enumerated: int
+    has_globals: bool = False
 
     @staticmethod
     def of(*traces: Trace) -> Structure:
         """The structure that a run had."""
-        deepest, enumerated = 0, set()
+        deepest, enumerated, has_globals = 0, set(), False
         for drawn in traces:
             for name, site in sample_sites(drawn).items():
                 if site["infer"] and is_enumerated(site):
@@ -70,11 +72,13 @@ class Structure:
                 for frame in site["cond_indep_stack"]:
                     if frame.dim is not None and frame.name != PARTICLE_PLATE:
                         deepest = min(deepest, frame.dim)
-        return Structure(-deepest, len(enumerated))
+                has_globals = has_globals or is_global(site)
+        return Structure(-deepest, len(enumerated), has_globals)
 
     def allows(self, other: Structure) -> bool:
         """Whether a run prepared for this structure is right for another."""
-        return self.nesting >= other.nesting and self.enumerated >= other.enumerated
+        deep = self.nesting >= other.nesting and self.enumerated >= other.enumerated
+        return deep and self.has_globals >= other.has_globals
 
 
 class Memory:
@@ -176,11 +180,13 @@ def run(
     kwargs: Kwargs,
     num_particles: int,
     leaves: Leaves | None = None,
+    joint: bool = False,
 ) -> tuple[Trace, Trace]:
     """Trace the guide, then the model at its draws: K particles, discrete sites enumerated.
 
     With ``leaves``, every draw that has a gradient is replaced by a detached leaf as soon as it is
-    made, so that later sites of the guide, and the model, see the leaves.
+    made, so that later sites of the guide, and the model, see the leaves. Latents outside the data
+    plate are drawn once, or, with ``joint``, once for each particle.
     """
     if fault := position_fault(guide, args, kwargs):
         raise ValueError(fault)
@@ -190,7 +196,7 @@ def run(
         leaves.weighed = _weighed.of(model, guide).setdefault("sites", set())
     if found is not None:
         try:
-            traces = _run(model, guide, args, kwargs, num_particles, leaves, found)
+            traces = _run(model, guide, args, kwargs, num_particles, leaves, joint, found)
         except (ValueError, RuntimeError, IndexError):  # an inner plate that was not there before
             if found.allows(_find_structure(model, guide, args, kwargs)):
                 raise
@@ -199,9 +205,10 @@ def run(
                 return traces
         if leaves is not None:
             leaves.pairs.clear()
+            leaves.names.clear()
             leaves.shown.clear()
     found = known[call] = _find_structure(model, guide, args, kwargs)
-    return _run(model, guide, args, kwargs, num_particles, leaves, found)
+    return _run(model, guide, args, kwargs, num_particles, leaves, joint, found)
 
 
 def _run(
@@ -211,6 +218,7 @@ def _run(
     kwargs: Kwargs,
     num_particles: int,
     leaves: Leaves | None,
+    joint: bool,
     found: Structure,
 ) -> tuple[Trace, Trace]:
     drawing, scoring = guide, model
@@ -219,7 +227,7 @@ def _run(
         recycles = found.enumerated > _MOST_DIMS
         drawing = Enumerate(recycles, first_available_dim=-1 - leftmost)(guide)
         scoring = Enumerate(recycles)(model)
-    with particle_plate(found, num_particles):
+    with particle_plate(found, num_particles, joint):
         with leaves or nullcontext():
             guide_trace = trace(drawing, args, kwargs)
         return guide_trace, replay(scoring, guide_trace, args, kwargs)
@@ -268,6 +276,7 @@ class Leaves(Messenger):
 
     Attributes:
         pairs: (z, z.detach()) of each draw.
+        names: of the sites of these draws.
         shown: of each draw the mask of its density, that broadcasts to z; None: nothing is hidden.
         weighed: names of sites whose density is known to be that of the value, whatever tensor
             holds it.
@@ -279,6 +288,7 @@ class Leaves(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.names: list[str] = []
         self.shown: list[Tensor | None] = []
         self.weighed: set[str] = set()
 
@@ -289,6 +299,7 @@ class Leaves(Messenger):
             leaf = smooth.detach().requires_grad_()
             leaf._cut_from = smooth  # type: ignore[attr-defined]  # a density may belong to it
             self.pairs.append((smooth, leaf))
+            self.names.append(msg["name"])
             self.shown.append(shown(msg, smooth))
             msg["value"] = leaf
             if smooth is not value:
@@ -296,6 +307,12 @@ class Leaves(Messenger):
                 msg["value"]._unquantize = leaf
             if msg["name"] not in self.weighed:
                 self._require_equal(msg, value)
+
+    def not_of_rows(self, names: Collection[str]) -> None:
+        """Take some draws for such whose log q is in no log-weight: they have no score there."""
+        for i, name in enumerate(self.names):
+            if name in names:
+                self.shown[i] = torch.zeros((), dtype=torch.bool, device=self.pairs[i][0].device)
 
     def _require_equal(self, msg: Any, value: Tensor) -> None:
         if not weighs_alike(msg, value, msg["value"]):
@@ -383,11 +400,20 @@ def moved(value: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
     return result
 
 
-def particle_plate(found: Structure, num_particles: int) -> Any:
+def particle_plate(found: Structure, num_particles: int, joint: bool = False) -> Any:
     """The plate left of all others, of K particles; nothing for K = 1."""
     if num_particles == 1:
         return nullcontext()
-    return pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - found.nesting)
+    plate = _LocalParticles if found.has_globals and not joint else pyro.plate
+    return plate(PARTICLE_PLATE, num_particles, dim=-1 - found.nesting)
+
+
+class _LocalParticles(pyro.plate):
+    """Particles of what lies in the data plate; what does not has one draw for all of them."""
+
+    def _process_message(self, msg: Any) -> None:
+        if any(frame.name == DATA_PLATE for frame in msg["cond_indep_stack"]):
+            super()._process_message(msg)
 
 
 def trace(program: Program, args: Args, kwargs: Kwargs) -> Trace:
@@ -464,6 +490,14 @@ def sample_sites(drawn: Trace) -> dict[str, Site]:
         and not site["infer"].get("_deterministic")
         and (site["is_observed"] or "_intervener_id" not in site)
     }
+
+
+def is_global(site: Site) -> bool:
+    """Whether a latent lies outside the data plate: one value for all rows."""
+    if site["is_observed"]:
+        return False
+    names = [frame.name for frame in site["cond_indep_stack"]]
+    return DATA_PLATE not in names
 
 
 def is_enumerated(site: Site) -> bool:

@@ -239,6 +239,11 @@ def sum_plates(site: Site, values: Tensor, leftmost: int, joint: bool = False) -
     return values
 
 
+def sum_whole(site: Site, values: Tensor) -> Tensor:
+    """Values of a site's batch shape, summed over all its plates at their full size: 0-d."""
+    return _declared(site, values, {}).sum()
+
+
 def leftmost_plate(sites: list[Site]) -> int:
     """The leftmost plate dim, particles included; enumeration dims lie left of it."""
     dims = [frame.dim for site in sites for frame in site["cond_indep_stack"]]

@@ -16,7 +16,8 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from ppvae.arguments import require_programs, takes_numbers
-from ppvae.enumeration import sum_out, total
+from ppvae.enumeration import sum_of, sum_out, total
+from ppvae.global_latents import global_names, log_densities, refusal
 from ppvae.latents import check_auxiliary, check_latents
 from ppvae.pairs import (
     DATA_PLATE,
@@ -68,6 +69,8 @@ class LogWeights:
             Only a linear bound may use it.
         leftmost: the leftmost plate dim of the traces; enumeration dims lie left of it.
         joint: whether there is one weight per batch (N = 1) instead of one per datapoint.
+        global_p, global_q: log-densities of the latents outside the data plate, 0-d each; they are
+            drawn once, and are in none of the above.
         guide_trace, model_trace: the Pyro traces, with the draws.
         pair: model, guide, args and kwargs they came from.
     """
@@ -86,6 +89,15 @@ class LogWeights:
     guide_trace: Trace = field(repr=False)
     model_trace: Trace = field(repr=False)
     pair: tuple[Program, Program, tuple[Any, ...], dict[str, Any]] = field(repr=False)
+    global_p: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    global_q: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def log_global(self) -> Tensor | None:
+        """log p(g) - log q(g) of the global latents, 0-d, nats; None: there are none."""
+        if not self.global_q:
+            return None
+        return sum_of([*self.global_p.values(), *(-t for t in self.global_q.values())])
 
     @cached_property
     def log_p(self) -> dict[str, Tensor]:
@@ -142,6 +154,13 @@ class LogWeights:
                     found[name] = found[name]._replace(values=found[name].values * scale)
         return found
 
+    def all_terms(self, program: str) -> dict[str, Tensor]:
+        """The terms of the ``"model"`` or ``"guide"``, ``(..., K, N)``; of a global, ``(1, 1)``."""
+        local, apart = self.log_q, self.global_q
+        if program == "model":
+            local, apart = self.log_p, self.global_p
+        return {**{name: t.reshape(1, 1) for name, t in apart.items()}, **local}
+
     def model_factors(self) -> dict[str, Term]:
         """What log p is a product of: terms, and of enumerated latents the unmasked ones."""
         return {name: self.factors.get(("model", name), term) for name, term in self.p.items()}
@@ -154,9 +173,10 @@ class LogWeights:
 
     def kl_valid(self) -> frozenset[str]:
         """Latents whose closed-form KL(q || p) has the expectation of log q - log p."""
-        if len(self.q) == 1:
+        if len(self.q) == 1 and not self.global_q:
             return frozenset(self.q)
-        return closed_form_kl_valid(*self.pair, order=(*self.q, *self.p))
+        order = (*self.global_q, *self.q, *self.global_p, *self.p)
+        return closed_form_kl_valid(*self.pair, order=order)
 
 
 @takes_numbers
@@ -179,15 +199,17 @@ def log_weights(
         *args: what both are called with, e.g. ``x`` or ``x, y``.
         num_particles: K >= 1, drawn in one vectorised pass.
         joint: for a pair with latents outside the data plate: one weight per particle for the
-            whole batch, ``log_w`` of shape ``(K, 1)``.
+            whole batch, ``log_w`` of shape ``(K, 1)``. By default such latents are drawn once, and
+            the weights are those given them.
         **kwargs: passed to both programs.
 
     Returns:
         :class:`LogWeights`, with ``log_w`` of shape ``(K, N)`` in nats.
 
     Raises:
-        ValueError: the sites of model and guide differ, a site lies outside the data plate, or a
-            program calls ``pyro.param``; the message names the site and the cure.
+        ValueError: the sites of model and guide differ, an observed site lies outside the data
+            plate, a latent does so in one program alone, or a program calls ``pyro.param``; the
+            message names the site and the cure.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch, ppvae
@@ -211,7 +233,8 @@ def log_weights(
         raise ValueError(
             f"num_particles must be at least 1, and below 2 ** 63, got {num_particles}"
         )
-    return weigh(model, guide, args, {**kwargs, "joint": joint}, num_particles)
+    kwargs["joint"] = joint
+    return weigh(model, guide, args, kwargs, num_particles, with_globals=True)
 
 
 def drawn_log_q(weights: LogWeights) -> Tensor:
@@ -279,6 +302,7 @@ def weigh(
     *,
     leaves: Leaves | None = None,
     along_path: bool = False,
+    with_globals: bool = False,
 ) -> LogWeights:
     """:func:`log_weights`, of the arguments of a call, for gradients of one kind or another.
 
@@ -289,13 +313,27 @@ def weigh(
             then functions of these, for gradients along the sample path only.
         along_path: fewer operations, for total derivatives in the parameters only: log q of a
             normal draw is a function of the noise, so it has no slope in the draw itself.
+        with_globals: the caller knows what to do with ``global_p`` and ``global_q``; a pair that
+            has them is refused otherwise.
     """
     kwargs = dict(kwargs)
     joint: bool = kwargs.pop("joint", False)
     with own_path():
-        guide_trace, model_trace = run(model, guide, args, kwargs, num_particles, leaves)
+        guide_trace, model_trace = run(model, guide, args, kwargs, num_particles, leaves, joint)
         guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
         check_latents(model_sites, guide_sites)
+        observed = frozenset(name for name, site in model_sites.items() if site["is_observed"])
+        global_p: dict[str, Tensor] = {}
+        global_q: dict[str, Tensor] = {}
+        if not joint and (names := global_names(model_sites, guide_sites)):
+            if not with_globals:
+                raise refusal(names)
+            global_p = log_densities(model_sites, names, False)
+            global_q = log_densities(guide_sites, names, along_path)
+            model_sites = {n: site for n, site in model_sites.items() if n not in names}
+            guide_sites = {n: site for n, site in guide_sites.items() if n not in names}
+            if leaves is not None:
+                leaves.not_of_rows(names)
         check_auxiliary(model_sites, guide_sites)
         scale, site_scales = _scales({"model": model_sites, "guide": guide_sites}, joint)
         leftmost, letters = (
@@ -326,7 +364,7 @@ def weigh(
         log_w=log_w,
         p=p,
         q=q,
-        observed=frozenset(name for name, site in model_sites.items() if site["is_observed"]),
+        observed=observed,
         letters=letters,
         enumerated=enumerated,
         factors=factors,
@@ -337,6 +375,8 @@ def weigh(
         guide_trace=guide_trace,
         model_trace=model_trace,
         pair=(model, guide, args, kwargs),
+        global_p=global_p,
+        global_q=global_q,
     )
 
 
@@ -352,19 +392,20 @@ def whole_weights(
     kwargs: Mapping[str, Any],
     num_particles: int,
     estimates: bool = False,
+    with_globals: bool = False,
 ) -> LogWeights:
     """Log-weights of whole datapoints, and of all that the call is given.
 
     What is reported as a bound, as log p(x) or as information is made of these.
 
     Args:
-        model, guide, args, kwargs, num_particles: as :func:`weigh` has them.
+        model, guide, args, kwargs, num_particles, with_globals: as :func:`weigh` has them.
         estimates: allow densities that are estimated or not normalised, for what uses draws alone.
 
     Raises:
         ValueError: a plate subsamples itself; a log-density is none.
     """
-    weights = weigh(model, guide, args, kwargs, num_particles)
+    weights = weigh(model, guide, args, kwargs, num_particles, with_globals=with_globals)
     require_whole({"model": weights.model_trace, "guide": weights.guide_trace}, args, kwargs)
     if not estimates:
         require_densities(weights.guide_trace, weights.model_trace)

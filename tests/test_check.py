@@ -145,9 +145,9 @@ def test_plates():
         return Global()
 
     pair = with_global(Model), with_global(Toy)
-    message = refused(*pair, X, match=("'w' of the model", "'w' of the guide", "joint=True"))
-    assert "'x'" not in message
+    assert "but ['w'], drawn once for all rows, lies in the plate" in repr(check_pair(*pair, X))
     check_pair(*pair, X, joint=True)
+    refused(pair[0], Toy(("z", "w")), X, match=("'w' of the model lies outside", "joint=True"))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])

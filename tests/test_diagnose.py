@@ -820,8 +820,14 @@ def test_global_latents_are_refused():
     def guide(x):
         pyro.sample("t", dist.Normal(x.mean(), 1.0))
 
-    with pytest.raises(ValueError, match="site 't' of the model lies outside the plate 'data'"):
+    with pytest.raises(ppvae.PairError, match=r"'t' of the guide: .* changes with the rows.*joint"):
         diagnose(model, guide, torch.randn(5))
+
+    def constant(x):
+        pyro.sample("t", dist.Normal(0.5, 1.0))
+
+    with pytest.raises(ValueError, match="site 't' lies outside the plate 'data': it is global"):
+        diagnose(model, constant, torch.randn(5))
 
 
 def test_a_point_mass_has_no_weights():

@@ -22,6 +22,7 @@ PAIR = {
     "latents",
     "terms",
     "enumeration",
+    "global_latents",
     "weights",
 }
 # A part may import itself and these, in functions and for types too. "ppvae", the top-level
@@ -36,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "latents": {"pairs"},
     "terms": {"pairs", "distributions"},
     "enumeration": {"terms"},
-    "weights": {"arguments", "pairs", "latents", "terms", "enumeration"},
+    "global_latents": {"latents", "pairs", "terms"},
+    "weights": {"arguments", "pairs", "latents", "terms", "enumeration", "global_latents"},
     "local": PAIR,
     "intake": {"data", "program", "wrapped"},
     "chain": {"pairs"},

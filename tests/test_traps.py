@@ -358,17 +358,17 @@ def test_a5_weights_of_a_whole_batch_are_refused_or_asked_for() -> None:
 
     exact = dist.Normal(0.0, 2**0.5).log_prob(x).sum().item()
     stock = RenyiELBO(alpha=0, num_particles=10, vectorize_particles=True, max_plate_nesting=0)
-    silent = torch.tensor([-stock.loss(model, guide, x) for _ in range(40)])
+    silent = torch.tensor([-stock.loss(model, guide, x) for _ in range(200)])
     estimator = elbo.IWELBO(10)
     with pytest.raises(ValueError, match=r"site '[xz]' lies outside the plate 'data'"):
         estimator(model, guide)(x)
     with pytest.raises(ppvae.PairError, match="outside the plate 'data'"):
         ppvae.SVI(model, guide, torch.optim.Adam, estimator).step(x)
-    joint = torch.stack([-estimator(model, guide)(x, joint=True) for _ in range(40)])
-    tight = torch.stack([-estimator(plated(model), plated(guide))(x) for _ in range(40)])
+    joint = torch.stack([-estimator(model, guide)(x, joint=True) for _ in range(200)])
+    tight = torch.stack([-estimator(plated(model), plated(guide))(x) for _ in range(200)])
     for values in (silent, joint, tight):
         assert_below(values, exact)
-    noise = (joint.var() / 40 + tight.var() / 40).sqrt()
+    noise = (joint.var() / 200 + tight.var() / 200).sqrt()
     assert tight.mean() - joint.mean() > 4 * noise
     assert_mean(joint - silent, 0.0)
 

@@ -73,6 +73,8 @@ def keeps_apart(weights: LogWeights, num_particles: int, keywords: bool = False)
     model, guide, _, _ = weights.pair
     with _perturbed_statistics(model, guide):
         again = _Replays(weights, keywords)
+        if grows := _grows_with_rows(again):
+            return Apart(grows)
         drawn = again.drawn
         try:
             terms = again.terms(drawn)
@@ -147,17 +149,38 @@ def leakage_faults(again: _Replays, terms: Terms) -> list[str]:
         "keyword, which is never cut"
         for i in tables
     ]
+    apart = again.weights.global_q.keys() | again.weights.global_p.keys()
+    faults += [
+        f"site {name!r} of the {role}: the density of a global latent changes with the rows that "
+        "are given, and the bound of a minibatch would be none of all data. Let it have parameters "
+        "of its own, or, for all data at once, ask for one weight: joint=True"
+        for role, name in changed
+        if name in apart
+    ]
     faults += [
         f"site {name!r} of the {role}: the log-probability of one datapoint changes with the data "
         "or draws of the others, so there is no weight per datapoint. Compute each from its own "
         "data: no mean over dim 0, attention over rows, batch norm without running statistics"
         for role, name in changed
+        if name not in apart
     ]
     return faults or [
         f"site {name!r} of the {role}: the log-probability of one datapoint changes with how many "
         f"there are: others in a batch of 2 than in one of {again.rows}. Divide "
         "by no number of rows: a minibatch is scaled by pyro.plate(size=...), outside the sites"
         for role, name in _changed_by_size(again)
+    ]
+
+
+def _grows_with_rows(again: _Replays) -> list[str]:
+    """Global latents of which there are as many values as there are rows."""
+    some, all_rows = again.weights.guide_trace.nodes, again.whole.guide_trace.nodes
+    return [
+        f"latent {name!r} lies outside the plate {DATA_PLATE!r}, and its shape changes with the "
+        f"number of rows: {tuple(some[name]['value'].shape)} for {again.weights.log_w.shape[1]}, "
+        f"{tuple(all_rows[name]['value'].shape)} for {again.rows}. Draw it inside of the plate"
+        for name in again.weights.global_q
+        if some[name]["value"].shape != all_rows[name]["value"].shape
     ]
 
 
@@ -486,8 +509,11 @@ def _particle(site: Any, k: int) -> Tensor:
 
 
 def _terms(weights: LogWeights) -> Terms:
-    programs = (("model", weights.log_p), ("guide", weights.log_q))
-    return {(role, name): t.detach() for role, terms in programs for name, t in terms.items()}
+    return {
+        (role, name): t.detach()
+        for role in ("model", "guide")
+        for name, t in weights.all_terms(role).items()
+    }
 
 
 def _different(terms: Terms, others: Terms, tolerance: float = _RTOL) -> list[tuple[str, str]]:

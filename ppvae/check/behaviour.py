@@ -96,7 +96,8 @@ def _elementwise(transform: Transform) -> Transform:
 def different_supports(weights: LogWeights) -> dict[str, str]:
     """Latents of which the guide has not the model's support, or does not say, and what follows."""
     found = {}
-    for name in weights.q.keys() & weights.p.keys() - weights.enumerated.keys():
+    shared = {**weights.global_p, **weights.p}.keys() & {**weights.global_q, **weights.q}.keys()
+    for name in shared - weights.enumerated.keys():
         q, p = (t.nodes[name]["fn"] for t in (weights.guide_trace, weights.model_trace))
         has, wanted = latent_support(q), latent_support(p)
         if has is None or wanted is None:
@@ -211,7 +212,8 @@ def foreign_parameter(weights: LogWeights) -> str:
 
 
 def _total(weights: LogWeights) -> Tensor:
-    return torch.stack([t.sum() for t in (*weights.log_p.values(), *weights.log_q.values())]).sum()
+    terms = (t for role in ("model", "guide") for t in weights.all_terms(role).values())
+    return torch.stack([t.sum() for t in terms]).sum()
 
 
 def possible_gradients(weights: LogWeights) -> dict[str, str]:
@@ -221,6 +223,11 @@ def possible_gradients(weights: LogWeights) -> dict[str, str]:
         name, why = next(iter(points.items()))
         only = f"latent {name!r} is {why}, drawn once: only elbo.ELBO(), pathwise"
         return reasons | dict.fromkeys(GRADIENTS[1:], only)
+    for name in weights.global_q:
+        fn = weights.guide_trace.nodes[name]["fn"]
+        if not fn.has_rsample:
+            why = f"{kind(fn)} at the global latent {name!r} has no reparameterised sampler"
+            reasons |= dict.fromkeys(GRADIENTS, why)
     for name in weights.latents:
         site = weights.guide_trace.nodes[name]
         which = f"{kind(site['fn'])} at latent {name!r}"
@@ -234,7 +241,8 @@ def possible_gradients(weights: LogWeights) -> dict[str, str]:
     if not reasons["stl"]:
         model, guide, args, kwargs = weights.pair
         try:
-            weigh(model, guide, args, {**kwargs, "joint": weights.joint}, 1, leaves=Leaves())
+            options = {**kwargs, "joint": weights.joint}
+            weigh(model, guide, args, options, 1, leaves=Leaves(), with_globals=True)
         except (NoInverse, NotAtCopies) as error:
             reasons |= dict.fromkeys(("stl", "dreg"), str(error))
     return reasons

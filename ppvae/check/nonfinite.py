@@ -53,8 +53,8 @@ def blame(model: Program, guide: Program, *args: Any, num_particles: int = 1, **
     owners = [owner for owner in map(module_of, (model, guide)) if owner is not None]
     trained = [p for o in owners for p in own_parameters(o).values() if p.requires_grad]
     programs = (
-        ("guide", weights.guide_trace, weights.log_q),
-        ("model", weights.model_trace, weights.log_p),
+        ("guide", weights.guide_trace, weights.all_terms("guide")),
+        ("model", weights.model_trace, weights.all_terms("model")),
     )
     for role, trace, terms in programs:
         for name, term in terms.items():

@@ -113,9 +113,10 @@ def check_batch(
     Everything that trains or evaluates calls it on a first batch, so that all accept the same
     pairs. Checked: the data have equal length, are not empty, and dense; both programs run; the
     guide has the model's latents and no others, with the same event shapes and in their support;
-    every site lies in the plate ``"data"`` and declares its other dimensions as event; the
-    observations fit the likelihood's shape and support, or are masked; no log-probability is NaN
-    or infinitely large, whatever the data hold; none changes with the other rows or their number,
+    every site lies in the plate ``"data"``, or is a latent outside of it in both programs, and
+    declares its other dimensions as event; the observations fit the likelihood's shape and
+    support, or are masked; no log-probability is NaN or infinitely large, whatever the data hold;
+    none changes with the other rows or their number,
     nor with the other values of an enumerated latent, nor, if there are to be several, with the
     other particles. A module with a method ``check(values)``, such as
     ``nets.OneHot``, is asked about an argument it is called with.
@@ -276,13 +277,14 @@ def _weigh(
     model_sites = run_alone("model", model, args, kwargs)  # from its own prior
     faults += latent_faults(_at_draws(model, args, kwargs, guide_sites) or model_sites, guide_sites)
     if not joint:
-        faults += plate_faults("model", model_sites) + plate_faults("guide", guide_sites)
+        faults += plate_faults("model", model_sites, guide_sites)
+        faults += plate_faults("guide", guide_sites, model_sites)
     faults += _data_faults(model, args, model_sites, checks)
     if faults:
         raise PairError("\n".join(faults))
     make = functools.partial(whole_weights, estimates=True) if whole else weigh
     try:
-        weights = make(model, guide, tuple(args), {**kwargs, "joint": joint}, 1)
+        weights = make(model, guide, tuple(args), {**kwargs, "joint": joint}, 1, with_globals=True)
     except ValueError as error:
         raise PairError(reason(error)) from error
     if faults := weight_faults(weights):

@@ -97,7 +97,8 @@ def answer(weights: LogWeights, apart: Apart) -> Iterator[Answer]:
 
 def _latents(weights: LogWeights) -> Answer:
     """Whether the guide's latents are the model's, and cover them."""
-    latents = [name for name in weights.latents if name in weights.p]
+    known = {**weights.global_p, **weights.p}
+    latents = [name for name in (*weights.global_q, *weights.latents) if name in known]
     different = {} if point_masses(weights) else different_supports(weights)
     equal = "equal event shapes" if different else "equal event shapes and support"
     notes = [f"latent {name!r}: {why}" for name, why in different.items()]
@@ -116,7 +117,9 @@ def _data(weights: LogWeights) -> Answer:
     """What is observed; that it fits has been looked at before."""
     nodes = weights.model_trace.nodes
     observed = [n for n in sorted(weights.observed) if not nodes[n]["infer"].get("is_auxiliary")]
-    plates = "" if weights.joint else "every site lies in the plate 'data', and "
+    shared = [name for name in weights.global_q if name in weights.global_p]
+    but = f" but {shared}, drawn once for all rows," if shared else ""
+    plates = "" if weights.joint else f"every site{but} lies in the plate 'data', and "
     fits = f"data {observed} have the likelihood's shape and lie in its support"
     return Answer([fits, f"{plates}all log-probabilities are numbers"])
 

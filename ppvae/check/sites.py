@@ -13,7 +13,17 @@ from torch import Tensor
 from ppvae.distributions import VonMises, WordCounts
 from ppvae.distributions.supports import ByColumn, heads_that_fit
 from ppvae.latents import check_auxiliary, check_latents
-from ppvae.pairs import DATA_PLATE, Site, is_discrete, kind, law, shown, unrounded, weighs_alike
+from ppvae.pairs import (
+    DATA_PLATE,
+    Site,
+    is_discrete,
+    is_global,
+    kind,
+    law,
+    shown,
+    unrounded,
+    weighs_alike,
+)
 from ppvae.weights import LogWeights
 
 
@@ -91,13 +101,19 @@ def _is_weighed_rounded(q: Site, p: Site) -> bool:
     return weighs_alike(p, value, value.clone()) and not weighs_alike(q, value, value.clone())
 
 
-def plate_faults(role: str, sites: dict[str, Site]) -> list[str]:
-    """Sites outside the data plate, or with batch dimensions that no plate declares."""
+def plate_faults(role: str, sites: dict[str, Site], others: dict[str, Site]) -> list[str]:
+    """Sites outside the data plate, or with batch dimensions that no plate declares.
+
+    Args:
+        role, sites: of one program.
+        others: of the other one; a latent that lies outside in both is global, which is no fault.
+    """
     faults = []
     for name, site in sites.items():
         plates = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
         shape = tuple(site["fn"].batch_shape)
-        if DATA_PLATE not in plates:
+        is_agreed = is_global(site) and is_global(others.get(name, site))
+        if DATA_PLATE not in plates and not is_agreed:
             faults.append(
                 f"site {name!r} of the {role} lies outside the plate {DATA_PLATE!r}; put it inside "
                 f'`with pyro.plate("{DATA_PLATE}", len(x)):` (of the autoguides, AutoNormal keeps '
@@ -108,6 +124,7 @@ def plate_faults(role: str, sites: dict[str, Site]) -> list[str]:
                 f"site {name!r} of the {role} has batch shape {shape}, of which its plates "
                 f"{plates} declare only some dimensions; declare the others as event dimensions, "
                 "with .to_event(1) on its distribution"
+                + (f'; a latent of rows belongs into the plate "{DATA_PLATE}"' if is_agreed else "")
             )
     return faults
 
@@ -145,8 +162,8 @@ def weight_faults(weights: LogWeights) -> list[str]:
         f"{int(bad.sum())} of {bad.numel()} datapoints, the first is row "
         f"{int(bad.flatten(0, -2).any(0).nonzero()[0])}; scale the data to about unit size, and "
         "check the initial values and that no predicted scale over- or underflows"
-        for role, terms in (("model", weights.log_p), ("guide", weights.log_q))
-        for name, term in terms.items()
+        for role in ("model", "guide")
+        for name, term in weights.all_terms(role).items()
         if (bad := ~(term < torch.inf)).any()
     ]
 

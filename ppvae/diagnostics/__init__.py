@@ -9,6 +9,13 @@ from ppvae.diagnostics.compare_posteriors import PosteriorComparison, compare_po
 from ppvae.diagnostics.diagnose import diagnose
 from ppvae.diagnostics.evidence import Evidence, log_evidence
 from ppvae.diagnostics.gaps import Gaps, gaps
+from ppvae.diagnostics.given_globals import (
+    JointEvidence,
+    LogPredictive,
+    given_globals,
+    joint_evidence,
+    log_predictive,
+)
 from ppvae.diagnostics.hmc import hmc
 from ppvae.diagnostics.metropolis import metropolis
 from ppvae.diagnostics.missing import Imputation, impute
@@ -29,6 +36,8 @@ __all__ = [
     "Evidence",
     "Gaps",
     "Imputation",
+    "JointEvidence",
+    "LogPredictive",
     "PosteriorComparison",
     "PosteriorDraws",
     "PredictiveCheck",
@@ -42,10 +51,13 @@ __all__ = [
     "compare_posteriors",
     "diagnose",
     "gaps",
+    "given_globals",
     "hmc",
     "impute",
+    "joint_evidence",
     "khat",
     "log_evidence",
+    "log_predictive",
     "metropolis",
     "nuts",
     "predictive_check",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from pyro.poutine import Trace
+from pyro.poutine.replay_messenger import ReplayMessenger
 from torch import Tensor
 
 from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.arviz_versions import Variables, bundle, require_arviz
 from ppvae.diagnostics.evidence import Evidence, summarise
-from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data, take
+from ppvae.diagnostics.given_globals import Given, each_draw, joint_log_weight
+from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data, evaluating, take
 from ppvae.enumeration import draw
 from ppvae.intake import takes_rows
 from ppvae.pairs import (
@@ -52,6 +54,8 @@ def to_arviz(
     dims: dict[str, list[str]] | None = None,
     joint: bool = False,
     predictive: bool = True,
+    num_particles: int = 100,
+    max_rows: int = 10_000,
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -69,6 +73,10 @@ def to_arviz(
     conditional log p(x | z) at draws of a local z is not written: LOO and WAIC computed from it
     are wrong by hundreds of nats. Compare models by their marginal log p(x) of held-out data.
 
+    Of a pair with latents outside the data plate each draw is one of these, and of the locals given
+    it. ``log_likelihood`` then has chain and draw, (chain, draw, datapoint): log p(x | g) with the
+    locals integrated, of which ``az.loo`` is right. ``log_weight`` is that of all data at a draw.
+
     Args:
         model, guide: Pyro programs.
         *args: data, as both are called, e.g. ``x`` or ``x, y``; every draw is kept for every
@@ -81,6 +89,8 @@ def to_arviz(
         joint: for a pair with latents outside the data plate: one weight per draw for the whole
             batch.
         predictive: draw x too; False where the likelihood cannot be drawn from.
+        num_particles, max_rows: for latents outside the data plate: how many particles integrate
+            the locals at each draw, and how many rows of these are computed at once.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
         **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
@@ -106,7 +116,12 @@ def to_arviz(
     require_arviz()
     check_at_least(1, num_draws=num_draws)
     _check_labels(coords, dims)
-    check_pair_and_data(model, guide, args, joint=joint)
+    check_at_least(1, num_particles=num_particles, max_rows=max_rows)
+    check_pair_and_data(model, guide, args, joint=joint, with_globals=True)
+    if not joint and structure(model, guide, args, {}).has_globals:
+        with evaluating(model, guide, args, seed):
+            found = each_draw(model, guide, args, num_draws, num_particles, max_rows)
+            return bundle(_by_global(model, guide, args, found, dims, predictive), coords)
     weights, traces = _draw(model, guide, args, num_draws, joint, predictive, seed)
     numbers = summarise(weights.log_w) if num_draws > 1 else {}
     return _export(weights, traces, numbers, _constants(model, args, weights), coords, dims)
@@ -183,25 +198,62 @@ def _draw(
     seed: int | None,
 ) -> tuple[LogWeights, dict[str, Trace]]:
     """Log-weights, and traces by name: posterior, prior and, if wanted, predictive."""
-    free = unconditioned(model)
     traces: dict[str, Trace] = {}
     with torch.no_grad(), evaluation_mode(model, guide), own_path(), seeded(seed, *args):
         weights = whole_weights(model, guide, args, {"joint": joint}, num_draws)
         traces["posterior"] = _with_summed_out(weights)
-        with particle_plate(structure(model, guide, args, {}), num_draws):
-            traces["conditional"] = replay(model, traces["posterior"], args, {})
-            if not predictive:
-                traces["prior"] = trace(model, args, {})
-                return weights, traces
-            try:
-                traces["predictive"] = replay(free, traces["posterior"], args, {})
-                traces["prior"] = trace(free, args, {})
-            except (ValueError, NotImplementedError) as error:
-                raise ValueError(
-                    f"x cannot be drawn from the model: {reason(error)}. predictive=False exports "
-                    "the latents without posterior_predictive and prior_predictive"
-                ) from error
+        with particle_plate(structure(model, guide, args, {}), num_draws, joint):
+            _draw_model(model, args, traces, predictive)
     return weights, traces
+
+
+def _draw_model(model: Program, args: Args, traces: dict[str, Trace], predictive: bool) -> None:
+    """Add what the model draws, on its own and at the latents of ``traces["posterior"]``."""
+    traces["conditional"] = replay(model, traces["posterior"], args, {})
+    if not predictive:
+        traces["prior"] = trace(model, args, {})
+        return
+    free = unconditioned(model)
+    try:
+        traces["predictive"] = replay(free, traces["posterior"], args, {})
+        traces["prior"] = trace(free, args, {})
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"x cannot be drawn from the model: {reason(error)}. predictive=False exports "
+            "the latents without posterior_predictive and prior_predictive"
+        ) from error
+
+
+def _by_global(
+    model: Program,
+    guide: Program,
+    args: Args,
+    found: Iterable[Given],
+    dims: dict[str, list[str]] | None,
+    predictive: bool,
+) -> dict[str, Variables]:
+    """All groups of a pair with global latents, draw by draw."""
+    each: list[dict[str, Variables]] = []
+    for given in found:
+        at = ReplayMessenger(trace=given.drawn)(guide)
+        weights = whole_weights(model, at, args, {}, 1, with_globals=True)
+        traces = {"posterior": _with_summed_out(weights)}
+        _draw_model(model, args, traces, predictive)
+        groups = _groups(weights, traces, dims)
+        name = min(weights.observed) if len(weights.observed) == 1 else "joint"
+        log_p, log_w = given.log_p[None, None].numpy(), joint_log_weight(given)[None, None].numpy()
+        groups["log_likelihood"] = {name: (["chain", "draw", "datapoint"], log_p)}
+        groups["sample_stats"] = {"log_weight": (["chain", "draw"], log_w)}
+        each.append(groups)
+    together = {}
+    for group, variables in each[0].items():
+        together[group] = {
+            name: (labels, values)
+            if labels[:1] != ["chain"]
+            else (labels, np.concatenate([groups[group][name][1] for groups in each], 1))
+            for name, (labels, values) in variables.items()
+        }
+    return together | {"constant_data": _constants(model, args, weights)}
 
 
 def _with_summed_out(weights: LogWeights) -> Trace:
@@ -239,18 +291,7 @@ def _export(
 ) -> Any:
     """All groups; ``numbers`` are columns of :class:`~ppvae.diagnostics.Evidence`, or nothing."""
     observed = weights.observed
-    latents = [n for n in traces["posterior"].nodes if n in weights.log_p and n not in observed]
-    posterior, prior = (
-        _variables(traces[name], latents, dims, draws=True, only="latent")
-        for name in ("posterior", "prior")
-    )
-    posterior |= _deterministic(traces["conditional"], dims)
-    prior |= _deterministic(traces["prior"], dims)
-    groups = {"posterior": posterior, "prior": prior}
-    groups["observed_data"] = _variables(weights.model_trace, observed, dims)
-    if "predictive" in traces:
-        for group, drawn in (("posterior", traces["predictive"]), ("prior", traces["prior"])):
-            groups[f"{group}_predictive"] = _variables(drawn, observed, dims, draws=True)
+    groups = _groups(weights, traces, dims)
 
     def by_datapoint(values: Tensor, *labels: str) -> tuple[list[str], Any]:
         array = values.detach().cpu().numpy()
@@ -266,6 +307,27 @@ def _export(
         statistics["log_evidence_se"] = by_datapoint(numbers["log_evidence_se"])
     groups |= {"sample_stats": statistics, "constant_data": constants}
     return bundle(groups, coords)
+
+
+def _groups(
+    weights: LogWeights, traces: dict[str, Trace], dims: dict[str, list[str]] | None
+) -> dict[str, Variables]:
+    """The groups of draws and of data."""
+    observed = weights.observed
+    known = weights.log_p.keys() | weights.global_p.keys()
+    latents = [n for n in traces["posterior"].nodes if n in known and n not in observed]
+    posterior, prior = (
+        _variables(traces[name], latents, dims, draws=True, only="latent")
+        for name in ("posterior", "prior")
+    )
+    posterior |= _deterministic(traces["conditional"], dims)
+    prior |= _deterministic(traces["prior"], dims)
+    groups = {"posterior": posterior, "prior": prior}
+    groups["observed_data"] = _variables(weights.model_trace, observed, dims)
+    if "predictive" in traces:
+        for group, drawn in (("posterior", traces["predictive"]), ("prior", traces["prior"])):
+            groups[f"{group}_predictive"] = _variables(drawn, observed, dims, draws=True)
+    return groups
 
 
 def _constants(model: Program, args: Args, weights: LogWeights) -> Variables:

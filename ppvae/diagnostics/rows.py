@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ppvae.check.pair import check_batch, check_shapes, check_tensors, check_values
 from ppvae.check.programs import FAILURES, PairError, check_programs
+from ppvae.global_latents import refusal
 from ppvae.pairs import (
     DATA_PLATE,
     PARTICLE_PLATE,
@@ -26,6 +27,7 @@ from ppvae.pairs import (
     own_path,
     seeded,
     simulate,
+    structure,
     unnoticed,
 )
 from ppvae.program import module_of
@@ -82,11 +84,13 @@ def check_pair_and_data(
     args: Sequence[Any],
     joint: bool = False,
     estimates: bool = False,
+    with_globals: bool = False,
 ) -> int:
     """N; raise as :func:`check_data` does, and ``PairError`` unless the pair takes every row.
 
     Its plates must be whole. It may mask values that are NaN. For passes over the weights, which
-    run with Pyro's validation off. Log-densities that are none are refused, unless ``estimates``.
+    run with Pyro's validation off. Log-densities that are none are refused, unless ``estimates``,
+    and latents outside the data plate, unless ``joint`` or ``with_globals``.
     """
     rows = check_rows(model, args)
     # an autoguide's parameters may belong to all positions
@@ -95,9 +99,12 @@ def check_pair_and_data(
     with naming_positions(model, guide, args):
         checks = check_batch(model, guide, *some, joint=joint, num_particles=2, whole=True)
     check_values(model, guide, args, checks)
-    if not estimates:
+    refused = not (joint or with_globals) and structure(model, guide, tuple(some), {}).has_globals
+    if refused or not estimates:
         with own_path(), unnoticed(model, guide), pyro.validation_enabled(False):
             weights = log_weights(model, guide, *some, joint=joint)
+        if refused:
+            raise refusal(weights.global_q)
         require_densities(weights.guide_trace, weights.model_trace)
     return rows
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ppvae.elbo import gradients
 from ppvae.elbo.state import State
+from ppvae.enumeration import sum_of
 from ppvae.pairs import DATA_PLATE, Leaves, Memory, is_rounded, kind, own_path
 from ppvae.program import method_owners, stored
 from ppvae.terms import NoInverse
@@ -144,14 +145,17 @@ class Estimator(pyro.infer.ELBO):
     def evaluate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The bound on log p(x) of each datapoint, ``(N,)`` nats, no gradient.
 
-        Every term has weight 1, whatever ``poutine.scale`` or this estimator weighs it by.
+        Every term has weight 1, whatever ``poutine.scale`` or this estimator weighs it by. Of a
+        pair with global latents it is the bound given one draw of them: its mean over q(g) bounds
+        the log of the mean of p(x | g), the predictive density of a new row.
 
         Raises:
             ValueError: a plate subsamples itself, so part of a datapoint or of the data is missing;
                 a log-density is estimated, or not normalised.
         """
         with torch.no_grad():
-            return self.bound(whole_weights(model, guide, args, kwargs, self.num_draws).log_w)
+            weights = whole_weights(model, guide, args, kwargs, self.num_draws, with_globals=True)
+            return self.bound(weights.log_w)
 
     def loss_tensor(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State
@@ -179,12 +183,15 @@ class Estimator(pyro.infer.ELBO):
         K = self.num_draws
         if self.gradient in ("stl", "dreg") and torch.is_grad_enabled():
             leaves = Leaves()
-            weights = weigh(model, guide, args, kwargs, K, leaves=leaves)
+            weights = weigh(model, guide, args, kwargs, K, leaves=leaves, with_globals=True)
             value = self._along_path(weights, leaves, state)
         else:
-            weights = weigh(model, guide, args, kwargs, K, along_path=True)
+            weights = weigh(model, guide, args, kwargs, K, along_path=True, with_globals=True)
             log_w = self.effective(weights, state)
             value = self.bound(log_w).sum()
+            if weights.global_q:
+                self.require_global_draws(weights)
+                value = value + self.log_global(weights) / state.times(weights)
             if self.gradient in ("score", "vimco"):
                 scored = gradients.scored_log_q(weights)
                 vimco = self.gradient == "vimco"
@@ -205,13 +212,37 @@ class Estimator(pyro.infer.ELBO):
         value, c = gradients.coefficient(self.bound, log_w)
         for_model = (c * self.effective(weights.stop_guide(), state)).sum()
         coefficient = self.dreg_coefficient(log_w.detach()) if self.gradient == "dreg" else c
-        for_guide = gradients.through_draws(coefficient, log_w, leaves, hidden=c)
+        apart = None
+        if weights.global_q:  # without the score of q(g), whose mean is 0
+            times = state.times(weights)
+            apart = self.log_global(weights) / times
+            value = value + apart.detach()
+            for_model = for_model + sum_of([*weights.global_p.values()]) / times
+        for_guide = gradients.through_draws(coefficient, log_w, leaves, hidden=c, apart=apart)
         return gradients.with_gradient(value, for_model + for_guide)
+
+    def log_global(self, weights: LogWeights) -> Tensor:
+        """log p(g) - log q(g) of the global latents, 0-d; a leaf may put their means in place."""
+        found = weights.log_global
+        assert found is not None
+        return found
+
+    def require_global_draws(self, weights: LogWeights) -> None:
+        """Raise ``ValueError`` for a global latent that is not drawn along a sample path."""
+        for name in weights.global_q if torch.is_grad_enabled() else ():
+            fn = weights.guide_trace.nodes[name]["fn"]
+            if not fn.has_rsample:
+                raise ValueError(
+                    f"latent {name!r} is global, and {kind(fn)} has no reparameterised sampler: "
+                    "its score would be multiplied by the bound of all rows, which is all noise. "
+                    "Draw it from a continuous distribution, or use joint=True"
+                )
 
     def require_reparameterised(self, weights: LogWeights) -> None:
         """Raise ``ValueError`` for a drawn site whose draws have not the gradient asked for."""
         if not torch.is_grad_enabled():
             return
+        self.require_global_draws(weights)
         for name in weights.log_q.keys() - weights.enumerated.keys():
             site = weights.guide_trace.nodes[name]
             if not site["fn"].has_rsample:
@@ -295,6 +326,7 @@ class Objective(nn.Module):
         self.state = elbo.new_state()
         self.owners = method_owners(model, guide)
         self.regularizer: nn.Module | None = None  # of ppvae.SVI
+        self.num_rows: int | None = None  # of the data set, likewise
 
     @property
     def step(self) -> int:
@@ -302,6 +334,7 @@ class Objective(nn.Module):
         return self.state.step
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.state.num_rows = self.num_rows
         if self.regularizer is None or not self.state.learning:
             return self.elbo.loss_tensor(self.model, self.guide, args, kwargs, self.state)
         # the handler that looks at the plate is no engine that parameters are announced to

@@ -80,7 +80,13 @@ def coefficient(bound: Bound, log_w: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), c
 
 
-def through_draws(c: Tensor, log_w: Tensor, leaves: Leaves, hidden: Tensor | None = None) -> Tensor:
+def through_draws(
+    c: Tensor,
+    log_w: Tensor,
+    leaves: Leaves,
+    hidden: Tensor | None = None,
+    apart: Tensor | None = None,
+) -> Tensor:
     """A scalar with the gradient of sum c log w along the guide's sample path only.
 
     The slope in each leaf z' goes through its draw z to the guide's parameters, and, last draw
@@ -90,23 +96,27 @@ def through_draws(c: Tensor, log_w: Tensor, leaves: Leaves, hidden: Tensor | Non
         c: coefficients, ``(K, N)``.
         log_w: a function of the leaves, ``(K, N)``.
         leaves: of the guide's draws.
-        hidden: the coefficients for draws whose log q is masked; None: those of the others.
+        hidden: the coefficients for draws whose log q is masked, or is in no log-weight; None:
+            those of the others.
+        apart: a function of the leaves that is added to sum c log w, 0-d; None: nothing is.
     """
     if not leaves.pairs:  # nothing in the guide is trained
         return c.new_zeros(())
-    slopes = _slopes(c, log_w, leaves)
-    if hidden is not None and any(shown is not None for shown in leaves.shown):
-        chosen = zip(leaves.shown, slopes, _slopes(hidden, log_w, leaves), strict=True)
+    slopes = _slopes(c, log_w, leaves, apart)
+    if hidden is not None and hidden is not c and any(shown is not None for shown in leaves.shown):
+        others = _slopes(hidden, log_w, leaves, apart)
+        chosen = zip(leaves.shown, slopes, others, strict=True)
         slopes = [one if shown is None else torch.where(shown, one, o) for shown, one, o in chosen]
     total = sum((slope * z).sum() for slope, (z, _) in zip(slopes, leaves.pairs, strict=True))
     assert isinstance(total, Tensor)
     return total
 
 
-def _slopes(c: Tensor, log_w: Tensor, leaves: Leaves) -> list[Tensor]:
+def _slopes(c: Tensor, log_w: Tensor, leaves: Leaves, apart: Tensor | None) -> list[Tensor]:
     """The total derivative of sum c log w in each draw: through the draws after it, too."""
     pairs, cut = leaves.pairs, [leaf for _, leaf in leaves.pairs]
-    slopes = list(torch.autograd.grad((c * log_w).sum(), cut, retain_graph=True))
+    weighted = (c * log_w).sum() if apart is None else (c * log_w).sum() + apart
+    slopes = list(torch.autograd.grad(weighted, cut, retain_graph=True))
     for j in reversed(range(1, len(pairs))):
         z, _ = pairs[j]
         upstream = torch.autograd.grad(z, cut[:j], slopes[j], retain_graph=True, allow_unused=True)

@@ -7,20 +7,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
-from ppvae.pairs import Site
-from ppvae.terms import masked, sum_plates
+from ppvae.pairs import Site, law
+from ppvae.terms import masked, sum_plates, sum_whole
 from ppvae.weights import LogWeights
 
 
-def closed_form_kl(kl: str, weights: LogWeights) -> dict[str, Tensor]:
+def closed_form_kl(kl: str, weights: LogWeights, of_globals: bool = False) -> dict[str, Tensor]:
     """KL(q || p) of the latents that an ``ELBO(kl=kl)`` takes in closed form.
 
+    Args:
+        kl: of the ELBO.
+        weights: log-weights.
+        of_globals: of the global latents, instead of those of rows.
+
     Returns:
-        By latent, ``(K or 1, N)`` each, in nats.
+        By latent, ``(K or 1, N)`` each, or 0-d, in nats.
 
     Raises:
         ValueError: with ``kl="analytic"``, for a latent that has none or where it is not valid.
@@ -29,9 +35,9 @@ def closed_form_kl(kl: str, weights: LogWeights) -> dict[str, Tensor]:
         return {}
     valid, closed = weights.kl_valid(), {}
     scaled = {name for _, name in weights.site_scales}
-    for name in weights.q:
+    for name in weights.global_q if of_globals else weights.q:
         q, p = weights.guide_trace.nodes[name], weights.model_trace.nodes.get(name)
-        if p is None or name in scaled or weights.enumerated:
+        if p is None or name in scaled or (weights.enumerated and not of_globals):
             reason = "it is auxiliary, weighed by a poutine.scale, or beside an enumerated latent"
         elif name not in valid:
             reason = (
@@ -41,7 +47,10 @@ def closed_form_kl(kl: str, weights: LogWeights) -> dict[str, Tensor]:
         else:
             try:
                 divergence = _masked_divergence(q["fn"], p["fn"], q["mask"], p["mask"])
-                closed[name] = sum_plates(q, divergence, weights.leftmost, weights.joint)
+                if of_globals:
+                    closed[name] = sum_whole(q, divergence)
+                else:
+                    closed[name] = sum_plates(q, divergence, weights.leftmost, weights.joint)
                 continue
             except NotImplementedError:
                 kinds = f"KL({_kind(q['fn'])} || {_kind(p['fn'])})"
@@ -114,7 +123,17 @@ def _divergence(q: Any, p: Any) -> Tensor:
         shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
         q, p = q.expand(shape), p.expand(shape)
     kl: Tensor = kl_divergence(q, p)
+    if isinstance(law(q), Delta):  # Pyro leaves out the density that a point is given
+        kl = kl + _density_of_point(q)
     return kl
+
+
+def _density_of_point(fn: Any) -> Tensor:
+    if isinstance(fn, Independent):
+        inside, n = _density_of_point(fn.base_dist), fn.reinterpreted_batch_ndims
+        return inside.flatten(-n).sum(-1) if n else inside
+    density: Tensor = fn.log_density
+    return density
 
 
 def dimension_rates(weights: LogWeights, name: str, closed: bool) -> Tensor:

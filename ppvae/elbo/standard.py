@@ -45,6 +45,7 @@ class ELBO(Estimator):
             conditional of a latent depends on a latent drawn from it in the guide (a bottom-up
             guide). ``"mixed"``: the closed form where it is valid, draws elsewhere.
 
+    Of global latents (outside the plate ``"data"``) ``kl`` holds too; ``beta`` does not weigh them.
     A ``poutine.scale`` on single sites weighs their terms, as in Pyro. Latents marked
     ``infer={"enumerate": "parallel"}`` are summed out: with their probability q(c | x) if the guide
     has them, inside the logarithm if only the model does.
@@ -106,7 +107,9 @@ class ELBO(Estimator):
 
     def evaluate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():
-            weights = whole_weights(model, guide, args, kwargs, self.num_particles)
+            weights = whole_weights(
+                model, guide, args, kwargs, self.num_particles, with_globals=True
+            )
             return self._plain(weights)
 
     def estimate(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
@@ -138,6 +141,12 @@ class ELBO(Estimator):
             weighted = tilt.kl[name] * rate
             effective = effective - (weighted.sum(0) if weighted.dim() > 2 else weighted)
         return effective.expand(weights.num_particles, -1)
+
+    def log_global(self, weights: LogWeights) -> Tensor:
+        closed = closed_form_kl(self.kl, weights, of_globals=True)
+        p = [t for name, t in weights.global_p.items() if name not in closed]
+        q = [t for name, t in weights.global_q.items() if name not in closed]
+        return sum_of([*p, *(-t for t in (*q, *closed.values()))])
 
     def _require_known_rates(self, weights: LogWeights) -> None:
         for name in weights.q:

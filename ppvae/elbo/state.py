@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.pairs import NotCompiled
+from ppvae.weights import LogWeights
 
 Schedule = Callable[[int], float]
 
@@ -20,6 +21,8 @@ class State(nn.Module):
     Attributes:
         shown: weights that change, at the last training loss, by their column in the history:
             ``"kl_weight"``, and others as their estimator names them; 0-d tensors.
+        num_rows: of the data set that batches are cut from; None: a batch is all there is, unless
+            the data plate has a size.
     """
 
     log_multiplier: Tensor  # of a Constraint
@@ -30,6 +33,7 @@ class State(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._num_steps = 0
+        self.num_rows: int | None = None
         self.shown: dict[str, Tensor] = {}
         self._slots: tuple[Tensor, list[tuple[Schedule, Tensor]]] | None = None  # see traced
         self._asked = 0  # how many of them this loss has asked for
@@ -88,6 +92,21 @@ class State(nn.Module):
         finally:
             vars(self).clear()
             vars(self).update(kept)
+
+    def times(self, weights: LogWeights) -> float:
+        """N / B, how many times a batch is in the data set: what a global term is divided by.
+
+        Raises:
+            ValueError: the data plate has another size than the data set.
+        """
+        if self.num_rows is None:
+            return weights.scale
+        if weights.scale != 1 and abs(weights.full_size - self.num_rows) > 0.5:
+            raise ValueError(
+                f"the plate 'data' has {weights.full_size:.6g} rows, and there are "
+                f"num_rows={self.num_rows}: the global latents would be weighed by one of the two"
+            )
+        return self.num_rows / weights.log_w.shape[1]
 
     def count(self) -> None:
         """One more training loss was computed."""

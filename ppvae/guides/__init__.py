@@ -3,6 +3,7 @@
 from ppvae.guides.amortized import Amortized, Normal
 from ppvae.guides.auto import Auto
 from ppvae.guides.bottom_up import BottomUp
+from ppvae.guides.global_latents import Global
 from ppvae.guides.ladder import Ladder
 from ppvae.guides.m2 import M2, Labelled, log_q_of_labels
 from ppvae.guides.moment_match import moment_match
@@ -20,6 +21,7 @@ __all__ = [
     "Amortized",
     "Auto",
     "BottomUp",
+    "Global",
     "Labelled",
     "Ladder",
     "Normal",

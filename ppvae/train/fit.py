@@ -162,6 +162,8 @@ def fit(
         refusals.require_whole(svi.guide, train_data)
         if target is not None:
             _move(svi, target)
+        if train_data.num_rows is not None:
+            svi.num_rows = train_data.num_rows
         first = train_data.first()
         train_data.check(svi.model, svi.guide, refusals.prepare(svi, first))
         refusals.require_rows(svi, train_data, first)

@@ -25,7 +25,15 @@ from ppvae.compile.compiled import Compiled, CompiledGradients
 from ppvae.compile.fixed import Fixed
 from ppvae.compile.graph import unmoved
 from ppvae.elbo import ELBO, Estimator
-from ppvae.pairs import NotCompiled, cuda_devices, rewinder, seeded
+from ppvae.pairs import (
+    NotCompiled,
+    cuda_devices,
+    own_path,
+    rewinder,
+    seeded,
+    structure,
+    unnoticed,
+)
 from ppvae.program import local_parameters, method_owners, require_own_parameters
 from ppvae.train.beside import Beside, Turns
 from ppvae.train.captured import Begun, Captures, withheld
@@ -66,11 +74,14 @@ class SVI(pyro.infer.SVI):
             :class:`ppvae.nets.Spectral`. A step's loss, and so ``train_objective``, has it times
             the datapoints that it sums over. It is compiled, moved and saved with the pair; no
             evaluation sees it. It should hold no parameters but the pair's.
+        num_rows: of the data set that batches are cut from by hand, >= 1: what the terms of global
+            latents are shared out over. :func:`ppvae.fit` knows it, and a data plate with a size.
         skip_nonfinite: go on, without an update, after a step whose loss or gradient is not
             finite, and count it; by default it raises.
 
     Attributes:
         num_steps: optimisation steps taken, skipped ones included.
+        num_rows: as above; ``fit`` sets it to the rows of its data.
         synchronize: called with the gradients before they are clipped and used, e.g. to sum them
             over processes; None for one process. ``fit`` sets it.
         autocast: makes the context in which the loss is computed. ``fit`` sets it.
@@ -107,6 +118,7 @@ class SVI(pyro.infer.SVI):
         skip_nonfinite: bool = False,
         beside: Beside | None = None,
         regularizer: nn.Module | None = None,
+        num_rows: int | None = None,
     ) -> None:
         require_programs(model=model, guide=guide)
         loss = loss if loss is not None else ELBO()
@@ -120,6 +132,10 @@ class SVI(pyro.infer.SVI):
             _check_regularizer(regularizer, loss)
             self.objective.regularizer = regularizer
         self.regularizer = regularizer
+        if num_rows is not None and not 1 <= num_rows < 2**63:
+            raise ValueError(f"num_rows must be at least 1, and below 2 ** 63, got {num_rows}")
+        self.num_rows = num_rows
+        self._rows_asked = False  # whether it is known if these matter
         self.optim = optim
         self.optimizer: torch.optim.Optimizer | None = None
         self.num_steps = self.num_epochs = 0
@@ -171,11 +187,36 @@ class SVI(pyro.infer.SVI):
         if auxiliaries(self.objective):  # whose draws for all their steps are particles of one run
             K = max(K, (self.beside or Beside()).steps)
         checks = check_batch(self.model, self.guide, *args, num_particles=K, **kwargs)
+        self._check_globals(args, kwargs)
         if self.optimizer is None:
             self._build()
         if self.turns is not None:
             self.turns.check(args, kwargs)
         return checks
+
+    def _check_globals(self, args: tuple, kwargs: dict) -> None:
+        """Raise ``PairError`` for global latents whose terms would get another weight than 1."""
+        pair = self.model, self.guide
+        if kwargs.get("joint"):
+            return
+        self._rows_asked = True
+        if not structure(*pair, args, kwargs).has_globals:
+            return
+        if not isinstance(self.elbo, Estimator) or auxiliaries(self.objective):
+            what = "auxiliaries are" if isinstance(self.elbo, Estimator) else "Pyro's losses are"
+            raise PairError(
+                f"the pair has global latents, and {what} not done with these: use an estimator of "
+                "ppvae.elbo alone, or one weight for the whole batch, joint=True"
+            )
+        with own_path(), unnoticed(*pair), pyro.validation_enabled(False):
+            weights = log_weights(*pair, *args, **kwargs)
+        if self.num_rows is None and weights.scale == 1:
+            raise PairError(
+                f"the pair has global latents ({', '.join(weights.global_p)}), and how many rows "
+                "the data set has is not known: SVI(num_rows=len(x)), also for all data at once. "
+                "Else each batch would be taken for all data"
+            )
+        self.objective.num_rows = self.num_rows  # type: ignore[assignment]  # a graph is of it
 
     def _build(self) -> None:
         self.optimizer = build_optimizer(self.optim, self.objective)
@@ -228,6 +269,8 @@ class SVI(pyro.infer.SVI):
 
     def update(self, *args: Any, **kwargs: Any) -> Tensor:
         """One step; the loss as a 0-d tensor, so that nothing waits for the device."""
+        if not self._rows_asked and self.optimizer is not None:  # its state was loaded
+            self._check_globals(args, kwargs)
         if self.optimizer is None:
             self.prepare(*args, **kwargs)
         elif self._fixed is not None and self._fixed.renew():
