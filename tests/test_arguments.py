@@ -1,13 +1,15 @@
 """Numbers as NumPy and torch make them, and things that are none."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import ppvae
-from ppvae import conditionals, diagnostics, guides, models, nets
+from ppvae import conditionals, diagnostics, guides, models, nets, posteriors
 from ppvae.arguments import takes_numbers
 
 X = torch.bernoulli(torch.full((12, 4), 0.5), generator=torch.Generator().manual_seed(1))
@@ -75,8 +77,63 @@ def test_numbers_behind_a_star_are_named_too():
     for wrong in ("4", 4.0, None):
         with pytest.raises(TypeError, match=r"^sizes must be a whole number"):
             nets.mlp(4, wrong, 2)
-    with pytest.raises(ValueError, match=r"sizes >= 1 and dropout in \[0, 1\)"):
+    with pytest.raises(ValueError, match="sizes must be at least 1, got 0"):
         nets.mlp(4, 0, 2)
+
+
+@takes_numbers(size=1, share=0)
+def says(
+    size: int,
+    shape: "int | tuple[int, ...]" = 2,
+    pair: "tuple[int, int]" = (1, 2),
+    share: float = 0.5,
+    flag: bool = False,
+    word: str = "a",
+    net: "nn.Module | None" = None,
+    levels: "Sequence[nn.Module]" = (),
+):
+    return size, shape, pair, share, flag, word, net, levels
+
+
+def test_sizes_in_a_row_flags_words_and_modules():
+    net = nn.Linear(2, 2)
+    found = says(np.int64(3), np.array([4, 4]), torch.Size([1, 2]), np.float32(0.5), np.True_)
+    assert found[:5] == (3, (4, 4), (1, 2), 0.5, True) and found[4] is True
+    assert says(3, torch.tensor(4), net=net, levels=[net])[1::5] == (4, net)
+    assert says(3, levels=nn.ModuleList([net]))[-1][0] is net
+
+
+@pytest.mark.parametrize(
+    ("odd", "error", "message"),
+    [
+        ({"size": 0}, ValueError, "size must be at least 1, got 0"),
+        ({"size": 2**40}, ValueError, r"size must be below 2 \*\* 31"),
+        ({"share": math.nan}, ValueError, "share must be at least 0, got nan"),
+        ({"share": math.inf}, ValueError, "share must be at least 0, got inf"),
+        ({"shape": -1}, ValueError, "shape must be at least 1, got -1"),
+        ({"shape": (4, 0)}, ValueError, "shape must be at least 1, got 0"),
+        ({"shape": "44"}, TypeError, "shape must be a whole number, got '44'"),
+        ({"shape": (4, None)}, TypeError, "shape must be a whole number, got None"),
+        ({"pair": (1, 2, 3)}, ValueError, "pair must have 2 values"),
+        ({"pair": 3}, TypeError, "pair must be several whole numbers, as a tuple, got 3"),
+        ({"flag": 1}, TypeError, "flag must be True or False, got 1"),
+        ({"word": 3}, TypeError, "word must be a word, got 3"),
+        ({"net": 3}, TypeError, "net must be a module, as nets.mlp"),
+        ({"net": nn.Linear}, TypeError, "net is the class Linear"),
+        ({"levels": [3]}, TypeError, "levels must be a module"),
+        ({"levels": nn.Linear(2, 2)}, TypeError, "levels must be several modules"),
+    ],
+)
+def test_what_is_none_of_these_is_named(odd, error, message):
+    with pytest.raises(error, match=message):
+        says(**{"size": 3, **odd})
+
+
+@pytest.mark.parametrize("three", [np.int64(3), np.array(3), torch.tensor(3), np.uint8(3)])
+def test_constructors_take_sizes_as_numpy_and_torch_make_them(three):
+    assert conditionals.StandardNormal(three)().event_shape == (3,)
+    assert nets.CodeTable(three, dim=three).num_codes == 3
+    assert posteriors.FullNormal(nn.Linear(2, 9), dim=three)(X[:, :2]).event_shape == (3,)
 
 
 @pytest.mark.parametrize("role", ["model", "guide"])

@@ -124,7 +124,9 @@ def _for_path(name: str | Path) -> tuple[Callable[..., Dataset], set[str]]:
         near = difflib.get_close_matches(str(name).lower().replace("-", "_"), NAMES, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         cure = f"The names are {', '.join(NAMES)}; a path is of an existing .npz, .csv or folder"
-        raise ValueError(f"no data set, file or folder {str(name)!r}: {hint}{cure} of images")
+        raise ValueError(
+            f"no data set, file or folder of the name {str(name)!r}: {hint}{cure} of images"
+        )
     own = set(inspect.signature(reader).parameters) - {"path", "folder", "options"}
     shared = {"valid", "test", "support", "shape", "binarize", "flatten", "seed", "name"}
     return lambda **options: reader(path, **options), own | shared

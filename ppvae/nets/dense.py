@@ -140,7 +140,7 @@ def hidden_layers(
     return [*layers, nn.Dropout(dropout)] if dropout else layers
 
 
-@takes_numbers
+@takes_numbers(sizes=1)
 def mlp(
     *sizes: int,
     activation: Activation = nn.ReLU,
@@ -168,8 +168,8 @@ def mlp(
     """
     if len(sizes) < 2:
         raise ValueError(f"mlp needs two sizes, input and output, as mlp(16, 64); got {sizes}")
-    if min(sizes) < 1 or not 0 <= dropout < 1:
-        raise ValueError(f"mlp needs sizes >= 1 and dropout in [0, 1), got {sizes} and {dropout}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is a probability in [0, 1), got {dropout}")
     layers: list[nn.Module] = []
     norm = nn.BatchNorm1d if batch_norm else None
     for width_in, width_out in pairwise(sizes[:-1]):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.arguments import takes_numbers
-from ppvae.train.optimizer import check_optim, made
+from ppvae.train.optimizer import check_optim, require_optimizer
 
 
 @takes_numbers(steps=1)
@@ -68,7 +68,7 @@ def alternate(
                     "give lists of parameters, each in one part"
                 )
         groups.append({"params": own, "taken": 0})
-    optimizer = made(optim(groups))
+    optimizer = require_optimizer(optim(groups))
     if any(group.get("fused") for group in optimizer.param_groups):
         raise ValueError("a fused optimiser cannot be asked whose turn it is: leave out fused=True")
 

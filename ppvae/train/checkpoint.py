@@ -241,14 +241,14 @@ def checkpoints_for(
         OSError: it cannot be made or written to.
         ValueError: there is none to resume from.
     """
+    if not isinstance(resume, (bool, str, os.PathLike)):
+        raise TypeError(f"resume takes True, False or the path of a checkpoint, got {resume!r}")
     if where is None:
         if resume:
             raise ValueError("resume needs the folder where checkpoints are: checkpoint='runs/vae'")
         return None
     if not isinstance(where, (str, os.PathLike, Checkpoints)) or where == "":
         raise TypeError(f"checkpoint takes a folder or a ppvae.Checkpoints, got {where!r}")
-    if not isinstance(resume, (bool, str, os.PathLike)):
-        raise TypeError(f"resume takes True, False or the path of a checkpoint, got {resume!r}")
     files = where if isinstance(where, Checkpoints) else Checkpoints(where)
     require_unused(files, resume)
     with _naming(files.folder):  # if it fails, then before any training

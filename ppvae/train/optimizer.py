@@ -51,12 +51,12 @@ def build_optimizer(optim: Any, module: nn.Module) -> torch.optim.Optimizer:
     # torch's fused momentum fails where a parameter gets its first gradient after the others
     settled = {"fused", "foreach"} & made.keywords.keys() or made.keywords.get("momentum")
     if settled or not _can_fuse(made.func, parameters):
-        return made(optim(parameters))
+        return require_optimizer(optim(parameters))
     factory = _CHEAPER.get(made.func, made.func)
-    return made(factory(*made.args, parameters, **made.keywords, fused=True))
+    return require_optimizer(factory(*made.args, parameters, **made.keywords, fused=True))
 
 
-def made(optimizer: Any) -> torch.optim.Optimizer:
+def require_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """What was made, if it is an optimiser."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
