@@ -139,7 +139,8 @@ ENTRIES = {
         ppvae.SVI,
         pair,
         {"model": "program", "guide": "program", "optim": "thing", "loss": "thing",
-         "clip_norm": "number", "compile": "thing", "beside": "thing", "regularizer": "thing"},
+         "clip_norm": "number", "compile": "thing", "beside": "thing", "regularizer": "thing",
+         **counts("num_rows")},
     ),
     "SVI.step": (stepped, lambda: {"x": X}, {"x": "rows"}),
     "Checkpoints": (
