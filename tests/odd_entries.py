@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import pyro
+import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
 
@@ -99,6 +101,25 @@ def saved_pair():
     return folder
 
 
+def shared_scale(x):
+    """A global latent and no local one."""
+    s = pyro.sample("s", dist.LogNormal(0.0, 0.3))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(torch.zeros(4), s).to_event(1), obs=x)
+
+
+def guessed_scale(x):
+    pyro.sample("s", dist.LogNormal(-0.3, 0.1))
+
+
+def of_globals(function, cheap, kinds):
+    """An evaluator of a pair with a global latent."""
+    call, _, known = of_pair(function, cheap, kinds)
+    valid = {"model": shared_scale, "guide": guessed_scale, "x": X, **cheap}
+    return call, lambda: dict(valid), known
+
+
+GLOBAL = {"seed": "seed", **counts("num_globals", "num_particles", "max_rows")}
 CHAIN = {**counts("num_chains", "num_warmup", "num_draws", "max_rows", "max_reruns"),
          "step_size": "number", "start": "thing", "seed": "seed"}  # fmt: skip
 ANNEAL = {**counts("num_chains", "num_temperatures", "num_leapfrog", "max_rows"),
@@ -119,7 +140,8 @@ ENTRIES = {
         ppvae.SVI,
         pair,
         {"model": "program", "guide": "program", "optim": "thing", "loss": "thing",
-         "clip_norm": "number", "compile": "thing", "beside": "thing", "regularizer": "thing"},
+         "clip_norm": "number", "compile": "thing", "beside": "thing", "regularizer": "thing",
+         **counts("num_rows")},
     ),
     "SVI.step": (stepped, lambda: {"x": X}, {"x": "rows"}),
     "Checkpoints": (
@@ -245,6 +267,13 @@ ENTRIES = {
         diagnostics.simulated_divergence, {"num_simulations": 100, "num_draws": 2},
         {"seed": "seed", **counts("num_simulations", "num_draws", "max_rows")},
     ),
+    "log_predictive": of_globals(
+        diagnostics.log_predictive, {"num_globals": 3, "num_particles": 2}, GLOBAL
+    ),
+    "joint_evidence": of_globals(
+        diagnostics.joint_evidence, {"num_globals": 3, "num_particles": 2}, GLOBAL
+    ),
+    "given_globals": of_globals(diagnostics.given_globals, {}, {"seed": "seed"}),
     "save": (
         made(ppvae.save, "folder"),
         lambda: {"folder": Path(HERE.name) / "saved", **pair()},

@@ -324,8 +324,14 @@ def _rates(p: dict[str, Tensor], q: dict[str, Tensor]) -> dict[str, float]:
     return {"+".join(p): float(sum(q.values())) - float(sum(p.values()))}
 
 
+@takes_numbers
+@takes_rows
 def given_globals(
-    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, seed: int | None = None
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    seed: int | None = None,
+    **kwargs: Any,
 ) -> tuple[Program, Program]:
     """The pair at one draw of its globals: with latents of rows only, for every other evaluator.
 
@@ -335,6 +341,7 @@ def given_globals(
         model, guide: Pyro programs with latents outside the data plate.
         *args: some rows, as both are called.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        **kwargs: passed to both programs whole, now and later.
 
     Returns:
         Model and guide.
@@ -359,6 +366,7 @@ def given_globals(
         >>> diagnostics.log_evidence(*pair, x, num_particles=30).khat  # the locals are exact
         tensor([0., 0.], dtype=torch.float64)
     """
+    model, guide = bound(model, guide, kwargs)
     _check(model, guide, args)
     with evaluating(model, guide, args, seed):
         weights = whole_weights(model, guide, args, {}, 1, with_globals=True)
