@@ -450,23 +450,24 @@ def test_a_capture_is_on_the_parameters_device_in_a_stream_of_its_own(monkeypatc
     stand_in = types.SimpleNamespace(
         now="default",
         CUDAGraph=lambda: types.SimpleNamespace(replay=lambda: log.append("replayed")),
-        Stream=lambda: "own",
+        Stream=lambda device: f"own of {device}",
         graph=capture,
         device=device,
         synchronize=lambda: None,
-        current_device=lambda: 0,
+        current_device=lambda: 1,
         current_stream=lambda: stand_in.now,
         set_stream=lambda stream: setattr(stand_in, "now", stream),
-        default_generators=[Generator()],
+        default_generators=[None, Generator()],
     )
     monkeypatch.setattr(torch, "cuda", stand_in)
+    monkeypatch.setattr(cuda_graph, "_stream", cuda_graph._stream.__wrapped__)
     made = cuda_graph.CudaGraph(torch.square, (torch.full((2,), 3.0),), "cuda:1")
     assert made(torch.ones(2)) is made.outputs and made.outputs.tolist() == [9.0, 9.0]
     assert log[0] == "cuda:1" and log[-1] == "replayed"
     modes = [entry[1:] for entry in log[1:-1]]
     assert modes == [
-        ("own", "thread_local", "copy of first state"),
-        ("own", "thread_local", "first state"),
+        ("own of 1", "thread_local", "copy of first state"),
+        ("own of 1", "thread_local", "first state"),
     ]
 
     def fails(x):
