@@ -33,7 +33,7 @@ from compiling import (
     vae,
 )
 from cuda_emulation import emulated
-from ppvae import diagnostics, elbo, pairs
+from ppvae import diagnostics, elbo, nets, pairs
 from ppvae.compile import cuda_graph, graph
 from ppvae.compile.compiled import _difference, _precision
 from ppvae.diagnostics import evidence
@@ -384,6 +384,24 @@ def test_a_withheld_step_on_a_gpu_does_not_withhold_those_on_the_cpu(traced, com
     before = tensors(svi.objective)
     steps(svi, 1)
     assert all(not torch.equal(v, before[k]) for k, v in tensors(svi.objective).items())
+
+
+def test_a_critic_beside_a_captured_pair(gpu):
+    """Its steps are not captured; one after a withheld step of the pair is withheld, too."""
+    ends = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        loss = elbo.FactorELBO(ratio=nets.mlp(Z, 8, 1))
+        svi = ppvae.SVI(*plain(), ADAM, loss, compile=compile, skip_nonfinite=True)
+        ends.append(run(svi, [(X,)] * 6))
+        before = tensors(svi.objective)
+        svi.update(X * math.inf)
+        after = tensors(svi.objective)
+        assert before.keys() == after.keys() and any("ratio" in name for name in before)
+        assert all(torch.equal(v, before[k]) for k, v in after.items())
+        assert svi.num_skipped == 1
+    assert_equal_runs(*ends)
+    assert len(gpu.graphs) == 1 and gpu.replays == 5
 
 
 # -- what cannot be captured -------------------------------------------------------------------
