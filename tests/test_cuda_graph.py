@@ -33,7 +33,7 @@ from compiling import (
     vae,
 )
 from cuda_emulation import emulated
-from ppvae import diagnostics, elbo, pairs
+from ppvae import diagnostics, elbo, nets, pairs
 from ppvae.compile import cuda_graph, graph
 from ppvae.compile.compiled import _difference, _precision
 from ppvae.diagnostics import evidence
@@ -386,6 +386,24 @@ def test_a_withheld_step_on_a_gpu_does_not_withhold_those_on_the_cpu(traced, com
     assert all(not torch.equal(v, before[k]) for k, v in tensors(svi.objective).items())
 
 
+def test_a_critic_beside_a_captured_pair(gpu):
+    """Its steps are not captured; one after a withheld step of the pair is withheld, too."""
+    ends = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        loss = elbo.FactorELBO(ratio=nets.mlp(Z, 8, 1))
+        svi = ppvae.SVI(*plain(), ADAM, loss, compile=compile, skip_nonfinite=True)
+        ends.append(run(svi, [(X,)] * 6))
+        before = tensors(svi.objective)
+        svi.update(X * math.inf)
+        after = tensors(svi.objective)
+        assert before.keys() == after.keys() and any("ratio" in name for name in before)
+        assert all(torch.equal(v, before[k]) for k, v in after.items())
+        assert svi.num_skipped == 1
+    assert_equal_runs(*ends)
+    assert len(gpu.graphs) == 1 and gpu.replays == 5
+
+
 # -- what cannot be captured -------------------------------------------------------------------
 
 
@@ -450,23 +468,24 @@ def test_a_capture_is_on_the_parameters_device_in_a_stream_of_its_own(monkeypatc
     stand_in = types.SimpleNamespace(
         now="default",
         CUDAGraph=lambda: types.SimpleNamespace(replay=lambda: log.append("replayed")),
-        Stream=lambda: "own",
+        Stream=lambda device: f"own of {device}",
         graph=capture,
         device=device,
         synchronize=lambda: None,
-        current_device=lambda: 0,
+        current_device=lambda: 1,
         current_stream=lambda: stand_in.now,
         set_stream=lambda stream: setattr(stand_in, "now", stream),
-        default_generators=[Generator()],
+        default_generators=[None, Generator()],
     )
     monkeypatch.setattr(torch, "cuda", stand_in)
+    monkeypatch.setattr(cuda_graph, "_stream", cuda_graph._stream.__wrapped__)
     made = cuda_graph.CudaGraph(torch.square, (torch.full((2,), 3.0),), "cuda:1")
     assert made(torch.ones(2)) is made.outputs and made.outputs.tolist() == [9.0, 9.0]
     assert log[0] == "cuda:1" and log[-1] == "replayed"
     modes = [entry[1:] for entry in log[1:-1]]
     assert modes == [
-        ("own", "thread_local", "copy of first state"),
-        ("own", "thread_local", "first state"),
+        ("own of 1", "thread_local", "copy of first state"),
+        ("own of 1", "thread_local", "first state"),
     ]
 
     def fails(x):

@@ -5,6 +5,7 @@ Tests replace them (``tests/cuda_emulation.py``), so that all around them runs o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,14 +39,23 @@ def record(function: Callable[[], Any], device: torch.device) -> tuple[Any, Call
 def _captured(function: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
     """Capture on the current device, on a stream of that device's."""
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    stream = _stream(torch.cuda.current_device())
     torch.cuda.synchronize()
     try:
-        stream = torch.cuda.Stream()  # torch's own one is of the device that captured first
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = function()
     finally:
         torch.cuda.set_stream(before)  # torch does not, where the capture fails
     return outputs, graph.replay
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream for captures on a device: torch's own is of the device that captured first.
+
+    One for all, since cuBLAS keeps megabytes for each.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _try(function: Callable[[], Any]) -> None:

@@ -49,10 +49,13 @@ class Captures:
 
     def key(self, svi: Any, args: tuple, kwargs: dict) -> Any:
         """What a step depends on besides the values of tensors; None: do not capture it."""
+        if not svi.compile:
+            self.rates = None
+            return None
         optimizer: torch.optim.Optimizer = svi.optimizer
         held = [p for group in optimizer.param_groups for p in group["params"]]
         first = next((p for p in held if p.requires_grad), None)
-        on_gpu = svi.compile and first is not None and cuda_graph.is_gpu(first)
+        on_gpu = first is not None and cuda_graph.is_gpu(first)
         fixed = settings(optimizer) if on_gpu else None
         if first is None or fixed is None:
             self.rates = None
