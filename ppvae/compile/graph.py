@@ -35,9 +35,11 @@ class Graph:
         function: from tensors to a list of tensors.
         inputs: tensors of the shapes it will be called with.
         differentiates: whether the function does.
+        compiles: False: leave the graph to Python, as it was traced.
 
     Attributes:
         reached: tensors that the function uses besides its inputs.
+        traced: the graph, where it is not compiled.
 
     Raises:
         NotCompiled: the function looks at a tensor's value, or there is no C++ compiler.
@@ -53,6 +55,7 @@ class Graph:
         function: Callable[..., Sequence[Tensor]],
         inputs: Sequence[Tensor],
         differentiates: bool = True,
+        compiles: bool = True,
     ) -> None:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
@@ -69,6 +72,9 @@ class Graph:
             )
             traced = trace(*inputs)
             self.reached = _lift_constants(traced)
+            if not compiles:
+                self.traced = self._call = traced
+                return
             rewrite(traced, differentiates)
             options = {
                 "fallback_random": True,

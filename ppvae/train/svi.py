@@ -8,7 +8,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro.infer
 import pyro.optim
@@ -23,7 +23,7 @@ from ppvae.check.programs import PairError
 from ppvae.compile.compiled import Compiled, CompiledGradients
 from ppvae.compile.cuda_graph import CudaGraph
 from ppvae.compile.fixed import Fixed
-from ppvae.compile.graph import unmoved
+from ppvae.compile.graph import copies, unmoved
 from ppvae.elbo import ELBO, Estimator
 from ppvae.pairs import NotCompiled, seeded
 from ppvae.program import local_parameters, method_owners, require_own_parameters
@@ -33,6 +33,20 @@ from ppvae.weights import log_weights
 from ppvae.wrapped import argument_labels, title
 
 _CURES = "Lower the learning rate, clip (SVI(clip_norm=...)), bound the predicted scale"
+
+
+class Before(NamedTuple):
+    """The random stream and buffers before a step, and the parameters that it trains."""
+
+    random: Tensor
+    buffers: list[Tensor]
+    values: list[Tensor]
+    parameters: list[nn.Parameter]
+
+    def put_back(self) -> None:
+        """Let the buffers have the values that they had."""
+        for buffer, value in zip(self.buffers, self.values, strict=True):
+            buffer.copy_(value)
 
 
 class SVI(pyro.infer.SVI):
@@ -133,6 +147,7 @@ class SVI(pyro.infer.SVI):
         self._warned: set[str] = set()  # names of those, once a warning has been given
         self._buffers: list[dict[str, Tensor | None]] = []  # of modules: a move replaces tensors
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
+        self.stack_seconds = 0.0  # of building graphs that it shares with other pairs
         self._reported = (0, 0)  # steps and skipped steps when check_finite was last called
 
     def __repr__(self) -> str:
@@ -215,6 +230,7 @@ class SVI(pyro.infer.SVI):
     def build_seconds(self) -> float:
         """Time spent compiling."""
         built = self._compiled.build_seconds if self._compiled is not None else 0.0
+        built += self.stack_seconds
         return built + (self.turns.build_seconds if self.turns is not None else 0.0)
 
     # -- a step ----------------------------------------------------------------------------------
@@ -242,25 +258,42 @@ class SVI(pyro.infer.SVI):
 
     def _step(self, args: tuple, kwargs: dict) -> Tensor:
         """Loss and gradient, over all processes and clipped; the update, if they are finite."""
-        optimizer = self.optimizer
-        assert optimizer is not None
-        random = torch.get_rng_state()
-        buffers = [b for owned in self._buffers for b in owned.values() if b is not None]
-        kept = [buffer.clone() for buffer in buffers]
-        # not all of the pair: gradients that nobody sets to zero would add up in the norm
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for parameter in parameters:
-            parameter.grad = None
-        parameters = [p for p in parameters if p.requires_grad]
+        before = self.before_step()
         try:
             loss = self._loss(args, kwargs)
         except (RuntimeError, ValueError) as error:
-            loss = self._loss_of_failed_draw(error, random, args, kwargs)
+            loss = self._loss_of_failed_draw(error, before.random, args, kwargs)
+        return self.after_gradient(loss, None, before, args, kwargs)
+
+    def before_step(self) -> Before:
+        """What a step that makes no update goes back to; no parameter has a gradient any more."""
+        assert self.optimizer is not None
+        buffers = [b for owned in self._buffers for b in owned.values() if b is not None]
+        # not all of the pair: gradients that nobody sets to zero would add up in the norm
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            parameter.grad = None
+        trained = [p for p in parameters if p.requires_grad]
+        return Before(torch.get_rng_state(), buffers, copies(buffers), trained)
+
+    def after_gradient(
+        self, loss: Tensor, norm: Tensor | None, before: Before, args: tuple, kwargs: dict
+    ) -> Tensor:
+        """What a step does with the gradients that parameters have; the loss.
+
+        Args:
+            loss: detached.
+            norm: of the gradients, if known.
+            before: what :meth:`before_step` returned.
+        """
+        optimizer, parameters = self.optimizer, before.parameters
+        assert optimizer is not None
         total = loss  # over the processes, which must agree on whether the step is finite
         if self.synchronize is not None:
             total = loss.clone()
             self.synchronize([*(_gradient(parameter) for parameter in parameters), total])
-        norm = self._norm(parameters)
+        if norm is None:
+            norm = self._norm(parameters)
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         if loss.is_cuda and all(group.get("fused") for group in optimizer.param_groups):
@@ -268,12 +301,11 @@ class SVI(pyro.infer.SVI):
             bad = ~torch.isfinite(total + norm)
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self._skipped += bad.long()
-            for buffer, value in zip(buffers, kept, strict=True):
+            for buffer, value in zip(before.buffers, before.values, strict=True):
                 buffer.copy_(torch.where(bad, value, buffer))
         elif not math.isfinite(float(total) + float(norm)):
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)
-            self._skip(float(total), random, args, kwargs)
+            before.put_back()
+            self._skip(float(total), before.random, args, kwargs)
             return loss
         optimizer.step()
         return loss
