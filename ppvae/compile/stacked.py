@@ -76,7 +76,8 @@ class StackedGradients:
         compiles: compile the graph; False: leave it to Python.
 
     Attributes:
-        parameters: of each, what it differentiates by.
+        parameters: of each, those that have gradients.
+        buffers: tensors ``(S, ...)``, on which the graph may write.
 
     Raises:
         NotCompiled: the structures are not equal, a draw's number of random bits depends on a
@@ -95,7 +96,9 @@ class StackedGradients:
             for objective, batch in zip(objectives, batches, strict=True)
         ]
         first, size = self.members[0], len(objectives)
-        self.parameters = [member.parameters for member in self.members]
+        self.parameters = [
+            [p for p, used in zip(m.parameters, m.used, strict=True) if used] for m in self.members
+        ]
         of_each = [[*m.inputs, *m.graph.reached] for m in self.members]
         _require_equal(self.members, of_each)
         traced = copy.deepcopy(first.graph.traced)
@@ -104,8 +107,11 @@ class StackedGradients:
         shared = [all(t is tensors[0] for t in tensors) for tensors in together]
         held = [t[0] if is_one else rows.of(t) for t, is_one in zip(together, shared, strict=True)]
         self._inputs, self._reached = held[: len(first.inputs)], held[len(first.inputs) :]
+        number = len(first.inputs)
+        of_inputs = zip(self._inputs, shared, strict=False)
+        self.buffers = [t for t, is_one in [*of_inputs][len(first.parameters) :] if not is_one]
         dims = [None if is_one else 0 for is_one in shared]
-        number, args = len(first.inputs), len(batches[0])
+        args = len(batches[0])
         in_dims = (*dims[:number], *[0] * args, *dims[number:], *[0] * len(self._draws))
         alone = vmap(functionalize(traced), in_dims)
         like = [p for p, used in zip(self._inputs, first.used, strict=False) if used]
@@ -131,10 +137,11 @@ class StackedGradients:
         batches: Sequence[tuple[Tensor, ...]],
         generators: Sequence[torch.Generator],
         active: Collection[int],
-    ) -> tuple[Tensor, Tensor]:
-        """Losses and norms ``(S,)``; the gradients of active members are in their parameters.
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Losses and norms ``(S,)``, and the gradients by :attr:`parameters`, ``(S, ...)`` each.
 
-        Of others nothing is counted or drawn; what the graph writes on their buffers it writes.
+        Of members that are not active nothing is drawn or counted, but the graph writes on their
+        buffers.
         """
         for rows, draw in self._draws:
             for s in active:
@@ -142,13 +149,18 @@ class StackedGradients:
         for s in active:
             self.members[s].advance()
         losses, norms, *outputs = self.graph(*self._given(batches))
-        by_member = list(zip(*(output.unbind() for output in outputs), strict=True))
-        for s in active:
-            member, values = self.members[s], iter(by_member[s])
-            for parameter, used in zip(member.parameters, member.used, strict=True):
-                parameter.grad = next(values) if used else None
-            member.state.shown.update(zip(member.shown, values, strict=True))
-        return losses, norms
+        gradients, weights = outputs[: len(self.parameters[0])], outputs[len(self.parameters[0]) :]
+        for s in active if weights else ():
+            shown = zip(self.members[s].shown, weights, strict=True)
+            self.members[s].state.shown.update({column: weight[s] for column, weight in shown})
+        return losses, norms, gradients
+
+    def give(self, gradients: Sequence[Tensor], s: int) -> None:
+        """Let the parameters of a member have their gradients."""
+        for parameter in self.members[s].parameters:
+            parameter.grad = None
+        for parameter, gradient in zip(self.parameters[s], gradients, strict=True):
+            parameter.grad = gradient[s]
 
     def _compare(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
         """Compare with each alone at the same draws."""
@@ -159,7 +171,9 @@ class StackedGradients:
             kept = [Kept(member.objective) for member in self.members]
             devices = [parameters[0].device for parameters in self.parameters]
             generators = [torch.Generator(device).manual_seed(0) for device in devices]
-            losses, _ = self(batches, generators, range(len(self.members)))
+            losses, _, gradients = self(batches, generators, range(len(self.members)))
+            for s in range(len(self.members)):
+                self.give(gradients, s)
             found = [
                 Outcome([loss, *(p.grad for p in member.parameters)], before.changes())
                 for loss, member, before in zip(losses, self.members, kept, strict=True)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from ppvae.arguments import number, takes_numbers
-from ppvae.compile.graph import unmoved
+from ppvae.compile.graph import copies, unmoved
 from ppvae.compile.stacked import Rows, StackedGradients
 from ppvae.elbo.estimator import Estimator
 from ppvae.intake import part_of
@@ -26,13 +26,14 @@ from ppvae.program import one_thread
 from ppvae.train import refusals
 from ppvae.train.checkpoint import Checkpoints, checkpoints_for
 from ppvae.train.fit import Steps, begun, next_batch, sources, train
+from ppvae.train.fused_adam import AllAtOnce
 from ppvae.train.histories import Histories
 from ppvae.train.interrupt import interrupts
 from ppvae.train.processes import Processes
 from ppvae.train.refusals import resolve_device
 from ppvae.train.run import Run
 from ppvae.train.sources import Batch, Loaded
-from ppvae.train.svi import SVI
+from ppvae.train.svi import SVI, Before
 
 
 @takes_numbers
@@ -236,6 +237,10 @@ class Stream:
         self._pairs, self.generator = pairs, pairs[-1][1]
         self._leave()
 
+    def state(self) -> Tensor:
+        """Of the CPU's."""
+        return self._pairs[0][1].get_state()
+
     def _leave(self) -> None:
         for usual, own in self._pairs:
             own.set_state(usual.get_state())
@@ -284,6 +289,7 @@ class Stack:
     def __init__(self, members: Sequence[Member]) -> None:
         self.members, self._rows = members, Rows()
         self._graphs: dict[Any, StackedGradients] = {}
+        self._adams: dict[Any, AllAtOnce] = {}  # by the graph whose gradients they take
 
     def require(self, members: Sequence[Member]) -> None:
         """Build the graphs for the next step of some members.
@@ -315,30 +321,66 @@ class Stack:
 
     def take(self, members: Sequence[Member]) -> None:
         """A step of each on its batch; the batches are of one shape."""
-        graph, befores = self._graphs[_shapes(members[0])], []
-        for member in self.members:
-            with member.stream.current():
-                befores.append(member.svi.before_step())
+        key = _shapes(members[0])
+        graph = self._graphs[key]
+        streams = [member.stream for member in self.members]
+        states, kept = [stream.state() for stream in streams], copies(graph.buffers)
         active = [i for i, member in enumerate(self.members) if member in members]
-        generators = [member.stream.generator for member in self.members]
-        losses, norms = graph(self._batches(members), generators, active)
-        for i, (member, before) in enumerate(zip(self.members, befores, strict=True)):
+        generators = [stream.generator for stream in streams]
+        losses, norms, gradients = graph(self._batches(members), generators, active)
+        if len(active) == len(self.members) and self._update(key, losses, norms, gradients):
+            for member, loss in zip(self.members, losses.unbind(), strict=True):
+                member.loss = loss
+                member.svi.num_steps += 1
+            return
+        self._adams.clear()
+        for i, member in enumerate(self.members):
+            buffers, values = [rows[i] for rows in graph.buffers], [rows[i] for rows in kept]
+            before = Before(states[i], buffers, values, member.svi.trained)
             if i not in active:
                 before.put_back()
                 continue
-            own, held, batch = graph.parameters[i], before.parameters, member.batch
-            all_held = len(own) == len(held) and all(map(operator.is_, own, held))
-            norm = norms[i] if all_held else None
+            graph.give(gradients, i)
+            norm = norms[i] if _are(member.svi.trained, graph.members[i].parameters) else None
+            batch = member.batch
             assert batch is not None
             with member.alone():
                 member.loss = member.svi.after_gradient(losses[i], norm, before, batch, {})
                 member.svi.num_steps += 1
+
+    def _update(self, key: Any, losses: Tensor, norms: Tensor, gradients: list[Tensor]) -> bool:
+        """Update all members by one call, if that is what each would do; whether it was."""
+        svis, graph = [member.svi for member in self.members], self._graphs[key]
+        clip_norm = svis[0].clip_norm
+        if not bool((losses + norms).isfinite().all()):
+            return False
+        if key not in self._adams:
+            trained = zip(svis, graph.members, strict=True)
+            if not all(_are(svi.trained, member.parameters) for svi, member in trained):
+                return False
+            if any(svi.clip_norm != clip_norm for svi in svis):
+                return False
+            optimizers = [svi.optimizer for svi in svis if svi.optimizer is not None]
+            try:
+                self._adams[key] = AllAtOnce(optimizers, graph.parameters, self._rows.of)
+            except ValueError:
+                return False
+        if clip_norm is not None:
+            scale = (clip_norm / (norms + 1e-6)).clamp(max=1.0)  # as torch's clip_grads_with_norm_
+            for gradient in gradients:
+                gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+        return self._adams[key].step(gradients)
 
     def close(self) -> None:
         """Let each member have parameters in memory of its own."""
         for member in self.members:
             member.svi.objective.zero_grad()
         self._rows.give_back()
+
+
+def _are(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _shapes(member: Member) -> Any:

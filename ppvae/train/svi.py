@@ -270,11 +270,16 @@ class SVI(pyro.infer.SVI):
         assert self.optimizer is not None
         buffers = [b for owned in self._buffers for b in owned.values() if b is not None]
         # not all of the pair: gradients that nobody sets to zero would add up in the norm
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for parameter in parameters:
-            parameter.grad = None
-        trained = [p for p in parameters if p.requires_grad]
-        return Before(torch.get_rng_state(), buffers, copies(buffers), trained)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        return Before(torch.get_rng_state(), buffers, copies(buffers), self.trained)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimiser updates, once it is built."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def after_gradient(
         self, loss: Tensor, norm: Tensor | None, before: Before, args: tuple, kwargs: dict
