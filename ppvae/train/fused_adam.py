@@ -166,7 +166,7 @@ class AllAtOnce:
         if any(other[key] != group[key] for other in others for key in SETTINGS):
             return False
         self._counts.add_(1)
-        moments = self._averages, self._squares, [], self._steps
+        moments: Any = self._averages, self._squares, [], self._steps
         _update(group, self._params, gradients, *moments)
         return True
 
