@@ -57,7 +57,9 @@ def require_same(one, other, exactly=False):
         elif exactly:
             assert torch.equal(value, other[name]), name
         else:
-            torch.testing.assert_close(value, other[name], rtol=1e-10, atol=1e-10, msg=name)
+            torch.testing.assert_close(
+                value, other[name], rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def require_same_rows(one, other):
@@ -65,7 +67,8 @@ def require_same_rows(one, other):
     for row, expected in zip(one.rows, other.rows, strict=True):
         assert row.keys() - {"build_seconds"} == expected.keys() - {"build_seconds"}
         for name in expected.keys() - {"seconds", "build_seconds"}:
-            assert row[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-10), name
+            tolerance = 1e-7 if name == "kl_weight" else 1e-9  # which is shown in float32
+            assert row[name] == pytest.approx(expected[name], rel=tolerance, abs=1e-10), name
 
 
 def require_lone_runs(make, stack=True, seeds=SEEDS, **arguments):
@@ -84,7 +87,7 @@ def require_lone_runs(make, stack=True, seeds=SEEDS, **arguments):
 
 
 def with_batch_norm():
-    net = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5))
+    net = nn.Sequential(nn.Linear(2, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5))
     return pair(decoder=net)
 
 
@@ -170,24 +173,31 @@ def test_a_member_that_has_stopped_moves_no_more():
     assert counted[0] == 4 and counted[-1] < 4
 
 
-def outlier():
-    """Rows one of which is too large for its log-density to be finite."""
-    rows = torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    rows[7] = 1e200
-    return rows
+class Fragile(Constant):
+    """Its loss is infinite where a draw is next to zero."""
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            loc = self.net(z) / (z.abs().amin(-1, keepdim=True) > 0.01)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
 
 
-def normal_pair():
-    return pair(
-        decoder=nets.mlp(2, 6, 5), likelihood=lambda net: conditionals.Normal(net, scale=1.0)
-    )
+def fragile():
+    return own_guide(Fragile())
+
+
+def own_guide(model):
+    return model.double(), guides.Normal(nets.mlp(5, 4, 2 * 2)).double()
 
 
 def test_a_step_that_is_not_finite_is_withheld_for_its_member_alone():
-    make = maker(build=normal_pair, skip_nonfinite=True)
-    runs = require_lone_runs(make, data=outlier(), valid=None, batch_size=10)
-    for svi, history in zip(runs.svis, runs.histories, strict=True):
-        assert svi.num_skipped == 3 and history.column("skipped") == [1, 1, 1]
+    make = maker(build=fragile, skip_nonfinite=True)
+    runs = require_lone_runs(make, valid=None, batch_size=10)
+    skipped = [history.column("skipped") for history in runs.histories]
+    assert skipped[0] != skipped[1]
+    for svi in runs.svis:
+        assert 0 < svi.num_skipped < svi.num_steps
         assert all(torch.isfinite(p).all() for p in svi.objective.parameters())
 
 
@@ -195,29 +205,27 @@ def test_a_member_that_is_not_finite_ends_alone():
     calls = itertools.count()
 
     def make():
-        svi = maker(build=normal_pair)()
+        svi = maker()()
         if next(calls) == 1:
-            with torch.no_grad():
-                list(svi.model.parameters())[-1].fill_(1e200)
+            svi.optim = functools.partial(torch.optim.Adam, lr=1e300)
         return svi
 
-    rows = outlier()[:7]
-    with pytest.warns(RuntimeWarning, match="seed 0 has ended, and the others go on: step 1: the"):
-        runs = ppvae.fit_many(make, rows, seeds=SEEDS, epochs=3, batch_size=4, progress=False)
+    with pytest.warns(RuntimeWarning, match="seed 0 has ended, and the others go on: step 2: the"):
+        runs = ppvae.fit_many(make, X, seeds=SEEDS, epochs=3, batch_size=19, progress=False)
     assert list(runs.errors) == [0] and isinstance(runs.errors[0], ppvae.NonFiniteError)
     assert [len(history.rows) for history in runs.histories] == [3, 0, 3]
     assert "seed 0 has ended" in repr(runs)
     for seed, svi in [(4, runs.svis[0]), (11, runs.svis[2])]:
-        require_same(
-            svi, lone(maker(build=normal_pair), seed, data=rows, epochs=3, batch_size=4)[0]
-        )
-    runs.plot()
+        alone, _ = lone(maker(), seed, data=X, epochs=3, batch_size=19)
+        require_same(svi, alone)
+    labels = [text.get_text() for text in runs.plot().get_legend().get_texts()]
+    assert labels == ["each seed", "quartiles", "mean of 2 seeds, training ELBO"]
 
 
 def test_it_raises_when_no_member_is_left():
-    rows = outlier()
+    make = maker(optim=functools.partial(torch.optim.Adam, lr=1e300))
     with pytest.warns(RuntimeWarning, match="has ended"), pytest.raises(ppvae.NonFiniteError):
-        ppvae.fit_many(maker(build=normal_pair), rows, seeds=[0, 1], epochs=2, progress=False)
+        ppvae.fit_many(make, X, seeds=[0, 1], epochs=2, progress=False)
 
 
 @pytest.mark.parametrize("name", ["warm-up", "batch norm"])
@@ -262,7 +270,7 @@ def test_pairs_are_ordinary_ones(tmp_path):
             assert parameter.untyped_storage().nbytes() == parameter.numel() * 8
             assert parameter.is_leaf and parameter.grad is None
     model, guide = runs.pairs[1]
-    diagnostics.diagnose(model, guide, X, num_particles=20)
+    diagnostics.diagnose(model, guide, X, num_particles=25)
     ppvae.save(tmp_path / "pair", model, guide)
     before = [p.detach().clone() for p in runs.svis[0].objective.parameters()]
     runs.svis[1].step(X)
@@ -304,10 +312,6 @@ class GammaModel(ppvae.Program):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Gamma(x.new_ones(1), 1.0).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=self.net(z)).to_event(1), obs=x)
-
-
-def own_guide(model):
-    return model.double(), guides.Normal(nets.mlp(5, 4, 2 * 2)).double()
 
 
 def beside():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functionalize, vmap
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppvae.compile.compiled import CompiledGradients, Kept, Outcome, in_own_memory
 from ppvae.compile.graph import Graph, unmoved
@@ -103,6 +104,9 @@ class StackedGradients:
         _require_equal(self.members, of_each)
         traced = copy.deepcopy(first.graph.traced)
         self._draws = _lift_draws(traced, size)
+        of_first = [t.detach() for t in (*first.inputs, *batches[0], *first.graph.reached)]
+        drawn = [rows[0] for rows, _ in self._draws]
+        traced = _without_writing(traced, [*of_first, *drawn])
         together = list(zip(*of_each, strict=True))
         shared = [all(t is tensors[0] for t in tensors) for tensors in together]
         held = [t[0] if is_one else rows.of(t) for t, is_one in zip(together, shared, strict=True)]
@@ -113,7 +117,7 @@ class StackedGradients:
         dims = [None if is_one else 0 for is_one in shared]
         args = len(batches[0])
         in_dims = (*dims[:number], *[0] * args, *dims[number:], *[0] * len(self._draws))
-        alone = vmap(functionalize(traced), in_dims)
+        alone = vmap(traced, in_dims)
         like = [p for p, used in zip(self._inputs, first.used, strict=False) if used]
 
         def losses_and_gradients(*inputs: Tensor) -> list[Tensor]:
@@ -253,6 +257,25 @@ def _lift_draws(traced: GraphModule, size: int) -> list[tuple[Tensor, Draw]]:
         draws.append((empty_rows(size, last.meta["val"]), draw))
     traced.recompile()
     return draws
+
+
+def _without_writing(traced: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
+    """The same graph, which writes on nothing but its inputs, and on these last.
+
+    A tensor that is made in a graph has no rows of its own to be written on.
+    """
+    found: GraphModule = make_fx(functionalize(traced), tracing_mode="fake")(*inputs)
+    for node in found.graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default):
+        node.target = _written  # torch has no rule for it, and would take member by member
+    for node in found.graph.find_nodes(op="call_function", target=torch.ops.ppvae.kept.default):
+        node.replace_all_uses_with(node.args[0])
+        found.graph.erase_node(node)
+    found.recompile()
+    return found
+
+
+def _written(place: Tensor, value: Tensor, non_blocking: bool = False) -> Tensor:
+    return value.to(place.dtype).expand(place.shape)
 
 
 def _draw_of(node: Node) -> Draw | None:

@@ -140,6 +140,7 @@ def fit_many(
                 open_until_end.enter_context(run.folder(resume))
                 if resume:
                     run.resume(resume)
+        _fall_in(members)
         steps = Stack(members) if stack else InTurn()
         open_until_end.callback(steps.close)
         disabled = None if progress else True  # None: in a terminal
@@ -165,7 +166,8 @@ def fit_many(
             for alike in _by_shape(waiting):
                 steps.take(alike)
             for member in waiting:
-                member.go_on()
+                if member.error is None:
+                    member.go_on()
     errors = {member.seed: member.error for member in members if member.error is not None}
     if len(errors) == len(members):
         raise errors[seeds[0]]
@@ -300,7 +302,10 @@ class Stack:
         for alike in _by_shape(members):
             if _shapes(alike[0]) not in self._graphs:
                 started = time.perf_counter()
-                self._graphs[_shapes(alike[0])] = self._graph(self._batches(alike))
+                try:
+                    self._graphs[_shapes(alike[0])] = self._graph(self._batches(alike))
+                except ValueError as error:  # of a member that has ended, and is run once more
+                    raise NotCompiled(str(error)) from error
                 for member in self.members:
                     member.svi.stack_seconds += time.perf_counter() - started
 
@@ -418,6 +423,21 @@ def _require_still(svi: SVI, batch: Batch) -> None:
             f"a program changes its {changed[0]!r} from step to step, which a graph would keep; "
             "make it a tensor, changed in place"
         )
+
+
+def _fall_in(members: Sequence[Member]) -> None:
+    """Let members that were saved a checkpoint later than others go back, and all be in step.
+
+    Up to rounding it would make no difference.
+    """
+    taken = [member.run.svi.num_steps for member in members if not member.run.is_over()]
+    for member in members:
+        run = member.run
+        if run.files is not None and taken and run.svi.num_steps > min(taken):
+            path = run.files.path(min(taken))
+            if path.exists():
+                with member.stream.current():
+                    run.resume(path)
 
 
 def _place(checkpoint: Any, seed: int) -> Any:
