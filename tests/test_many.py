@@ -21,7 +21,7 @@ X = torch.bernoulli(
 )
 VALID = X[:12].flip(1)
 adam = functools.partial(torch.optim.Adam, lr=0.02)
-SEEDS = [4, 0, 11]
+SEEDS = [4, 0]
 
 
 def pair(hidden=6, decoder=None, likelihood=conditionals.Bernoulli):
@@ -179,7 +179,7 @@ class Fragile(Constant):
     def forward(self, x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            loc = self.net(z) / (z.abs().amin(-1, keepdim=True) > 0.01)
+            loc = self.net(z) / (z.abs().amin(-1, keepdim=True) > 0.04)
             pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
 
 
@@ -211,7 +211,7 @@ def test_a_member_that_is_not_finite_ends_alone():
         return svi
 
     with pytest.warns(RuntimeWarning, match="seed 0 has ended, and the others go on: step 2: the"):
-        runs = ppvae.fit_many(make, X, seeds=SEEDS, epochs=3, batch_size=19, progress=False)
+        runs = ppvae.fit_many(make, X, seeds=[4, 0, 11], epochs=3, batch_size=19, progress=False)
     assert list(runs.errors) == [0] and isinstance(runs.errors[0], ppvae.NonFiniteError)
     assert [len(history.rows) for history in runs.histories] == [3, 0, 3]
     assert "seed 0 has ended" in repr(runs)
@@ -233,14 +233,15 @@ def test_a_resumed_run_is_the_run_to_the_bit(name, tmp_path):
     """Also where the process died between the checkpoints of two members, within an epoch."""
     make, run = CASES[name], functools.partial(ppvae.fit_many, data=X, valid=VALID, progress=False)
     often = ppvae.Checkpoints(tmp_path, every_steps=2, keep=100)
-    whole = run(make, seeds=SEEDS, epochs=4, batch_size=16)
-    first = run(make, seeds=SEEDS, epochs=2, batch_size=16, checkpoint=often)
+    seeds = [4, 0, 11]
+    whole = run(make, seeds=seeds, epochs=4, batch_size=16)
+    first = run(make, seeds=seeds, epochs=2, batch_size=16, checkpoint=often)
     assert first.histories[0].rows[-1]["step"] == 6
     for seed, last in [(4, 6), (0, 4), (11, 2)]:
         for path in (tmp_path / f"seed-{seed}").glob("step-*.pt"):
             if int(path.stem.removeprefix("step-")) > last:
                 path.unlink()
-    resumed = run(make, seeds=SEEDS, epochs=4, batch_size=16, checkpoint=often, resume=True)
+    resumed = run(make, seeds=seeds, epochs=4, batch_size=16, checkpoint=often, resume=True)
     for one, other in zip(whole.svis, resumed.svis, strict=True):
         require_same(one, other, exactly=True)
     for one, other in zip(whole.histories, resumed.histories, strict=True):
@@ -274,7 +275,7 @@ def test_pairs_are_ordinary_ones(tmp_path):
     ppvae.save(tmp_path / "pair", model, guide)
     before = [p.detach().clone() for p in runs.svis[0].objective.parameters()]
     runs.svis[1].step(X)
-    ppvae.fit(runs.svis[2], X, epochs=1, progress=False)
+    ppvae.fit(runs.svis[1], X, epochs=1, progress=False)
     assert all(map(torch.equal, before, runs.svis[0].objective.parameters()))
 
 
@@ -333,7 +334,7 @@ UNSTACKED = {
 @pytest.mark.parametrize("reason", UNSTACKED)
 def test_members_that_cannot_be_stacked_take_turns(reason):
     with pytest.warns(RuntimeWarning, match="so the members take turns") as caught:
-        runs = require_lone_runs(UNSTACKED[reason], "auto", SEEDS[:2], epochs=2, batch_size=20)
+        runs = require_lone_runs(UNSTACKED[reason], "auto", epochs=2, batch_size=20)
     assert reason in runs.reason
     assert len([w for w in caught if "turns" in str(w.message)]) == 1
     with pytest.raises(ppvae.NotCompiled, match="stack=True, but"):
