@@ -98,7 +98,7 @@ look: $(VENV)/.installed ## open every page of the built site in Chromium: dead 
 BENCH_OUT := out/bench.jsonl
 bench: $(VENV)/.bench ## compare speed with NumPyro, pythae, stock Pyro and hand-written PyTorch; resumes
 	$(PY) -m pytest -q tests/test_benchmarks.py -m "not slow and not cuda"
-	@for name in speed speed_scaling speed_factor speed_nvae speed_fit speed_build evidence data_path; do \
+	@for name in speed speed_scaling speed_factor speed_nvae speed_fit speed_many speed_build evidence data_path; do \
 		echo "== benchmarks/$$name.py"; \
 		$(PY) benchmarks/$$name.py --out $(BENCH_OUT) $(BENCH_ARGS); done
 

@@ -31,7 +31,9 @@ from ppvae.train.callbacks import Callback
 from ppvae.train.checkpoint import CheckpointError, Checkpoints
 from ppvae.train.ex_post import fit_prior
 from ppvae.train.fit import fit
+from ppvae.train.histories import Histories
 from ppvae.train.history import History
+from ppvae.train.many import fit_many
 from ppvae.train.svi import SVI
 from ppvae.verbs import encode, generate, load, log_prob, reconstruct, save
 from ppvae.weights import LogWeights, log_weights
@@ -44,6 +46,7 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "Checkpoints",
+    "Histories",
     "History",
     "LogWeights",
     "NonFiniteError",
@@ -61,6 +64,7 @@ __all__ = [
     "elbo",
     "encode",
     "fit",
+    "fit_many",
     "fit_prior",
     "generate",
     "guides",

@@ -52,6 +52,7 @@ STRUCTURE = Structure(
 
 # One call of every public function, as (function, arguments); all torch tensors.
 CALLS = {
+    "seed_curves": ([[torch.tensor([-3.0, -1.0, -2.0]), torch.tensor([-4.0, -2.0])]], {}),
     "training_curve": ([torch.tensor([-3.0, -1.0, -2.0]), torch.tensor([-4.0, -2.0, -3.0])], {}),
     "image_grid": ([X, (3, 4)], {"title": "six"}),
     "reconstructions": ([X, 1 - X, (3, 4), X**2], {}),

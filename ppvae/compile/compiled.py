@@ -171,6 +171,7 @@ class CompiledGradients:
         objective: a module whose ``forward(*args)`` is the loss.
         args, kwargs: what it is called with; the graph is for tensors of these shapes.
         progress: called after each part of the work.
+        compiles: False: leave the graph to Python.
 
     Attributes:
         parameters: what it differentiates by.
@@ -184,7 +185,12 @@ class CompiledGradients:
     norm: Tensor | None
 
     def __init__(
-        self, objective: nn.Module, args: tuple, kwargs: dict, progress: Callable[[], Any]
+        self,
+        objective: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        progress: Callable[[], Any],
+        compiles: bool = True,
     ) -> None:
         self.objective = objective
         self.state: Any = getattr(objective, "state", None)  # Pyro's own objectives have none
@@ -215,20 +221,20 @@ class CompiledGradients:
                 outputs.append(nn.utils.get_total_norm([g for g in gradients if g is not None]))
             for parameter, gradient in zip(wanted, gradients, strict=True):
                 if gradient is not None:
-                    outputs.append(_in_own_memory(gradient, parameter, taken))
+                    outputs.append(in_own_memory(gradient, parameter, taken))
             return [*outputs, *(weight.detach().clone() for weight in weights.values())]
 
         tensors = [args[i] for i in self.positions]
         like = self.parameters[0]
         traced = self.state.traced(like) if self.state is not None else nullcontext([])
         with traced as self.slots:
-            first = self._eager(args, kwargs)  # which also makes the slots
+            first = self.eager(args, kwargs)  # which also makes the slots
             with unmoved(objective):
                 owned = list(attributes(objective))
-                self.graph = Graph(loss_and_gradients, [*self.inputs, *tensors])
+                self.graph = Graph(loss_and_gradients, [*self.inputs, *tensors], compiles=compiles)
                 require_kept(owned, self.graph)
             progress()
-            again = self._eager(args, kwargs)  # modules with a cache, as an LSTM, notice a trace
+            again = self.eager(args, kwargs)  # modules with a cache, as an LSTM, notice a trace
         self.used, self.shown = used, shown
         if _difference(first.values, again.values) is not None:
             raise NotCompiled("the program changes from call to call, at the same draws")
@@ -255,34 +261,34 @@ class CompiledGradients:
         if self.state is not None and self.state.training:
             self.state.count()
 
-    def _eager(self, args: tuple, kwargs: dict) -> _Outcome:
+    def eager(self, args: tuple, kwargs: dict) -> Outcome:
         """What an eager step gives, with a seed."""
         with unmoved(self.objective), seeded(0, *self.parameters), torch.enable_grad():
-            kept = _Kept(self.objective)
+            kept = Kept(self.objective)
             with local_parameters(), pyro.validation_enabled(False):
                 loss = self.objective(*args, **kwargs)
                 require_own_parameters(loss, self.objective)
                 gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            return _Outcome([loss.detach(), *gradients], kept.changes())
+            return Outcome([loss.detach(), *gradients], kept.changes())
 
-    def _compare(self, expected: _Outcome, args: tuple, kwargs: dict) -> None:
-        """Compare the graph with the eager step at the same draws.
-
-        Raises:
-            NotCompiled: loss, gradients or buffers differ by more than rounding.
-        """
+    def _compare(self, expected: Outcome, args: tuple, kwargs: dict) -> None:
+        """Compare the graph with the eager step at the same draws."""
         with unmoved(self.objective), seeded(0, *self.parameters):
-            kept = _Kept(self.objective)
+            kept = Kept(self.objective)
             values = [self(args), *(parameter.grad for parameter in self.parameters)]
-            found = _Outcome(values, kept.changes())
+            found = Outcome(values, kept.changes())
         for parameter in self.parameters:
             parameter.grad = None
+        self.judge(expected, found, args, kwargs)
+
+    def judge(self, expected: Outcome, found: Outcome, args: tuple, kwargs: dict) -> None:
+        """Raise :class:`NotCompiled` unless an outcome is the eager one up to rounding."""
         different = self._apart(expected, found)
         if different and not self._is_rounding(expected, found, args, kwargs):
             raise NotCompiled(f"at the same draws {different}, which is more than rounding")
 
     @staticmethod
-    def _apart(expected: _Outcome, found: _Outcome) -> str:
+    def _apart(expected: Outcome, found: Outcome) -> str:
         """How the outcome of a graph differs from that of an eager step; "": not."""
         different = _difference(expected.values, found.values)
         if different is not None:
@@ -293,7 +299,7 @@ class CompiledGradients:
         return _different_changes(expected.changes, found.changes)
 
     @torch.no_grad()
-    def _is_rounding(self, expected: _Outcome, found: _Outcome, args: tuple, kwargs: dict) -> bool:
+    def _is_rounding(self, expected: Outcome, found: Outcome, args: tuple, kwargs: dict) -> bool:
         """Whether the graph computes what the eager step does at parameters a last bit away.
 
         Where a unit is at the kink of its ReLU, the last bit decides which slope it has. And where
@@ -309,7 +315,7 @@ class CompiledGradients:
                 for parameter, value in zip(self.parameters, kept, strict=True):
                     sign = 2 * torch.randint(2, value.shape, generator=generator) - 1
                     parameter.copy_(value * (1 + sign.to(value) * torch.finfo(value.dtype).eps))
-                near = self._eager(args, kwargs)
+                near = self.eager(args, kwargs)
                 if not self._apart(near, found):
                     return True
                 moved = min(moved, _relative(expected.values, near.values))
@@ -355,14 +361,14 @@ class CompiledOutputs:
 
         tensors = [args[i] for i in self.positions]
         with unmoved(module), seeded(0, *self.inputs, *tensors):
-            kept = _Kept(module)
+            kept = Kept(module)
             eager = outputs(*self.inputs, *tensors)  # also finds what is remembered of a pair
             changes = kept.changes()
         with unmoved(module):
             self.graph = Graph(outputs, [*self.inputs, *tensors], differentiates=False)
         progress()
         with unmoved(module), seeded(0, *self.inputs, *tensors):
-            kept = _Kept(module)
+            kept = Kept(module)
             found = self._run(args)
             different = _different_changes(changes, kept.changes())
         if _difference(_numbers(eager), _numbers(found)) is not None:
@@ -422,14 +428,14 @@ class _Change(NamedTuple):
     after: Tensor
 
 
-class _Outcome(NamedTuple):
+class Outcome(NamedTuple):
     """Loss and gradients of a step, and what it has written."""
 
     values: list[Tensor | None]
     changes: list[_Change]
 
 
-class _Kept:
+class Kept:
     """The buffers and other tensors of a module as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -464,7 +470,7 @@ def _different_changes(expected: Sequence[_Change], found: Sequence[_Change]) ->
     return ""
 
 
-def _in_own_memory(gradient: Tensor, parameter: Tensor, taken: set[int]) -> Tensor:
+def in_own_memory(gradient: Tensor, parameter: Tensor, taken: set[int]) -> Tensor:
     """A gradient that shares no memory, laid out as its parameter: an optimiser may write on it."""
     storage = gradient.untyped_storage()._cdata
     if gradient.stride() != parameter.stride() or storage in taken:

@@ -37,10 +37,12 @@ class Graph:
         function: from tensors to a list of tensors.
         inputs: tensors of the shapes it will be called with.
         differentiates: whether the function does.
+        compiles: False: leave the graph to Python, as it was traced.
 
     Attributes:
         reached: tensors that the function uses besides its inputs.
         waits: an operator in it that waits for a GPU, by name; "": none is known to.
+        traced: the graph, where it is not compiled.
 
     Raises:
         NotCompiled: the function looks at a tensor's value, or there is no C++ compiler.
@@ -56,6 +58,7 @@ class Graph:
         function: Callable[..., Sequence[Tensor]],
         inputs: Sequence[Tensor],
         differentiates: bool = True,
+        compiles: bool = True,
     ) -> None:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
@@ -73,6 +76,9 @@ class Graph:
             traced = trace(*inputs)
             self.reached = _lift_constants(traced)
             self.waits = _waiting(traced)
+            if not compiles:
+                self.traced = self._call = traced
+                return
             rewrite(traced, differentiates)
             options = {
                 "fallback_random": True,

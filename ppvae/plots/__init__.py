@@ -7,7 +7,7 @@ estimated here. ``ax=None`` makes a figure of its own; pass ``ax`` to compose se
 """
 
 from ppvae.plots.codes import code_maps, code_usage
-from ppvae.plots.curves import khat, latent_scatter, training_curve
+from ppvae.plots.curves import khat, latent_scatter, seed_curves, training_curve
 from ppvae.plots.diagnostics import (
     coverage,
     khat_histogram,
@@ -63,6 +63,7 @@ __all__ = [
     "ratio_calibration",
     "reconstructions",
     "sbc_ecdf",
+    "seed_curves",
     "snr_against_particles",
     "training_curve",
     "variance_against_time",

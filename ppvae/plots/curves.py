@@ -90,6 +90,69 @@ def training_curve(
     return ax
 
 
+def seed_curves(
+    curves: Sequence[Values],
+    ax: Axes | None = None,
+    ylabel: str = "bound [nats per datapoint]",
+    name: str = "ELBO",
+) -> Axes:
+    """Draw a bound against epochs for several seeds, with their mean and quartiles.
+
+    Mean and quartiles go as far as all seeds do. When the first epochs are far below the rest they
+    are left off the axis.
+
+    Args:
+        curves: S curves, ``(E_s,)`` each: a value per epoch, of as many epochs as a seed had.
+        ax: Axes to draw on.
+        ylabel: Quantity and unit of the vertical axis.
+        name: Name of the bound in the legend, such as ``"validation IWELBO-50"``.
+
+    Returns:
+        The axes drawn on.
+
+    Raises:
+        ValueError: If there is no curve, or one is not ``(E_s,)`` or has no finite value.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from ppvae import plots
+        >>> ax = plots.seed_curves([[-90.0, -80.0, -78.0], [-94.0, -84.0]],
+        ...                        ax=Figure().subplots())
+        >>> ax.lines[-1].get_ydata().tolist()  # the mean
+        [-92.0, -82.0]
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    if not len(curves):
+        raise ValueError("curves is empty. Pass a curve for each seed.")
+    cure = "Pass a value per epoch, NaN at those that were not evaluated."
+    arrays = [
+        shaped(f"curves[{i}]", curve, f"E_{i}", finite="some", cure=cure)
+        for i, curve in enumerate(curves)
+    ]
+    ax = axes(ax)
+    for i, curve in enumerate(arrays):
+        label = "each seed" if i == 0 else None
+        ax.plot(np.arange(1, curve.size + 1), curve, color=GREY, lw=0.7, alpha=0.7, label=label)
+    common = min(curve.size for curve in arrays)
+    together, epochs = np.stack([curve[:common] for curve in arrays]), np.arange(1, common + 1)
+    low, high = np.nanquantile(together, [0.25, 0.75], axis=0)
+    ax.fill_between(epochs, low, high, color=BLUE, alpha=0.25, lw=0, label="quartiles")
+    label = f"mean of {len(arrays)} seeds, {name}"
+    dots: dict[str, Any] = {"marker": "o", "ms": 4} if common <= 20 else {}
+    ax.plot(epochs, np.nanmean(together, 0), color=BLUE, label=label, **dots)
+    longest = max(curve.size for curve in arrays)
+    seen = [curve[np.isfinite(curve)] for curve in arrays]
+    bottom, top = min(c.min() for c in seen), max(c.max() for c in seen)
+    floor = min(np.quantile(c, 0.2, method="higher") for c in seen)
+    if longest >= 10 and top - bottom > 4 * (top - floor) > 0:
+        ax.set_ylim(floor - 0.1 * (top - floor), top + 0.1 * (top - floor))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.set(xlabel="epoch", ylabel=ylabel, xlim=(0.5, longest + max(0.5, 0.03 * longest)))
+    ax.legend(loc="best")
+    return ax
+
+
 def latent_scatter(
     z: Values,
     labels: Values | None = None,

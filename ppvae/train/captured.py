@@ -18,14 +18,25 @@ from ppvae.compile.cuda_graph import CudaGraph
 from ppvae.train import fused_adam
 
 
-class Begun(NamedTuple):
-    """A step before its update."""
+class Before(NamedTuple):
+    """What a step that makes no update goes back to."""
 
-    loss: Tensor  # of this process
-    total: Tensor  # over all of them
     parameters: list[nn.Parameter]  # that the optimiser holds and that are trained
     buffers: list[tuple[Tensor, Tensor]]  # with what they were before
     rewind: Callable[[], None] | None  # to the draws; None: the update is withheld on the device
+
+    def put_back(self) -> None:
+        """Let the buffers have the values that they had."""
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
+
+
+class Begun(NamedTuple):
+    """A step before its update."""
+
+    before: Before
+    loss: Tensor  # of this process
+    total: Tensor  # over all of them
 
 
 class Captures:
@@ -129,7 +140,7 @@ class CapturedStep:
 
         def begin(*args: Any) -> tuple[Begun, Tensor]:
             begun = svi._begin(args, kwargs)
-            return begun, (svi._end(begun, args, kwargs) if alone else begun.loss)
+            return begun, (svi.end_step(begun, args, kwargs) if alone else begun.loss)
 
         before = [(parameter, parameter.grad) for parameter in held], dict(self.shown)
         try:
@@ -140,7 +151,7 @@ class CapturedStep:
             self.weights = dict(self.shown)
             self._end: CudaGraph | None = None
             if not alone:
-                self._end = CudaGraph(lambda: svi._end(self.begun, args, kwargs), (), device)
+                self._end = CudaGraph(lambda: svi.end_step(self.begun, args, kwargs), (), device)
         finally:
             self._leave(*before)  # those of the capture have no values yet
 

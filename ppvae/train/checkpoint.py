@@ -389,7 +389,9 @@ def plain(value: Any, where: str = "state") -> Any:
                 f"{where} is a tensor without a dense block of memory ({value.layout}, "
                 f"{value.dtype}, {value.device}); save {where}.to_dense() or its parts"
             )
-        return value.detach()
+        value = value.detach()
+        whole = value.untyped_storage().nbytes() <= value.numel() * value.element_size()
+        return value if whole else value.clone()  # of a row of many, torch would save them all
     if isinstance(value, np.generic):
         value = value.item()
     if type(value) in _PLAIN:

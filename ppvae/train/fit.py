@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
@@ -27,7 +28,7 @@ from ppvae.train.optimizer import moved
 from ppvae.train.processes import Processes
 from ppvae.train.refusals import resolve_device
 from ppvae.train.run import Progress, Run, state_of
-from ppvae.train.sources import Batch, source
+from ppvae.train.sources import Batch, Source, source
 from ppvae.train.svi import SVI
 from ppvae.wrapped import argument_names
 
@@ -144,57 +145,24 @@ def fit(
             epochs, batch_size, steps_per_epoch, patience, valid, lr_scheduler, device, fabric
         )
         files = checkpoints_for(checkpoint, resume)
-        callbacks, pair = all_callbacks(on_epoch_end, callbacks), (svi.model, svi.guide)
+        callbacks = all_callbacks(on_epoch_end, callbacks)
         loggers = all_loggers(loggers, fabric)
         target = None if device is None else resolve_device(device)
         if fabric is not None:
             target = fabric.device
-        common = (batch_size, target, processes, files is not None, argument_names(svi.model))
-        data = for_training(part_of(data, "train", data), "data", batch_size, seed, *pair)
-        if valid is not None:
-            valid = for_training(valid, "valid", batch_size, seed, *pair)
-        for given in (data, valid):
-            refusals.check_tensors(svi.model, given)
-        train_data = source("data", data, *common, steps_per_epoch)
-        valid_data = None if valid is None else source("valid", valid, *common)
-        train_data.check_processes()
-        train_data.check_passes(epochs)
-        refusals.require_whole(svi.guide, train_data)
-        if target is not None:
-            _move(svi, target)
-        if train_data.num_rows is not None:
-            svi.num_rows = train_data.num_rows
-        first = train_data.first()
-        train_data.check(svi.model, svi.guide, refusals.prepare(svi, first))
-        refusals.require_rows(svi, train_data, first)
-        refusals.require_two_rows(svi, train_data, first)
-        refusals.require_rows_beside(svi, train_data, first)
-        check_model = refusals.before_fit(svi.model, train_data, first)
-        has_bound = True
-        if valid_data is not None:
-            valid_data.check_passes(epochs)
-            first = valid_data.first()
-            valid_data.check(*pair, check_batch(*pair, *first))
-            has_bound = refusals.require_bound(svi, first, patience)
-
-        assert svi.optimizer is not None
-        if svi.turns is not None:
-            svi.turns.reported = {}  # of steps before this call
-        run = Run(
-            svi=svi,
-            progress=Progress(History(_name(svi.elbo)), torch.zeros((), device=target)),
-            data=train_data,
-            valid=valid_data,
-            check_model=check_model,
-            scheduler=lr_scheduler(svi.optimizer) if lr_scheduler is not None else None,
+        of_batches = (batch_size, target, processes, files is not None)
+        run = begin(
+            svi,
+            *sources(svi, data, valid, seed, steps_per_epoch, *of_batches),
+            processes=processes,
+            target=target,
             callbacks=callbacks,
             loggers=loggers if processes.rank == 0 else [],
-            processes=processes,
+            lr_scheduler=lr_scheduler,
             files=files,
             epochs=epochs,
             seed=seed,
             patience=patience,
-            has_bound=has_bound,
         )
         if processes.size > 1:
             processes.require_equal(run.facts_of_ranks(resume))
@@ -208,17 +176,111 @@ def fit(
             disabled = None if progress and processes.rank == 0 else True  # None: in a terminal
             bar = tqdm(total=epochs, initial=len(rows), unit="epoch", disable=disabled)
             with bar, processes.joined(svi), interrupts(files is not None) as interrupt:
-                return _train(run, bar, interrupt)
+                with closing(train(run, bar, interrupt)) as steps:
+                    loss = None
+                    while (batch := next_batch(steps, loss)) is not None:
+                        loss = svi.update(*batch)
+        return run.progress.history
 
 
-def _train(run: Run, bar: Any, interrupt: Interrupt) -> History:
-    """The loop: epoch after epoch, until there are enough, or something else ends the run."""
+def sources(
+    svi: SVI,
+    data: Any,
+    valid: Any,
+    seed: int,
+    steps_per_epoch: int | None,
+    batch_size: int,
+    target: torch.device | None,
+    processes: Processes,
+    saved: bool,
+) -> tuple[Source, Source | None]:
+    """Where training and validation batches are cut, of what :func:`fit` was given."""
+    pair = svi.model, svi.guide
+    common = (batch_size, target, processes, saved, argument_names(svi.model))
+    data = for_training(part_of(data, "train", data), "data", batch_size, seed, *pair)
+    if valid is not None:
+        valid = for_training(valid, "valid", batch_size, seed, *pair)
+    for given in (data, valid):
+        refusals.check_tensors(svi.model, given)
+    train_data = source("data", data, *common, steps_per_epoch)
+    return train_data, None if valid is None else source("valid", valid, *common)
+
+
+def begin(
+    svi: SVI,
+    data: Source,
+    valid: Source | None,
+    *,
+    target: torch.device | None,
+    lr_scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None,
+    epochs: int,
+    patience: int | None,
+    **others: Any,
+) -> Run:
+    """A run before its first step: the pair is moved and checked on the data.
+
+    Args:
+        others: what else a :class:`Run` has.
+    """
+    pair = svi.model, svi.guide
+    data.check_processes()
+    data.check_passes(epochs)
+    refusals.require_whole(svi.guide, data)
+    if target is not None:
+        _move(svi, target)
+    if data.num_rows is not None:
+        svi.num_rows = data.num_rows
+    first = data.first()
+    data.check(*pair, refusals.prepare(svi, first))
+    refusals.require_rows(svi, data, first)
+    refusals.require_two_rows(svi, data, first)
+    refusals.require_rows_beside(svi, data, first)
+    check_model = refusals.before_fit(svi.model, data, first)
+    has_bound = True
+    if valid is not None:
+        valid.check_passes(epochs)
+        first = valid.first()
+        valid.check(*pair, check_batch(*pair, *first))
+        has_bound = refusals.require_bound(svi, first, patience)
+    assert svi.optimizer is not None
+    if svi.turns is not None:
+        svi.turns.reported = {}  # of steps before this call
+    return Run(
+        svi=svi,
+        progress=Progress(History(_name(svi.elbo)), torch.zeros((), device=target)),
+        data=data,
+        valid=valid,
+        check_model=check_model,
+        scheduler=lr_scheduler(svi.optimizer) if lr_scheduler is not None else None,
+        epochs=epochs,
+        patience=patience,
+        has_bound=has_bound,
+        **others,
+    )
+
+
+Steps = Generator[Batch, Tensor | None, None]
+
+
+def next_batch(steps: Steps, loss: Tensor | None) -> Batch | None:
+    """What to take the next step on, given the loss of the last; None: the run is over."""
+    try:
+        return steps.send(loss)
+    except StopIteration:
+        return None
+
+
+def train(run: Run, bar: Any, interrupt: Interrupt) -> Steps:
+    """The loop: epoch after epoch, until there are enough, or something else ends the run.
+
+    It yields the batch of each step, and is sent the loss of the step taken.
+    """
     svi, progress, files = run.svi, run.progress, run.files
     history = progress.history
     while not run.is_over():
-        history.interrupted = _epoch(run, interrupt)
+        history.interrupted = yield from _epoch(run, interrupt)
         if history.interrupted:
-            return history
+            return
         row = _row(run)
         history.rows.append(row)
         _step_schedule(run.scheduler, row)
@@ -236,13 +298,12 @@ def _train(run: Run, bar: Any, interrupt: Interrupt) -> History:
                 run.write(best=improved)
             history.interrupted = asked and not is_over
             if history.interrupted:
-                return history
+                return
     if progress.best_state is not None:
         svi.objective.load_state_dict(progress.best_state, strict=False)  # not the step count
-    return history
 
 
-def _epoch(run: Run, interrupt: Interrupt) -> bool:
+def _epoch(run: Run, interrupt: Interrupt) -> Generator[Batch, Tensor, bool]:
     """Take the steps of an epoch that are left; True if a signal stopped it, and it is saved."""
     svi, progress, processes = run.svi, run.progress, run.processes
     after_step = overridden(run.callbacks, "on_step_end")
@@ -252,7 +313,7 @@ def _epoch(run: Run, interrupt: Interrupt) -> bool:
     with closing(run.data.epoch(run.seed, svi.num_epochs + 1, progress.batch)) as batches:
         for batch, rows in batches:
             processes.contributes = rows > 0
-            loss = svi.update(*batch)
+            loss = yield batch
             progress.add(run.of_its_rows(loss, batch), rows, svi.skip_nonfinite)
             for call in after_step:
                 call(svi, loss)

@@ -9,7 +9,8 @@ decision 36, has what it is worth.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -59,12 +60,8 @@ class Adam(optim.Adam):
                 self.param_groups, groups, self._kept, strict=True
             ):
                 counts.add_(1)
-                decoupled = group["decoupled_weight_decay"]
-                update: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
-                tensors: Any = [p.grad for p in params], averages, squares, [], steps
-                rest = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
-                beta1, beta2 = group["betas"]
-                update(params, *tensors, beta1=beta1, beta2=beta2, amsgrad=False, **rest)
+                gradients = [p.grad for p in params]
+                _update(group, params, gradients, averages, squares, [], steps)
         return None
 
     # With what torch puts around every step: the user's hooks, which may change everything.
@@ -124,6 +121,73 @@ class Adam(optim.Adam):
 
 class AdamW(Adam, optim.AdamW):
     """``torch.optim.AdamW``, its steps as those of :class:`Adam`."""
+
+
+SETTINGS = ("lr", "betas", "weight_decay", "eps", "maximize", "decoupled_weight_decay")
+
+
+class AllAtOnce:
+    """The next steps of several Adams by one call, where that is the same as one of each.
+
+    Args:
+        optimizers: of equal settings, one group each, that have taken equally many steps.
+        parameters: of each, those that have gradients.
+        rows: from one tensor of each to one ``(S, ...)`` of which they are views from now on.
+
+    Raises:
+        ValueError: each has to take its own step.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        parameters: Sequence[Sequence[Tensor]],
+        rows: Callable[[Sequence[Tensor]], Tensor],
+    ) -> None:
+        self._groups = [group for each in optimizers for group in each.param_groups]
+        if len(self._groups) > len(optimizers) or not all(map(_is_settled, optimizers, parameters)):
+            raise ValueError("optimisers with a first step, hooks or groups of their own")
+        states = [[o.state[p] for p in own] for o, own in zip(optimizers, parameters, strict=True)]
+        counts = torch.stack([state["step"] for state in chain.from_iterable(states)])
+        if not bool((counts == counts[0]).all()):
+            raise ValueError("optimisers that have taken different numbers of steps")
+        self._params = [rows(of_all) for of_all in zip(*parameters, strict=True)]
+        self._averages, self._squares = (
+            [rows([state[key] for state in of_all]) for of_all in zip(*states, strict=True)]
+            for key in ("exp_avg", "exp_avg_sq")
+        )
+        self._counts = rows([state["step"] for state in chain.from_iterable(states)])
+        self._steps = list(self._counts[: len(self._params)].unbind())
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> bool:
+        """Take the steps, unless the settings differ by now; gradients ``(S, ...)``."""
+        group, *others = self._groups
+        if any(other[key] != group[key] for other in others for key in SETTINGS):
+            return False
+        self._counts.add_(1)
+        moments: Any = self._averages, self._squares, [], self._steps
+        _update(group, self._params, gradients, *moments)
+        return True
+
+
+def _update(group: dict[str, Any], params: Any, *tensors: Any) -> None:
+    """Torch's fused step, with the settings of a group."""
+    update: Any = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    rest = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
+    beta1, beta2 = group["betas"]
+    update(params, *tensors, beta1=beta1, beta2=beta2, amsgrad=False, **rest)
+
+
+def _is_settled(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
+    """Whether an optimiser is an Adam without hooks, whose next step is the update itself."""
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return (
+        isinstance(optimizer, Adam)
+        and not (hooks or before_all or after_all)
+        and optimizer._is_plain(optimizer.param_groups[0], [])
+        and all(optimizer.state.get(parameter) for parameter in parameters)
+    )
 
 
 def _without_hooks(step: Any) -> Any:

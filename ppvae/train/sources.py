@@ -6,6 +6,7 @@ batches, checks and numbers of rows, and never which kind it is.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -142,6 +143,9 @@ class Source(ABC):
         """This process's part of each batch of rows in this order; it may be empty."""
         return [self.processes.share(index) for index in order.split(self.batch_size)[skip:]]
 
+    def keep_drawn(self) -> None:  # noqa: B027
+        """Keep what is drawn for an epoch, for others that ask for the same one."""
+
     # -- rows and checks -------------------------------------------------------------------------
     def single_row(self) -> tuple[int, int] | None:
         """Rows of an epoch and of a batch, if the last batch is known to have only one row."""
@@ -227,6 +231,9 @@ class Kept(Source):
 
     def whole(self) -> Batch:
         return self._draw(0)
+
+    def keep_drawn(self) -> None:
+        self._draw = functools.lru_cache(maxsize=1)(self._draw)
 
     def facts(self) -> str:
         return _fingerprint(*self._stored)

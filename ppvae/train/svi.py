@@ -23,7 +23,7 @@ from ppvae.check.programs import PairError
 from ppvae.compile import cuda_graph
 from ppvae.compile.compiled import Compiled, CompiledGradients
 from ppvae.compile.fixed import Fixed
-from ppvae.compile.graph import unmoved
+from ppvae.compile.graph import copies, unmoved
 from ppvae.elbo import ELBO, Estimator
 from ppvae.pairs import (
     NotCompiled,
@@ -36,7 +36,7 @@ from ppvae.pairs import (
 )
 from ppvae.program import local_parameters, method_owners, require_own_parameters
 from ppvae.train.beside import Beside, Turns
-from ppvae.train.captured import Begun, Captures, withheld
+from ppvae.train.captured import Before, Begun, Captures, withheld
 from ppvae.train.optimizer import build_optimizer, check_optim, left_out, take_up
 from ppvae.weights import log_weights
 from ppvae.wrapped import argument_labels, title
@@ -151,6 +151,7 @@ class SVI(pyro.infer.SVI):
         self._buffers: list[dict[str, Tensor | None]] = []  # of modules: a move replaces tensors
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
         self._captures = Captures()
+        self.stack_seconds = 0.0  # of building graphs that it shares with other pairs
         self._reported = (0, 0)  # steps and skipped steps when check_finite was last called
 
     def __repr__(self) -> str:
@@ -260,6 +261,7 @@ class SVI(pyro.infer.SVI):
     def build_seconds(self) -> float:
         """Time spent compiling."""
         built = self._compiled.build_seconds if self._compiled is not None else 0.0
+        built += self.stack_seconds
         return built + (self.turns.build_seconds if self.turns is not None else 0.0)
 
     # -- a step ----------------------------------------------------------------------------------
@@ -294,59 +296,82 @@ class SVI(pyro.infer.SVI):
         """Loss and gradient, over all processes and clipped; the update, if they are finite."""
         begun = self._begin(args, kwargs)
         self._synchronize(begun)
-        return self._end(begun, args, kwargs)
+        return self.end_step(begun, args, kwargs)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimiser updates, once it is built."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return [p for group in groups for p in group["params"] if p.requires_grad]
+
+    @property
+    def withholds(self) -> bool:
+        """Whether an update that must not be is withheld on the device, and nothing waits."""
+        assert self.optimizer is not None
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        return fused and any(map(cuda_graph.is_gpu, self.trained[:1]))
+
+    def before_step(self) -> Before:
+        """What a step that makes no update goes back to; no parameter has a gradient any more."""
+        assert self.optimizer is not None
+        buffers = [b for owned in self._buffers for b in owned.values() if b is not None]
+        kept = list(zip(buffers, copies(buffers), strict=True))
+        # not all of the pair: gradients that nobody sets to zero would add up in the norm
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        trained = self.trained
+        return Before(trained, kept, None if self.withholds else rewinder(*trained[:1]))
 
     def _begin(self, args: tuple, kwargs: dict) -> Begun:
         """Loss and gradient of this process."""
-        assert self.optimizer is not None
-        buffers = [b for owned in self._buffers for b in owned.values() if b is not None]
-        kept = [buffer.clone() for buffer in buffers]
-        # not all of the pair: gradients that nobody sets to zero would add up in the norm
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for parameter in parameters:
-            parameter.grad = None
-        parameters = [p for p in parameters if p.requires_grad]
-        later = any(map(cuda_graph.is_gpu, parameters[:1])) and all(
-            group.get("fused") for group in self.optimizer.param_groups
-        )
-        rewind = None if later else rewinder(*parameters[:1])
+        before = self.before_step()
         try:
             loss = self._loss(args, kwargs)
         except (RuntimeError, ValueError) as error:
-            loss = self._loss_of_failed_draw(error, rewind, args, kwargs)
+            loss = self._loss_of_failed_draw(error, before.rewind, args, kwargs)
         total = loss  # over the processes, which must agree on whether the step is finite
         if self.synchronize is not None:
             total = loss.clone()
-            for parameter in parameters:  # so that every process has the same ones
+            for parameter in before.parameters:  # so that every process has the same ones
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        return Begun(loss, total, parameters, list(zip(buffers, kept, strict=True)), rewind)
+        return Begun(before, loss, total)
 
     def _synchronize(self, begun: Begun) -> None:
         if self.synchronize is not None:
-            self.synchronize([*(p.grad for p in begun.parameters), begun.total])  # type: ignore[list-item]
+            gradients = [p.grad for p in begun.before.parameters]
+            self.synchronize([*gradients, begun.total])  # type: ignore[list-item]
 
-    def _end(self, begun: Begun, args: tuple, kwargs: dict) -> Tensor:
-        """The update, if loss and gradient are finite; returns the loss."""
-        optimizer, loss, total = self.optimizer, begun.loss, begun.total
+    def end_step(
+        self, begun: Begun, args: tuple, kwargs: dict, norm: Tensor | None = None
+    ) -> Tensor:
+        """The update, if loss and gradient are finite; returns the loss.
+
+        Args:
+            begun: the loss, where the gradients are those that parameters have.
+            args, kwargs: of the step.
+            norm: of the gradient, if known.
+        """
+        optimizer, (before, loss, total) = self.optimizer, begun
         assert optimizer is not None
-        norm = self._norm(begun.parameters)
+        if norm is None:
+            norm = self._norm(before.parameters)
         if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(begun.parameters, self.clip_norm, norm)
-        if begun.rewind is None:
+            nn.utils.clip_grads_with_norm_(before.parameters, self.clip_norm, norm)
+        if before.rewind is None:
             # nothing waits for the device: the optimiser reads found_inf there, and does nothing
             bad = ~torch.isfinite(total + norm)
             self._skipped += bad.long()
-            for buffer, value in begun.buffers:
+            for buffer, value in before.buffers:
                 buffer.copy_(torch.where(bad, value, buffer))
             rates = self._captures.rates
             with withheld(optimizer, bad), nullcontext() if rates is None else rates.read():
                 optimizer.step()
             return loss
         if not math.isfinite(float(total) + float(norm)):
-            for buffer, value in begun.buffers:
-                buffer.copy_(value)
-            self._skip(float(total), begun.rewind, args, kwargs)
+            before.put_back()
+            self._skip(float(total), before.rewind, args, kwargs)
             return loss
         optimizer.step()
         return loss
