@@ -47,7 +47,7 @@ def test_the_exact_guide_is_calibrated(float64, seed):
     model, x = correlated()
     found = diagnostics.sbc(model, LinearGuide(model, full=True), x, seed=seed)
     assert found.p_value > 0.01
-    assert set(found.ranks) == {"z", "log p(x, z)", "log q(z | x)"}
+    assert set(found.ranks) == {"z", "log p(x, z)", "log q(z | x)", "distance to a point"}
     _, lower, upper = found.band(0.9999)
     for ranks in found.ranks.values():
         for column in ranks.T.numpy():
@@ -104,6 +104,31 @@ def test_density_sets_hold_their_level(float64):
         expected = stats.chi2.cdf(0.49 * stats.chi2.ppf(level, 2), 2)
         share = shares.coverage([level])["log q(z | x)"].item()
         assert abs(share - expected) < 4.5 * math.sqrt(expected * (1 - expected) / 1000) + 0.01
+
+
+def test_balls_about_a_point_hold_their_level_or_not(float64):
+    model, x = correlated()
+
+    def of(guide, seed=0, count=400):
+        return diagnostics.sbc(model, guide, x, num_simulations=count, seed=seed)
+
+    exact = [of(LinearGuide(model, full=True), seed) for seed in range(40)]
+    p = torch.cat([found.p_values["distance to a point"] for found in exact])
+    assert stats.kstest(p.numpy(), "uniform").pvalue > 1e-4  # the false alarms are those stated
+    assert (p < 0.05).sum() <= stats.binom.ppf(1 - 1e-4, 40, 0.05)
+    shares = torch.cat([found.coverage(LEVELS)["distance to a point"] for found in exact], 1)
+    for level, share in zip(LEVELS, shares.mean(1).tolist(), strict=True):
+        assert abs(share - level) < 4 * math.sqrt(level * (1 - level) / 16_000)
+    # too narrow a guide, and the prior, whose draws have the right marginal
+    narrow = of(LinearGuide(model, full=True, scale=0.7))
+    assert narrow.p_values["distance to a point"] < 1e-4
+
+    def prior(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+
+    found = of(prior, count=4000)
+    assert found.p_values["z"].min() > 1e-4 > found.p_values["distance to a point"]
 
 
 def test_own_test_quantities(float64):
@@ -164,8 +189,9 @@ def test_every_pair(name):
     found = diagnostics.sbc(model, guide, *args, num_simulations=120, num_draws=19, seed=0)
     assert all(len(ranks) == 120 for ranks in found.ranks.values())
     assert all(ranks.min() >= 0 and ranks.max() <= 19 for ranks in found.ranks.values())
-    densities = {"log p(x, z)"} if name in OWN_DRAWS else {"log p(x, z)", "log q(z | x)"}
-    assert densities <= found.ranks.keys() and len(densities | found.absent.keys()) == 2
+    densities = {"distance to a point", "log p(x, z)"}
+    densities |= set() if name in OWN_DRAWS else {"log q(z | x)"}
+    assert densities <= found.ranks.keys() and len(densities | found.absent.keys()) == 3
     latents = found.ranks.keys() - densities
     for latent in latents:
         assert found.ranks[latent].shape == (120, 2) or name in ("ladder_conv", "top_down")
@@ -299,7 +325,7 @@ def test_summed_out_latents_have_no_rank():
             pyro.sample("z", dist.Normal(x / 2, 1.0))
 
     found = diagnostics.sbc(deep, of_z, torch.zeros(1), seed=0)
-    assert set(found.ranks) == {"z"}
+    assert set(found.ranks) == {"z", "distance to a point"}
     assert "densities" in found.absent
     assert "densities" in repr(found)
 

@@ -171,6 +171,7 @@ class TestTwoLevels:
         [
             elbo.IWELBO(2),
             elbo.IWELBO(2, "dreg"),
+            elbo.IWELBO(2, "gdreg"),
             elbo.RenyiELBO(2, "dreg", alpha=0.2),
             elbo.MIWELBO(1, "dreg", num_groups=2),
             elbo.CIWELBO(2, "dreg", beta=0.2),
@@ -195,6 +196,26 @@ class TestTwoLevels:
             objective = elbo.IWELBO(3, gradient)(model, guide)
             found.append(gradients(lambda o=objective: o(many), trainable(guide), 120, ROWS))
         assert_mean(found[0] - found[1], 0.0)
+
+    @pytest.mark.parametrize("bottom_up", [True, False])
+    def test_gdreg_is_dreg_but_for_the_priors_parameters_and_those_are_less_noisy(
+        self, bottom_up: bool
+    ) -> None:
+        model = oracles.TwoLevelModel(s1=0.2)  # a narrow prior: its score is large
+        guide = oracles.TwoLevelGuide(model, bottom_up, scale=1.2)
+        found = {}
+        for gradient in ("dreg", "gdreg"):
+            objective, parameters = elbo.IWELBO(8, gradient)(model, guide), trainable(model, guide)
+            torch.manual_seed(0)
+            found[gradient] = gradients(lambda o=objective: o(self.x), parameters, 150)
+        places = {id(p): i for i, p in enumerate(parameters)}
+        a = places[id(model.a)]  # of p(z1 | z2); all others are as they were
+        others = [i for i in range(found["dreg"].shape[1]) if i != a]
+        torch.testing.assert_close(
+            found["gdreg"][:, others], found["dreg"][:, others], rtol=1e-8, atol=1e-10
+        )
+        assert_mean(found["gdreg"][:, a] - found["dreg"][:, a], 0.0)
+        assert found["gdreg"][:, a].var() < 0.5 * found["dreg"][:, a].var()
 
 
 @pytest.mark.usefixtures("float64")

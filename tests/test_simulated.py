@@ -7,7 +7,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+import ppvae
 from ppvae import conditionals, diagnostics, guides, models, nets
+from ppvae.local import Indexed
 from ppvae.program import data_plate
 
 
@@ -109,3 +111,48 @@ def test_the_packages_own_pair_and_bad_use():
         diagnostics.simulated_divergence(model, guide, x, y, num_simulations=5)
     with pytest.raises(ValueError, match="none of the arguments"):
         diagnostics.simulated_divergence(lambda x: line(2 * x), normal(0.0, 1.0), torch.zeros(2))
+
+
+def test_diagnose_asks_the_model_too(float64):
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z**2, 0.1), obs=x)
+
+    def one_root(x):
+        root = x.clamp(min=0.05).sqrt()
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(root, 0.1 / (2 * root)))
+
+    twos, options = torch.full((20,), 2.0), {"num_particles": 100, "seed": 0}
+    report = ppvae.diagnose(model, one_root, twos, **options)
+    assert report.unreliable == 0
+    assert report.divergence.mean > 100
+    alone = diagnostics.simulated_divergence(model, one_root, twos, seed=0)
+    assert torch.equal(report.divergence.values, alone.values)
+    assert "may miss a mode, which k-hat cannot see" in report.verdict[-1]
+    assert "KL(p || q) + KL(q || p)" in str(report)
+    # nothing else in the report moves, and it can be left out
+    without = ppvae.diagnose(model, one_root, twos, num_simulations=0, **options)
+    assert without.divergence is None
+    assert torch.equal(without.log_evidence, report.log_evidence)
+    exact = ppvae.diagnose(line, normal(0.0, math.sqrt(0.5)), torch.randn(20), **options)
+    assert exact.divergence.values.abs().max() < 1e-12
+    assert not any("own draws" in sentence for sentence in exact.verdict)
+    with pytest.raises(ValueError, match="num_simulations must be at least 100"):
+        ppvae.diagnose(line, normal(0.0, 1.0), torch.randn(20), num_simulations=5)
+
+
+def test_a_guide_of_rows_has_no_divergence():
+    """Its parameters say nothing of rows that the model draws."""
+    torch.manual_seed(0)
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 4)), latent_dim=2)
+    local = guides.Normal(nets.mlp(4, 4)).local(torch.zeros(5, 4))
+    args = torch.zeros(5, 4), torch.arange(5)
+    report = ppvae.diagnose(Indexed(model), local, *args, num_particles=50)
+    assert report.divergence is None
+    assert "parameters belong to the rows" in report.absent["divergence over simulations"]
+    with pytest.raises(ValueError, match="amortised"):
+        diagnostics.simulated_divergence(Indexed(model), local, *args)
+    unseen = ppvae.diagnose(lambda x: line(2 * x), normal(0.0, 1.0), torch.zeros(5))
+    assert "none of the arguments" in unseen.absent["divergence over simulations"]

@@ -257,7 +257,14 @@ def variants():
         for gradient in type(estimator).gradients:
             if name == "VR-max" and gradient == "dreg":
                 continue
-            discrete = gradient in ("score", "vimco", "covariance", "reweighted")
+            discrete = gradient in (
+                "score",
+                "vimco",
+                "covariance",
+                "reweighted",
+                "vargrad",
+                "disarm",
+            )
             made = dataclasses.replace(estimator, num_particles=K, gradient=gradient)
             found.append(pytest.param(name, made, discrete, id=f"{name}-{gradient}"))
     for gradient in elbo.ReweightedWakeSleep.gradients:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 TestQuantity = Callable[..., Tensor]
 _LOG_JOINT, _LOG_Q = "log p(x, z)", "log q(z | x)"
+_DISTANCE = "distance to a point"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,8 +77,8 @@ class Calibration:
     def coverage(self, levels: Sequence[float] | Tensor) -> dict[str, Tensor]:
         """How often credible sets of q hold the true value; calibrated if equal to their level.
 
-        Central intervals of every latent unit, and for ``"log q(z | x)"`` the sets of highest
-        density of all latents together.
+        Central intervals of every latent unit; of all latents together, for ``"log q(z | x)"`` the
+        sets of highest density, and for ``"distance to a point"`` the balls about it.
 
         Args:
             levels: in (0, 1); multiples of 2 / (num_draws + 1) suffer no rounding.
@@ -91,7 +93,8 @@ class Calibration:
         for name, ranks in self.ranks.items():
             place = (ranks.double() + 0.5) / (self.num_draws + 1)
             # The size of the smallest set around the centre, or the mode, that holds the truth.
-            size = 1 - place if name == _LOG_Q else (2 * place - 1).abs()
+            one_sided = {_LOG_Q: 1 - place, _DISTANCE: place}
+            size = one_sided.get(name, (2 * place - 1).abs())
             found[name] = (size <= wanted).double().mean(1)
         return found
 
@@ -115,7 +118,7 @@ class Calibration:
         said = []
         count = sum(len(p) for p in self.p_values.values())
         for name, values in self.p_values.items():
-            if name in _DENSITIES:
+            if name in _TOGETHER:
                 continue
             kinds: dict[str, list[int]] = {}
             for unit in (values * count < 0.01).nonzero().flatten().tolist():
@@ -189,7 +192,7 @@ class Calibration:
         return figure
 
 
-_DENSITIES = (_LOG_JOINT, _LOG_Q)
+_TOGETHER = (_LOG_JOINT, _LOG_Q, _DISTANCE)  # quantities of all latents
 _MEANING = {
     "narrow": "q is too narrow; try a guide with full covariance, a flow, or training with IWELBO.",
     "wide": "q is too wide; train the guide for longer.",
@@ -217,8 +220,9 @@ def sbc(
               r = \#\{l : f(z_l, x^*) < f(z^*, x^*)\}
 
     If q is the posterior, r is uniform on 0 .. L for every f. The latents' own units alone do not
-    see a dropped correlation, so f is also log p(x, z), which depends on the data (Modrák et al.),
-    and log q(z | x), whose ranks are the coverage of sets of highest density. The draws of a guide
+    see a dropped correlation, so f is also log p(x, z), which depends on the data (Modrák et al.);
+    log q(z | x), whose ranks are the coverage of sets of highest density, and the distance to a
+    point that depends on x, whose ranks are that of balls about it (TARP). The draws of a guide
     are independent, so none have to be thinned. It tests the guide on the *model's* data; how the
     guide does on yours is what :func:`ppvae.diagnose` tells.
 
@@ -244,7 +248,7 @@ def sbc(
 
     Source: Talts et al., Validating Bayesian inference algorithms with simulation-based
     calibration, 2018; Säilynoja, Bürkner & Vehtari 2022 (bands); Modrák et al. 2023 (f that depend
-    on the data).
+    on the data); Lemos et al. 2023 (TARP: tests of accuracy with random points).
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -301,6 +305,13 @@ def _ranks(
         z_true[name] = rows_first(true_sites[name])  # (n, ...)
         z_drawn[name] = rows_first(site)  # (L, n, ...)
         found[name] = _rank(z_drawn[name].reshape(num_draws, n, -1), z_true[name].reshape(n, -1))
+    if z_true:
+        at_draws, at_truth = _distances(
+            torch.cat([z.reshape(num_draws, n, -1).double() for z in z_drawn.values()], -1),
+            torch.cat([z.reshape(1, n, -1).double() for z in z_true.values()], -1),
+            args,
+        )
+        found[_DISTANCE] = _rank(at_draws[..., None], at_truth[0, :, None])
     if weights.enumerated:
         absent["densities"] = "a latent is summed out"
     elif weights.estimated:
@@ -326,6 +337,30 @@ def _ranks(
             )
         found[name] = _rank(at_draws[..., None], at_truth[:, None])
     return found
+
+
+def _distances(draws: Tensor, truth: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """How far draws ``(L, n, D)`` and truth ``(1, n, D)`` are from a point that x determines.
+
+    Coordinates are standardised over draws and truth together, which treats these alike, so ranks
+    stay uniform. The point is a fixed random projection of the row: one that did not depend on x
+    could not tell the posterior from the prior.
+    """
+    every = torch.cat([draws, truth])
+    z = _standardised(every.flatten(0, 1)).reshape(every.shape)
+    data = [a.reshape(len(a), -1).double() for a in args if isinstance(a, Tensor) and a.dim()]
+    x = _standardised(torch.cat([part.nan_to_num() for part in data], -1))
+    mixed = torch.Generator().manual_seed(0)
+    projection = torch.randn(x.shape[-1], z.shape[-1], generator=mixed, dtype=x.dtype)
+    point = x @ projection.to(x.device) / math.sqrt(x.shape[-1])
+    found = (z - point).square().sum(-1)
+    return found[:-1], found[-1:]
+
+
+def _standardised(rows: Tensor) -> Tensor:
+    """Columns of mean 0 and standard deviation 1; constant ones are 0."""
+    spread = rows.std(0, correction=0)
+    return (rows - rows.mean(0)) / torch.where(spread > 0, spread, 1.0)
 
 
 def _log_density(drawn: Trace, rows: int) -> Tensor:

@@ -25,6 +25,7 @@ from ppvae.diagnostics.rows import (
     trainable,
 )
 from ppvae.elbo import Estimator, Objective
+from ppvae.elbo.discrete import THROUGH
 from ppvae.intake import tensors
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.program import local_parameters
@@ -167,7 +168,8 @@ def _by_name(estimators: Any) -> dict[str, Estimator]:
 def _family(estimator: Estimator) -> str:
     default = type(estimator).__dataclass_fields__["gradient"].default
     name = type(estimator).__name__
-    return name if estimator.gradient == default else f"{name} {estimator.gradient}"
+    biased = " (biased)" if estimator.gradient in THROUGH else ""
+    return name if estimator.gradient == default else f"{name} {estimator.gradient}{biased}"
 
 
 def _bound(

@@ -6,14 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from ppvae.arguments import takes_numbers
+from ppvae.check.programs import FAILURES
 from ppvae.diagnostics.evidence import weigh
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.report import Report
 from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data
+from ppvae.diagnostics.simulated import over_simulations
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
 from ppvae.intake import takes_rows
-from ppvae.pairs import Program
+from ppvae.pairs import Program, reason
 from ppvae.terms import NoInverse
+
+_SIMULATED_DRAWS = 10  # of the guide for each simulation
 
 
 @takes_numbers
@@ -26,6 +30,7 @@ def diagnose(
     max_rows: int = 10_000,
     threshold: float = 0.01,
     num_aggregate: int = 1000,
+    num_simulations: int = 1000,
     seed: int | None = None,
     **kwargs: Any,
 ) -> Report:
@@ -40,8 +45,10 @@ def diagnose(
               E\,\mathrm{KL}(q(z \mid x) \,\|\, p(z)) = I_q(x; z) + \mathrm{KL}(q(z) \,\|\, p(z))
 
     with :math:`q(z) = \frac1N \sum_n q(z \mid x_n)` over the datapoints given. Where q and p have a
-    closed-form KL that is valid, KL is that; elsewhere the mean over the draws. Programs run in
-    evaluation mode.
+    closed-form KL that is valid, KL is that; elsewhere the mean over the draws. Where the
+    model can draw x, the divergence of guide and posterior over simulations
+    (:func:`~ppvae.diagnostics.simulated_divergence`) sees modes that no draw of the guide shows.
+    Programs run in evaluation mode.
 
     Args:
         model, guide: Pyro programs, ppvae's or your own.
@@ -54,6 +61,8 @@ def diagnose(
             (Burda et al.: 0.01).
         num_aggregate: about so many draws of z, of datapoints spread over the data, for the mutual
             information, which takes ``num_aggregate * N`` densities q(z | x); 0 leaves it out.
+        num_simulations: datapoints drawn from the model for the divergence, >= 100, of which each
+            takes 11 decoder rows (the data take ``num_particles`` each); 0 leaves it out.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
         **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
@@ -66,7 +75,7 @@ def diagnose(
 
     Source: Burda, Grosse & Salakhutdinov 2016 (evidence, active units, appendix C); Vehtari et al.
     2024 (k-hat); Yao et al., Yes, but did it work?, 2018; Hoffman & Johnson 2016 (decomposition);
-    Alemi et al., Fixing a broken ELBO, 2018 (rate and distortion).
+    Alemi et al., Fixing a broken ELBO, 2018 (rate and distortion); Domke 2021 (simulations).
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch, ppvae
@@ -94,6 +103,7 @@ def diagnose(
     if not threshold > 0:
         raise ValueError(f"threshold must be positive, got {threshold}")
     check_at_least(0, num_aggregate=num_aggregate)
+    check_at_least(100 if num_simulations else 0, num_simulations=num_simulations)
     rows = check_pair_and_data(model, guide, args)
     terms = SiteTerms(rows, num_particles)
     evidence = weigh(model, guide, args, num_particles, max_rows, seed, terms)
@@ -103,6 +113,14 @@ def diagnose(
         absent["activity and mutual information"] = "they take two datapoints"
     elif num_aggregate:
         found = _aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed, absent)
+    divergence = None
+    if num_simulations:
+        try:
+            divergence = over_simulations(
+                model, guide, args, rows, num_simulations, _SIMULATED_DRAWS, max_rows, seed
+            )
+        except (*FAILURES, NoInverse) as error:  # of a pair that is right on the data themselves
+            absent["divergence over simulations"] = reason(error)
     mean, square, variance = (terms.column(q) for q in ("mean", "square", "variance"))
     marginal_mean = {site: value.mean(0) for site, value in mean.items()}
     second = {site: square[site].mean(0) + variance[site].mean(0) for site in mean}
@@ -120,6 +138,7 @@ def diagnose(
             for site, value in marginal_mean.items()
         },
         aggregate=found,
+        divergence=divergence,
         absent=absent,
         pair=(model, guide, args),
         seed=seed,

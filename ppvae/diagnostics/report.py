@@ -19,6 +19,7 @@ from ppvae.diagnostics.arviz_versions import elpd
 from ppvae.diagnostics.evidence import Evidence
 from ppvae.diagnostics.missingness import by_missingness
 from ppvae.diagnostics.rows import spread
+from ppvae.diagnostics.simulated import Divergence
 from ppvae.diagnostics.summaries import Aggregate
 from ppvae.diagnostics.verdict import share, verdict
 from ppvae.wrapped import title as name_of
@@ -49,6 +50,8 @@ class Report(Evidence):
         marginal_mean, marginal_sd: of the aggregated posterior q(z), by unit, ``(D,)``.
         aggregate: mutual information and the fit of q(z) to the prior,
             :class:`~ppvae.diagnostics.summaries.Aggregate`; None where it is absent.
+        divergence: of guide and posterior on the model's own data,
+            :class:`~ppvae.diagnostics.simulated.Divergence`; None where it is absent.
         absent: by quantity that this pair does not have, the reason.
         pair: model, guide and args.
         seed: that the draws were made with; None: from the random stream as it was.
@@ -63,6 +66,7 @@ class Report(Evidence):
     marginal_mean: dict[str, Tensor]
     marginal_sd: dict[str, Tensor]
     aggregate: Aggregate | None
+    divergence: Divergence | None
     absent: dict[str, str]
     pair: tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]] = field(repr=False)
     seed: int | None = None
@@ -210,6 +214,10 @@ class Report(Evidence):
             said.append(("mutual information", value + f"{found.ceiling:.2f})"))
         if not math.isnan(self.marginal_kl):
             said.append(("KL(q(z) || p(z))", f"{self.marginal_kl:.2f}"))
+        if self.divergence is not None:
+            value = f"{self.divergence.mean:.2f} ± {self.divergence.mean_se:.2f} "
+            value += f"({len(self.divergence.values)} simulations of the model)"
+            said.append(("KL(p || q) + KL(q || p)", value))
         rate, distortion = self.rate_distortion
         if not math.isnan(rate):
             said.append(("rate, distortion", f"{rate:.2f}, {distortion:.2f}"))

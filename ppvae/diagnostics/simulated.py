@@ -19,9 +19,11 @@ from ppvae.diagnostics.rows import (
     require_numbers,
     simulations,
     standard_error,
+    take,
 )
 from ppvae.intake import takes_rows
-from ppvae.pairs import Program
+from ppvae.pairs import Program, replay, sample_sites, simulate
+from ppvae.terms import log_density
 from ppvae.weights import whole_weights
 
 
@@ -120,7 +122,7 @@ def simulated_divergence(
 
     Raises:
         ValueError: bad arguments; the model cannot draw x; the value of an observed site is none
-            of the arguments; a log-density is an estimate, or NaN.
+            of the arguments; a log-density is an estimate, or NaN; the guide does not look at x.
 
     Source: Domke, An Easy to Interpret Diagnostic for Approximate Inference: Symmetric Divergence
     Over Simulations, 2021, arXiv:2103.01030.
@@ -143,8 +145,23 @@ def simulated_divergence(
     check_at_least(100, num_simulations=num_simulations)
     check_at_least(1, num_draws=num_draws, max_rows=max_rows)
     rows = check_pair_and_data(model, guide, args)
+    return over_simulations(model, guide, args, rows, num_simulations, num_draws, max_rows, seed)
+
+
+def over_simulations(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    rows: int,
+    num_simulations: int,
+    num_draws: int,
+    max_rows: int,
+    seed: int | None,
+) -> Divergence:
+    """:func:`simulated_divergence` of a pair and data that are checked."""
     values = []
     with evaluating(model, guide, args, seed):
+        _require_amortised(model, guide, take(args, torch.arange(20) % rows))
         drawn = simulations(model, args, rows, num_simulations, num_draws, max_rows)
         for data, truth in drawn:
             of_q = whole_weights(model, guide, data, {}, num_draws)
@@ -153,3 +170,18 @@ def simulated_divergence(
             of_p = whole_weights(model, at_truth, data, {}, 1)
             values.append((of_p.log_w[0].double() - of_q.log_w.double().mean(0)).cpu())
     return Divergence(torch.cat(values), num_draws)
+
+
+def _require_amortised(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
+    """Raise ``ValueError`` for a guide that is the same whatever the model draws."""
+    data, truth = simulate(model, args, {})
+    other = tuple(a if a is given else a.roll(1, 0) for a, given in zip(data, args, strict=True))
+    here, there = (
+        [log_density(site) for site in sample_sites(replay(guide, truth, x, {})).values()]
+        for x in (data, other)
+    )
+    if here and all(torch.equal(a, b) for a, b in zip(here, there, strict=True)):
+        raise ValueError(
+            "the guide gives every simulated row the same q(z | x): its parameters belong to the "
+            "rows of your data, or it does not look at x. Pass an amortised guide"
+        )

@@ -14,8 +14,9 @@ Report = Any  # report.Report, which imports this
 
 
 def verdict(report: Report) -> list[str]:
-    """One sentence or two on each of weights, units and prior."""
-    return [*_about_weights(report), *_about_units(report), *_about_prior(report)]
+    """One sentence or two on each of weights, units, prior and simulations."""
+    said = [*_about_weights(report), *_about_units(report), *_about_prior(report)]
+    return said + _about_simulations(report)
 
 
 def _about_weights(report: Report) -> list[str]:
@@ -94,6 +95,23 @@ def _about_prior(report: Report) -> list[str]:
             "conditionals.VampPrior or conditionals.Mixture."
         ]
     return []
+
+
+def _about_simulations(report: Report) -> list[str]:
+    found = report.divergence
+    if found is None:
+        return []
+    if not math.isfinite(found.mean):
+        return found.verdict
+    if found.mean < max(3 * found.mean_se, 1.0):
+        return []
+    why = "may miss a mode, which k-hat cannot see" if not report.unreliable else "is off too"
+    return [
+        f"On the model's own draws the guide is {found.mean:.1f} nats from the posterior, "
+        f"as a normal is that is shifted by {found.shift:.1f} standard deviations. On yours it "
+        f"{why}, or they look unlike the model's: diagnostics.sbc says in what way it is wrong, "
+        "predictive_check whether they do."
+    ]
 
 
 def share(value: float | Tensor) -> str:

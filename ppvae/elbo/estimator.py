@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from ppvae.elbo import gradients
+from ppvae.elbo.discrete import THROUGH, Antithetic, Bits
 from ppvae.elbo.state import State
 from ppvae.enumeration import sum_of
 from ppvae.pairs import DATA_PLATE, Leaves, Memory, is_rounded, kind, own_path
@@ -67,15 +68,24 @@ class Estimator(pyro.infer.ELBO):
                 f"{name}: gradient={self.gradient!r} is not defined; use one of "
                 f"{self.gradients}{hint}"
             )
-        if self.gradient == "vimco" and self.num_draws < 2:
+        if self.gradient in ("vimco", "vargrad", "disarm") and self.num_draws < 2:
             raise ValueError(
-                f'{name}: gradient="vimco" compares particles, so it needs num_particles >= 2; '
-                'use gradient="score" for one particle'
+                f'{name}: gradient="{self.gradient}" compares particles, so it needs num_particles '
+                '>= 2; use gradient="score" for one particle'
+            )
+        if self.gradient == "disarm" and self.num_draws % 2:
+            raise ValueError(
+                f'{name}: gradient="disarm" draws in pairs, so num_particles must be even, got '
+                f"{self.num_particles}"
             )
 
         own = type(self)
         undefined = own.dreg_coefficient is Estimator.dreg_coefficient
-        if self.gradient == "dreg" and undefined and own.surrogate is Estimator.surrogate:
+        if (
+            self.gradient in ("dreg", "gdreg")
+            and undefined
+            and own.surrogate is Estimator.surrogate
+        ):
             raise TypeError(
                 f"{name} takes gradient={self.gradient!r} and defines no dreg_coefficient: define "
                 "it, or leave the gradient out of its ``gradients``"
@@ -181,43 +191,76 @@ class Estimator(pyro.infer.ELBO):
     ) -> Tensor:
         """The bound summed over the data set, with the gradient asked for; a scalar."""
         K = self.num_draws
-        if self.gradient in ("stl", "dreg") and torch.is_grad_enabled():
+        if self.gradient in ("stl", "dreg", "gdreg") and torch.is_grad_enabled():
             leaves = Leaves()
             weights = weigh(model, guide, args, kwargs, K, leaves=leaves, with_globals=True)
             value = self._along_path(weights, leaves, state)
+        elif self.gradient == "vargrad" and torch.is_grad_enabled():
+            weights = weigh(model, guide, args, kwargs, K, leaves=Leaves(), with_globals=True)
+            value = self._log_variance(weights, state)
         else:
-            weights = weigh(model, guide, args, kwargs, K, along_path=True, with_globals=True)
+            bits = _BITS[self.gradient]() if self.gradient in _BITS else None
+            weights = weigh(
+                model, guide, args, kwargs, K, leaves=bits, along_path=True, with_globals=True
+            )
+            if bits is not None:
+                self._require_no_globals(weights)
             log_w = self.effective(weights, state)
             value = self.bound(log_w).sum()
             if weights.global_q:
                 self.require_global_draws(weights)
                 value = value + self.log_global(weights) / state.times(weights)
-            if self.gradient in ("score", "vimco"):
+            if isinstance(bits, Antithetic):
+                value = gradients.with_gradient(value, value + bits.surrogate(weights, log_w))
+            elif self.gradient in ("score", "vimco"):
                 scored = gradients.scored_log_q(weights)
                 vimco = self.gradient == "vimco"
                 score = gradients.score(self.bound, self.bound_of_others, log_w, scored, vimco)
                 value = gradients.with_gradient(value, value + score)
-            else:
+            elif bits is None:
                 self.require_reparameterised(weights)
         return value if weights.scale == 1 else weights.scale * value
 
+    def _log_variance(self, weights: LogWeights, state: State) -> Tensor:
+        self._require_no_enumeration(weights)
+        self._require_no_globals(weights)
+        log_w = self.effective(weights, state)
+        value = self.bound(log_w.detach()).sum()
+        for_model = self.bound(self.effective(weights.stop_guide(), state)).sum()
+        return gradients.with_gradient(value, for_model + gradients.log_variance(weights, log_w))
+
+    def _require_no_enumeration(self, weights: LogWeights) -> None:
+        if weights.enumerated.keys() & weights.q.keys():
+            raise ValueError(
+                f'gradient="{self.gradient}" drops the gradient of log q, which an enumerated '
+                'latent in the guide needs; use gradient="pathwise"'
+            )
+
+    def _require_no_globals(self, weights: LogWeights) -> None:
+        if weights.global_q:
+            raise ValueError(
+                f'gradient="{self.gradient}" is defined for latents of rows, and '
+                f'{sorted(weights.global_q)} are global; use gradient="pathwise"'
+            )
+
     def _along_path(self, weights: LogWeights, leaves: Leaves, state: State) -> Tensor:
         self.require_reparameterised(weights)
-        if self.gradient == "stl" and weights.enumerated.keys() & weights.q.keys():
-            raise ValueError(
-                'gradient="stl" drops the gradient of log q, which an enumerated latent in the '
-                'guide needs; use gradient="pathwise"'
-            )
+        if self.gradient == "stl":
+            self._require_no_enumeration(weights)
+        elif self.gradient == "gdreg":
+            self._require_no_globals(weights)
         log_w = self.effective(weights, state)
         value, c = gradients.coefficient(self.bound, log_w)
+        coefficient = c if self.gradient == "stl" else self.dreg_coefficient(log_w.detach())
         for_model = (c * self.effective(weights.stop_guide(), state)).sum()
-        coefficient = self.dreg_coefficient(log_w.detach()) if self.gradient == "dreg" else c
         apart = None
         if weights.global_q:  # without the score of q(g), whose mean is 0
             times = state.times(weights)
             apart = self.log_global(weights) / times
             value = value + apart.detach()
             for_model = for_model + sum_of([*weights.global_p.values()]) / times
+        if self.gradient == "gdreg":
+            for_model = gradients.through_priors(c, coefficient, log_w, weights, leaves, for_model)
         for_guide = gradients.through_draws(coefficient, log_w, leaves, hidden=c, apart=apart)
         return gradients.with_gradient(value, for_model + for_guide)
 
@@ -252,10 +295,10 @@ class Estimator(pyro.infer.ELBO):
                     f"Use {gradients.without_path(self.gradients)}, or sum the site out with "
                     'infer={"enumerate": "parallel"}'
                 )
-            if self.gradient == "dreg" and is_rounded(site):
+            if self.gradient in ("dreg", "gdreg") and is_rounded(site):
                 raise ValueError(
-                    f'{type(self).__name__}(gradient="dreg") puts a slope of the draw in the place '
-                    f"of the score at site {name!r}, and draws of {kind(site['fn'])}, "
+                    f'{type(self).__name__}(gradient="{self.gradient}") puts a slope of the draw '
+                    f"in the place of the score at site {name!r}, and draws of {kind(site['fn'])}, "
                     'straight-through, have none; use gradient="pathwise"'
                 )
 
@@ -297,6 +340,8 @@ class Estimator(pyro.infer.ELBO):
     def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("ppvae's estimators draw their traces in ppvae.log_weights")
 
+
+_BITS: dict[str, type[Bits]] = {"disarm": Antithetic, **THROUGH}
 
 # Stock Pyro engines hold no state of a loss.
 _stock_states: WeakKeyDictionary[Estimator, Memory] = WeakKeyDictionary()

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class FactorELBO(ELBO):
     gamma: float | Tensor | Callable[[int], float] = 10.0
     ratio: nn.Module | None = None
     latent: str = "z"
+
+    gradients: ClassVar[tuple[str, ...]] = ("pathwise", "stl", "score")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,6 +25,21 @@ weights):
     As ``"score"``; in the baseline particle k is replaced by the geometric mean of the others'
     weights. Needs K >= 2. Unbiased. Mnih & Rezende 2016.
 
+``"vargrad"``
+    Half the variance of the K log-weights, at fixed draws of every latent, is lowered:
+    :math:`\tfrac1{K-1} \sum_k (\ell_k - \bar\ell)\, \nabla_\phi \log q(z_k)`. It is ``"score"``
+    of the ELBO without the term :math:`-\tfrac1K \sum_k \nabla_\phi \log q(z_k)`, whose mean is 0,
+    so it vanishes at the exact posterior, and needs no reparameterisation. K >= 2. Unbiased.
+    Richter et al. 2020.
+``"gdreg"``
+    As ``"dreg"``, and for the parameters of normal priors of latents, p(z_j | others), too: their
+    score at the guide's draws is put through the sampler of the prior,
+    :math:`\sum_k \partial_{z_j}\big((c_k - d_k)\, \ell_k + c_k (\log q - \log p_j)\big)\,
+    \partial_\theta T_j(\epsilon; \theta)` with d the coefficient of DReG and
+    :math:`\epsilon = T_j^{-1}(z_j; \theta)`. Unbiased. Bauer & Mnih 2021.
+``"disarm"``, ``"straight_through"``, ``"gumbel"``
+    Of discrete latents, see :mod:`ppvae.elbo.discrete`; the last two are **biased**.
+
 A weight may be 0, its logarithm minus infinity: it then adds nothing to a gradient. Where a bound
 itself is minus infinity there is none, and :class:`ppvae.SVI` withholds the step.
 
@@ -41,7 +56,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.pairs import Leaves
+from ppvae.enumeration import total
+from ppvae.pairs import Leaves, law, shown
 from ppvae.weights import LogWeights, log_q_of_draws
 
 Bound = Callable[[Tensor], Tensor]  # log-weights (K, N) to (N,)
@@ -177,6 +193,45 @@ def mean_of_others(log_w: Tensor, put: Tensor | None = None) -> Tensor:
     return total / max(K - 1, 1) if put is None else (total + put) / K
 
 
+def log_variance(weights: LogWeights, log_w: Tensor) -> Tensor:
+    """A scalar with minus the gradient of half the variance of ``log_w (K, N)`` at fixed draws."""
+    names = weights.q.keys() - weights.enumerated.keys()
+    centred = (log_w - log_w.mean(0)).detach() / (len(log_w) - 1)
+    return (centred * log_q_of_draws(weights, names)).sum()
+
+
+def through_priors(
+    c: Tensor, d: Tensor, log_w: Tensor, weights: LogWeights, leaves: Leaves, for_model: Tensor
+) -> Tensor:
+    """``for_model`` with the parameters of normal priors differentiated through their samplers.
+
+    Args:
+        c, d: the slope of the bound in each log-weight, and the coefficient of DReG, ``(K, N)``.
+        log_w: a function of the leaves, ``(K, N)``.
+        weights: of the pair; the values of its sites are the leaves.
+        leaves: of the guide's draws.
+        for_model: a scalar with the gradient of sum c log p in the model's parameters.
+    """
+    cut = {id(leaf) for _, leaf in leaves.pairs}
+    sites = weights.model_trace.nodes
+    for name in weights.q.keys() - weights.enumerated.keys():
+        site = sites.get(name)
+        if site is None or id(site["value"]) not in cut or shown(site, site["value"]) is not None:
+            continue
+        prior = law(site["fn"])
+        if not isinstance(prior, torch.distributions.Normal):
+            continue
+        loc, scale = prior.loc, prior.scale
+        if not (loc.requires_grad or scale.requires_grad):
+            continue
+        z, own = site["value"], (c * weights.log_p[name]).sum()
+        inside = ((c - d) * log_w).sum() + (c * total(weights.q.values())).sum() - own
+        (slope,) = torch.autograd.grad(inside, z, retain_graph=True)
+        noise = ((z - loc) / scale).detach()
+        for_model = for_model - own + (slope * (loc + scale * noise)).sum()
+    return for_model
+
+
 def without_path(gradients: Sequence[str]) -> str:
     """Those of an estimator's gradients that need no reparameterisation, as a cure."""
     possible = [g for g in ("covariance", "reweighted", "score", "vimco") if g in gradients]
@@ -184,3 +239,15 @@ def without_path(gradients: Sequence[str]) -> str:
         return 'another bound, such as elbo.IWELBO(num_particles=8, gradient="vimco")'
     cure = "gradient=" + " or ".join(f'"{gradient}"' for gradient in possible)
     return cure + " (with num_particles >= 2)" if possible[-1] == "vimco" else cure
+
+
+class Given(Leaves):
+    """Puts values in the place of the draws of some sites."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]

@@ -27,7 +27,7 @@ class IWELBO(Estimator):
 
     Args:
         num_particles: K >= 1; the bound tightens with K.
-        gradient: ``"pathwise"``, ``"dreg"``, ``"score"`` or ``"vimco"``, see
+        gradient: ``"pathwise"``, ``"dreg"``, ``"gdreg"``, ``"score"`` or ``"vimco"``, see
             :mod:`ppvae.elbo.gradients`. The pathwise gradient of the guide loses signal as K
             grows (Rainforth et al. 2018); ``"dreg"`` does not.
 
@@ -48,6 +48,8 @@ class IWELBO(Estimator):
         >>> loss(torch.ones(5, 4)).shape
         torch.Size([])
     """
+
+    gradients: ClassVar[tuple[str, ...]] = ("pathwise", "dreg", "gdreg", "score", "vimco")
 
     def bound(self, log_w: Tensor) -> Tensor:
         return log_mean_exp(log_w)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -64,6 +64,8 @@ class VQELBO(ELBO):
     """
 
     commitment: float | Tensor | Callable[[int], float] = 0.25
+
+    gradients: ClassVar[tuple[str, ...]] = ("pathwise", "stl", "score")
 
     def __post_init__(self) -> None:
         super().__post_init__()

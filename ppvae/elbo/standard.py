@@ -33,8 +33,8 @@ class ELBO(Estimator):
     Args:
         num_particles: K >= 1; averages the estimate, which lowers its variance but does not
             tighten the bound.
-        gradient: ``"pathwise"``, ``"stl"``, ``"score"``; see
-            :mod:`ppvae.elbo.gradients`.
+        gradient: ``"pathwise"``, ``"stl"``, ``"score"``, ``"vargrad"``, ``"disarm"``, or, biased,
+            ``"straight_through"`` and ``"gumbel"``; see :mod:`ppvae.elbo.gradients`.
         beta: the weight on the KL: a number >= 0, a 0-d tensor, a callable of the optimisation
             step such as :class:`~ppvae.elbo.LinearWarmup`, or a penalty:
             :class:`~ppvae.elbo.FreeBits`, :class:`~ppvae.elbo.Capacity`,
@@ -68,7 +68,10 @@ class ELBO(Estimator):
     beta: Weight = 1.0
     kl: str = "sampled"
 
-    gradients: ClassVar[tuple[str, ...]] = ("pathwise", "stl", "score")
+    gradients: ClassVar[tuple[str, ...]] = (
+        *("pathwise", "stl", "score", "vargrad", "disarm"),
+        *("straight_through", "gumbel"),  # biased
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,6 +29,9 @@ class State(nn.Module):
     violation: Tensor
     latest_violation: Tensor  # of the last loss; not saved
     ratio: nn.Module  # of a FactorELBO
+    control: Tensor  # of RELAX: eta, log tau
+    squares: Tensor
+    latest_slope: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Reweighted wake-sleep."""
+"""Guides by the other KL: reweighted wake-sleep, and classification of draws."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.gradients import coefficient, through_draws, with_gradient
-from ppvae.elbo.importance import log_mean_exp, require_number
+from ppvae.elbo.importance import log_mean_exp, normalised, require_number
 from ppvae.elbo.state import State
 from ppvae.pairs import Leaves
 from ppvae.weights import LogWeights, drawn_log_q, dream_log_q, not_densities, weigh
@@ -86,12 +86,12 @@ class ReweightedWakeSleep(Estimator):
         if self.insomnia == 0 and in_model and not in_guide:
             return weights.scale * dream_log_q(model, guide, *args, **kwargs).sum()
         log_w = self.effective(weights, state)
-        value, normalised = coefficient(self.bound, log_w)
+        value, shares = coefficient(self.bound, log_w)
         if not torch.is_grad_enabled():
             return weights.scale * value
-        gradient: Any = (normalised * self.effective(weights.stop_guide(), state)).sum()
+        gradient: Any = (shares * self.effective(weights.stop_guide(), state)).sum()
         if self.insomnia > 0:
-            gradient = gradient + self.insomnia * self._wake(weights, log_w, normalised, leaves)
+            gradient = gradient + self.insomnia * self._wake(weights, log_w, shares, leaves)
         if self.insomnia < 1:
             asleep = dream_log_q(model, guide, *args, **kwargs).sum()
             # of a dream that the guide cannot explain there is no gradient, and no step
@@ -99,11 +99,70 @@ class ReweightedWakeSleep(Estimator):
             gradient = gradient + (1 - self.insomnia) * possible * asleep
         return weights.scale * with_gradient(value, gradient)
 
-    def _wake(
-        self, weights: LogWeights, log_w: Tensor, normalised: Tensor, leaves: Leaves
-    ) -> Tensor:
+    def _wake(self, weights: LogWeights, log_w: Tensor, shares: Tensor, leaves: Leaves) -> Tensor:
         if self.gradient == "dreg":
             self.require_reparameterised(weights)
-            c = normalised - normalised.square()
+            c = shares - shares.square()
             return through_draws(c, log_w, leaves, hidden=torch.zeros_like(c))
-        return (normalised * drawn_log_q(weights)).sum()
+        return (shares * drawn_log_q(weights)).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class SoftCVI(Estimator):
+    r"""Soft contrastive inference: the model ascends IWELBO-K, the guide tells draws apart.
+
+    Which of K draws of the guide is from the posterior? If the others are from :math:`q^\alpha`,
+    the posterior says :math:`y`, the guide :math:`\hat y`, and it descends their cross-entropy:
+
+    .. math:: y = \operatorname{softmax}_k\big(\log p(x, z_k) - \alpha \log q(z_k)\big),\quad
+              \hat y = \operatorname{softmax}_k\big((1 - \alpha) \log q(z_k)\big),\quad
+              \phi: \sum_k (y_k - \hat y_k)\, \nabla_\phi \log q(z_k)
+
+    at fixed draws. With alpha = 1 that is wake-phi of :class:`ReweightedWakeSleep` with a control
+    variate, :math:`\tilde w_k - 1/K`. At the exact posterior it is 0 for every draw, which wake-phi
+    is not. It is the gradient of no bound; the value reported is IWELBO-K.
+
+    Args:
+        num_particles: K >= 2.
+        gradient: ``"contrastive"``.
+        negative: alpha in [0, 1].
+
+    Source: Ward, Beaumont & Fasiolo, SoftCVI, 2024, arXiv:2407.15687.
+
+    Example:
+        >>> from ppvae import conditionals, elbo, guides, models, nets
+        >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
+        >>> guide = guides.Normal(nets.mlp(4, 8, 2 * 2))
+        >>> elbo.SoftCVI(num_particles=5)(model, guide)(torch.ones(3, 4)).shape
+        torch.Size([])
+    """
+
+    num_particles: int = 10
+    gradient: str = "contrastive"
+    negative: float = 0.75
+
+    gradients: ClassVar[tuple[str, ...]] = ("contrastive",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number(self, "negative")
+        if not 0 <= self.negative <= 1:
+            raise ValueError(f"negative is a power of q in [0, 1], got {self.negative}")
+        if self.num_particles < 2:
+            raise ValueError("SoftCVI tells draws from each other, so it needs num_particles >= 2")
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return log_mean_exp(log_w)
+
+    def surrogate(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict, state: State
+    ) -> Tensor:
+        weights = weigh(model, guide, args, kwargs, self.num_particles, leaves=Leaves())
+        log_w = self.effective(weights, state)
+        value, share = coefficient(self.bound, log_w)
+        for_model = (share * self.effective(weights.stop_guide(), state)).sum()
+        log_q = drawn_log_q(weights)
+        power = (1 - self.negative) * log_q.detach()
+        labels, guesses = normalised(log_w.detach() + power), normalised(power)
+        gradient = for_model + ((labels - guesses) * log_q).sum()
+        return weights.scale * with_gradient(value, gradient)
