@@ -69,7 +69,7 @@ class Auto(Program):
         plates = functools.partial(_plate_of_rows, self.num_rows)
         index = torch.arange(self.num_rows, device=data[0].device)
         flattens = ValueError(
-            f"make: {getattr(make, '__name__', make)} flattens all latents into one vector, outside "
+            f"make: {getattr(make, '__name__', make)} flattens latents into one vector, outside "
             f"the plate {DATA_PLATE!r}: use AutoNormal, or pass it bare: svi.step(x, joint=True)"
         )
         try:
