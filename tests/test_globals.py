@@ -94,6 +94,22 @@ def test_with_the_exact_posterior_each_bound_is_the_evidence(estimator: elbo.Est
         assert all(p.grad.abs() < 3e-5 for p in guide.parameters())  # SD has nine digits
 
 
+@pytest.mark.parametrize(
+    "estimator",
+    [elbo.IWELBO(2, g) for g in elbo.IWELBO.gradients]
+    + [elbo.ELBO(2, g) for g in elbo.ELBO.gradients],
+    ids=repr,
+)
+def test_a_gradient_is_that_of_globals_too_or_says_that_it_is_none(estimator) -> None:
+    try:
+        loss = estimator(Model(), Guide(1.3))(X)
+    except ValueError as error:
+        assert "'g'" in str(error) and estimator.gradient in str(error)
+        assert estimator.gradient in ("gdreg", "vargrad", "disarm", "straight_through", "gumbel")
+    else:
+        assert loss.isfinite()
+
+
 @pytest.mark.parametrize("K", [1, 5])
 def test_too_wide_a_global_costs_the_same_for_each_k(K: int) -> None:
     assert_mean(losses(elbo.IWELBO(K), Model(), Guide(1.3), X, 400), WIDE)

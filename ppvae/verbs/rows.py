@@ -237,8 +237,8 @@ def generate(
         rows = rows[torch.arange(size) % len(rows)]
     elif "size" not in argument_names(model, by_keyword=True):
         raise TypeError(
-            f"{title(model)} takes no size, so nothing says how long a row is: give like=x, rows "
-            "of data, in whose place new ones are drawn"
+            f"model: {title(model)} takes no size; nothing says how long a row is: give like=x, "
+            "rows of data, in whose place new ones are drawn"
         )
     found = []
     with evaluating(model, model, (rows, *behind), seed):
