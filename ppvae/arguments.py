@@ -18,7 +18,7 @@ R = TypeVar("R")
 _KINDS: dict[str, type] = {
     "int": int, "float": float, "bool": bool, "str": str, "nn.Module": nn.Module
 }  # fmt: skip
-_ROW = re.compile(r"(?P<what>tuple|Sequence|Iterable)\[(?P<of>(int|nn\.Module)\b.*)\]")
+_ROW = re.compile(r"(?P<what>tuple|Sequence|Iterable(?=\[nn))\[(?P<of>(int|nn\.Module)\b.*)\]")
 _WORDS = {int: "a whole number", float: "a number"}
 _LARGEST_SIZE = 2**31 - 1
 

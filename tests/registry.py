@@ -17,13 +17,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 from ppvae import conditionals, elbo, guides, models, nets, posteriors
 from ppvae.elbo import Estimator
 from ppvae.local import Indexed
-from ppvae.program import module_of
+from ppvae.program import Program, data_plate, module_of
 
 Pair = tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]
 N, D, Z = 6, 5, 2
@@ -508,11 +509,38 @@ SOFT_CODES: dict[str, Callable[[], Pair]] = {
 }
 
 
+class FactorAnalysis(Program):
+    """Loadings and noise of all rows, factors of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> None:
+        loadings = pyro.sample("W", dist.Normal(torch.zeros(D, Z), 1.0).to_event(2))
+        with pyro.plate("features", D):
+            sd = pyro.sample("sd", dist.LogNormal(torch.zeros(()), 0.3))
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(Z), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ loadings.T + self.shift, sd).to_event(1), obs=x)
+
+
+def factor_analysis() -> Pair:
+    model, x = FactorAnalysis(), torch.randn(N, D)
+    return model, guides.Global(AutoNormal, model, x, local=guides.Normal(tanh(D, 8, 2 * Z))), (x,)
+
+
+# With latents outside the data plate: what is of rows alone refuses them; tests/test_globals.py.
+GLOBAL: dict[str, Callable[[], Pair]] = {"factor_analysis": factor_analysis}
+
+
 def build(name: str, seed: int = 0) -> Pair:
     """A fresh pair with its data; the same seed gives the same parameters and data."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return (ALL_PAIRS | ESTIMATED | ENUMERATED | CODES | SOFT_CODES)[name]()
+
+        return (ALL_PAIRS | ESTIMATED | ENUMERATED | GLOBAL)[name]()
 
 
 def owners(*programs: Callable[..., Any]) -> list[nn.Module]:
