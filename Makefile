@@ -104,9 +104,9 @@ bench: $(VENV)/.bench ## compare speed with NumPyro, pythae, stock Pyro and hand
 
 # Exit status: 0 well, 1 a test or the smoke failed, 2 no CUDA, 3 a target is missed, 4 out of time.
 GPU_OUT := out/gpu
-# Without .venv it takes the machine's own Python: no network is needed.
+# Without .venv it takes the machine's own Python and this folder: no network is needed.
 gpu: ## on a machine with a GPU: does the CUDA path work, and what is it worth? Ten minutes
-	$(or $(wildcard $(PY)),python3) benchmarks/gpu.py --out $(GPU_OUT) --seconds 570
+	PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(or $(wildcard $(PY)),python3) benchmarks/gpu.py --out $(GPU_OUT) --seconds 570
 
 coverage: $(VENV)/.installed ## which lines the fast tests run; out/coverage/index.html
 	$(PIP) install --progress-bar off -c constraints.txt coverage
