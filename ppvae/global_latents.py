@@ -44,8 +44,8 @@ def global_names(model_sites: Sites, guide_sites: Sites) -> frozenset[str]:
                 other = "guide" if role == "model" else "model"
                 raise ValueError(
                     f"latent {name!r} lies in the plate {DATA_PLATE!r} in the {role}, and outside "
-                    f"the plate {DATA_PLATE!r} in the {other}; one of the two has forgotten it, or "
-                    "has it too much"
+                    f"the plate {DATA_PLATE!r} in the {other}: draw it inside in both if it is of "
+                    "a row, and outside in both if it is global"
                 )
             if is_enumerated(site):
                 raise ValueError(

@@ -400,6 +400,7 @@ def test_posterior_diagnostics(tmp_path, capsys):
         pytest.param("few_labels", [], ("network alone", "30 labels"), marks=SLOWLY),
         pytest.param("missing", [], ("10 nearest", "Missing the lower half"), marks=SLOWLY),
         pytest.param("counts", [], ("the process itself", "scipy differs by"), marks=SLOWLY),
+        pytest.param("factor_analysis", [], ("given W", "by hand", "log p(X)"), marks=SLOWLY),
         pytest.param(
             "constrained",
             [],

@@ -353,6 +353,10 @@ class Objective(nn.Module):
     Made by calling an estimator: ``elbo.IWELBO(num_particles=8)(model, guide)``. The loss is
     summed over the batch, as in Pyro. In training mode each loss with a gradient counts as a step.
 
+    Attributes:
+        num_rows: of the data set that batches are cut from, for global latents; None: a batch is
+            all data, unless the data plate has a size. :class:`ppvae.SVI` and ``fit`` set it.
+
     Example:
         >>> from ppvae import conditionals, elbo, guides, models, nets
         >>> import torch
@@ -371,7 +375,7 @@ class Objective(nn.Module):
         self.state = elbo.new_state()
         self.owners = method_owners(model, guide)
         self.regularizer: nn.Module | None = None  # of ppvae.SVI
-        self.num_rows: int | None = None  # of the data set, likewise
+        self.num_rows: int | None = None
 
     @property
     def step(self) -> int:
