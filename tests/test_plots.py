@@ -292,7 +292,13 @@ def test_numbers_of_draws_do_not_lie_on_each_other(ax):
     table = pandas.DataFrame({"family": list("aab"), "particles": [1, 64, 64],
                               "var_guide": [2.0, 1.0, 1.001], "ms": [1.0, 9.0, 9.01]})  # fmt: skip
     plots.variance_against_time(table, ax=ax)
-    assert [text.get_text() for text in ax.texts] == ["1", "64"]
+    assert [text.get_text() for text in ax.texts] == ["1", "64", "64"]
+    _, one, other = (text.get_window_extent() for text in ax.texts)
+    assert not one.overlaps(other)
+
+    many = pandas.concat([table] * 5)  # there is no room for all, so some are left out
+    many["family"] = [*"abcdefghijklmno"]
+    assert len(plots.variance_against_time(many, ax=Figure().subplots()).texts) < 15
 
 
 def test_a_predictive_check_shows_means_over_datapoints_and_half_of_ties(ax):
