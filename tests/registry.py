@@ -538,9 +538,7 @@ def build(name: str, seed: int = 0) -> Pair:
     """A fresh pair with its data; the same seed gives the same parameters and data."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return (ALL_PAIRS | ESTIMATED | ENUMERATED | CODES | SOFT_CODES)[name]()
-
-        return (ALL_PAIRS | ESTIMATED | ENUMERATED | GLOBAL)[name]()
+        return (ALL_PAIRS | ESTIMATED | ENUMERATED | CODES | SOFT_CODES | GLOBAL)[name]()
 
 
 def owners(*programs: Callable[..., Any]) -> list[nn.Module]:

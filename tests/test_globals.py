@@ -73,6 +73,7 @@ def losses(estimator, model, guide, x: Tensor, draws: int, num_rows: int | None 
         return torch.stack([-objective(x) for _ in range(draws)])
 
 
+OF_ROWS = ("gdreg", "vargrad", "disarm", "straight_through", "gumbel")
 ESTIMATORS = [
     elbo.ELBO(),
     elbo.ELBO(3),
@@ -102,13 +103,13 @@ def test_with_the_exact_posterior_each_bound_is_the_evidence(estimator: elbo.Est
     ids=repr,
 )
 def test_a_gradient_is_that_of_globals_too_or_says_that_it_is_none(estimator) -> None:
-    try:
-        loss = estimator(Model(), Guide(1.3))(X)
-    except ValueError as error:
-        assert "'g'" in str(error) and estimator.gradient in str(error)
-        assert estimator.gradient in ("gdreg", "vargrad", "disarm", "straight_through", "gumbel")
+    objective = estimator(Model(), Guide(1.3))
+    if estimator.gradient in OF_ROWS:
+        match = f"gradient=.{estimator.gradient}. is defined for latents of rows, and .'g'. are"
+        with pytest.raises(ValueError, match=match):
+            objective(X)
     else:
-        assert loss.isfinite()
+        assert objective(X).isfinite()
 
 
 @pytest.mark.parametrize("K", [1, 5])
@@ -671,6 +672,7 @@ TAKES = [
     label
     for label, estimator in ALL_ESTIMATORS.items()
     if type(estimator).__name__ in ("ELBO", "IWELBO", "MIWELBO", "CIWELBO", "RenyiELBO")
+    and estimator.gradient not in OF_ROWS
 ]
 
 

@@ -383,7 +383,7 @@ def test_refusals():
         fit_many(pair, seeds=[0])
     with pytest.raises(ValueError, match='stack must be True, False or "auto"'):
         fit_many(maker(), seeds=[0], stack="always")
-    with pytest.raises(TypeError, match="resume takes True or False"):
+    with pytest.raises(TypeError, match="resume must be True or False"):
         fit_many(maker(), seeds=[0], resume="step-00000001.pt", checkpoint="runs")
     with pytest.raises(ValueError, match=r"a DataLoader has one order"):
         ppvae.fit_many(maker(), torch.utils.data.DataLoader(X), seeds=[0], epochs=1)

@@ -105,7 +105,7 @@ def fit_many(
         >>> len(runs.pairs), runs.frame().shape[0]
         (3, 6)
     """
-    seeds = _checked(seeds, make, resume, stack)
+    seeds = _checked(seeds, make, stack)
     with one_thread(), torch.random.fork_rng(), ExitStack() as open_until_end:
         valid = part_of(data, "valid", None) if valid is None else part_of(valid, "valid", valid)
         refusals.check_arguments(
@@ -456,12 +456,10 @@ def _place(checkpoint: Any, seed: int) -> Any:
     return Path(checkpoint) / f"seed-{seed}" if is_path else checkpoint
 
 
-def _checked(seeds: Iterable[int], make: Any, resume: Any, stack: Any) -> list[int]:
+def _checked(seeds: Iterable[int], make: Any, stack: Any) -> list[int]:
     """The seeds, if these arguments mean something."""
     if not callable(make) or isinstance(make, (SVI, torch.nn.Module)):
         raise TypeError(f"make must be a function that builds a ppvae.SVI, got {make!r}")
-    if not isinstance(resume, bool):
-        raise TypeError(f"resume takes True or False: each seed has its own files; got {resume!r}")
     if not isinstance(stack, (bool, str)) or stack not in (True, False, "auto"):
         raise ValueError(f'stack must be True, False or "auto", got {stack!r}')
     if not isinstance(seeds, Iterable):
