@@ -33,13 +33,13 @@ DIGITS = {
     "compile": False,
 }  # fmt: skip
 MNIST = {
-    "data": "mnist", "kind": "m2", "alphas": [1.0, 5.0], "latent_dim": 20, "width": 300,
-    "epochs": 10, "batch_size": 200, "lr": 1e-3, "labelled_per_step": 100, "dropout": 0.3,
+    "data": "mnist", "kind": "m2", "alphas": [30.0, 100.0], "latent_dim": 50, "width": 500,
+    "epochs": 40, "batch_size": 200, "lr": 1e-3, "labelled_per_step": 100, "dropout": 0.3,
     "compile": True, "per_class": 100,
 }  # fmt: skip
 STACK = MNIST | {
-    "kind": "m1m2", "alphas": [0.1, 1.0], "m1_latent_dim": 50, "m1_width": 500, "m1_epochs": 15,
-    "epochs": 30, "per_class": 10,
+    "kind": "m1m2", "alphas": [0.1, 1.0], "latent_dim": 20, "width": 300, "m1_latent_dim": 50,
+    "m1_width": 500, "m1_epochs": 15, "epochs": 30, "per_class": 10,
 }  # fmt: skip
 CELLS: dict[str, dict[str, Any]] = {
     f"digits-{10 * per_class}-{seed}": DIGITS | {"per_class": per_class, "seed": seed}

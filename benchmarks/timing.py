@@ -11,7 +11,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 import ppvae
 
 MIN_ROUNDS = 10
+MOST_BUSY = 0.5  # cores that others may use while something is measured
 PACKAGES = ("torch", "pyro-ppl", "numpyro", "jax", "pythae")
 
 
@@ -103,8 +104,11 @@ def start(args: argparse.Namespace) -> tuple[torch.device, Results]:
     set_threads(args.threads or torch.get_num_threads(), args.denormals)
     where = environment(device)
     print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
-    if where["load"] is not None and where["load"][0] > 0.5:
-        print("note: this machine was busy; expect wide spreads", flush=True)
+    if where["busy"] is not None and where["busy"] > MOST_BUSY and not args.quick:
+        seen = f"{where['busy']:.2f} cores are busy with something else"
+        if args.out is not None:
+            raise SystemExit(f"{seen}: nothing is written to {args.out}; wait, or go without --out")
+        print(f"note: {seen}; expect wide spreads", flush=True)
     print(flush=True)
     settings = {"rounds": args.rounds, "quick": args.quick, "denormals": args.denormals}
     return device, Results(args.out, where, settings)
@@ -128,11 +132,33 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "load": [round(v, 2) for v in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "busy": busy_cores(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "ppvae": f"{ppvae.__version__} ({source_hash()})",
         "date": datetime.date.today().isoformat(),
     }
+
+
+def busy_cores(seconds: float = 3.0) -> float | None:
+    """How many cores were in use over some seconds; None where the system does not say.
+
+    Not the load average: after one script of several in a row it shows that script for minutes.
+    """
+    try:
+        before = _ticks()
+        sleep(seconds)
+        used, total = (after - b for after, b in zip(_ticks(), before, strict=True))
+    except OSError:
+        return None
+    return round((os.cpu_count() or 1) * used / max(total, 1), 2)
+
+
+def _ticks() -> tuple[int, int]:
+    """Ticks of all cores together since the start of the system: in use, and all."""
+    user, nice, system, idle, waiting, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
+    used = user + nice + system + sum(rest)
+    return used, used + idle + waiting
 
 
 def _processor() -> str:
@@ -195,7 +221,7 @@ class Results:
         return result
 
     def _comparable(self, line: dict[str, Any]) -> bool:
-        changing = ("load", "date")
+        changing = ("load", "busy", "date")
         here, there = self.where, line["environment"]
         return line["settings"] == self.settings and all(
             there.get(name) == here[name] for name in here if name not in changing

@@ -215,7 +215,7 @@ def test_results_resume_from_equal_code_and_settings_only(tmp_path):
     assert Results(path, where, settings).get("a", lambda: {"ms": 1}) == {"ms": 1}
     with path.open("a") as file:
         file.write('{"key": "b", "resu')  # killed while writing
-    later = where | {"date": "another day", "load": [9.0, 9.0, 9.0]}
+    later = where | {"date": "another day", "load": [9.0, 9.0, 9.0], "busy": 0.0}
     assert Results(path, later, settings).get("a", lambda: {"ms": 2}) == {"ms": 1}
     assert Results(path, where, {"rounds": 20}).get("a", lambda: {"ms": 3}) == {"ms": 3}
     assert (
@@ -246,6 +246,46 @@ def test_speed_runs_and_says_what_was_not_run(monkeypatch, tmp_path, capsys):
         low, high = rows[name]["ms"][1:]
         assert 0 < low <= rows[name]["ms"][0] <= high
     assert "| hand-graph | not run: needs --device cuda |" in capsys.readouterr().out
+
+
+def test_nothing_is_written_on_a_busy_machine(monkeypatch, tmp_path):
+    import timing
+
+    monkeypatch.setattr(timing, "busy_cores", lambda: 0.6)
+    options = ["--rounds", "10", "--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: True)  # for this process
+    with pytest.raises(SystemExit, match="cores are busy with something else: nothing is"):
+        timing.start(timing.parser("").parse_args([*options, "--out", str(tmp_path / "x.jsonl")]))
+    timing.start(timing.parser("").parse_args(options))  # a look is allowed, and says so
+
+
+def test_the_readme_quotes_what_was_measured():
+    import claim
+
+    measured = claim.runs()
+    lines = [line for run in measured.values() for line in run]
+    assert measured and not any(line["settings"]["quick"] for line in lines)
+    assert {len(run) for run in measured.values()} == {6}  # every workload in every run
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert f"one graph: {claim.claim(lines)} of the time" in " ".join(readme.split())
+    page = (root / "docs" / "measured" / "speed.md").read_text(encoding="utf-8")
+    assert page == claim.page(measured), "run python benchmarks/claim.py"
+
+
+def test_a_claim_is_the_range_over_all_runs():
+    import claim
+
+    def line(hand, numpyro, ours):
+        rows = {
+            name: {"ms": [ms], "ppvae-compiled": [ours / ms, 0.0, 9.0]}
+            for name, ms in (("hand", hand), ("numpyro", numpyro), ("ppvae-compiled", ours))
+        }
+        return {"key": "step/x/", "result": {"columns": rows | {"pythae": {"missing": "no"}}}}
+
+    first, second = line(4.0, 2.0, 1.5), line(2.0, 3.0, 1.0)
+    assert claim.fastest_peer(first) == ("numpyro", [0.75, 0.0, 9.0])
+    assert claim.claim([first, second]) == "0.50 to 0.75"
 
 
 def test_speed_refuses_columns_that_compute_something_else(monkeypatch, tmp_path):
