@@ -12,6 +12,7 @@ relative, tr Var g / |E g|^2, so that bounds of different slopes compare; it say
 """
 
 import argparse
+import math
 import statistics
 import time
 from pathlib import Path
@@ -97,7 +98,7 @@ def linear(steps: int):
     for K in (8, 32):
         listed += [elbo.IWELBO(K), elbo.IWELBO(K, "dreg"), elbo.ThermodynamicELBO(K)]
         listed += [elbo.ReweightedWakeSleep(K), elbo.SoftCVI(K)]
-        listed += [elbo.AnnealedELBO(1, num_temperatures=K - 2, step=0.8)]
+        listed += [elbo.AnnealedELBO(1, num_temperatures=K - 2, step=0.5)]
     return model, guides.Normal(encoder), x, counted, listed, "guide"
 
 
@@ -177,7 +178,10 @@ def draw(tables, path: Path) -> None:
             ax.plot(
                 rows["decoder_rows"], rows["relative_variance"], line, ms=6, **looks[family]
             )  # fmt: skip
-        ax.set(xscale="log", yscale="log", title=name, xlabel="decoder rows per datapoint")
+        seen = table[table["seen"]]["relative_variance"].map(math.log10)
+        ends = 10.0 ** math.floor(seen.min()), 10.0 ** math.ceil(seen.max())
+        ax.set(xscale="log", yscale="log", ylim=ends, title=name)
+        ax.set(xlabel="decoder rows per datapoint")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("variance of the gradient / its squared mean")
     handles = [

@@ -66,8 +66,8 @@ class AnnealedELBO(Estimator):
     """
 
     num_temperatures: int = 4
-    step: float = 0.5
-    keep: float = 0.5
+    step: float = 0.3
+    keep: float = 0.9
 
     gradients: ClassVar[tuple[str, ...]] = ("pathwise",)
 
