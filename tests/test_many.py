@@ -15,6 +15,8 @@ from torch import nn
 
 import ppvae
 from ppvae import conditionals, data, diagnostics, elbo, guides, models, nets
+from ppvae.compile import passes
+from ppvae.compile.graph import Graph
 
 X = torch.bernoulli(
     torch.full((38, 5), 0.4, dtype=torch.float64), generator=torch.Generator().manual_seed(0)
@@ -418,3 +420,23 @@ def test_summary_and_plot():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "no epoch yet" in repr(ppvae.Histories([0], [None], [ppvae.History("ELBO")]))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_batches_of_large_products_are_taken_apart(monkeypatch, turned):
+    monkeypatch.setattr(passes, "onednn_is_faster", lambda differentiates: True)
+    monkeypatch.setattr(passes, "MIN_PRODUCT", 1)
+    monkeypatch.setattr(passes, "MIN_OF_BATCH", 40 * 30 * 20)
+    seen = []
+
+    def noting(traced):
+        apart(traced)
+        seen.extend(str(node.target) for node in traced.graph.nodes)
+
+    apart = passes._take_batches_apart
+    monkeypatch.setattr(passes, "_take_batches_apart", noting)
+    x = torch.randn(3, 40, 30) if not turned else torch.randn(3, 30, 40).mT
+    w, small = torch.randn(3, 20, 30), torch.randn(3, 20, 4)
+    graph = Graph(lambda x, w, small: [h := x @ w.mT, h @ small], [x, w, small])
+    torch.testing.assert_close(list(graph(x, w, small)), [x @ w.mT, x @ w.mT @ small])
+    assert seen.count("aten.mm.default") == 3 and seen.count("aten.bmm.default") == 1

@@ -51,6 +51,7 @@ def rewrite(traced: GraphModule, differentiates: bool) -> None:
     _sum_softplus_as_products(traced)
     if onednn_is_faster(differentiates):
         _lower_to_onednn()
+        _take_batches_apart(traced)
         _multiply_with_onednn(traced)
 
 
@@ -179,6 +180,44 @@ def _multiply_with_onednn(traced: GraphModule) -> None:
     for node in list(traced.graph.nodes):
         if node.op == "call_function" and node.target in _PRODUCTS and _is_worth_it(node):
             _replace_product(traced, node)
+    traced.recompile()
+
+
+# Multiply-adds of a matrix from which a batch of products is faster as so many calls of oneDNN.
+MIN_OF_BATCH = 2**22
+
+
+def _take_batches_apart(traced: GraphModule) -> None:
+    """Replace a batch of large products, as of stacked networks, by one product after the other."""
+    aten, call = torch.ops.aten, traced.graph.call_function
+
+    def row(batch: Node, i: int) -> Node:
+        """One matrix; a transposed one is seen to be so."""
+        matrix, (_, along, across) = _value(batch)[0], _value(batch).stride()
+        if not along == 1 < across:
+            found = call(aten.select.int, (batch, 0, i))
+        else:
+            found = call(aten.select.int, (call(aten.transpose.int, (batch, 1, 2)), 0, i))
+            found.meta["val"] = matrix.t()
+            found = call(aten.t.default, (found,))
+        found.meta["val"] = matrix
+        return found
+
+    for node in traced.graph.find_nodes(op="call_function", target=aten.bmm.default):
+        x, w = cast("list[Node]", node.args)
+        value = _value(node)
+        in_float32 = value.device.type == "cpu" and value.dtype == torch.float32
+        if not in_float32 or value[0].numel() * _value(x).shape[2] < MIN_OF_BATCH:
+            continue
+        with traced.graph.inserting_before(node):
+            products = []
+            for i in range(len(value)):
+                products.append(call(aten.mm.default, (row(x, i), row(w, i))))
+                products[-1].meta["val"] = value[0]
+            together = call(aten.stack.default, (products,))
+        together.meta["val"] = value
+        node.replace_all_uses_with(together)
+        traced.graph.erase_node(node)
     traced.recompile()
 
 
