@@ -565,7 +565,12 @@ def provenance_of(site: Site) -> frozenset[str]:
 def by_position(program: Program) -> AutoGuide | None:
     """An autoguide whose parameters belong to positions in a batch, not to datapoints; or None."""
     inside = owner_of(innermost(program))
-    return inside if isinstance(inside, AutoGuide) and inside.create_plates is None else None
+    if not isinstance(inside, AutoGuide) or inside.create_plates is not None:
+        return None
+    drawn = inside.prototype_trace
+    if drawn is not None and all(is_global(s) for s in sample_sites(drawn).values()):
+        return None  # its parameters are of no rows
+    return inside
 
 
 def position_fault(guide: Program, args: Args, kwargs: Kwargs) -> str | None:

@@ -527,7 +527,7 @@ def positive(x: Tensor) -> None:
 
 def test_an_automatic_guide_is_evaluated_by_its_noise() -> None:
     guide = AutoMultivariateNormal(positive, init_scale=0.6)
-    ppvae.check_pair(positive, guide, X)
+    assert ppvae.check_pair(positive, guide, X).notes == ()
     guide.loc.data = torch.tensor([0.4, 0.5, 0.5])
     sd = torch.linspace(-3, 4, 4001).exp()
     of_sum = [dist.MultivariateNormal(X * 0, 2.0 + torch.eye(4) * s**2).log_prob(X) for s in sd]
@@ -664,6 +664,31 @@ def test_a_guide_of_globals_refuses_what_it_is_not_for() -> None:
         guides.Global(AutoNormal, Model(), X, local=3)
     only = guides.Global(AutoNormal, positive, X)
     assert ppvae.log_weights(positive, only, X).global_q.keys() >= {"sd", "slope"}
+
+
+def test_groups_of_rows_share_a_latent() -> None:
+    """theta[group]: an index into a plate of its own; minibatches of both, and an export."""
+
+    def model(x: Tensor, group: Tensor) -> None:
+        spread = pyro.deterministic("spread", pyro.sample("tau", dist.HalfNormal(2.0)))
+        with pyro.plate("groups", 3):
+            theta = pyro.sample("theta", dist.Normal(0.0, spread))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(theta[group], 0.5), obs=x)
+
+    group = torch.tensor([0, 1, 1, 2])
+    guide = guides.Global(AutoNormal, model, X, group)
+    ppvae.check_pair(model, guide, X, group)
+    weights = ppvae.log_weights(model, guide, X, group, num_particles=2)
+    theta = weights.guide_trace.nodes["theta"]["value"]
+    torch.testing.assert_close(weights.log_w[1], dist.Normal(theta[group], 0.5).log_prob(X))
+    svi = ppvae.SVI(model, guide, ADAM, elbo.ELBO(gradient="stl"))
+    history = ppvae.fit(svi, (X, group), epochs=2, batch_size=3, progress=False)
+    assert math.isfinite(history.rows[-1]["train_objective"])
+    idata = diagnostics.to_arviz(model, guide, X, group, num_draws=3, num_particles=1, seed=0)
+    assert idata.posterior["theta"].dims == ("chain", "draw", "groups")
+    assert (idata.posterior["spread"].values == idata.posterior["tau"].values).all()
+    assert (idata.constant_data["group"].values == group.numpy()).all()
 
 
 # ------------------------------------------------------------------------------ laws

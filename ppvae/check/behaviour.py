@@ -99,6 +99,8 @@ def different_supports(weights: LogWeights) -> dict[str, str]:
     shared = {**weights.global_p, **weights.p}.keys() & {**weights.global_q, **weights.q}.keys()
     for name in shared - weights.enumerated.keys():
         q, p = (t.nodes[name]["fn"] for t in (weights.guide_trace, weights.model_trace))
+        if is_point(q):  # of an autoguide: a function of its noise, into the model's support
+            continue
         has, wanted = latent_support(q), latent_support(p)
         if has is None or wanted is None:
             which = q if has is None else p

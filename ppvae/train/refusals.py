@@ -105,7 +105,8 @@ def require_whole(guide: Any, data: Source) -> None:
     if whole is None or len(whole[0]) > data.batch_size:
         raise ValueError(
             f"{type(guide).__name__} has parameters for the positions of a batch, and minibatches "
-            "would share them; wrap it (guides.Auto), or train on all data at once (batch_size)"
+            "would share them; wrap it (guides.Auto; of global latents alone guides.Global), or "
+            "train on all data at once (batch_size)"
         )
 
 

@@ -200,8 +200,13 @@ class SVI(pyro.infer.SVI):
         pair = self.model, self.guide
         if kwargs.get("joint"):
             return
+        try:
+            with pyro.validation_enabled(False):
+                found = structure(*pair, args, kwargs)
+        except (RuntimeError, ValueError):  # the step will say what is wrong with the batch
+            return
         self._rows_asked = True
-        if not structure(*pair, args, kwargs).has_globals:
+        if not found.has_globals:
             return
         if not isinstance(self.elbo, Estimator) or auxiliaries(self.objective):
             what = "auxiliaries are" if isinstance(self.elbo, Estimator) else "Pyro's losses are"
