@@ -61,6 +61,12 @@ COMMANDS: dict[str, dict[str, str]] = {
         "factor_total_correlation": "total_correlation.png",
         "factor_traversals": "traversals.png",
     },
+    "python benchmarks/estimator_cost.py --out OUT/estimator_cost.png": {
+        "estimator_cost": "estimator_cost.png"
+    },
+    "python examples/factor_analysis.py --out OUT --overwrite": {
+        "factor_analysis_loadings": "loadings.png"
+    },
     "python examples/few_labels.py --out OUT --overwrite": {
         "few_labels_errors": "errors.png",
         "few_labels_styles": "styles.png",
@@ -70,6 +76,10 @@ COMMANDS: dict[str, dict[str, str]] = {
         "implicit_banana": "banana.png",
         "implicit_calibration": "calibration.png",
         "implicit_values": "values.png",
+    },
+    "python examples/missing.py --out OUT --overwrite": {
+        "missing_digits": "imputed.png",
+        "missing_khat": "khat.png",
     },
     "python examples/mixture.py --out OUT --overwrite": {
         "mixture_em": "em.png",

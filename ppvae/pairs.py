@@ -433,7 +433,8 @@ def replay(program: Program, drawn: Trace, args: Args, kwargs: Kwargs) -> Trace:
 def simulate(model: Program, args: Args, kwargs: Kwargs) -> tuple[Args, Trace]:
     """Data drawn from the model in the place of the observed arguments, and the model's trace.
 
-    What is not observed (a condition y) stays; the trace holds the latents the data came from.
+    What is not observed (a condition y) stays, and so does NaN, which says that a value is missing;
+    the trace holds the latents the data came from.
 
     Raises:
         ValueError: an observed value is none of the arguments, or x cannot be drawn.
@@ -453,7 +454,9 @@ def simulate(model: Program, args: Args, kwargs: Kwargs) -> tuple[Args, Trace]:
                 f"draws of the model are put in the place of the observed data, but the value of "
                 f"site {name!r} is none of the arguments; observe an argument itself, obs=x"
             )
-        dreamt[position] = dream.nodes[name]["value"]
+        given, drawn = args[position], dream.nodes[name]["value"]
+        missing = given.is_floating_point() and given.shape == drawn.shape
+        dreamt[position] = torch.where(given.isnan(), given, drawn) if missing else drawn
     return tuple(dreamt), dream
 
 

@@ -544,6 +544,10 @@ def test_importance_bound_with_an_enumerated_latent() -> None:
     many = X.repeat(ROWS)
     for gradient in elbo.IWELBO.gradients:
         objective = elbo.IWELBO(2, gradient)(model, guide)
+        if gradient == "gdreg":
+            with pytest.raises(ValueError, match=r"each prior, and \['c'\] are summed out; use"):
+                objective(many)
+            continue
         found = oracles.gradients(lambda o=objective: o(many), used, DRAWS, ROWS)
         assert_mean(found, expected, gradient)
 
@@ -875,7 +879,7 @@ class TestClosedFormsOfBernoullis:
                 pyro.sample("z", dist.Bernoulli(share))
 
         weights = ppvae.log_weights(model, guide, torch.zeros(3))
-        closed = closed_form_kl(elbo.ELBO(kl="analytic"), weights)["z"]
+        closed = closed_form_kl("analytic", weights)["z"]
         exact = share * (share / 0.3).log() + (1 - share) * ((1 - share) / 0.7).log()
         torch.testing.assert_close(closed.flatten(), exact)
 
@@ -891,9 +895,9 @@ class TestClosedFormsOfBernoullis:
                 pyro.sample("z", dist.Bernoulli(torch.full((len(x),), 0.4)))
 
         weights = ppvae.log_weights(model, guide, torch.zeros(3))
-        assert closed_form_kl(elbo.ELBO(), weights) == {}
+        assert closed_form_kl("sampled", weights) == {}
         with pytest.raises(ValueError, match="latent 'z': it is auxiliary, weighed by a poutine"):
-            closed_form_kl(elbo.ELBO(kl="analytic"), weights)
+            closed_form_kl("analytic", weights)
 
 
 @pytest.mark.parametrize("much", [True, False])

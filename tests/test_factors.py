@@ -111,9 +111,9 @@ def test_bytes_become_numbers_in_the_unit_interval():
         (lambda f: data.Factors(f[range(108)], (108,), ("a",)), "images are torch.float32"),
         (lambda f: data.Factors(f.images, (108,), ("a",), "real"), "support must be"),
         (lambda f: data.sprites(sizes=(4, 1, 1, 1, 1)), "at most 3 shapes"),
-        (lambda f: data.sprites(sizes=(3, 0, 1, 1, 1)), "five numbers >= 1"),
+        (lambda f: data.sprites(sizes=(3, 0, 1, 1, 1)), "sizes must be at least 1, got 0"),
         (lambda f: data.sprites(16, sizes=(3, 1, 1, 16, 1)), "size=16 leaves no room"),
-        (lambda f: data.sprites(4, sizes=(3, 1, 1, 1, 1)), "size=4 leaves no room"),
+        (lambda f: data.sprites(4, sizes=(3, 1, 1, 1, 1)), "size must be at least 8, got 4"),
     ],
 )
 def test_bad_factors(call, message):

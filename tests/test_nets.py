@@ -220,7 +220,7 @@ def test_width_errors_name_shapes():
         nets.mlp(5, 2)(torch.zeros(4, 3), torch.zeros(4, 1))
     with pytest.raises(ValueError, match="width 6"):
         nets.conv_decoder(6)(torch.zeros(4, 7))
-    with pytest.raises(ValueError, match="output size"):
+    with pytest.raises(ValueError, match="needs two sizes, input and output"):
         nets.mlp(5)
     with pytest.raises(ValueError, match="channel"):
         nets.conv_decoder(5, channels=())

@@ -249,6 +249,11 @@ class Estimator(pyro.infer.ELBO):
             self._require_no_enumeration(weights)
         elif self.gradient == "gdreg":
             self._require_no_globals(weights)
+            if weights.enumerated:
+                raise ValueError(
+                    'gradient="gdreg" goes through the sampler of each prior, and '
+                    f'{sorted(weights.enumerated)} are summed out; use gradient="dreg"'
+                )
         log_w = self.effective(weights, state)
         value, c = gradients.coefficient(self.bound, log_w)
         coefficient = c if self.gradient == "stl" else self.dreg_coefficient(log_w.detach())

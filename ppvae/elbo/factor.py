@@ -61,8 +61,8 @@ class FactorELBO(ELBO):
         >>> loss = elbo.FactorELBO(gamma=elbo.LinearWarmup(10, end=6.4), ratio=nets.mlp(2, 8, 1))
         >>> svi = ppvae.SVI(model, guide, torch.optim.Adam, loss, beside=ppvae.Beside(steps=4))
         >>> history = ppvae.fit(svi, torch.ones(20, 4), epochs=1, progress=False)
-        >>> round(history.rows[0]["ratio_loss"], 1)  # 2 log 2: it has hardly learned yet
-        1.4
+        >>> 1.2 < history.rows[0]["ratio_loss"] < 1.7  # 2 log 2: it has hardly learned yet
+        True
     """
 
     gamma: float | Tensor | Callable[[int], float] = 10.0
