@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -211,6 +212,11 @@ def require_programs(**programs: Any) -> None:
     """
     for name, program in programs.items():
         _require_callable(name, program, "a Pyro program, something to call with the data")
+        if isinstance(program, Distribution):
+            raise TypeError(
+                f"{name} must be a Pyro program, got the distribution {_shown(program)}: give a "
+                "function of the data that draws from it by pyro.sample"
+            )
 
 
 def _require_callable(name: str, value: Any, what: str) -> None:

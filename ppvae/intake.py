@@ -103,8 +103,15 @@ def for_training(data: Any, label: str, batch_size: int, seed: int, *programs: A
         return data
     if _is_dataset(data):
         rows = _with_tensors(data, programs)
-        if isinstance(data, IterableDataset) or not hasattr(rows, "__len__"):
+        if isinstance(rows, IterableDataset) or (
+            hasattr(rows, "__iter__") and not hasattr(rows, "__len__")
+        ):
             return DataLoader(rows, batch_size)
+        if not hasattr(rows, "__len__"):
+            raise TypeError(
+                f"{label}: {type(data).__name__} does not say how many rows it has: give it a "
+                "__len__, or a DataLoader with a sampler of its own"
+            )
         if not len(rows):
             raise ValueError(f"{label} is empty: {type(data).__name__} has no rows")
         generator = torch.Generator().manual_seed(seed)

@@ -460,6 +460,12 @@ def simulate(model: Program, args: Args, kwargs: Kwargs) -> tuple[Args, Trace]:
     return tuple(dreamt), dream
 
 
+# what a program raises that does not take its arguments
+FAILURES = (
+    RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError
+)  # fmt: skip
+
+
 def reason(error: Exception) -> str:
     """What an error says, without the table of shapes that Pyro appends."""
     return str(error).partition("\nTrace Shapes:")[0]

@@ -53,7 +53,6 @@ ALLOWED = {
     ("conditionals.OptimalPrior", "net", "the network of a ratio"): "it is that network",
     ("conditionals.OptimalPrior", "net", "meta tensors"): "it is run once, without memory",
     ("Ratio", "net", "the network of a ratio"): "it is that network",
-    ("guides.Auto", "model", ""): "Pyro's guide runs it as it is, to see its latents",
     ("data.from_csv", "label", "labels that are not whole"): "of the column -1, which there is",
     ("alternate", "turns", "a part"): "by its number",
     ("alternate", "turns", "part "): "the same",

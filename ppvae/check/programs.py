@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppvae.arguments import require_programs
-from ppvae.pairs import Site, own_path, reason, sample_sites, unnoticed
+from ppvae.pairs import FAILURES, Site, own_path, reason, sample_sites, unnoticed
 from ppvae.program import module_of
 from ppvae.wrapped import argument_labels, title
 
@@ -40,11 +40,6 @@ def require_runs(args: Sequence[Any], **programs: Any) -> None:
     with own_path(), unnoticed(first, last), pyro.validation_enabled(False):
         for role, program in programs.items():
             run_alone(role, program, args, {})
-
-
-FAILURES = (
-    RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError
-)  # fmt: skip
 
 
 def failed(

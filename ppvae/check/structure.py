@@ -11,8 +11,8 @@ from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import track_provenance
 from torch import Tensor
 
-from ppvae.check.programs import FAILURES, check_programs, failed
-from ppvae.pairs import kind, own_path, provenance_of, sample_sites, trace, unnoticed
+from ppvae.check.programs import check_programs, failed
+from ppvae.pairs import FAILURES, kind, own_path, provenance_of, sample_sites, trace, unnoticed
 from ppvae.wrapped import argument_labels, title
 
 __all__ = ["Structure", "structure"]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from ppvae.arguments import takes_numbers
-from ppvae.check.programs import FAILURES
 from ppvae.diagnostics.evidence import weigh
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.report import Report
@@ -14,7 +13,7 @@ from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data
 from ppvae.diagnostics.simulated import over_simulations
 from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
 from ppvae.intake import takes_rows
-from ppvae.pairs import Program, reason
+from ppvae.pairs import FAILURES, Program, reason
 from ppvae.terms import NoInverse
 
 _SIMULATED_DRAWS = 10  # of the guide for each simulation

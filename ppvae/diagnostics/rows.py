@@ -15,10 +15,11 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ppvae.check.pair import check_batch, check_shapes, check_tensors, check_values
-from ppvae.check.programs import FAILURES, PairError, check_programs
+from ppvae.check.programs import PairError, check_programs
 from ppvae.global_latents import refusal
 from ppvae.pairs import (
     DATA_PLATE,
+    FAILURES,
     PARTICLE_PLATE,
     Program,
     Site,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppvae.arguments import require_programs
 from ppvae.local import Indexed
-from ppvae.pairs import DATA_PLATE, sample_sites
+from ppvae.pairs import DATA_PLATE, FAILURES, reason, sample_sites
 from ppvae.program import Program, local_parameters
 
 
@@ -40,7 +40,8 @@ class Auto(Program):
         *data: all rows, as the model is called.
 
     Raises:
-        ValueError: the autoguide does not keep the plate ``"data"``.
+        ValueError: the autoguide does not keep the plate ``"data"``; the model fails on the data.
+        TypeError: the model is no program, or the data are no rows.
 
     Example:
         >>> import torch, ppvae
@@ -63,8 +64,9 @@ class Auto(Program):
         require_programs(model=model)
         if not callable(make):
             raise TypeError(f"make must make a guide, as AutoNormal does, got {make!r}")
-        if not data or not isinstance(data[0], Tensor) or data[0].dim() < 1:
-            raise TypeError(f"data must be tensors whose rows are datapoints, got {data!r}")
+        if not data or not _is_rows(data[0]):
+            seen = ", ".join(type(value).__name__ for value in data) or "nothing"
+            raise TypeError(f"data must be tensors whose rows are datapoints, got {seen}")
         self.num_rows = len(data[0])
         plates = functools.partial(_plate_of_rows, self.num_rows)
         index = torch.arange(self.num_rows, device=data[0].device)
@@ -77,8 +79,13 @@ class Auto(Program):
             self.auto = make(Indexed(model), create_plates=plates)
         except TypeError as error:  # it takes no plates
             raise flattens from error
-        with local_parameters(), torch.no_grad():
-            drawn = pyro.poutine.trace(self.auto).get_trace(*data, index)
+        if not callable(self.auto):
+            raise TypeError(f"make must make a guide, as AutoNormal does, and it gave {self.auto}")
+        try:
+            with local_parameters(), torch.no_grad():
+                drawn = pyro.poutine.trace(self.auto).get_trace(*data, index)
+        except FAILURES as error:
+            raise ValueError(f"the model fails on the data: {reason(error)}") from error
         for site in sample_sites(drawn).values():
             if DATA_PLATE not in {frame.name for frame in site["cond_indep_stack"]}:
                 raise flattens
@@ -87,6 +94,13 @@ class Auto(Program):
         """Draw the latents of the rows whose numbers are the last argument."""
         with _AsBatch():
             return self.auto(*args, **kwargs)
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether it is a tensor of at least one row."""
+    if not isinstance(value, Tensor) or value.is_nested:
+        return False
+    return value.dim() > 0 and len(value) > 0
 
 
 def _plate_of_rows(num_rows: int, *args: Tensor, size: int | None = None) -> Any:

@@ -329,14 +329,16 @@ def _content(path: Path) -> dict[str, Any]:
     if isinstance(content.get("format"), int) and content["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {content['format']}, not {FORMAT}: update ppvae")
     said = content.pop("digest", None)
-    kinds = {"format": int, "step": int, "state": dict}
-    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    found = {"best": False, **content}
+    kinds = {"format": int, "step": int, "state": dict, "best": bool}
+    wrong = [name for name, kind in kinds.items() if type(found.get(name)) is not kind]
     # a file of format 1 has no digest
-    if wrong or (said is None and content["format"] > 1):
-        raise CheckpointError(f"{path} is damaged: its {wrong[0] if wrong else 'digest'} is absent")
+    if wrong or (said is None and content["format"] != 1):
+        seen = f"{wrong[0] if wrong else 'digest'} is absent or of the wrong type"
+        raise CheckpointError(f"{path} is damaged: its {seen}")
     if said is not None and said != digest(content):
         raise CheckpointError(f"{path} is damaged: its content is not what was written")
-    return {"best": False, **content}
+    return found
 
 
 def digest(value: Any) -> str:
@@ -370,6 +372,7 @@ def digest(value: Any) -> str:
     return found.hexdigest()
 
 
+_DEEPEST = 100  # levels of lists and dictionaries
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -377,25 +380,28 @@ def plain(value: Any, where: str = "state") -> Any:
     """A copy made of what ``weights_only=True`` loads, and as that loads it.
 
     Raises:
-        TypeError: naming the place of what it would not.
+        TypeError: naming the place of what it would not, or what holds itself.
 
     Example:
         >>> plain({"lr": np.float64(0.5), "names": ["a"]})
         {'lr': 0.5, 'names': ['a']}
     """
     if type(value) in (Tensor, nn.Parameter, nn.Buffer):
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        odd = value.layout != torch.strided or value.is_quantized or value.is_meta
+        if odd or value.is_nested:
             raise TypeError(
                 f"{where} is a tensor without a dense block of memory ({value.layout}, "
                 f"{value.dtype}, {value.device}); save {where}.to_dense() or its parts"
             )
-        value = value.detach()
+        value = value.detach().resolve_conj().resolve_neg()
         whole = value.untyped_storage().nbytes() <= value.numel() * value.element_size()
         return value if whole else value.clone()  # of a row of many, torch would save them all
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) and value.dtype.kind in "biufcSU":  # no times, no records
         value = value.item()
     if type(value) in _PLAIN:
         return value
+    if where.count("[") > _DEEPEST:
+        raise TypeError(f"{where[:60]}... holds itself, or is more than {_DEEPEST} levels deep")
     if type(value) is Counter:  # of a MultiStepLR
         return Counter(plain(dict(value), where))
     if isinstance(value, Mapping):

@@ -331,13 +331,21 @@ def state_of(svi: SVI) -> Any:
     return getattr(svi.objective, "state", None)
 
 
+def _require_parts(state: Any, path: Path, **kinds: type) -> None:
+    """Raise ``CheckpointError`` unless a part of the state holds these, each of its type."""
+    for name, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise CheckpointError(
+                f"{path} was not written by ppvae.fit: it holds no run, for want of {name!r}"
+            )
+
+
 def _require_same_run(run: Run, state: Any, path: Path) -> None:
     """The parameters and buffers, and all facts, must be those of the file."""
-    parts = {"facts": dict, "svi": dict, "progress": dict, "processes": list}
-    absent = [name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
-    if absent or not isinstance(state["svi"].get("objective"), dict):
-        what = absent[0] if absent else "objective"
-        raise CheckpointError(f"{path} was not written by ppvae.fit: it holds no run ({what!r})")
+    _require_parts(state, path, facts=dict, svi=dict, progress=dict, processes=list)
+    counts = {"num_steps": int, "num_epochs": int, "num_skipped": int}
+    _require_parts(state["svi"], path, objective=dict, optimizer=dict, **counts)
+    _require_parts(state["progress"], path, history=dict)
     was, now = _shapes(state["svi"]["objective"]), _shapes(run.svi.objective.state_dict())
     if differ := _differences(was, now):
         raise CheckpointError(
@@ -352,6 +360,9 @@ def _require_same_run(run: Run, state: Any, path: Path) -> None:
             f"{path} is of another run. Pass the same again, or start a new one in another folder "
             'from svi.load_state_dict(Checkpoints(...).load()["svi"]):\n  ' + "\n  ".join(differ)
         )
+    own = state["processes"][run.processes.rank :][:1]  # as many as there are processes now
+    parts = {"shown": dict, "buffers": dict, "callbacks": list, "total": Tensor, "count": int}
+    _require_parts(own[0] if own else None, path, random=dict, data=dict, **parts)
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, str]:

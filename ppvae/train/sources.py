@@ -372,9 +372,9 @@ class Loaded(Source):
             began = {"streams": rng_state(), "generators": states}
             batches = iter(self._loader)
             before = rng_state() if self._keeps_streams else None
-            loaded = next(batches, None)
+            loaded = next(batches, _END)
             self._set_generators(states)
-        if loaded is None:
+        if loaded is _END:
             raise ValueError(f"{self.label} is empty: the DataLoader yields no batch")
         if streams:
             self._begun = chain([loaded], batches), began, before
@@ -404,8 +404,8 @@ class Loaded(Source):
         while True:
             self._streams_before_last = before or (rng_state() if self._keeps_streams else None)
             before = None
-            loaded = next(batches, None)
-            if loaded is None:
+            loaded = next(batches, _END)
+            if loaded is _END:
                 break
             self._last_batch, self._taken = self._as_batch(loaded), self._taken + 1
             batch = _placed(self._last_batch, self.device)
@@ -430,11 +430,11 @@ class Loaded(Source):
         self._set_generators(self._streams_at_start["generators"])
         batches = iter(self._loader)
         for _ in range(skip - 1):  # only their order has to be right: what transforms draw differs,
-            next(batches, None)  # since no particles are drawn between them
+            next(batches, _END)  # since no particles are drawn between them
         if self._streams_before_last is not None:
             set_rng_state(self._streams_before_last)
-        batch = next(batches, None)
-        if batch is None or _checksum(self._as_batch(batch)) != self._last_checksum:
+        batch = next(batches, _END)
+        if batch is _END or _checksum(self._as_batch(batch)) != self._last_checksum:
             raise CheckpointError(
                 f"{self.label}: the DataLoader does not yield the batches again that it yielded in "
                 f"epoch {epoch}: let order and transforms follow torch's stream or its generator=, "
@@ -452,6 +452,11 @@ class Loaded(Source):
                 f"{self.label}: the DataLoader must yield a tensor, a tuple of tensors or a "
                 f"dictionary of them, as model and guide are called, got {_kind(loaded)}; give it "
                 "a collate_fn, such as lambda rows: torch.stack([row.x for row in rows])"
+            )
+        if batch[0].dim() == 0 or not len(batch[0]):
+            raise ValueError(
+                f"{self.label}: the DataLoader yields a batch without rows, of shape "
+                f"{tuple(batch[0].shape)}: pass over it there"
             )
         return tuple(batch)
 
@@ -550,6 +555,7 @@ def _single_row(rows: int, size: int) -> tuple[int, int] | None:
     return (rows, size) if size == 1 or rows % size == 1 else None
 
 
+_END: Any = object()  # of a loader; None is a batch that it should not yield
 _CURE_OF_STREAMS = (
     "Let its __iter__ begin anew each time, or give steps_per_epoch= such that the rows last"
 )
