@@ -115,7 +115,7 @@ def test_spectral_refuses():
     with pytest.raises(ValueError, match="no convolution and no batch norm"):
         nets.Spectral(nn.Linear(2, 2))
     for options in ({"weight": -1.0}, {"iterations": 0}):
-        with pytest.raises(ValueError, match="(weight|iterations) must be at least"):
+        with pytest.raises(ValueError, match=r"(weight|iterations) must be at least"):
             nets.Spectral(network(), **options)
     net = network()
     spectral = nets.Spectral(net)

@@ -382,7 +382,7 @@ def test_networks_that_cannot_be(arguments, message):
 
 
 def test_numbers_of_groups_are_whole():
-    with pytest.raises(TypeError, match="groups must be a whole number, got 1.5"):
+    with pytest.raises(TypeError, match=r"groups must be a whole number, got 1.5"):
         nets.nvae((1, 8, 8), groups=(1, 1.5))
     with pytest.raises(TypeError, match="blocks must be a whole number"):
         nets.nvae((1, 8, 8), groups=(1, 1), blocks="2")

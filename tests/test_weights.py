@@ -640,7 +640,7 @@ def test_simulated_data_stand_in_the_place_of_every_observed_argument() -> None:
     dreamt, dream = simulate(model, given, {})
     assert dreamt[1] is given[1]
     for value, name in ((dreamt[0], "x"), (dreamt[2], "w")):
-        assert value is dream.nodes[name]["value"]
+        assert torch.equal(value, dream.nodes[name]["value"])
         assert not torch.equal(value, given[0]) and not torch.equal(value, given[2])
     torch.manual_seed(3)
     log_q = dream_log_q(model, guide, *given)
