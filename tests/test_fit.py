@@ -1081,8 +1081,9 @@ class FillsHoles(ppvae.Program):
         self.net = nn.Linear(4, 2)
 
     def forward(self, x, seen=None):
+        known = x.nan_to_num(0.0) if seen is None else torch.where(seen, x, 0.0)
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.net(x.nan_to_num(0.0)), 1.0).to_event(1))
+            pyro.sample("z", dist.Normal(self.net(known), 1.0).to_event(1))
 
 
 def holes(how="mask"):

@@ -513,8 +513,8 @@ def test_offsets_that_are_none(offset, error, match):
         (lambda: run(conditionals.BetaBinomial(net(2))), ValueError, "the number of trials"),
         (lambda: conditionals.ZeroInflated(conditionals.Gamma(net(2))), TypeError, "given Gamma"),
         (lambda: conditionals.ZeroInflated(net(2)), TypeError, "given Linear"),
-        (lambda: conditionals.Ordinal(net(2), 1), ValueError, "must be at least 2, got 1"),
-        (lambda: conditionals.DiscretizedLogistic(net(2), 1), ValueError, "must be at least 2, got 1"),
+        (lambda: conditionals.Ordinal(net(2), 1), ValueError, "at least 2, got 1"),
+        (lambda: conditionals.DiscretizedLogistic(net(2), 1), ValueError, "at least 2, got 1"),
         (
             lambda: conditionals.Affine(conditionals.Normal(net(2)), 0.0, torch.tensor([1.0, 0])),
             ValueError,
