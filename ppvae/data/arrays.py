@@ -251,8 +251,8 @@ def split_rows(
         >>> [len(part) for part in split_rows(10, 0.2, 3, seed=0)]
         [5, 2, 3]
     """
-    check_at_least(0, seed=seed)
     seed = single(seed)
+    check_at_least(0, seed=seed)
     num_valid, num_test = _size("valid", valid, num), _size("test", test, num)
     if num_valid + num_test >= num:
         seen = f"x has {num} rows, valid takes {num_valid} and test {num_test}"

@@ -76,6 +76,8 @@ class Split:
             is_given = tensor is not None or name == "values"
             if is_given and (isinstance(tensor, Tensor) or not hasattr(tensor, "index_select")):
                 require_dense(name, tensor)
+                if tensor.dim() == 0:
+                    raise ValueError(f"{name} is a single number: give rows, {name}[None]")
         if self.y is not None and len(self.y) != len(self):
             raise ValueError(f"y has {len(self.y)} rows and values {len(self)}: give one y per row")
         if self.supervised and self.y is None:
@@ -327,8 +329,7 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def check_at_least(least: int, **arguments: int) -> None:
     """Raise ``ValueError`` unless every argument is ``least`` or more."""
     for name, value in arguments.items():
-        value = single(value)
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, (bool, np.timedelta64)):
             raise TypeError(f"{name}={value!r}: give a whole number, {least} or more")
         if not least <= value < 2**64:
             raise ValueError(f"{name}={value}: give {least} or more, of 64 bits")
