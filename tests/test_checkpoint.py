@@ -1094,6 +1094,7 @@ def test_a_whole_file_without_a_part_of_the_run_holds_no_run(place, tmp_path):
         fit(vae(), checkpoint=tmp_path, epochs=2, resume=True)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 def test_states_that_hold_themselves_and_odd_tensors():
     circle = []
     circle.append(circle)
