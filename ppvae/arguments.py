@@ -39,13 +39,17 @@ def takes_numbers(function: Callable[P, R], /) -> Callable[P, R]: ...
 @overload
 def takes_numbers(**at_least: float) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def takes_numbers(function: Any = None, /, **at_least: float) -> Any:
-    """Give a function Python's ints and floats where its annotations say ``int`` or ``float``.
+    """Check the arguments of a function by its annotations: numbers, sizes, flags, words, modules.
 
-    Numbers of NumPy, and arrays and tensors that hold one, are converted; anything else raises a
-    ``TypeError`` that names the argument. ``int | None`` takes None as well. ``tuple[int, ...]``
-    and ``Sequence[int]`` are sizes, each at least 1, and become a tuple. ``bool``, ``str`` (and a
-    ``Literal``) and ``nn.Module``, one or a sequence, are looked at, too: what can be called and is
-    no class does for a module. Of other annotations nothing is assumed. A bool is no number.
+    - ``int`` and ``float``: numbers of NumPy, and arrays and tensors that hold one, become
+      Python's. A bool is no number.
+    - ``tuple[int, ...]`` and ``Sequence[int]``: sizes, each at least 1, which become a tuple.
+    - ``bool``: True or False, NumPy's and torch's too, and no number.
+    - ``str`` and a ``Literal`` of words: a word; which ones there are, the function says itself.
+    - ``nn.Module``, one or a sequence: what can be called and is no class does for a module.
+
+    Anything else raises a ``TypeError`` that names the argument. ``... | None`` takes None as well;
+    of other annotations, and of arguments without one, nothing is assumed.
 
     Args:
         function: what is called; or None, to be decorated later.
@@ -151,8 +155,7 @@ def _one(name: str, value: Any, kind: type, at_least: float | None) -> Any:
     elif kind is str and not isinstance(value, str):
         raise TypeError(f"{name} must be a word, got {_shown(value)}")
     elif kind is bool:
-        if isinstance(value, (np.ndarray, np.generic, Tensor)) and value.ndim == 0:
-            value = value.item()
+        value = single(value)
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {_shown(value)}")
     return value
@@ -168,6 +171,75 @@ def _bounded(name: str, value: Any, kind: type, at_least: float | None) -> Any:
     return plain
 
 
+def single(value: Any) -> Any:
+    """Python's number in place of one of NumPy's, or of an array or tensor that holds one.
+
+    Anything else comes back as it is: a time, a value that is hidden, a tensor without memory.
+
+    Example:
+        >>> single(np.float32(0.5)), single(torch.tensor(3)), single(np.ma.masked)
+        (0.5, 3, masked)
+    """
+    if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0:
+        held = value.dtype.kind in "biufcO" and not np.ma.is_masked(value)
+        return value.item() if held else value
+    if isinstance(value, Tensor) and is_dense(value) and value.dim() == 0:
+        return value.item()
+    return value
+
+
+def is_dense(value: Tensor) -> bool:
+    """Whether a tensor is a block of memory that holds its numbers one by one."""
+    if value.is_nested:
+        return False
+    return value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+
+
+def require_dense(name: str, value: Any) -> Tensor:
+    """A tensor; raises ``TypeError`` for what is none, or has no dense block of numbers.
+
+    Example:
+        >>> require_dense("values", torch.eye(2).to_sparse())
+        Traceback (most recent call last):
+        TypeError: values is a tensor without a dense block of numbers (torch.sparse_coo, \
+torch.float32, cpu): give values.to_dense() or values.dequantize()
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, as torch.as_tensor({name}), got {_shown(value)}")
+    if value.is_nested:
+        raise TypeError(f"{name} is a nested tensor, of rows of different lengths: pad them")
+    if not is_dense(value):
+        raise TypeError(
+            f"{name} is a tensor without a dense block of numbers ({value.layout}, "
+            f"{value.dtype}, {value.device}): give {name}.to_dense() or {name}.dequantize()"
+        )
+    return value
+
+
+def real(name: str, value: Any) -> Any:
+    """As :func:`single`; whole numbers that do not fit into 64 bits, as torch has them, as floats.
+
+    Raises:
+        TypeError: a time, which NumPy counts among the whole numbers.
+        ValueError: a number too large for that, too.
+    """
+    plain = single(value)
+    if isinstance(plain, np.timedelta64):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if type(plain) is int and not -(2**63) <= plain < 2**63:
+        try:
+            return float(plain)
+        except OverflowError as error:
+            raise ValueError(f"{name} is too large: it has {plain.bit_length()} bits") from error
+    return plain
+
+
+def set_numbers(owner: Any, **kinds: type) -> None:
+    """Give attributes of a frozen dataclass Python's numbers, as :func:`number` reads them."""
+    for name, kind in kinds.items():
+        object.__setattr__(owner, name, number(name, getattr(owner, name), kind))
+
+
 def number(name: str, value: Any, kind: type, optional: bool = False) -> Any:
     """An argument as an ``int`` or a ``float``.
 
@@ -177,9 +249,7 @@ def number(name: str, value: Any, kind: type, optional: bool = False) -> Any:
     """
     if value is None and optional:
         return None
-    plain = value
-    if isinstance(value, (np.ndarray, np.generic, Tensor)) and value.ndim == 0:
-        plain = value.item()
+    plain = single(value)
     if type(plain) not in (int, kind):
         if kind is int and isinstance(plain, float) and plain.is_integer():
             raise TypeError(
@@ -199,7 +269,8 @@ def number_or_tensor(name: str, value: Any) -> Tensor:
         value = torch.tensor(number(name, value, float))
     elif value.is_complex():
         raise TypeError(f"{name} must be a number or a tensor of them, got {value.dtype}")
-    return value
+    value = require_dense(name, value)
+    return value.clone() if value.is_inference() else value
 
 
 def require_programs(**programs: Any) -> None:

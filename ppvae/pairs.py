@@ -168,7 +168,7 @@ def _call(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _find_structure(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Structure:
-    with own_path(), unnoticed(model, guide):
+    with own_path(), unnoticed(model, guide), pyro.validation_enabled(False):
         guide_trace = trace(guide, args, kwargs)
         return Structure.of(guide_trace, replay(model, guide_trace, args, kwargs))
 

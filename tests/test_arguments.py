@@ -4,12 +4,23 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from torch import nn
 
 import ppvae
-from ppvae import conditionals, diagnostics, guides, models, nets, posteriors
+from ppvae import (
+    conditionals,
+    data,
+    diagnostics,
+    elbo,
+    guides,
+    metrics,
+    models,
+    nets,
+    posteriors,
+)
 from ppvae.arguments import takes_numbers
 
 X = torch.bernoulli(torch.full((12, 4), 0.5), generator=torch.Generator().manual_seed(1))
@@ -196,6 +207,60 @@ def test_tensors_with_a_gradient_or_of_inference_mode():
         ppvae.SVI(*pair()).step(frozen)
     diagnostics.log_evidence(*pair(), frozen, num_particles=5)
     assert ppvae.SVI(*pair()).step(X.clone().requires_grad_()) > 0
+    with pytest.raises(ppvae.PairError, match=r"'x' was computed of what takes a.*x\.detach\(\)"):
+        ppvae.SVI(*pair()).step(X.clone().requires_grad_() * 1)
+    with pytest.raises(ppvae.PairError, match=r"'x' is torch.float8"):
+        ppvae.SVI(*pair()).step(X.to(torch.float8_e4m3fn))
+
+
+NO_NUMBERS = [
+    torch.tensor(3, device="meta"),
+    torch.tensor(3.0).to_sparse(),
+    np.ma.array(3, mask=True),
+    np.timedelta64(3),
+]
+
+
+@pytest.mark.parametrize("odd", NO_NUMBERS, ids=lambda odd: type(odd).__name__)
+def test_what_looks_like_a_number_and_holds_none_is_named(odd):
+    for name, make in {
+        "steps": elbo.LinearWarmup,
+        "beta": lambda beta: elbo.ELBO(beta=beta),
+        "alpha": lambda alpha: elbo.RenyiELBO(2, alpha=alpha),
+        "num_components": lambda n: conditionals.Mixture(n, 2),
+        "seed": lambda seed: data.Split(X, seed=seed),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=name):
+            make(odd)
+
+
+def test_numbers_of_estimators_become_pythons():
+    three = torch.tensor(3)
+    assert type(elbo.LinearWarmup(three).steps) is int
+    assert type(elbo.FreeBits(np.float32(0.5)).nats) is float
+    assert type(elbo.RenyiELBO(2, alpha=np.float32(0.5)).alpha) is float
+    assert elbo.RenyiELBO(2, alpha=2**64).bound(torch.zeros(2, 3)).tolist() == [0.0] * 3
+    weight = torch.tensor(0.5)
+    assert elbo.ELBO(beta=weight).beta is weight  # it may be changed in place
+    with pytest.raises(ValueError, match="alpha is too large"):
+        elbo.RenyiELBO(2, alpha=2**2000)
+
+
+def test_a_split_and_a_score_take_what_holds_all_its_values():
+    for odd in (X.numpy(), X.to_sparse(), None, [[1.0]]):
+        with pytest.raises(TypeError, match=r"^values (must be a tensor|is a tensor without)"):
+            data.Split(odd)
+    with pytest.raises(TypeError, match=r"^y must be a tensor"):
+        data.Split(X, [0] * len(X))
+    hidden = np.ma.array([0, 1], mask=[0, 1])
+    with pytest.raises(ValueError, match="labels is a masked array"):
+        metrics.clustering_accuracy([0, 1], hidden)
+
+
+def test_a_distribution_is_no_program():
+    normal = pyro.distributions.Normal(0.0, 1.0)
+    with pytest.raises(TypeError, match="model must be a Pyro program, got the distribution"):
+        diagnostics.log_evidence(normal, pair()[1], X)
 
 
 @pytest.mark.parametrize("seed", [0, 2**40 + 1, 2**63 - 1, 2**64 - 1])

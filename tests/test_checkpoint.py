@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ppvae
 from ppvae import CheckpointError, Checkpoints, conditionals, data, elbo, guides, models, nets
-from ppvae.train.checkpoint import plain, read
+from ppvae.train.checkpoint import digest, plain, read
 from ppvae.train.processes import Processes
 from ppvae.train.sources import source
 
@@ -725,7 +725,11 @@ def test_numbers_that_are_not_what_was_written_are_noticed_by_the_digest(tmp_pat
             read(path)
     for name, wrong in itertools.product(("format", "step", "state"), (None, "1", [2.0])):
         torch.save(content | {name: wrong}, path)
-        with pytest.raises(CheckpointError, match=rf"is damaged: its {name} is absent"):
+        with pytest.raises(CheckpointError, match=rf"is damaged: its {name} is absent or"):
+            read(path)
+    for wrong in ({"best": torch.ones(2)}, {"format": True}, {"format": 0, "digest": None}):
+        torch.save(content | wrong, path)
+        with pytest.raises(CheckpointError, match=r"is damaged: its"):
             read(path)
     old = {k: v for k, v in content.items() if k not in ("digest", "best")} | {"format": 1}
     torch.save(old, path)  # before there was a digest
@@ -1068,3 +1072,48 @@ def test_bad_arguments(options, error, match):
 def test_bad_arguments_of_checkpoints(options, tmp_path):
     with pytest.raises(ValueError, match="must be at least 1"):
         Checkpoints(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [("progress", "history"), ("svi", "optimizer"), ("svi", "num_steps"), ("processes",),
+     ("processes", 0, "random"), ("processes", 0, "count")],
+)  # fmt: skip
+def test_a_whole_file_without_a_part_of_the_run_holds_no_run(place, tmp_path):
+    """Written by something else: the digest is right."""
+    fit(vae(), checkpoint=tmp_path, epochs=1)
+    path = Checkpoints(tmp_path).paths()[-1]
+    content = torch.load(path)
+    held = content["state"]
+    for name in place[:-1]:
+        held = held[name]
+    held[place[-1]] = None
+    del content["digest"]
+    torch.save(content | {"digest": digest(content)}, path)
+    with pytest.raises(CheckpointError, match=f"holds no run, for want of '{place[-1]}'"):
+        fit(vae(), checkpoint=tmp_path, epochs=2, resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_states_that_hold_themselves_and_odd_tensors():
+    circle = []
+    circle.append(circle)
+    for state in ({"a": circle}, {"a": torch.nested.nested_tensor([torch.ones(2)])}):
+        with pytest.raises(TypeError, match=r"holds itself|without a dense block"):
+            plain(state)
+    for odd in (np.datetime64("2020-01-01"), np.zeros(1, "i4,i4")[0], np.timedelta64(3)):
+        with pytest.raises(TypeError, match=r"state\['a'\] is"):
+            plain({"a": odd})
+    turned = torch.tensor([1 + 2j]).conj()
+    assert plain({"a": turned})["a"].resolve_conj().tolist() == [1 - 2j]
+    digest(plain({"a": turned}))
+
+
+def test_what_stands_where_a_checkpoint_would_is_no_file(tmp_path):
+    (tmp_path / "step-00000004.pt").mkdir()
+    with pytest.raises(CheckpointError, match="is no file"):
+        fit(vae(), checkpoint=tmp_path, epochs=1, resume=True)
+    with pytest.raises(ValueError, match="null character"):
+        Checkpoints("a\0b")
+    with pytest.raises(OSError, match="no checkpoint can be written there"):
+        fit(vae(), checkpoint=tmp_path / ("x" * 300), epochs=1)

@@ -746,6 +746,28 @@ class Endless(IterableDataset):
         return noise()
 
 
+@pytest.mark.parametrize(
+    ("later", "match"),
+    [(None, "must yield a tensor"), (X[:0], "a batch without rows"), (X[0, 0], "without rows")],
+)
+@pytest.mark.parametrize("as_valid", [False, True])
+def test_a_later_batch_that_is_none_or_has_no_rows_is_refused(later, match, as_valid):
+    """None is what a collate_fn gives where every row was bad; it does not end the epoch."""
+    loader = DataLoader(Source([X[:6], later, X[6:]]), batch_size=None)
+    train, valid = (X, loader) if as_valid else (loader, None)
+    with pytest.raises((TypeError, ValueError), match=match):
+        fit(vae(), train, epochs=1, valid=valid)
+
+
+def test_a_data_set_that_does_not_say_its_length_is_named():
+    class Rows(torch.utils.data.Dataset):
+        def __getitem__(self, i):
+            return X[i]
+
+    with pytest.raises(TypeError, match="data: Rows does not say how many rows it has"):
+        fit(vae(), Rows(), epochs=1)
+
+
 def test_no_batch_of_a_stream_is_lost_to_the_check():
     stream, plain = vae(), vae()
     fit(stream, DataLoader(Source(X, once=True), batch_size=16), epochs=1)

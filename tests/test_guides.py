@@ -744,6 +744,16 @@ def auto(make=AutoNormal, rows=20):
     return Indexed(model), guides.Auto(make, model, x), x, torch.arange(rows)
 
 
+def test_an_autoguide_names_what_it_cannot_run():
+    with pytest.raises(ValueError, match=r"the model fails on the data: .*width 2"):
+        guides.Auto(AutoNormal, conditionals.Bernoulli(nets.mlp(2, 8, 4)), torch.ones(3, 4))
+    for rows in (torch.ones(0, 4), torch.tensor(1.0), [1.0]):
+        with pytest.raises(TypeError, match="data must be tensors whose rows are datapoints"):
+            guides.Auto(AutoNormal, vae()[0], rows)
+    with pytest.raises(TypeError, match="make must make a guide"):
+        guides.Auto(lambda model, create_plates: None, vae()[0], torch.ones(3, 4))
+
+
 def test_an_autoguide_has_parameters_by_row():
     model, guide, x, index = auto()
     loss = elbo.ELBO()(model, guide)(x[3:6], index[3:6])

@@ -39,6 +39,8 @@ def _no_numbers(tensor: Tensor) -> str:
         return "is on the device 'meta', which keeps no values: give the tensor itself"
     if tensor.is_quantized:
         return f"is quantised ({tensor.dtype}): give its dequantize()"
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        return f"is {tensor.dtype}, which torch does not reckon with: give its float()"
     if tensor.is_complex():
         return f"is complex ({tensor.dtype}): give torch.view_as_real(...) of it"
     return ""

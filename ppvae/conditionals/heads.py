@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppvae.arguments import takes_numbers
+from ppvae.arguments import number_or_tensor, takes_numbers
 from ppvae.distributions import BinaryVector, DiagonalNormal, WordCounts
 
 
@@ -181,6 +181,7 @@ class Normal(Conditional):
     ) -> None:
         super().__init__(net)
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
+            scale = number_or_tensor("scale", scale)
             if not ((scale > 0) & (scale < math.inf)).all():
                 seen = _range(scale.detach())
                 raise ValueError(f"Normal: scale must be positive and finite, and is {seen}")

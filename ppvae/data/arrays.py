@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppvae.arguments import require_dense, single
 from ppvae.data.dataset import Dataset, Support
 from ppvae.data.frames import is_frame, numeric
 from ppvae.data.gaps import require_columns, without_gaps
@@ -250,6 +251,7 @@ def split_rows(
         >>> [len(part) for part in split_rows(10, 0.2, 3, seed=0)]
         [5, 2, 3]
     """
+    seed = single(seed)
     check_at_least(0, seed=seed)
     num_valid, num_test = _size("valid", valid, num), _size("test", test, num)
     if num_valid + num_test >= num:
@@ -267,9 +269,10 @@ def split_rows(
 
 
 def _size(name: str, share: float | int, num: int) -> int:
+    share = single(share)
     if isinstance(share, float) and 0 < share < 1:
         return max(1, round(share * num))
-    if isinstance(share, (int, np.integer)) and not isinstance(share, bool) and share >= 1:
+    if isinstance(share, int) and not isinstance(share, bool) and share >= 1:
         return int(share)
     raise ValueError(f"{name}={share!r}: give a share in (0, 1) or a number of rows, 1 or more")
 
@@ -285,13 +288,15 @@ def numbers(array: Any, name: str) -> np.ndarray:
         raise TypeError(f"{name} is a {type(array).__name__} of columns: give {name}.to_pandas()")
     if isinstance(array, Tensor):
         array = _plain(array, name)
-    if np.ma.is_masked(array):
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
         raise ValueError(
             f"{name} is a masked array, and {int(np.ma.getmaskarray(array).sum())} of its values "
             f"are hidden: fill them in, or give {name}.filled(np.nan) and missing='mask'"
         )
     try:
         array = np.asarray(array)
+    except RuntimeError as error:  # torch's, of a list of tensors
+        raise TypeError(f"{name} holds tensors that numpy cannot read: {error}") from error
     except ValueError as error:  # numpy's "inhomogeneous shape"
         raise ValueError(f"{name} has rows of different lengths: pad or cut them") from error
     if array.dtype.kind not in "biuf":
@@ -303,15 +308,9 @@ def numbers(array: Any, name: str) -> np.ndarray:
 
 def _plain(values: Tensor, name: str) -> Tensor:
     """A tensor that numpy takes; raises ``TypeError`` for one without a dense block of numbers."""
-    if values.is_nested:
-        raise TypeError(f"{name} is a nested tensor, of rows of different lengths: pad them")
-    if values.layout != torch.strided or values.is_quantized or values.is_meta:
-        raise TypeError(
-            f"{name} is a tensor without a dense block of numbers ({values.layout}, "
-            f"{values.dtype}, {values.device}): give {name}.to_dense() or {name}.dequantize()"
-        )
-    values = values.detach().cpu()
-    return values.float() if values.dtype == torch.bfloat16 else values  # numpy has none
+    values = require_dense(name, values).detach().cpu().resolve_conj().resolve_neg()
+    small = values.dtype == torch.bfloat16 or values.element_size() == 1  # numpy has no such floats
+    return values.float() if values.is_floating_point() and small else values
 
 
 def _no_numbers(array: np.ndarray, name: str, columns: Any) -> str:

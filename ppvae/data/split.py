@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppvae.arguments import require_dense, single
+
 Binarize = Literal["dynamic", "static"]
 
 
@@ -42,7 +44,7 @@ class Split:
             argument of a batch, ``(x, observed)`` or ``(x, y, observed)``; None: all are.
 
     Raises:
-        TypeError: ``observed`` is not bool.
+        TypeError: ``observed`` is not bool; no tensor, or one without a dense block of numbers.
         ValueError: lengths differ, ``observed`` has another shape or stands beside ``rows``,
             ``binarize`` is unknown, grey levels leave [0, 1], ``seed`` is negative, or
             ``supervised`` is set without ``y``.
@@ -67,7 +69,15 @@ class Split:
 
     def __post_init__(self) -> None:
         check_binarize(self.binarize)
+        object.__setattr__(self, "seed", single(self.seed))
         check_at_least(0, seed=self.seed)
+        held = {"y": self.y, "rows": self.rows, "observed": self.observed}
+        for name, tensor in {"values": self.values, **held}.items():
+            is_given = tensor is not None or name == "values"
+            if is_given and (isinstance(tensor, Tensor) or not hasattr(tensor, "index_select")):
+                require_dense(name, tensor)
+                if tensor.dim() == 0:
+                    raise ValueError(f"{name} is a single number: give rows, {name}[None]")
         if self.y is not None and len(self.y) != len(self):
             raise ValueError(f"y has {len(self.y)} rows and values {len(self)}: give one y per row")
         if self.supervised and self.y is None:
@@ -319,7 +329,7 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def check_at_least(least: int, **arguments: int) -> None:
     """Raise ``ValueError`` unless every argument is ``least`` or more."""
     for name, value in arguments.items():
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, (bool, np.timedelta64)):
             raise TypeError(f"{name}={value!r}: give a whole number, {least} or more")
         if not least <= value < 2**64:
             raise ValueError(f"{name}={value}: give {least} or more, of 64 bits")

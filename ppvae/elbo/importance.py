@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ppvae.arguments import real
 from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.gradients import coefficient, mean_of_others, through_draws, with_gradient
 from ppvae.elbo.state import State
@@ -373,9 +374,9 @@ def _counting(log_w: Tensor, dim: int) -> Tensor:
 def require_number(estimator: Estimator, name: str) -> None:
     """Raise ``TypeError`` unless an argument of an estimator is a number, or a tuple of them."""
     value = getattr(estimator, name)
-    if not all(
-        isinstance(part, Real) for part in (value if isinstance(value, tuple) else (value,))
-    ):
+    parts = [real(name, part) for part in (value if isinstance(value, tuple) else (value,))]
+    object.__setattr__(estimator, name, tuple(parts) if isinstance(value, tuple) else parts[0])
+    if not all(isinstance(part, Real) for part in parts):
         raise TypeError(
             f"{type(estimator).__name__}: {name} must be a number, got {value!r}; only "
             "elbo.ELBO(beta=...) takes what changes with the step. Make an estimator for each value"

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ppvae.arguments import number
+from ppvae.arguments import number, set_numbers
 from ppvae.elbo.state import State
 
 
@@ -78,7 +78,8 @@ class FreeBits(Penalty):
     per_dimension: bool = False
 
     def __post_init__(self) -> None:
-        if not number("nats", self.nats, float) >= 0:
+        set_numbers(self, nats=float)
+        if not self.nats >= 0:
             raise ValueError(f"FreeBits: nats must be >= 0, got {self.nats}")
 
     def tilt(self, rates: dict[str, Tensor], log_likelihood: Tensor, state: State) -> Tilt:
@@ -115,7 +116,8 @@ class Capacity(Penalty):
     gamma: float = 1000.0
 
     def __post_init__(self) -> None:
-        if not number("gamma", self.gamma, float) > 0:
+        set_numbers(self, gamma=float)
+        if not self.gamma > 0:
             raise ValueError(f"Capacity: gamma must be positive, got {self.gamma}")
 
     @property
@@ -237,9 +239,12 @@ class Constraint(Penalty):
                 "Constraint needs exactly one of max_rate and max_distortion, got "
                 f"{self.max_rate} and {self.max_distortion}"
             )
-        speed, memory = number("speed", self.speed, float), number("memory", self.memory, float)
+        set_numbers(self, speed=float, memory=float)
+        speed, memory = self.speed, self.memory
         max_rate = number("max_rate", self.max_rate, float, optional=True)
-        number("max_distortion", self.max_distortion, float, optional=True)
+        max_distortion = number("max_distortion", self.max_distortion, float, optional=True)
+        object.__setattr__(self, "max_rate", max_rate)
+        object.__setattr__(self, "max_distortion", max_distortion)
         if max_rate is not None and not max_rate >= 0:
             raise ValueError(
                 f"a KL is never negative, so max_rate must be >= 0, got {self.max_rate}"

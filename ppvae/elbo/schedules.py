@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ppvae.arguments import number
+from ppvae.arguments import set_numbers
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class LinearWarmup:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if number("steps", self.steps, int) < 1:
+        set_numbers(self, steps=int)
+        if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}; use a number instead")
 
     def __call__(self, step: int) -> float:
@@ -70,8 +71,7 @@ class CyclicalWarmup:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, kind in (("period", int), ("cycles", int), ("rising", float)):
-            number(name, getattr(self, name), kind)
+        set_numbers(self, period=int, cycles=int, rising=float)
         if self.period < 1 or self.cycles < 1 or not 0 < self.rising <= 1:
             raise ValueError(
                 "CyclicalWarmup needs period >= 1, cycles >= 1 and rising in (0, 1], got "

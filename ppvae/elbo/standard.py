@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ppvae.arguments import number_or_tensor, real
 from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.gradients import mean_of_others
 from ppvae.elbo.kl import closed_form_kl, dimension_rates
@@ -75,6 +76,10 @@ class ELBO(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.beta, Real):
+            object.__setattr__(self, "beta", real("beta", self.beta))
+        elif isinstance(self.beta, Tensor):
+            object.__setattr__(self, "beta", number_or_tensor("beta", self.beta))
         if not (isinstance(self.beta, (Real, Tensor, Penalty)) or callable(self.beta)):
             raise TypeError(
                 "beta must be a number, a 0-d tensor, a callable of the step such as "

@@ -14,6 +14,7 @@ def host(values: Any, dtype: Any = None, name: str = "the argument") -> np.ndarr
 
     Raises:
         TypeError: a tensor without a dense block of numbers.
+        ValueError: a masked array of which values are hidden.
     """
     if isinstance(values, Tensor):
         if values.is_nested:
@@ -25,4 +26,6 @@ def host(values: Any, dtype: Any = None, name: str = "the argument") -> np.ndarr
             )
         values = values.detach().cpu()
         values = values.float() if values.dtype == torch.bfloat16 else values  # numpy has none
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise ValueError(f"{name} is a masked array, and some of its values are hidden: drop them")
     return np.asarray(values, dtype)

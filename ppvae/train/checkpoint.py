@@ -87,6 +87,8 @@ class Checkpoints:
             raise TypeError(f"folder must be a path, got {folder!r}")
         if not os.fspath(folder):
             raise ValueError("folder is empty, and would be where the program was started")
+        if "\0" in str(folder):
+            raise ValueError(f"folder has a null character, which no path has: {folder!r}")
         self.folder = Path(folder)
         self.every, self.every_steps, self.keep = every, every_steps, keep
 
@@ -213,7 +215,8 @@ class Checkpoints:
         about = self.folder / ".run"
         lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         try:
-            lock.acquire()
+            with _naming(self.folder):
+                lock.acquire()
         except filelock.Timeout as error:
             who = about.read_text() if about.exists() else "another process"
             raise FileExistsError(
@@ -224,7 +227,8 @@ class Checkpoints:
             yield
             return
         try:
-            about.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            with _naming(self.folder):
+                about.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             yield
         finally:
             about.unlink(missing_ok=True)
@@ -250,12 +254,12 @@ def checkpoints_for(
     if not isinstance(where, (str, os.PathLike, Checkpoints)) or where == "":
         raise TypeError(f"checkpoint takes a folder or a ppvae.Checkpoints, got {where!r}")
     files = where if isinstance(where, Checkpoints) else Checkpoints(where)
-    require_unused(files, resume)
     with _naming(files.folder):  # if it fails, then before any training
         files.folder.mkdir(parents=True, exist_ok=True)
         tried = files.folder / f".{os.getpid()}.unfinished"
         tried.touch()
-        tried.unlink()
+        tried.unlink(missing_ok=True)  # another run in the folder tidies up
+    require_unused(files, resume)
     return files
 
 
@@ -310,8 +314,10 @@ def read_tensors(path: Path) -> Any:
         FileNotFoundError: it is absent.
         CheckpointError: it is damaged, or holds something else.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file: move it away")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # the checksums, which torch.load does not look at
@@ -319,7 +325,10 @@ def read_tensors(path: Path) -> Any:
             raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint at all ({error})") from error
+        what = str(error).partition("\n")[0]
+        if "eights" in what and "only" in what:  # torch says how to load it all the same
+            what = "it holds code, or objects that are neither tensors nor plain values"
+        raise CheckpointError(f"{path} is damaged or no checkpoint at all ({what})") from error
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -485,6 +494,8 @@ def _naming(path: Path) -> Iterator[None]:
     """Say of an error of the file system what could not be written, and what helps."""
     try:
         yield
+    except filelock.Timeout:
+        raise
     except OSError as error:
         raise type(error)(
             error.errno,

@@ -184,6 +184,11 @@ class SVI(pyro.infer.SVI):
                     f"argument {name!r} was made in inference mode, and a step differentiates "
                     f"through what it computes of it: give {name}.clone()"
                 )
+            if isinstance(arg, Tensor) and arg.grad_fn is not None:
+                raise PairError(
+                    f"argument {name!r} was computed of what takes a gradient: give {name}.detach()"
+                    ", or make what computes it a part of the guide, or of the model, to train it"
+                )
         K = self.particles_at_once
         if auxiliaries(self.objective):  # whose draws for all their steps are particles of one run
             K = max(K, (self.beside or Beside()).steps)
