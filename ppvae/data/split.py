@@ -75,8 +75,7 @@ class Split:
         for name, tensor in {"values": self.values, **held}.items():
             is_given = tensor is not None or name == "values"
             if is_given and (isinstance(tensor, Tensor) or not hasattr(tensor, "index_select")):
-                require_dense(name, tensor)
-                if tensor.dim() == 0:
+                if require_dense(name, tensor).dim() == 0:
                     raise ValueError(f"{name} is a single number: give rows, {name}[None]")
         if self.y is not None and len(self.y) != len(self):
             raise ValueError(f"y has {len(self.y)} rows and values {len(self)}: give one y per row")
