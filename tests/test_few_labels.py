@@ -550,7 +550,7 @@ def test_no_label_at_all_is_refused_and_a_class_without_one_is_warned_of():
 def test_m2_and_its_terms_refuse():
     likelihood = conditionals.Bernoulli(nets.mlp(Z + C, D))
     for arguments, match in (
-        ({"num_classes": 1}, "2 or more"),
+        ({"num_classes": 1}, "at least 2"),
         ({"num_classes": 3, "probs": [0.5, 0.5]}, "3 positive numbers"),
         ({"num_classes": 2, "probs": [1.0, 0.0]}, "2 positive numbers"),
     ):
