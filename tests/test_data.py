@@ -289,7 +289,7 @@ def test_typeset_digits_are_a_function_of_the_seed_and_can_be_told_apart():
 def test_bad_synthetic():
     with pytest.raises(ValueError, match="latent_dim must be at least 1"):
         data.load("linear_gaussian", latent_dim=0)
-    with pytest.raises(ValueError, match="num_components=0"):
+    with pytest.raises(ValueError, match="num_components must be at least 1"):
         data.load("gaussian_mixture", num_components=0)
     with pytest.raises(ValueError, match="train needs at least 1"):
         data.load("gaussian_mixture", num=2)
