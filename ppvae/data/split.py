@@ -73,11 +73,11 @@ class Split:
         check_at_least(0, seed=self.seed)
         held = {"y": self.y, "rows": self.rows, "observed": self.observed}
         for name, tensor in {"values": self.values, **held}.items():
-            is_given = tensor is not None or name == "values"
-            if is_given and (isinstance(tensor, Tensor) or not hasattr(tensor, "index_select")):
-                require_dense(name, tensor)
-                if tensor.dim() == 0:
-                    raise ValueError(f"{name} is a single number: give rows, {name}[None]")
+            if tensor is None and name != "values":
+                continue
+            is_tensor = isinstance(tensor, Tensor) or not hasattr(tensor, "index_select")
+            if is_tensor and require_dense(name, tensor).dim() == 0:
+                raise ValueError(f"{name} is a single number: give rows, {name}[None]")
         if self.y is not None and len(self.y) != len(self):
             raise ValueError(f"y has {len(self.y)} rows and values {len(self)}: give one y per row")
         if self.supervised and self.y is None:
