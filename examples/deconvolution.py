@@ -110,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             name: float(np.corrcoef(table[0].flatten(), truth[name].flatten())[0, 1])
             for name, table in tables.items()
         },
+        "mean_error": {n: float((t[0] - truth[n]).mean()) for n, t in tables.items()},
+        "sd_of_error": {n: float((t[0] - truth[n]).std()) for n, t in tables.items()},
+        "sd_under_q": {n: float(t[1].mean()) for n, t in tables.items()},
         "log_predictive": predictive.mean,
         "log_predictive_se": predictive.mean_se,
     }
@@ -188,7 +191,9 @@ def correlation_of_logs(found: Tensor, truth: Tensor) -> float:
     return correlation((found + 0.1).log(), (truth + 0.1).log())
 
 
-def against_scipy(model: Deconvolution, truth: dict[str, Tensor], spots: dict[str, Tensor]) -> float:
+def against_scipy(
+    model: Deconvolution, truth: dict[str, Tensor], spots: dict[str, Tensor]
+) -> float:
     """The largest difference of log p(x_n | z_n, globals) from scipy's, in nats, in float64."""
     given = {name: value.double() for name, value in {**truth, "z": spots["z"]}.items()}
     x = spots["x"].double()
@@ -216,7 +221,10 @@ def show(results: dict[str, Any]) -> None:
     reporting.print_table("Truths in 90 % intervals of q", rows)
     score = reporting.number(r["log_predictive"], r["log_predictive_se"])
     difference = f"{results['scipy_largest_difference']:.1e} nats at most"
-    rows = [("log p(x | data) of new spots, nats per spot", score), ("scipy differs by", difference)]
+    rows = [
+        ("log p(x | data) of new spots, nats per spot", score),
+        ("scipy differs by", difference),
+    ]
     reporting.print_table("Numbers", rows)
 
 
@@ -258,7 +266,7 @@ def forest(tables: dict[str, tuple[Tensor, Tensor]], truth: dict[str, Tensor], p
         ax.set_yticks(height[[0, 4, 9, 14, 19]], ["1", "5", "10", "15", "20"])
         ax.set_xlabel(name.replace("_", " ") + (", type 1" if mean.dim() < table[0].dim() else ""))
     axes[0].set_ylabel("gene")
-    axes[0].legend(loc="best", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     reporting.save(axes[0], path)
 
 
