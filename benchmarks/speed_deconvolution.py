@@ -179,9 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {name: getattr(args, name) for name in SIZES}
     key = "deconvolution/" + ",".join(f"{name}={size}" for name, size in sizes.items())
     rows = results.get(key, functools.partial(measure, sizes, args.rounds, args.quick))
-    print(
-        f"## {key}\n\n| step | ms | it / compiled ppvae | it / eager ppvae | losses of steps 1 and 3 |"
-    )
+    print(f"## {key}\n")
+    print("| step | ms | it / compiled ppvae | it / eager ppvae | losses of steps 1 and 3 |")
     print("|---|---|---|---|---|")
     for name, r in rows.items():
         ratios = f"{shown(r['of_compiled'])} | {shown(r['of_eager'])}"

@@ -443,7 +443,7 @@ def test_deconvolution_is_stock_pyros_draw_for_draw(monkeypatch, tmp_path, capsy
     eager = {name: make for name, make in script.COLUMNS.items() if name != "ppvae-compiled"}
     both = {"ppvae-compiled": eager["ppvae-eager"], **eager}  # no compiler
     monkeypatch.setattr(script, "COLUMNS", both)
-    sizes = "--spots 30 --genes 20 --types 3 --width 8 --batch 10".split()
+    sizes = ["--spots", "30", "--genes", "20", "--types", "3", "--width", "8", "--batch", "10"]
     script.main(["--quick", "--threads", "1", *sizes, "--out", str(tmp_path / "speed.jsonl")])
     assert "target >= 3" in capsys.readouterr().out
 
