@@ -61,6 +61,10 @@ COMMANDS: dict[str, dict[str, str]] = {
         "factor_total_correlation": "total_correlation.png",
         "factor_traversals": "traversals.png",
     },
+    "python examples/deconvolution.py --out OUT --overwrite": {
+        "deconvolution_abundances": "abundances.png",
+        "deconvolution_globals": "globals.png",
+    },
     "python benchmarks/estimator_cost.py --out OUT/estimator_cost.png": {
         "estimator_cost": "estimator_cost.png"
     },

@@ -437,6 +437,25 @@ def test_speed_nvae_runs(monkeypatch, tmp_path, capsys):
     assert "compiled / eager" in capsys.readouterr().out
 
 
+def test_deconvolution_is_stock_pyros_draw_for_draw(monkeypatch, tmp_path, capsys):
+    import speed_deconvolution as script
+
+    eager = {name: make for name, make in script.COLUMNS.items() if name != "ppvae-compiled"}
+    both = {"ppvae-compiled": eager["ppvae-eager"], **eager}  # no compiler
+    monkeypatch.setattr(script, "COLUMNS", both)
+    sizes = ["--spots", "30", "--genes", "20", "--types", "3", "--width", "8", "--batch", "10"]
+    script.main(["--quick", "--threads", "1", *sizes, "--out", str(tmp_path / "speed.jsonl")])
+    assert "target >= 3" in capsys.readouterr().out
+
+    def twice(workload):
+        step = script.ours(workload, compile=False)
+        return lambda x: 1.001 * step(x)
+
+    monkeypatch.setattr(script, "COLUMNS", {**both, "ppvae-eager": twice})
+    with pytest.raises(SystemExit, match="not compute the same"):
+        script.main(["--quick", "--threads", "1", *sizes])
+
+
 # ------------------------------------------------------------------------------ gpu.py
 
 

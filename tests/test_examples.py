@@ -401,6 +401,7 @@ def test_posterior_diagnostics(tmp_path, capsys):
         pytest.param("missing", [], ("10 nearest", "Missing the lower half"), marks=SLOWLY),
         pytest.param("counts", [], ("the process itself", "scipy differs by"), marks=SLOWLY),
         pytest.param("factor_analysis", [], ("given W", "by hand", "log p(X)"), marks=SLOWLY),
+        ("deconvolution", [], ("least squares", "scipy differs by", "log p(x | data)")),
         pytest.param(
             "constrained",
             [],
@@ -463,6 +464,15 @@ def test_model_families(name, options, words, tmp_path, capsys):
         assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="already holds"):
         example.main(["--quick", "--out", str(tmp_path)])
+
+
+def test_deconvolution_finds_the_abundances(tmp_path):
+    assert run("deconvolution", tmp_path) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    found, other = results["global and local latents"], results["non-negative least squares"]
+    assert results["scipy_largest_difference"] < 1e-9
+    assert found["correlation"] > 0.9 > other["correlation"]
+    assert found["of_log"] > other["of_log"] + 0.05
 
 
 @pytest.mark.slow  # ten seconds
