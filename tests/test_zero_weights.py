@@ -467,11 +467,16 @@ def test_a_zero_weight_near_one():
     ],
 )
 @pytest.mark.parametrize(
-    "value", [elbo.LinearWarmup(10), lambda step: 0.5, torch.tensor(0.5), "0.5", None]
+    "value", [elbo.LinearWarmup(10), lambda step: 0.5, torch.full((2,), 0.5), "0.5", None]
 )
 def test_what_is_no_number_is_refused_by_name(make, name, value):
     with pytest.raises(TypeError, match=f"{name} must be a number, got .*ELBO\\(beta=...\\)"):
         make(value)
+
+
+def test_a_tensor_of_one_number_is_a_number():
+    assert elbo.RenyiELBO(2, alpha=torch.tensor(0.5)).alpha == 0.5
+    assert elbo.ThermodynamicELBO(2, partition=(torch.tensor(0.5),)).partition == (0.5,)
 
 
 def test_an_infinite_order_is_refused():
