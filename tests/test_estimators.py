@@ -19,7 +19,7 @@ from oracles import BeliefGuide, BeliefNet, LinearGuide, LinearModel, assert_mea
 from ppvae import elbo
 from ppvae.elbo.gradients import coefficient
 from ppvae.elbo.importance import log_mean_exp
-from ppvae.elbo.kl import closed_form_kl
+from ppvae.elbo.kl import _divergence, closed_form_kl
 from ppvae.program import data_plate
 from registry import ALL_ESTIMATORS, DIMENSIONS
 
@@ -882,6 +882,12 @@ class TestClosedFormsOfBernoullis:
         closed = closed_form_kl("analytic", weights)["z"]
         exact = share * (share / 0.3).log() + (1 - share) * ((1 - share) / 0.7).log()
         torch.testing.assert_close(closed.flatten(), exact)
+
+    def test_a_prior_of_one_number_is_that_of_every_row(self) -> None:
+        share = torch.tensor([0.2, 0.5, 0.9])
+        found = _divergence(dist.Bernoulli(share), dist.Bernoulli(torch.tensor([0.3])))
+        exact = share * (share / 0.3).log() + (1 - share) * ((1 - share) / 0.7).log()
+        torch.testing.assert_close(found, exact)
 
     def test_a_scaled_latent_has_none(self) -> None:
         def model(x: Tensor) -> None:

@@ -220,9 +220,7 @@ def log_predictive(
         True
     """
     model, guide = bound(model, guide, kwargs)
-    check_at_least(2, num_globals=num_globals)
-    check_at_least(1, num_particles=num_particles, max_rows=max_rows)
-    _check(model, guide, args)
+    _check(model, guide, args, num_globals, num_particles, max_rows)
     with evaluating(model, guide, args, seed):
         draws = each_draw(model, guide, args, num_globals, num_particles, max_rows)
         log_p = torch.stack([given.log_p for given in draws])
@@ -280,9 +278,7 @@ def joint_evidence(
         True
     """
     model, guide = bound(model, guide, kwargs)
-    check_at_least(2, num_globals=num_globals)
-    check_at_least(1, num_particles=num_particles, max_rows=max_rows)
-    _check(model, guide, args)
+    _check(model, guide, args, num_globals, num_particles, max_rows)
     log_w, rates, draws = [], [], []
     with evaluating(model, guide, args, seed):
         for given in each_draw(model, guide, args, num_globals, num_particles, max_rows):
@@ -376,7 +372,16 @@ def given_globals(
     return poutine.do(model, data=shared), poutine.do(guide, data=drawn)
 
 
-def _check(model: Program, guide: Program, args: Sequence[Any]) -> None:
+def _check(
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    num_globals: int = 2,
+    num_particles: int = 1,
+    max_rows: int = 1,
+) -> None:
+    check_at_least(2, num_globals=num_globals)
+    check_at_least(1, num_particles=num_particles, max_rows=max_rows)
     check_pair_and_data(model, guide, args, with_globals=True)
     if not structure(model, guide, tuple(args), {}).has_globals:
         raise ValueError(

@@ -318,8 +318,10 @@ class SVI(pyro.infer.SVI):
     def withholds(self) -> bool:
         """Whether an update that must not be is withheld on the device, and nothing waits."""
         assert self.optimizer is not None
-        fused = all(group.get("fused") for group in self.optimizer.param_groups)
-        return fused and any(map(cuda_graph.is_gpu, self.trained[:1]))
+        groups = self.optimizer.param_groups
+        first = next((p for group in groups for p in group["params"] if p.requires_grad), None)
+        on_gpu = first is not None and cuda_graph.is_gpu(first)
+        return on_gpu and all(group.get("fused") for group in groups)
 
     def before_step(self) -> Before:
         """What a step that makes no update goes back to; no parameter has a gradient any more."""
