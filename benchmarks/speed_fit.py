@@ -1,8 +1,8 @@
 """What ``ppvae.fit`` adds to a step: shuffling, the progress bar, a CSV logger, bookkeeping.
 
 Epochs of fit, from the end of one to the end of the next, so that nothing of the loop is left out.
-After each step of fit, outside its clock, follow bare calls of ``svi.update``: one on a slice in
-order, which indexes nothing, and one on shuffled rows, so that all see the same machine. The
+After each epoch of fit, outside its clock, follow as many bare calls of ``svi.update`` on slices in
+order, which index nothing, and on shuffled rows, so that all see the same machine. The
 progress bar draws to a terminal that discards it; the logger writes its file. Validation is off.
 
     python benchmarks/speed_fit.py --out out/speed_fit.jsonl
@@ -42,36 +42,15 @@ class Terminal(io.StringIO):
         return len(text)
 
 
-class PairedSVI(ppvae.SVI):
-    """Takes two bare updates after each of its own, and keeps the time of all three apart."""
-
-    def pair_with(self, x: Tensor, wait: Any) -> None:
-        """Bare updates are on batches of x from now on."""
-        self.wait, self.x, self.slices = wait, x, x.split(BATCH)
-        self.begin_epoch()
-
-    def begin_epoch(self) -> dict[str, float]:
-        """Start all clocks again; returns what they showed, in seconds."""
-        shown = getattr(self, "seconds", {})
-        self.order = torch.randperm(len(self.x), device=self.x.device).split(BATCH)
-        self.seconds = dict.fromkeys(("slices", "shuffled"), 0.0)
-        self.count = 0
-        return shown
-
-    def update(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().update(*args, **kwargs)
-        if not hasattr(self, "slices") or self.count == len(self.slices):
-            return loss
-        self.wait()  # what fit asked for is on fit's clock
-        i = self.count
-        for name in ("slices", "shuffled")[:: 1 if i % 2 else -1]:
-            started = perf_counter()
-            rows = self.slices[i] if name == "slices" else self.x.index_select(0, self.order[i])
-            super().update(rows)
-            self.wait()
-            self.seconds[name] += perf_counter() - started
-        self.count += 1
-        return loss
+def bare(svi: ppvae.SVI, x: Tensor, shuffled: bool, wait: Any) -> float:
+    """The seconds of an epoch of ``svi.update``, on slices in order or on shuffled rows."""
+    order = torch.randperm(len(x), device=x.device).split(BATCH)
+    wait()
+    started = perf_counter()
+    for rows, slice in zip(order, x.split(BATCH), strict=True):
+        svi.update(x.index_select(0, rows) if shuffled else slice)
+    wait()
+    return perf_counter() - started
 
 
 def measure(
@@ -90,15 +69,17 @@ def measure(
         source = whole.train.to(device)
     model, guide = workload.pair(workload.networks(device))
     adam = functools.partial(torch.optim.Adam, lr=LR)
-    svi = PairedSVI(model, guide, adam, workload.bound, compile=compile)
-    svi.pair_with(x, waiter(device))
+    svi = ppvae.SVI(model, guide, adam, workload.bound, compile=compile)
+    wait = waiter(device)
     ended: list[float] = []
-    bare: list[dict[str, float]] = []
     began: list[float] = []
+    seconds: dict[str, list[float]] = {"slices": [], "shuffled": []}
 
-    def note(svi: PairedSVI, history: ppvae.History) -> None:
+    def note(svi: ppvae.SVI, history: ppvae.History) -> None:
+        wait()
         ended.append(perf_counter())
-        bare.append(svi.begin_epoch())
+        for name in ("slices", "shuffled")[:: 1 if len(ended) % 2 else -1]:
+            seconds[name].append(bare(svi, x, name == "shuffled", wait))
         began.append(perf_counter())
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(Terminal()):
@@ -106,17 +87,14 @@ def measure(
         ppvae.fit(
             svi, source, epochs=epochs + 1, batch_size=BATCH, on_epoch_end=note, loggers=logger
         )
-    ratios: dict[str, list[float]] = {"slices": [], "shuffled": []}
-    steps = len(svi.slices)
-    for i in range(1, epochs + 1):  # the first epoch has the checks and the compiler in it
-        inside = ended[i] - began[i - 1] - sum(bare[i].values())
-        for name in ratios:
-            ratios[name].append(inside / bare[i][name])
-    return {
-        "steps": steps,
-        "ms_bare": spread([1e3 * b["slices"] / steps for b in bare[1:]]),
-        **{name: spread(values) for name, values in ratios.items()},
+    steps = len(x.split(BATCH))
+    inside = [ended[i] - began[i - 1] for i in range(1, epochs + 1)]
+    ratios = {
+        name: spread([fit / alone for fit, alone in zip(inside, taken[1:], strict=True)])
+        for name, taken in seconds.items()  # the first epoch has the checks and the compiler in it
     }
+    ms = spread([1e3 * alone / steps for alone in seconds["slices"][1:]])
+    return {"steps": steps, "ms_bare": ms, **ratios}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -130,7 +130,7 @@ class Compiled:
         tensors = [t for t in (parameter, *args) if isinstance(t, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
         return (
-            tuple(_kind(arg) for arg in args),
+            kinds(args),
             tuple((name, _kind(arg)) for name, arg in kwargs.items()),
             self._fixed.key(),
             None if parameter is None else (parameter.dtype, parameter.device),
@@ -198,6 +198,7 @@ class CompiledGradients:
         self.parameters = [p for p in trained.values() if p.requires_grad]
         self.inputs: list[Tensor] = [*self.parameters, *objective.buffers()]
         self.positions = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+        self._kinds = kinds(args)
         self.has_norm = not cuda_graph.is_gpu(self.parameters[0])
         used: list[bool] = []
         shown: list[str] = []
@@ -253,6 +254,10 @@ class CompiledGradients:
         for parameter, used in zip(self.parameters, self.used, strict=True):
             parameter.grad = next(gradients) if used else None
         return loss
+
+    def takes(self, args: tuple) -> bool:
+        """Whether arguments are of the shapes, types and values that the graph is for."""
+        return kinds(args) == self._kinds
 
     def advance(self) -> None:
         """Fill in the schedules' values of this step, and count it."""
@@ -532,12 +537,17 @@ def _relative(expected: Sequence[Tensor | None], found: Sequence[Tensor | None])
     return largest
 
 
+def kinds(args: tuple) -> Any:
+    """What a graph depends on in arguments."""
+    return tuple(map(_kind, args))
+
+
 def _kind(arg: Any) -> Any:
     """What a graph depends on in an argument."""
     if isinstance(arg, Tensor):
         return arg.shape, arg.stride(), arg.dtype, arg.device
     if isinstance(arg, (tuple, list)):
-        return tuple(_kind(part) for part in arg)
+        return kinds(tuple(arg))
     return arg
 
 

@@ -86,6 +86,7 @@ class Graph:
                 "cpp_wrapper": _on_cpu(traced) and len(traced.graph.nodes) <= LARGEST_CPP,
                 "reorder_for_peak_memory": False,  # it would change the order of draws
                 "layout_optimization": False,  # convolutions take images as the eager step does
+                "cpp.min_chunk_size": 4096,  # numbers from which a second thread is worth waking
             }
             if not _on_cpu(traced):  # what is timed on a GPU may come out another way each time
                 options["shape_padding"] = False

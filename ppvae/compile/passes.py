@@ -284,12 +284,11 @@ _ACTIVATIONS: dict[Any, str] = {
 
 
 def _activation(product: Node) -> Any:
-    """The activation of a layer that is not differentiated, if nothing else uses its product.
+    """The activation of a layer, if nothing else uses its product.
 
-    A gradient would need the activation's value again.
+    The gradients of these activations are functions of their values alone.
     """
     users = list(product.users)
     if len(users) == 1 and users[0].target is torch.ops.aten.view.default:
         users = list(users[0].users)
-    found = users[0] if len(users) == 1 and users[0].target in _ACTIVATIONS else None
-    return found if found is not None and len(found.users) == 1 else None
+    return users[0] if len(users) == 1 and users[0].target in _ACTIVATIONS else None

@@ -309,8 +309,12 @@ def _epoch(run: Run, interrupt: Interrupt) -> Generator[Batch, Tensor, bool]:
     after_step = overridden(run.callbacks, "on_step_end")
     every_steps = run.files.every_steps if run.files is not None else None
     may_stop = run.files is not None and processes.size == 1  # several must stop together
+    # without these no code of a user's runs between two steps
+    own_update = getattr(svi.update, "__func__", None) is SVI.update
+    undisturbed = run.data.only_cuts and own_update and not after_step
     progress.start_clock(svi)
-    with closing(run.data.epoch(run.seed, svi.num_epochs + 1, progress.batch)) as batches:
+    batches = run.data.epoch(run.seed, svi.num_epochs + 1, progress.batch)
+    try:
         for batch, rows in batches:
             processes.contributes = rows > 0
             loss = yield batch
@@ -323,6 +327,10 @@ def _epoch(run: Run, interrupt: Interrupt) -> Generator[Batch, Tensor, bool]:
                 run.write()
                 if processes.any(interrupt.asked):
                     return True
+            svi.undisturbed = undisturbed and not is_due
+    finally:
+        batches.close()
+        svi.look_anew()
     svi.check_finite()
     if run.check_model is not None:
         processes.together(run.check_model)

@@ -22,7 +22,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as before_all
 step_of, average_of, square_of = (
     operator.methodcaller("get", key) for key in ("step", "exp_avg", "exp_avg_sq")
 )
-Lists = tuple[list[dict[str, Any]], list[Tensor], list[Tensor], list[Tensor], Tensor]
+Lists = tuple[list[Tensor], list[dict[str, Any]], list[Tensor], list[Tensor], list[Tensor], Tensor]
 
 
 class Adam(optim.Adam):
@@ -54,15 +54,25 @@ class Adam(optim.Adam):
     def _step(self, closure: Any = None) -> Any:
         groups = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
         if closure is not None or not self._keep_lists(groups):
+            self._kept = ()
             return _without_hooks(optim.Adam.step)(self, closure)
-        with torch.no_grad():
-            for group, params, (_, averages, squares, steps, counts) in zip(
-                self.param_groups, groups, self._kept, strict=True
-            ):
-                counts.add_(1)
-                gradients = [p.grad for p in params]
-                _update(group, params, gradients, averages, squares, [], steps)
+        self._update_all()
         return None
+
+    def step_again(self) -> None:
+        """A step like the last: what was updated, states, settings and hooks are the same."""
+        if self._kept:
+            self._update_all()
+        else:
+            self.step()
+
+    @torch.no_grad()
+    def _update_all(self) -> None:
+        for group, lists in zip(self.param_groups, self._kept, strict=True):
+            params, _, averages, squares, steps, counts = lists
+            counts.add_(1)
+            gradients = [p.grad for p in params]
+            _update(group, params, gradients, averages, squares, [], steps)
 
     # With what torch puts around every step: the user's hooks, which may change everything.
     _hooked_step = Optimizer.profile_hook_step(_step)
@@ -95,10 +105,11 @@ class Adam(optim.Adam):
 
     def _are_of(self, lists: Lists, params: list[Tensor]) -> bool:
         """Whether lists still hold the very tensors that the parameters' states hold."""
-        states, averages, squares, steps, _ = lists
+        held_params, states, averages, squares, steps, _ = lists
         held = [(step_of, steps), (average_of, averages), (square_of, squares)]
         return (
             len(states) == len(params)
+            and all(map(operator.is_, params, held_params))
             and all(map(operator.is_, map(self.state.get, params), states))
             and all(all(map(operator.is_, map(get, states), tensors)) for get, tensors in held)
         )
@@ -116,7 +127,7 @@ class Adam(optim.Adam):
         for state, step in zip(states, steps, strict=True):
             state["step"] = step
         averages, squares = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq"))
-        return states, averages, squares, steps, counts
+        return params, states, averages, squares, steps, counts
 
 
 class AdamW(Adam, optim.AdamW):

@@ -88,9 +88,11 @@ class Source(ABC):
     Attributes:
         num_rows: rows of the data set; None: not known.
         how_to_drop: a row, for messages.
+        only_cuts: whether cutting a batch runs no code of a user's.
     """
 
     num_rows: int | None
+    only_cuts = False
     how_to_drop = "leave a row out"
 
     def __init__(self, label: str, batch_size: int, device: Device, processes: Processes) -> None:
@@ -209,6 +211,7 @@ class Kept(Source):
     """
 
     num_rows: int
+    only_cuts = True
 
     def __init__(self, draw: Callable[[int], Batch], stored: Stored, *args: Any) -> None:
         super().__init__(*args)

@@ -35,6 +35,7 @@ from ppvae.pairs import (
     unnoticed,
 )
 from ppvae.program import local_parameters, method_owners, require_own_parameters
+from ppvae.train.again import Again
 from ppvae.train.beside import Beside, Turns
 from ppvae.train.captured import Before, Begun, Captures, withheld
 from ppvae.train.optimizer import build_optimizer, check_optim, left_out, take_up
@@ -85,6 +86,8 @@ class SVI(pyro.infer.SVI):
         synchronize: called with the gradients before they are clipped and used, e.g. to sum them
             over processes; None for one process. ``fit`` sets it.
         autocast: makes the context in which the loss is computed. ``fit`` sets it.
+        undisturbed: whether nothing but a step has happened since the last one, so that the next
+            one need not look for changes. ``fit`` sets it; a step sets it back to False.
 
     Raises:
         PairError: at the first step, if the pair or the batch is wrong, before any update.
@@ -143,6 +146,7 @@ class SVI(pyro.infer.SVI):
         self.turns: Turns | None = None  # of the auxiliaries, where the pair has some
         self.synchronize: Callable[[list[Tensor]], None] | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.undisturbed = False
         self._compiled: Compiled | None = None
         self._fixed: Fixed | None = None  # what the optimiser was made for
         self._foreign_refused = False  # whether a loss has been looked through for parameters
@@ -151,6 +155,7 @@ class SVI(pyro.infer.SVI):
         self._buffers: list[dict[str, Tensor | None]] = []  # of modules: a move replaces tensors
         self._skipped: Any = 0  # on a GPU a tensor, so that nothing waits for it
         self._captures = Captures()
+        self._again: Again | None = None
         self.stack_seconds = 0.0  # of building graphs that it shares with other pairs
         self._reported = (0, 0)  # steps and skipped steps when check_finite was last called
 
@@ -281,6 +286,14 @@ class SVI(pyro.infer.SVI):
 
     def update(self, *args: Any, **kwargs: Any) -> Tensor:
         """One step; the loss as a 0-d tensor, so that nothing waits for the device."""
+        if self.undisturbed and not kwargs:
+            self.undisturbed = False
+            again = self._again = self._again or Again(self)
+            if again.takes(args):
+                loss = self._step(args, kwargs, again)
+                self.num_steps += 1
+                return loss
+        self.look_anew()
         if not self._rows_asked and self.optimizer is not None:  # its state was loaded
             self._check_globals(args, kwargs)
         if self.optimizer is None:
@@ -302,11 +315,20 @@ class SVI(pyro.infer.SVI):
         self.num_steps += 1
         return loss
 
-    def _step(self, args: tuple, kwargs: dict) -> Tensor:
-        """Loss and gradient, over all processes and clipped; the update, if they are finite."""
-        begun = self._begin(args, kwargs)
+    def look_anew(self) -> None:
+        """Let the next step look at the pair and the optimiser, whatever ``undisturbed`` says."""
+        self.undisturbed, self._again = False, None
+
+    def _step(self, args: tuple, kwargs: dict, again: Again | None = None) -> Tensor:
+        """Loss and gradient, over all processes and clipped; the update, if they are finite.
+
+        Args:
+            again: what the step is taken with, where it is like the last.
+        """
+        begun = self._begin(args, kwargs, again)
         self._synchronize(begun)
-        return self.end_step(begun, args, kwargs)
+        known = () if again is None else (again.norm, again.update)
+        return self.end_step(begun, args, kwargs, *known)
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -335,11 +357,11 @@ class SVI(pyro.infer.SVI):
         trained = self.trained
         return Before(trained, kept, None if self.withholds else rewinder(*trained[:1]))
 
-    def _begin(self, args: tuple, kwargs: dict) -> Begun:
+    def _begin(self, args: tuple, kwargs: dict, again: Again | None = None) -> Begun:
         """Loss and gradient of this process."""
-        before = self.before_step()
+        before = self.before_step() if again is None else again.before()
         try:
-            loss = self._loss(args, kwargs)
+            loss = self._loss(args, kwargs) if again is None else again.loss(args)
         except (RuntimeError, ValueError) as error:
             loss = self._loss_of_failed_draw(error, before.rewind, args, kwargs)
         total = loss  # over the processes, which must agree on whether the step is finite
@@ -356,7 +378,12 @@ class SVI(pyro.infer.SVI):
             self.synchronize([*gradients, begun.total])  # type: ignore[list-item]
 
     def end_step(
-        self, begun: Begun, args: tuple, kwargs: dict, norm: Tensor | None = None
+        self,
+        begun: Begun,
+        args: tuple,
+        kwargs: dict,
+        norm: Tensor | None = None,
+        update: Callable[[], Any] | None = None,
     ) -> Tensor:
         """The update, if loss and gradient are finite; returns the loss.
 
@@ -364,6 +391,7 @@ class SVI(pyro.infer.SVI):
             begun: the loss, where the gradients are those that parameters have.
             args, kwargs: of the step.
             norm: of the gradient, if known.
+            update: the optimiser's step, if it is another function.
         """
         optimizer, (before, loss, total) = self.optimizer, begun
         assert optimizer is not None
@@ -385,7 +413,7 @@ class SVI(pyro.infer.SVI):
             before.put_back()
             self._skip(float(total), before.rewind, args, kwargs)
             return loss
-        optimizer.step()
+        (update or optimizer.step)()
         return loss
 
     def _loss(self, args: tuple, kwargs: dict) -> Tensor:
@@ -539,6 +567,7 @@ class SVI(pyro.infer.SVI):
         self.num_steps, self.num_epochs = state["num_steps"], state["num_epochs"]
         self._skipped = state["num_skipped"]
         self._captures = Captures()
+        self.look_anew()
         self._reported = (self.num_steps, self.num_skipped)
         if state["optimizer"] is not None:
             if self.optimizer is None:
