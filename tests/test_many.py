@@ -5,6 +5,7 @@ import itertools
 import math
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pandas
 import pyro
@@ -420,6 +421,27 @@ def test_summary_and_plot():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "no epoch yet" in repr(ppvae.Histories([0], [None], [ppvae.History("ELBO")]))
+
+
+def test_what_is_measured_of_each_seed():
+    """A table as compare makes, with words in it; the member that an error has ended is left out."""
+    programs = [SimpleNamespace(model=scale, guide=1.0) for scale in (1.0, 3.0, 5.0, 1e6)]
+    histories = [ppvae.History("ELBO")] * 4
+    runs = ppvae.Histories([0, 1, 2, 3], programs, histories, {3: FloatingPointError("nan")})
+
+    def measure(model, guide):
+        rows = pandas.Index(["second", "first"], name="estimator")
+        return pandas.DataFrame(
+            {"family": ["a", "b"], "bound": [model, model + guide], "n": [1, 2]}, rows
+        )
+
+    table = runs.over_seeds(measure)
+    assert table.index.tolist() == ["second", "first"] and table.index.name == "estimator"
+    assert table.columns.get_level_values(0).unique().tolist() == ["bound", "n"]
+    assert table["bound"].loc["first"].tolist() == [3, 4.0, 3.0, 4.0, 5.0]
+    assert table["bound"]["mean"].tolist() == [3.0, 4.0]
+    one = runs.over_seeds(lambda model, guide: {"scale": model})
+    assert one["scale"].loc[0].tolist() == [3, 3.0, 2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize("turned", [False, True])

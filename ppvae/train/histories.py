@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -59,20 +60,43 @@ class Histories:
         Columns are pairs such as ``("valid_bound", "mean")``; ``"seeds"`` is how many have a
         number: fewer than all where members have ended.
         """
-        import pandas
-
         frame = self.frame().drop(columns="seed", errors="ignore")
         if frame.empty:
             return frame
-        by_epoch = frame.groupby("epoch")
-        columns = {}
-        for name in frame.columns.drop("epoch"):
-            values = by_epoch[name]
-            columns[name, "seeds"] = values.count()
-            columns[name, "mean"] = values.mean()
-            for q, label in ((0.25, "quartile_1"), (0.5, "median"), (0.75, "quartile_3")):
-                columns[name, label] = values.quantile(q)
-        return pandas.DataFrame(columns)
+        return _spread(frame, "epoch")
+
+    def over_seeds(self, measure: Callable[[Any, Any], Any]) -> pandas.DataFrame:
+        """What is measured of each pair: mean and quartiles over the seeds.
+
+        Members that an error has ended are left out.
+
+        Args:
+            measure: from model and guide to a frame, as :func:`ppvae.compare` makes, or to a
+                dictionary of numbers.
+
+        Returns:
+            The rows are the frame's (of a dictionary one), the columns those of its numbers as in
+            :meth:`summary`.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> from ppvae import Histories, History
+            >>> pairs = [SimpleNamespace(model=2.0 * n, guide=1.0) for n in (1, 2)]
+            >>> runs = Histories([0, 1], pairs, [History("ELBO"), History("ELBO")])
+            >>> runs.over_seeds(lambda model, guide: {"sum": model + guide})["sum"]
+               seeds  mean  quartile_1  median  quartile_3
+            0      2   4.0         3.5     4.0         4.5
+        """
+        import pandas
+
+        found = []
+        for seed, pair in zip(self.seeds, self.pairs, strict=True):
+            if seed not in self.errors:
+                measured = measure(*pair)
+                whole = isinstance(measured, pandas.DataFrame)
+                found.append(measured if whole else pandas.DataFrame([measured]))
+        rows = pandas.concat(found).rename_axis("row").select_dtypes("number")
+        return _spread(rows.reset_index(), "row").rename_axis(found[0].index.name)
 
     def plot(self, ax: Any = None) -> Any:
         """Curves of all seeds, their mean and quartiles, see :func:`ppvae.plots.seed_curves`.
@@ -110,3 +134,18 @@ class Histories:
 
     def __repr__(self) -> str:
         return self.table()
+
+
+def _spread(frame: pandas.DataFrame, by: str) -> pandas.DataFrame:
+    """How many numbers there are of one kind, their mean and quartiles, for each column."""
+    import pandas
+
+    groups = frame.groupby(by, sort=False)
+    columns = {}
+    for name in frame.columns.drop(by):
+        values = groups[name]
+        columns[name, "seeds"] = values.count()
+        columns[name, "mean"] = values.mean()
+        for q, label in ((0.25, "quartile_1"), (0.5, "median"), (0.75, "quartile_3")):
+            columns[name, label] = values.quantile(q)
+    return pandas.DataFrame(columns)
