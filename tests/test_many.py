@@ -424,7 +424,7 @@ def test_summary_and_plot():
 
 
 def test_what_is_measured_of_each_seed():
-    """A table as compare makes, with words in it; the member that an error has ended is left out."""
+    """A table as compare makes, words in it; a member that an error has ended is left out."""
     programs = [SimpleNamespace(model=scale, guide=1.0) for scale in (1.0, 3.0, 5.0, 1e6)]
     histories = [ppvae.History("ELBO")] * 4
     runs = ppvae.Histories([0, 1, 2, 3], programs, histories, {3: FloatingPointError("nan")})
