@@ -199,6 +199,17 @@ def test_code_of_users_between_steps() -> None:
     assert seen == [False] * 6
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_first_step_looks(compile: bool) -> None:
+    """Whatever it is told."""
+    svi, usual = make(compile=compile), make(compile=compile)
+    svi.undisturbed = True
+    torch.manual_seed(0)
+    loss = svi.update(X[:8])
+    torch.manual_seed(0)
+    assert torch.equal(loss, usual.update(X[:8]))
+
+
 def test_hooks_of_an_optimiser(looks: list[int]) -> None:
     svi = make()
     svi.prepare(X[:8])

@@ -24,7 +24,7 @@ class Again:
     no code of a user's has run since: :func:`ppvae.fit` knows, and says so by ``undisturbed``.
 
     Args:
-        svi: that has just taken a step.
+        svi: that has just taken a step, with ``compile``.
 
     Attributes:
         graph: of loss and gradient; None: the next step has to be taken as any other.
@@ -32,8 +32,7 @@ class Again:
     """
 
     def __init__(self, svi: Any) -> None:
-        graph = svi._compiled.latest if svi._compiled is not None else None
-        trained, optimizer = svi.trained, svi.optimizer
+        graph, trained, optimizer = svi._compiled.latest, svi.trained, svi.optimizer
         spared = (
             graph is not None
             and graph.norm is not None  # a CPU's

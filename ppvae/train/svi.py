@@ -286,7 +286,7 @@ class SVI(pyro.infer.SVI):
 
     def update(self, *args: Any, **kwargs: Any) -> Tensor:
         """One step; the loss as a 0-d tensor, so that nothing waits for the device."""
-        if self.undisturbed and not kwargs:
+        if self.undisturbed and self._compiled is not None and not kwargs:
             self.undisturbed = False
             again = self._again = self._again or Again(self)
             if again.takes(args):
