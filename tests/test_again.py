@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import ppvae
 from ppvae import conditionals, elbo, guides, models, nets
 from ppvae.compile.fixed import Fixed
+from ppvae.processes import Processes
 from ppvae.train import sources
-from ppvae.train.processes import Processes
 from ppvae.train.sources import Kept
 
 pytestmark = pytest.mark.usefixtures("traced")

@@ -19,8 +19,8 @@ from compiling import inductor
 from ppvae import Auxiliary, Beside, Ratio, conditionals, elbo, guides, models, nets
 from ppvae.auxiliary import own_parameters
 from ppvae.check.nonfinite import NonFiniteError
+from ppvae.processes import Processes
 from ppvae.train.draws import Draws
-from ppvae.train.processes import Processes
 from ppvae.train.sources import source
 
 pytestmark = pytest.mark.forks

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ppvae
 from ppvae import CheckpointError, Checkpoints, conditionals, data, elbo, guides, models, nets
+from ppvae.processes import Processes
 from ppvae.train.checkpoint import digest, plain, read
-from ppvae.train.processes import Processes
 from ppvae.train.sources import source
 
 pytestmark = pytest.mark.forks

@@ -1,12 +1,14 @@
 """Several processes train as one: the gradient of the joint batch, on identical ranks."""
 
 import functools
+import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -16,8 +18,18 @@ from lightning_fabric import Fabric
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import ppvae
-from ppvae import CheckpointError, Checkpoints, conditionals, data, elbo, guides, models, nets
-from ppvae.train.processes import Processes
+from ppvae import (
+    CheckpointError,
+    Checkpoints,
+    conditionals,
+    data,
+    diagnostics,
+    elbo,
+    guides,
+    models,
+    nets,
+)
+from ppvae.processes import Processes
 
 pytestmark = pytest.mark.forks
 
@@ -501,3 +513,228 @@ def test_shares_cover_the_batch_in_twos_at_least(rows, sizes):
         shares.append(processes.share(torch.arange(rows)))
     assert [len(share) for share in shares] == sizes
     assert torch.equal(torch.cat(shares), torch.arange(rows))
+
+
+# -- evaluation in several processes -----------------------------------------------------------
+
+
+def parts(rows, processes):
+    return [slice(r * rows // processes, (r + 1) * rows // processes) for r in range(processes)]
+
+
+COLUMNS = ("log_evidence", "log_evidence_se", "ess", "khat", "elbo", "gap_se")
+SEEDS = (5, *(Processes.own_seed(SimpleNamespace(rank=rank), 5) for rank in (1, 2)))
+
+
+def weighed(fabric, rows, max_rows):
+    svi = vae()
+    found = diagnostics.log_evidence(
+        svi.model, svi.guide, X[:rows], num_particles=30, max_rows=max_rows, seed=5, fabric=fabric
+    )
+    return everyone(fabric, [getattr(found, name) for name in COLUMNS])
+
+
+@pytest.mark.parametrize(
+    ("rows", "processes", "max_rows"), [(50, 2, 150), (7, 3, 2500), (2, 3, 10)]
+)
+def test_evidence_of_several_processes_is_that_of_their_parts_in_order(rows, processes, max_rows):
+    """To the bit; with two rows one of three processes has none."""
+    each = launch(weighed, rows, max_rows, processes=processes)
+    svi = vae()
+    alone = [
+        diagnostics.log_evidence(
+            svi.model, svi.guide, X[part], num_particles=30, max_rows=max_rows, seed=seed
+        )
+        for part, seed in zip(parts(rows, processes), SEEDS, strict=False)
+        if part.start < part.stop
+    ]
+    for number, name in enumerate(COLUMNS):
+        expected = torch.cat([getattr(evidence, name) for evidence in alone])
+        for found in each:
+            assert torch.equal(found[number], expected), name
+
+
+def unseeded(fabric):
+    torch.manual_seed(0)
+    svi = vae()
+    torch.manual_seed(0)
+    x = X[:1].repeat(2, 1)  # two equal rows
+    found = diagnostics.log_evidence(svi.model, svi.guide, x, num_particles=30, fabric=fabric)
+    return everyone(fabric, found.log_evidence)
+
+
+def test_processes_without_a_seed_draw_apart():
+    first, second = launch(unseeded)
+    assert torch.equal(first, second)
+    assert first[0] != first[1]
+
+
+def diagnosed(fabric):
+    svi = vae()
+    report = ppvae.diagnose(svi.model, svi.guide, X, num_particles=30, seed=5, fabric=fabric)
+    known = [report.kl["z"], report.posterior_mean["z"], report.kl_per_dimension["z"]]
+    numbers = [report.mutual_information, report.marginal_kl, report.divergence.mean]
+    activity = [report.active_units, report.activity["z"], report.absent]
+    return everyone(fabric, (known, report.reconstruction, numbers, activity))
+
+
+def test_a_report_of_several_processes():
+    """Closed forms are those of one process; what is drawn is that of the parts."""
+    each = launch(diagnosed)
+    svi = vae()
+    alone = ppvae.diagnose(svi.model, svi.guide, X, num_particles=30, seed=5)
+    drawn = [
+        ppvae.diagnose(
+            *(svi.model, svi.guide, X[part]),
+            num_particles=30,
+            num_aggregate=0,
+            num_simulations=0,
+            seed=seed,
+        ).reconstruction
+        for part, seed in zip(parts(50, 2), SEEDS, strict=False)
+    ]
+    for known, reconstruction, numbers, (units, activity, absent) in each:
+        expected = alone.kl["z"], alone.posterior_mean["z"], alone.kl_per_dimension["z"]
+        for one, other in zip(known, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(activity, alone.activity["z"], rtol=1e-6, atol=1e-7)
+        assert (units, absent) == (alone.active_units, alone.absent)
+        assert numbers == each[0][2]
+        assert torch.equal(reconstruction, torch.cat(drawn))
+    assert math.isclose(each[0][2][0], alone.mutual_information, rel_tol=1e-6)
+
+
+def evaluators_that_fail(fabric):
+    svi, rank = vae(), fabric.global_rank
+
+    def said(function):
+        try:
+            function()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    def breaks(x):
+        if rank == 1 and len(x) == 25:  # its part
+            raise ZeroDivisionError("of rank 1")
+        return svi.guide(x)
+
+    weigh = functools.partial(diagnostics.log_evidence, svi.model, fabric=fabric)
+    found = {
+        "K": said(lambda: weigh(svi.guide, X, num_particles=30 + rank)),
+        "rows": said(lambda: weigh(svi.guide, X[: 50 - rank], num_particles=30)),
+        "broken": said(lambda: weigh(breaks, X, num_particles=30)),
+        "no seed": said(lambda: ppvae.diagnose(svi.model, svi.guide, X, fabric=fabric)),
+        "no Fabric": said(lambda: weigh(svi.guide, X, fabric="ddp")),
+        "well": said(lambda: weigh(svi.guide, X, num_particles=30)),
+    }
+    return everyone(fabric, found)
+
+
+def test_what_ends_one_evaluation_ends_all():
+    first, second = launch(evaluators_that_fail)
+    for found in (first, second):
+        assert "num_particles: 30 on rank 0; 31 on rank 1" in found["K"]
+        assert "rows: 50 on rank 0; 49 on rank 1" in found["rows"]
+        assert found["no seed"].startswith("ValueError: seed")
+        assert found["no Fabric"].startswith("TypeError: fabric takes")
+        assert found["well"] == "no error"
+    assert "rank 1 has ended the run: ZeroDivisionError: of rank 1" in first["broken"]
+    assert second["broken"].startswith("ZeroDivisionError")
+
+
+def test_a_guide_whose_parameters_belong_to_rows_is_refused():
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
+    auto = pyro.infer.autoguide.AutoNormal(model)
+    auto(X)
+
+    def evaluate(fabric):
+        try:
+            diagnostics.log_evidence(model, auto, X, num_particles=30, fabric=fabric)
+        except Exception as error:
+            return everyone(fabric, str(error))
+        return everyone(fabric, "no error")
+
+    assert all("belong to positions" in message for message in launch(evaluate))
+
+
+# -- seeds dealt to processes ------------------------------------------------------------------
+
+
+def seeded_vae():
+    model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2).double()
+    return ppvae.SVI(model, guides.Normal(nets.mlp(4, 8, 4)).double(), ADAM)
+
+
+def trained_from(seeds, fabric=None, **options):
+    options = {"epochs": 2, "batch_size": 16, "valid": X[:20].double()} | options
+    return ppvae.fit_many(
+        seeded_vae, X.double(), seeds=seeds, fabric=fabric, progress=False, **options
+    )
+
+
+def many_seeds(fabric, folder):
+    runs = trained_from([4, 0, 7], fabric, checkpoint=folder)
+    states = [copies(svi) for svi in runs.svis]
+    x = X[:5].double()
+    bounds = [elbo.ELBO(2).evaluate(*pair, x).shape for pair in runs.pairs]
+    steps = [svi.step(x) for svi in runs.svis]  # each pair can be trained on, wherever it was
+    return everyone(fabric, (runs.seeds, states, list(map(numbers, runs.histories)), bounds, steps))
+
+
+def test_seeds_in_two_processes_are_those_of_one(tmp_path):
+    each = launch(many_seeds, tmp_path)
+    alone = trained_from([4, 0, 7])
+    for seeds, states, rows, bounds, steps in each:
+        assert seeds == [4, 0, 7] and bounds == [(5,)] * 3 and len(steps) == 3
+        for state, svi in zip(states, alone.svis, strict=True):
+            for name, value in copies(svi).items():
+                torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-10)
+        for found, history in zip(rows, alone.histories, strict=True):
+            for row, expected in zip(found, numbers(history), strict=True):
+                assert row == pytest.approx(expected, rel=1e-9)
+    # any number of processes goes on with the seeds' own folders
+    resumed = trained_from([4, 0, 7], checkpoint=tmp_path, resume=True, epochs=3)
+    longer = trained_from([4, 0, 7], epochs=3)
+    for svi, other in zip(resumed.svis, longer.svis, strict=True):
+        for name, value in copies(other).items():
+            torch.testing.assert_close(copies(svi)[name], value, rtol=1e-10, atol=1e-10)
+
+
+def breaks_on(broken, rank, optimizer):
+    if rank == broken:
+        raise ZeroDivisionError("no schedule")
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+def seeds_that_fail(fabric):
+    rank = fabric.global_rank
+
+    def said(**options):
+        try:
+            runs = trained_from(**({"seeds": [0, 1], "fabric": fabric} | options))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return f"{sorted(runs.errors)} {len(runs.svis)}"
+
+    found = {
+        "too few": said(seeds=[3]),
+        "other seeds": said(seeds=[0, 1 + rank]),
+        "other epochs": said(epochs=2 + rank),
+        "device": said(device="cpu"),
+        "broken": said(lr_scheduler=functools.partial(breaks_on, 1, rank)),
+        "well": said(),
+    }
+    return everyone(fabric, found)
+
+
+def test_what_ends_one_process_of_seeds_ends_all():
+    first, second = launch(seeds_that_fail)
+    for found in (first, second):
+        assert found["too few"].startswith("ValueError: seeds: 1 for 2 processes")
+        assert "seeds: [0, 1] on rank 0; [0, 2] on rank 1" in found["other seeds"]
+        assert "epochs: 2 on rank 0; 3 on rank 1" in found["other epochs"]
+        assert found["device"].startswith("ValueError: device='cpu'")
+        assert found["well"] == "[] 2"
+    assert "rank 1 has ended the run: ZeroDivisionError" in first["broken"]
+    assert second["broken"].startswith("ZeroDivisionError")

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import ppvae
 from ppvae import conditionals, data, elbo, guides, models, nets
 from ppvae.check.nonfinite import NonFiniteError
+from ppvae.processes import Processes
 from ppvae.program import data_plate
 from ppvae.train.fit import mean_bound
-from ppvae.train.processes import Processes
 from ppvae.train.run import Progress
 from ppvae.train.sources import source
 

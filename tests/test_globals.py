@@ -20,7 +20,7 @@ import oracles
 import ppvae
 from oracles import assert_below, assert_mean, trainable
 from ppvae import diagnostics, elbo, guides
-from ppvae.train.processes import Processes
+from ppvae.processes import Processes
 from registry import ALL_ESTIMATORS, GLOBAL, build
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "global_latents": {"latents", "pairs", "terms"},
     "weights": {"arguments", "pairs", "latents", "terms", "enumeration", "global_latents"},
     "local": PAIR,
+    "processes": set(),
     "intake": {"data", "program", "wrapped"},
     "chain": {"pairs"},
     # what programs are made of
@@ -60,8 +61,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "elbo": PAIR,
     "check": PAIR | {"distributions", "intake"},
     "compile": PAIR,
-    "train": PAIR | {"elbo", "check", "compile", "data", "intake", "plots"},
-    "diagnostics": PAIR | {"distributions", "local", "elbo", "check", "compile", "intake", "plots"},
+    "train": PAIR | {"elbo", "check", "compile", "data", "intake", "plots", "processes"},
+    "diagnostics": PAIR
+    | {"distributions", "local", "elbo", "check", "compile", "intake", "plots", "processes"},
     "verbs": PAIR | {"check", "data", "diagnostics", "distributions", "intake", "train"},
     "sklearn": {"conditionals", "data", "guides", "models", "nets", "train", "verbs"},
     # what knows no pair

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import ppvae
 from ppvae import Checkpoints, conditionals, elbo, guides, models, nets
-from ppvae.train import processes as module
-from ppvae.train.processes import LostProcess, Processes
+from ppvae import processes as module
+from ppvae.processes import LostProcess, Processes
 
 pytestmark = pytest.mark.forks
 X = torch.bernoulli(torch.full((50, 4), 0.5), generator=torch.Generator().manual_seed(1))
@@ -119,7 +119,7 @@ def test_ranks_that_disagree_are_told_before_a_step_what_differs_and_where(tmp_p
     found, agreed = first
     assert agreed == "no error"
     for name, message in found.items():
-        assert message.startswith("ValueError: the processes would train different runs"), name
+        assert message.startswith("ValueError: the processes would work on different things"), name
         assert name in message and "rank 0" in message and "rank 1" in message, message
     assert "seed: 5 on rank 0; 6 on rank 1" in found["seed"]
 

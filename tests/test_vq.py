@@ -29,7 +29,7 @@ from ppvae import (
 from ppvae.check.programs import PairError
 from ppvae.conditionals.codes import CausalCodes, CodeMap
 from ppvae.guides.quantized import PointCodes
-from ppvae.train.processes import Processes
+from ppvae.processes import Processes
 
 pytestmark = pytest.mark.forks
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ppvae.arguments import takes_numbers
-from ppvae.diagnostics.evidence import weigh
+from ppvae.diagnostics.evidence import together, weigh
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.report import Report
 from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data
@@ -31,6 +31,7 @@ def diagnose(
     num_aggregate: int = 1000,
     num_simulations: int = 1000,
     seed: int | None = None,
+    fabric: Any = None,
     **kwargs: Any,
 ) -> Report:
     r"""Ask whether a pair's posterior can be trusted, datapoint by datapoint and unit by unit.
@@ -63,6 +64,9 @@ def diagnose(
         num_simulations: datapoints drawn from the model for the divergence, >= 100, of which each
             takes 11 decoder rows (the data take ``num_particles`` each); 0 leaves it out.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
+        fabric: as of :func:`~ppvae.diagnostics.log_evidence`; every process gets the whole report.
+            Mutual information and simulations each works out by itself, alike, so with several
+            processes ``seed`` has to be given for them.
         **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
@@ -103,23 +107,33 @@ def diagnose(
         raise ValueError(f"threshold must be positive, got {threshold}")
     check_at_least(0, num_aggregate=num_aggregate)
     check_at_least(100 if num_simulations else 0, num_simulations=num_simulations)
-    rows = check_pair_and_data(model, guide, args)
-    terms = SiteTerms(rows, num_particles)
-    evidence = weigh(model, guide, args, num_particles, max_rows, seed, terms)
-    absent = terms.absent
-    found = None
-    if rows == 1:
-        absent["activity and mutual information"] = "they take two datapoints"
-    elif num_aggregate:
-        found = _aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed, absent)
-    divergence = None
-    if num_simulations:
-        try:
-            divergence = over_simulations(
-                model, guide, args, rows, num_simulations, _SIMULATED_DRAWS, max_rows, seed
-            )
-        except (*FAILURES, NoInverse) as error:  # of a pair that is right on the data themselves
-            absent["divergence over simulations"] = reason(error)
+    with together(fabric, model, guide, args, num_particles=num_particles, seed=seed) as processes:
+        if processes is not None and processes.size > 1 and seed is None:
+            raise ValueError("seed: give one, so that all processes report the same simulations")
+        rows = check_pair_and_data(model, guide, args)
+        terms = SiteTerms(rows, num_particles)
+        evidence = weigh(
+            model, guide, args, num_particles, max_rows, seed, terms, processes=processes
+        )
+        if processes is not None:
+            terms.gather(processes)
+        absent = terms.absent
+        found = None
+        if rows == 1:
+            absent["activity and mutual information"] = "they take two datapoints"
+        elif num_aggregate:
+            found = _aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed, absent)
+        divergence = None
+        if num_simulations:
+            try:
+                divergence = over_simulations(
+                    model, guide, args, rows, num_simulations, _SIMULATED_DRAWS, max_rows, seed
+                )
+            except (
+                *FAILURES,
+                NoInverse,
+            ) as error:  # of a pair that is right on the data themselves
+                absent["divergence over simulations"] = reason(error)
     mean, square, variance = (terms.column(q) for q in ("mean", "square", "variance"))
     marginal_mean = {site: value.mean(0) for site, value in mean.items()}
     second = {site: square[site].mean(0) + variance[site].mean(0) for site in mean}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ppvae.arguments import takes_numbers
 from ppvae.check.behaviour import point_masses
+from ppvae.check.programs import PairError
 from ppvae.compile.compiled import Compiled, CompiledWeights
 from ppvae.diagnostics.psis import khat
 from ppvae.diagnostics.rows import (
@@ -29,7 +31,8 @@ from ppvae.diagnostics.rows import (
     take,
 )
 from ppvae.intake import takes_rows
-from ppvae.pairs import Program, rewinder
+from ppvae.pairs import Program, by_position, rewinder
+from ppvae.processes import Processes
 from ppvae.weights import LogWeights, whole_weights
 
 _BLOCK = 256  # datapoints whose weights are summarised at once
@@ -123,6 +126,7 @@ def log_evidence(
     max_rows: int = 2_500,
     seed: int | None = None,
     compile: bool | str = False,
+    fabric: Any = None,
     **kwargs: Any,
 ) -> Evidence:
     r"""Estimate log p(x) of every datapoint by importance sampling from the guide.
@@ -144,6 +148,9 @@ def log_evidence(
         compile: compile the log-weights of a piece of the data, see :mod:`ppvae.compiled`; worth
             its seconds where there are many pieces, and not done where there is one. ``"auto"``
             warns and runs eagerly where that is not possible, True raises.
+        fabric: a launched ``lightning_fabric.Fabric``: each process is given all rows and the same
+            arguments, weighs its part, and gets the numbers of all, in the order of the rows. The
+            draws then follow from the seed and the number of processes.
         **kwargs: passed to both programs whole: tables, flags. Only ``args`` are cut by rows.
 
     Returns:
@@ -153,6 +160,7 @@ def log_evidence(
         ValueError: NaN, infinite or empty data; fewer than two particles; the pair does not fit;
             a weight is NaN or infinite, with the datapoint and the site.
         NotCompiled: with ``compile=True``, where no graph can be built.
+        RuntimeError: another process has raised, was killed or does not answer.
 
     Source: Rezende, Mohamed & Wierstra 2014, appendix E; Burda et al. 2016.
 
@@ -174,8 +182,37 @@ def log_evidence(
     """
     model, guide = bound(model, guide, kwargs)
     check_at_least(2, num_particles=num_particles)
-    check_pair_and_data(model, guide, args)
-    return weigh(model, guide, args, num_particles, max_rows, seed, compile=compile)
+    with together(fabric, model, guide, args, num_particles=num_particles, seed=seed) as processes:
+        check_pair_and_data(model, guide, args)
+        return weigh(
+            model, guide, args, num_particles, max_rows, seed, compile=compile, processes=processes
+        )
+
+
+@contextmanager
+def together(
+    fabric: Any, model: Program, guide: Program, args: Sequence[Any], **settings: Any
+) -> Iterator[Processes | None]:
+    """The processes of a Fabric, which all do the same inside; None: this one alone.
+
+    Raises:
+        ValueError: they were given different things.
+        PairError: parameters of the guide belong to rows, which processes cannot share.
+    """
+    if fabric is None:
+        yield None
+        return
+    processes = Processes(fabric)
+    with processes.connected():
+        if processes.size > 1 and by_position(guide):
+            raise PairError(
+                "parameters of the guide belong to positions in the data, and processes take a "
+                "part of the rows each: evaluate in one, without fabric="
+            )
+        size = sum(p.detach().double().sum().item() for p in modules_of(model, guide).parameters())
+        facts = {"rows": count_rows(args), "the sum of the parameters": size, **settings}
+        processes.require_equal(facts)
+        yield processes
 
 
 def weigh(
@@ -187,6 +224,7 @@ def weigh(
     seed: int | None,
     visit: Callable[[slice, LogWeights], None] | None = None,
     compile: bool | str = False,
+    processes: Processes | None = None,
 ) -> Evidence:
     """Weigh all particles of all datapoints in one pass; data and pair have been checked.
 
@@ -195,18 +233,20 @@ def weigh(
             them.
         visit: is shown every piece, with the datapoints it is about, as soon as it is drawn; then
             nothing is compiled.
+        processes: that share the datapoints; each is shown its own.
     """
     check_at_least(1, max_rows=max_rows)
     if not isinstance(compile, (bool, str)) or compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
     rows = count_rows(args)
-    last = rows - rows_per_piece(num_particles, max_rows)  # where the last full piece begins
+    own = slice(0, rows) if processes is None else processes.part(rows)
+    last = own.stop - rows_per_piece(num_particles, max_rows)  # where the last full piece begins
     compiled = _compiled(model, guide, compile is True) if compile and visit is None else None
 
     def weights_of(part: slice, particles: int) -> Tensor:
         batch = take(args, part)
         # The first piece runs eagerly, to be checked; a shorter last one is not worth a graph.
-        if compiled is not None and 0 < part.start <= last:
+        if compiled is not None and own.start < part.start <= last:
             rewind = rewinder(*batch, *compiled.module.parameters())
             log_w = compiled(batch, {"num_particles": particles})
             if log_w is not None and (log_w < math.inf).all():
@@ -214,7 +254,7 @@ def weigh(
             rewind()  # draw the same again, to name the site
         weights = whole_weights(model, guide, batch, {}, particles)
         require_numbers(weights, part.start)
-        if part.start == 0:
+        if part.start == own.start:
             _refuse_point_masses(weights)
         if visit is not None:
             visit(part, weights)
@@ -222,13 +262,16 @@ def weigh(
 
     block: list[Tensor] = []
     summaries = []
-    with evaluating(model, guide, args, seed):
-        for part, sizes in pieces(rows, num_particles, max_rows):
+    with evaluating(model, guide, args, seed if processes is None else processes.draws(seed)):
+        for piece, sizes in pieces(own.stop - own.start, num_particles, max_rows):
+            part = slice(own.start + piece.start, own.start + piece.stop)
             block.append(torch.cat([weights_of(part, particles) for particles in sizes]))
             start = part.stop - sum(log_w.shape[1] for log_w in block)
-            if part.stop - start >= _BLOCK or part.stop == rows:
+            if part.stop - start >= _BLOCK or part.stop == own.stop:
                 summaries.append(summarise(torch.cat(block, 1), start))
                 block = []
+    if processes is not None:
+        summaries = [found for of_rank in processes.gather(summaries) for found in of_rank]
     columns = {name: torch.cat([found[name] for found in summaries]) for name in summaries[0]}
     return Evidence(**columns, num_particles=num_particles)
 

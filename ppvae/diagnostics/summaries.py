@@ -18,6 +18,7 @@ from ppvae.elbo.kl import closed_form_kl, dimension_rates, independent_units
 from ppvae.elbo.standard import ELBO
 from ppvae.enumeration import total
 from ppvae.pairs import DATA_PLATE, PARTICLE_PLATE, Program, Site, sample_sites, structure, trace
+from ppvae.processes import Processes
 from ppvae.terms import distribution_mask, sum_plates, term, unmasked
 from ppvae.weights import LogWeights
 
@@ -45,6 +46,16 @@ class SiteTerms:
             if key not in self.sums:
                 self.sums[key] = mean.new_zeros(*mean.shape[:-1], self.rows)
             self.sums[key][..., part] += share * mean
+
+    def gather(self, processes: Processes) -> None:
+        """Take in what other processes were shown: each has zeros where it was shown nothing."""
+        shown = processes.gather(({key: v.cpu() for key, v in self.sums.items()}, self.absent))
+        keys = dict.fromkeys(key for sums, _ in shown for key in sums)
+        self.sums = {
+            key: torch.stack([sums[key] for sums, _ in shown if key in sums]).sum(0) for key in keys
+        }
+        for _, absent in shown:
+            self.absent |= absent
 
     def column(self, quantity: str) -> dict[str, Tensor]:
         """By site, ``(N,)`` or ``(N, D)``, on the CPU."""

@@ -18,6 +18,7 @@ from ppvae.check.pair import check_batch
 from ppvae.elbo.standard import ELBO
 from ppvae.intake import for_training, part_of
 from ppvae.pairs import evaluation_mode, seeded
+from ppvae.processes import Processes
 from ppvae.program import one_thread
 from ppvae.train import refusals
 from ppvae.train.callbacks import Callback, all_callbacks, all_loggers, log, overridden
@@ -25,7 +26,6 @@ from ppvae.train.checkpoint import Checkpoints, checkpoints_for
 from ppvae.train.history import History
 from ppvae.train.interrupt import Interrupt, interrupts
 from ppvae.train.optimizer import moved
-from ppvae.train.processes import Processes
 from ppvae.train.refusals import resolve_device
 from ppvae.train.run import Progress, Run, state_of
 from ppvae.train.sources import Batch, Source, source

@@ -23,15 +23,16 @@ from ppvae.compile.stacked import Rows, StackedGradients
 from ppvae.elbo.estimator import Estimator
 from ppvae.intake import part_of
 from ppvae.pairs import NotCompiled, seeded
+from ppvae.processes import Processes
 from ppvae.program import one_thread
 from ppvae.train import refusals
 from ppvae.train.captured import Before, Begun
 from ppvae.train.checkpoint import Checkpoints, checkpoints_for
+from ppvae.train.dealt import dealt
 from ppvae.train.fit import Steps, begin, next_batch, sources, train
 from ppvae.train.fused_adam import AllAtOnce
 from ppvae.train.histories import Histories
 from ppvae.train.interrupt import interrupts
-from ppvae.train.processes import Processes
 from ppvae.train.refusals import resolve_device
 from ppvae.train.run import Run
 from ppvae.train.sources import Batch, Loaded
@@ -54,6 +55,7 @@ def fit_many(
     resume: bool = False,
     progress: bool = True,
     stack: bool | str = "auto",
+    fabric: Any = None,
 ) -> Histories:
     """Train a pair from several seeds, all in one step, each as it would be trained alone.
 
@@ -84,6 +86,8 @@ def fit_many(
             it; a :class:`ppvae.Checkpoints` says how often and how many.
         resume: True: each member goes on from its latest checkpoint, if there is one.
         stack: ``"auto"``; True raises where the pairs cannot be stacked; False takes turns.
+        fabric: a launched ``lightning_fabric.Fabric``, in place of ``device``: each process is
+            given all seeds, trains its part of them on its device, and gets the result of all.
 
     Returns:
         :class:`ppvae.Histories`: of each seed its history and its pair.
@@ -93,6 +97,7 @@ def fit_many(
             parameters; and what ``fit`` raises before the first step.
         NotCompiled: with ``stack=True``.
         NonFiniteError: no member is left.
+        RuntimeError: another process has raised, was killed or does not answer.
 
     Example:
         >>> import torch, ppvae
@@ -106,6 +111,47 @@ def fit_many(
         (3, 6)
     """
     seeds = _checked(seeds, make, stack)
+    some = functools.partial(
+        _train,
+        make,
+        data,
+        epochs=epochs,
+        batch_size=batch_size,
+        valid=valid,
+        patience=patience,
+        lr_scheduler=lr_scheduler,
+        checkpoint=checkpoint,
+        resume=resume,
+        stack=stack,
+    )
+    if fabric is None:
+        runs = some(seeds, device=device, progress=progress)
+    elif device is None:
+        runs = dealt(some, seeds, make, fabric, progress)
+    else:
+        raise ValueError(f"device={device!r}: a Fabric has one of its own, so leave it out")
+    if len(runs.errors) == len(seeds):
+        raise runs.errors[seeds[0]]
+    return runs
+
+
+def _train(
+    make: Callable[[], SVI],
+    data: Any,
+    seeds: list[int],
+    *,
+    device: str | torch.device | None,
+    progress: bool,
+    epochs: int,
+    batch_size: int,
+    valid: Any,
+    patience: int | None,
+    lr_scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None,
+    checkpoint: str | os.PathLike[str] | Checkpoints | None,
+    resume: bool,
+    stack: bool | str,
+) -> Histories:
+    """:func:`fit_many` of this process alone, but that errors of all members do not raise."""
     with one_thread(), torch.random.fork_rng(), ExitStack() as open_until_end:
         valid = part_of(data, "valid", None) if valid is None else part_of(valid, "valid", valid)
         refusals.check_arguments(
@@ -115,7 +161,7 @@ def fit_many(
         target = None if device is None else resolve_device(device)
         members = [Member(seed, make, target) for seed in seeds]
         _require_apart(members)
-        processes = Processes()
+        processes = Processes(alone=True)
         of_batches = (batch_size, target, processes, files[0] is not None)
         cut = sources(members[0].svi, data, valid, seeds[0], None, *of_batches)
         if any(isinstance(part, Loaded) for part in cut):
@@ -143,7 +189,8 @@ def fit_many(
                 if resume:
                     run.resume(resume)
         _fall_in(members)
-        steps = Stack(members) if stack else InTurn()
+        # a stack of one is its member
+        steps = Stack(members) if stack and len(members) > 1 else InTurn()
         open_until_end.callback(steps.close)
         disabled = None if progress else True  # None: in a terminal
         done = sum(len(member.run.progress.history.rows) for member in members)
@@ -171,8 +218,6 @@ def fit_many(
                 if member.error is None:
                     member.go_on()
     errors = {member.seed: member.error for member in members if member.error is not None}
-    if len(errors) == len(members):
-        raise errors[seeds[0]]
     svis, histories = [m.svi for m in members], [m.run.progress.history for m in members]
     return Histories(seeds, svis, histories, errors, steps.reason)
 

@@ -27,8 +27,8 @@ from torch.utils.data import (
 from ppvae.check.pair import Checks, check_values
 from ppvae.data.split import check_unit_interval
 from ppvae.intake import by_name
+from ppvae.processes import Processes
 from ppvae.train.checkpoint import CheckpointError, rng_state, set_rng_state
-from ppvae.train.processes import Processes
 from ppvae.train.reader import read_ahead
 
 Batch = tuple[Tensor, ...]

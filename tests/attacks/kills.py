@@ -28,8 +28,7 @@ from lightning_fabric import Fabric
 from torch.utils.data import DataLoader, IterableDataset
 
 import ppvae
-from ppvae import Checkpoints, conditionals, data, elbo, guides, models, nets
-from ppvae.train import processes
+from ppvae import Checkpoints, conditionals, data, elbo, guides, models, nets, processes
 from ppvae.train.checkpoint import plain, read
 
 GREY = torch.rand(50, 6, generator=torch.Generator().manual_seed(1))

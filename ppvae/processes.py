@@ -1,4 +1,4 @@
-"""The processes that train one pair together: this one, or those that Lightning Fabric started."""
+"""The processes that work on one pair: this one, or those that Lightning Fabric started."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from ppvae.train.svi import SVI
-
 _GRACE = 10.0  # seconds for the others to say that they are there, once one does not answer
 
 
@@ -22,18 +20,19 @@ class LostProcess(RuntimeError):
 
 
 class Processes:
-    """What :func:`ppvae.fit` asks of them; with one process each answer is at hand.
+    """What ``fit`` and the evaluators ask of them; with one process each answer is at hand.
 
     Args:
         fabric: a launched ``lightning_fabric.Fabric``, or None for this process alone.
+        alone: this process alone, though there are others.
 
     Raises:
         ValueError: a strategy or precision that ``fit`` does not do, a Fabric that was not
             launched, or several processes without a Fabric.
     """
 
-    def __init__(self, fabric: Any = None) -> None:
-        running = distributed.is_available() and distributed.is_initialized()
+    def __init__(self, fabric: Any = None, alone: bool = False) -> None:
+        running = not alone and distributed.is_available() and distributed.is_initialized()
         size = distributed.get_world_size() if running else 1
         _check_fabric(fabric, size)
         self.fabric, self.size = fabric, size
@@ -63,7 +62,7 @@ class Processes:
         try:
             self._group = distributed.new_group(timeout=waits)
         except RuntimeError as error:
-            raise LostProcess(f"not all {self.size} ranks have called ppvae.fit: {error}") from None
+            raise LostProcess(f"not all {self.size} ranks have called it: {error}") from None
         store = distributed.distributed_c10d._get_default_store()
         where = f"ppvae/{self._group.group_name}"
         self._words = distributed.PrefixStore(where, store)  # type: ignore[attr-defined]
@@ -168,14 +167,14 @@ class Processes:
         if differ:
             more = f"\n  and {len(differ) - 5} more" if len(differ) > 5 else ""
             raise ValueError(
-                "the processes would train different runs; give all ranks the same:\n  "
+                "the processes would work on different things; give all ranks the same:\n  "
                 + "\n  ".join(differ[:5])
                 + more
             )
 
     # -- gradients -------------------------------------------------------------------------------
     @contextmanager
-    def joined(self, svi: SVI) -> Iterator[None]:
+    def joined(self, svi: Any) -> Iterator[None]:
         """Train as one: gradients summed over the processes, losses in the Fabric's precision."""
         alone = svi.synchronize, svi.autocast
         if self.size > 1:
@@ -286,11 +285,30 @@ class Processes:
         parts = index.tensor_split(min(self.size, max(1, len(index) // 2)))
         return parts[self.rank] if self.rank < len(parts) else index[:0]
 
+    def part(self, rows: int) -> slice:
+        """This process's part of so many rows in their order; parts differ by one row at most.
+
+        Example:
+            >>> Processes().part(5)
+            slice(0, 5, None)
+        """
+        first, last = (rank * rows // self.size for rank in (self.rank, self.rank + 1))
+        return slice(first, last)
+
     def own_seed(self, seed: int) -> int:
         """The seed itself on rank 0, another on each other rank."""
         if self.rank == 0:
             return seed
         return int(np.random.SeedSequence([seed, self.rank]).generate_state(1, np.uint64)[0]) >> 1
+
+    def draws(self, seed: int | None) -> int | None:
+        """The seed of this process's draws; None if they are drawn from its own stream.
+
+        Streams that were seeded alike would give the rows of two processes the same errors.
+        """
+        if seed is None and self.rank > 0:
+            seed = int(torch.randint(2**62, ()))
+        return None if seed is None else self.own_seed(seed)
 
     def own_draws(self) -> None:
         """Let torch's stream differ between processes that were seeded alike; rank 0 keeps its."""
