@@ -8,7 +8,9 @@ On each of two machines with 8 GPUs, with --out in a folder that they share:
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500
              examples/distributed.py --out /shared/run
 
-Interrupt it, or kill it, and give the same command again: it goes on where it ended.
+Under SLURM, one task for each GPU: ``srun python examples/distributed.py``; docs/training.md has the
+job script. Interrupt it, or kill it, and give the same command again: it goes on where it ended. The
+exit status is 75 where a signal has ended it before its time.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/distributed"))
     args = parser.parse_args(argv)
 
-    # What torchrun says about the processes; without it there is one.
-    here, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    # What torchrun or srun says about the processes; without them there is one.
+    torchrun, srun = ("LOCAL_WORLD_SIZE", "WORLD_SIZE"), ("SLURM_NTASKS_PER_NODE", "SLURM_NTASKS")
+    names = torchrun if "LOCAL_WORLD_SIZE" in os.environ else srun
+    here, world = (int(os.environ.get(name, 1)) for name in names)
     fabric = Fabric(
         devices=here,
         num_nodes=world // here,
@@ -66,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(history)
         if history.interrupted:
             print("interrupted: the same command goes on from here")
+    if history.interrupted:
+        raise SystemExit(75)  # EX_TEMPFAIL: try again
 
 
 if __name__ == "__main__":
