@@ -20,6 +20,7 @@ from ppvae.intake import for_training, part_of
 from ppvae.pairs import evaluation_mode, seeded
 from ppvae.program import one_thread
 from ppvae.train import refusals
+from ppvae.train.batches import Batch, Source
 from ppvae.train.callbacks import Callback, all_callbacks, all_loggers, log, overridden
 from ppvae.train.checkpoint import Checkpoints, checkpoints_for
 from ppvae.train.history import History
@@ -28,7 +29,7 @@ from ppvae.train.optimizer import moved
 from ppvae.train.processes import Processes
 from ppvae.train.refusals import resolve_device
 from ppvae.train.run import Progress, Run, state_of
-from ppvae.train.sources import Batch, Source, source
+from ppvae.train.sources import source
 from ppvae.train.svi import SVI
 from ppvae.wrapped import argument_names
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from ppvae.train.batches import Batch, Source
 from ppvae.train.callbacks import Callback, overridden
 from ppvae.train.checkpoint import (
     CheckpointError,
@@ -30,7 +31,6 @@ from ppvae.train.checkpoint import (
 )
 from ppvae.train.history import History
 from ppvae.train.processes import Processes
-from ppvae.train.sources import Batch, Source
 from ppvae.train.svi import SVI
 from ppvae.wrapped import title
 
