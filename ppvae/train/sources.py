@@ -7,7 +7,7 @@ batches, checks and numbers of rows, and never which kind it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -19,7 +19,7 @@ from ppvae.data.split import check_unit_interval
 from ppvae.train.batches import Batch, CountedBatches, Device, Source, checksum, kind, placed
 from ppvae.train.loaded import Loaded
 from ppvae.train.processes import Processes
-from ppvae.train.reader import read_ahead
+from ppvae.train.reader import AHEAD, read_ahead
 
 Stored = tuple[Sequence[Tensor], str]  # tensors, and in words what else makes up the data
 
@@ -108,10 +108,10 @@ class Kept(Source):
 
 
 class Streamed(Source):
-    """A split whose rows stay where they are, such as a file: a thread reads them ahead.
+    """A split, or a store, whose rows stay where they are: a thread reads them ahead.
 
     Args:
-        split: a ``data.Split`` with ``rows``.
+        split: a ``data.Split`` with ``rows``, or a ``data.Stored``.
         *args: of :class:`Source`.
     """
 
@@ -120,50 +120,79 @@ class Streamed(Source):
     def __init__(self, split: Any, *args: Any) -> None:
         super().__init__(*args)
         self._split, self.num_rows = split, len(split)
+        # so many batches that the next stretch is read while the last one is used
+        self._ahead = max(AHEAD, getattr(split, "stretch", 0) // self.batch_size)
 
     def epoch(self, seed: int, epoch: int, skip: int = 0) -> CountedBatches:
-        order = self._order(seed, epoch)
-        shares = self._shares(order, skip)
-        parts = [share if len(share) else order[:2] for share in shares]
-        with closing(self._read(parts, epoch)) as batches:
-            yield from zip(batches, map(len, shares), strict=True)
+        order: Iterable[Tensor] = [self._order(seed, epoch)]
+        if getattr(self._split, "is_mixed_in_windows", False) and not self.is_one_batch:
+            order = self._split.order(seed, epoch)
+        with closing(self._read(self._parts(order, skip), epoch)) as batches:
+            yield from batches
 
     def evaluation(self) -> Iterator[Batch]:
-        shares = self._shares(torch.arange(self.num_rows))
-        return self._read([share for share in shares if len(share)], 0)
+        starts = range(0, self.num_rows, self.batch_size)
+        order = (torch.arange(i, min(i + self.batch_size, self.num_rows)) for i in starts)
+        parts = ((part, rows) for part, rows in self._parts(order) if rows)
+        return (batch for batch, _ in self._read(parts, 0))
 
     def first(self) -> Batch:
         rows = min(max(self.batch_size, 2), self.num_rows)
-        with closing(self._read([torch.arange(rows)], 0)) as batches:
-            return next(batches)
+        with closing(self._read([(torch.arange(rows), rows)], 0)) as batches:
+            return next(batches)[0]
 
-    def _read(self, parts: list[Tensor], epoch: int) -> Generator[Batch, None, None]:
+    def _parts(self, order: Iterable[Tensor], skip: int = 0) -> Iterator[tuple[Tensor, int]]:
+        """This process's rows of each batch, and how many count: 0 if it has none of its own."""
+        others: Tensor | None = None
+        for i, index in enumerate(_cut(order, self.batch_size)):
+            others = index[:2] if others is None else others
+            if i >= skip:
+                share = self.processes.share(index)
+                yield share if len(share) else others, len(share)
+
+    def _read(self, parts: Iterable[tuple[Tensor, int]], epoch: int) -> CountedBatches:
         """The rows of each part. The thread reads; on CUDA it leaves the rest to the device."""
         pins = self.device is not None and self.device.type == "cuda"
         unseen = epoch == 0 or self._to_check is not None
 
-        def read(part: Tensor) -> Any:
+        def read(counted: tuple[Tensor, int]) -> tuple[Tensor, Any, int]:
+            part, count = counted
             rows = self._split.read(part)
             if unseen and self._split.binarize is not None:
                 check_unit_interval(rows[0], f"{self.label} (binarize='dynamic')")
             if pins:
-                return [None if tensor is None else tensor.pin_memory() for tensor in rows]
-            return present(rows, part)
+                return part, [None if t is None else t.pin_memory() for t in rows], count
+            return part, present(rows, part), count
 
         def present(rows: Any, part: Tensor) -> Batch:
             moved = (None if t is None else placed([t], self.device)[0] for t in rows)
             # an epoch has each row once, so the first row tells its batches apart
             return self._split.present(*moved, epoch=epoch, key=int(part[0]))
 
-        with closing(read_ahead(read, parts)) as ahead:
-            for part, rows in zip(parts, ahead, strict=True):
+        with closing(read_ahead(read, parts, self._ahead)) as ready:
+            for part, rows, count in ready:
                 batch = present(rows, part) if pins else rows
                 self._check_rows(batch)
-                yield batch
+                yield batch, count
         self._to_check = None  # all have been seen
 
     def facts(self) -> str:
+        if hasattr(self._split, "facts"):
+            return self._split.facts()
         return _fingerprint(*_stored(self._split))
+
+
+def _cut(order: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Batches of row numbers that come in pieces."""
+    rest = torch.empty(0, dtype=torch.long)
+    for rows in order:
+        rest = torch.cat([rest, rows]) if len(rest) else rows
+        for batch in rest.split(size):
+            if len(batch) == size:
+                yield batch
+        rest = rest[len(rest) // size * size :]
+    if len(rest):
+        yield rest
 
 
 def _rows(whole: Batch, index: Tensor) -> Batch:
