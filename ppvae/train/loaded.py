@@ -17,14 +17,16 @@ from torch.utils.data import (
 
 from ppvae.intake import by_name
 from ppvae.train.batches import Batch, CountedBatches, Source, checksum, kind, placed, single_row
-from ppvae.train.checkpoint import CheckpointError, rng_state, set_rng_state
+from ppvae.train.checkpoint import CheckpointError, plain, rng_state, set_rng_state
 
 
 class Loaded(Source):
     """A ``DataLoader``, which cuts and shuffles its batches itself.
 
-    To go on within an epoch, it is started again with the random streams of the start of the epoch,
-    and the batches that were used are loaded again; the last of them must be the same as then.
+    To go on within an epoch, the loader is put where it was before the last batch, if it can say
+    where that is (``state_dict``; without workers its data set's). Else, or if another batch comes
+    from there, it is started again with the random streams of the start of the epoch, and the
+    batches that were used are loaded again. Either way the last of them must be the same as then.
 
     Args:
         loader: a ``DataLoader``; it yields a tensor, tensors in tuples, or a dictionary of them.
@@ -47,7 +49,7 @@ class Loaded(Source):
         self._started = 0  # in which epoch that was: a sampler's order follows it
         # What the check has read of a stream, which may not be there a second time.
         self._first: Batch | None = None
-        self._begun: tuple[Iterator[Any], dict[str, Any], Any] | None = None
+        self._begun: tuple[Iterator[Any], dict[str, Any], Any, Any] | None = None
         # The number of rows is known only if the loader itself puts single rows together.
         takes_rows = loader.batch_size is not None and loader.collate_fn is default_collate
         self._counts_rows = takes_rows and hasattr(loader.sampler, "__len__")
@@ -55,6 +57,13 @@ class Loaded(Source):
         self.num_rows = len(loader.dataset) if is_counted else None
         # Without workers, its transforms draw from the same random streams as the particles.
         self._keeps_streams = saved and loader.num_workers == 0
+        # Who can be put in the middle of an epoch, where it was before the last batch, and where
+        # the data set begins: that of Hugging Face starts each later epoch where it was last put.
+        self._keeper = _keeper(loader) if saved else None
+        self._position: Any = None
+        self._is_moved = False
+        own = self._keeper is not None and _is_stateful(loader.dataset)
+        self._origin = loader.dataset.state_dict() if own else None
         self._streams_at_start: dict[str, Any] | None = None  # of the epoch, and own generators
         self._streams_before_last: dict[str, Any] | None = None  # before the last batch was loaded
         self._last_batch: Batch = ()
@@ -94,12 +103,13 @@ class Loaded(Source):
             began = {"streams": rng_state(), "generators": states}
             batches = iter(self._loader)
             before = rng_state() if self._keeps_streams else None
+            position = self._where()
             loaded = next(batches, _END)
             self._set_generators(states)
         if loaded is _END:
             raise ValueError(f"{self.label} is empty: the DataLoader yields no batch")
         if streams:
-            self._begun = chain([loaded], batches), began, before
+            self._begun = chain([loaded], batches), began, before, position
         first = placed(self._as_batch(loaded), self.device)
         self._first = first if streams else None
         return first
@@ -113,19 +123,21 @@ class Loaded(Source):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self._started)
         begun, self._begun = self._begun, None
-        before = None
+        before = position = None
         if skip:
             batches = self._start_after(skip, epoch)
         elif begun is not None:
-            batches, self._streams_at_start, before = begun
+            batches, self._streams_at_start, before, position = begun
         else:
+            self._rewind()
             generators = self._generator_states()
             self._streams_at_start = {"streams": rng_state(), "generators": generators}
             batches = iter(self._loader)
         self._taken = skip
         while True:
             self._streams_before_last = before or (rng_state() if self._keeps_streams else None)
-            before = None
+            self._position = self._where() if position is None else position
+            before = position = None
             loaded = next(batches, _END)
             if loaded is _END:
                 break
@@ -141,29 +153,43 @@ class Loaded(Source):
         self._to_check = None  # all have been seen
 
     def _start_after(self, skip: int, epoch: int) -> Iterator[Any]:
-        """Start the epoch again and pass over ``skip`` batches; leave the random streams as now.
+        """Go on after ``skip`` batches of the epoch; leave the random streams as now.
 
         Raises:
             CheckpointError: the last of these batches is not what it was.
         """
         assert self._streams_at_start is not None
-        now = rng_state()
-        set_rng_state(self._streams_at_start["streams"])
-        self._set_generators(self._streams_at_start["generators"])
-        batches = iter(self._loader)
-        for _ in range(skip - 1):  # only their order has to be right: what transforms draw differs,
-            next(batches, _END)  # since no particles are drawn between them
-        if self._streams_before_last is not None:
-            set_rng_state(self._streams_before_last)
-        batch = next(batches, _END)
-        if batch is _END or checksum(self._as_batch(batch)) != self._last_checksum:
-            raise CheckpointError(
-                f"{self.label}: the DataLoader does not yield the batches again that it yielded in "
-                f"epoch {epoch}: let order and transforms follow torch's stream or its generator=, "
-                "or resume from the end of an epoch (every_steps=None)"
-            )
-        set_rng_state(now)
-        return batches
+        now, places = rng_state(), [None] if self._position is None else [self._position, None]
+        for place in places:
+            set_rng_state(self._streams_at_start["streams"])
+            self._set_generators(self._streams_at_start["generators"])
+            self._rewind()
+            if place is not None:
+                self._keeper.load_state_dict(place)  # type: ignore[union-attr]
+                self._is_moved = True
+            batches = iter(self._loader)
+            for _ in range(skip - 1 if place is None else 0):  # only their order has to be right:
+                next(batches, _END)  # transforms draw otherwise, without particles between them
+            if self._streams_before_last is not None:
+                set_rng_state(self._streams_before_last)
+            batch = next(batches, _END)
+            if batch is not _END and checksum(self._as_batch(batch)) == self._last_checksum:
+                set_rng_state(now)
+                return batches
+        raise CheckpointError(
+            f"{self.label}: the DataLoader does not yield the batches again that it yielded in "
+            f"epoch {epoch}: let order and transforms follow torch's stream or its generator=, "
+            "or resume from the end of an epoch (every_steps=None)"
+        )
+
+    def _where(self) -> Any:
+        return None if self._keeper is None else self._keeper.state_dict()
+
+    def _rewind(self) -> None:
+        """Let the next pass through the data set begin at its beginning, if it would not."""
+        if self._is_moved and self._origin is not None:
+            self._loader.dataset.load_state_dict(self._origin)
+        self._is_moved = False
 
     def _as_batch(self, loaded: Any) -> Batch:
         batch = list(_flat(loaded))
@@ -236,12 +262,14 @@ class Loaded(Source):
             "began": self._streams_at_start if inside else None,
             "before": self._streams_before_last if inside else None,
             "known": known if inside else None,
+            "position": _if_plain(self._position) if inside else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._set_generators(state["generators"])
         self._streams_at_start, self._streams_before_last = state["began"], state["before"]
         self._last_checksum = state["known"]
+        self._position = state.get("position")  # absent in files of older versions
         if self._steps is not None:
             self._taken = state["taken"]
             self._started = state.get("started", 0)  # absent in files of older versions
@@ -273,6 +301,29 @@ def _left_open(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The same batches; the iterator is not closed when nobody asks for more."""
     for batch in batches:  # noqa: UP028 - yield from would close it
         yield batch
+
+
+def _is_stateful(value: Any) -> bool:
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+
+
+def _keeper(loader: Any) -> Any:
+    """The loader, or its data set, if that can say where in an epoch it is, and be put there."""
+    if loader.persistent_workers:  # their copies of the data set cannot be put back
+        return None
+    if _is_stateful(loader):
+        return loader
+    # with workers each has a copy of the data set, and is some batches ahead
+    own = loader.num_workers == 0 and isinstance(loader.dataset, IterableDataset)
+    return loader.dataset if own and _is_stateful(loader.dataset) else None
+
+
+def _if_plain(state: Any) -> Any:
+    """A state that a checkpoint can hold; else None, and the batches are loaded again."""
+    try:
+        return plain(state)
+    except TypeError:
+        return None
 
 
 def _is_read_once(dataset: Any) -> bool:
