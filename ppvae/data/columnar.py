@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,6 +114,32 @@ class Beside:
         if isinstance(self.columns, Mapping):
             return {name: store[which] for name, store in self.columns.items()}
         return tuple(store[which] for store in self.columns)
+
+
+class Mapped:
+    """A mapped file, whose rows the system fetches at once, and not each when it is touched.
+
+    Args:
+        array: a ``np.memmap``, or consecutive rows of one.
+    """
+
+    def __init__(self, array: Any) -> None:
+        self.array, self._map = array, array._mmap
+        begin = np.frombuffer(self._map, np.uint8).__array_interface__["data"][0]
+        self._start = array.__array_interface__["data"][0] - begin
+        self._asks = hasattr(self._map, "madvise") and array.strides[0] > 0  # not on Windows
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, which: Any) -> Any:
+        if self._asks and not isinstance(which, slice):
+            size = self.array.strides[0]
+            for row in which.tolist():
+                start = (self._start + row * size) // mmap.PAGESIZE * mmap.PAGESIZE
+                end = self._start + (row + 1) * size
+                self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
+        return self.array[which]
 
 
 class ArrayOfChunks:
@@ -249,13 +276,14 @@ def _store(value: Any) -> Any:
         return Groups(read, [data.row_group(i).num_rows for i in groups])
     if hasattr(value, "get_fragments"):  # a pyarrow.dataset.Dataset
         pieces = [piece for part in value.get_fragments() for piece in part.split_by_row_group()]
-        return Groups([piece.to_table for piece in pieces], [p.count_rows() for p in pieces])
+        sizes = [sum(group.num_rows for group in piece.row_groups) for piece in pieces]
+        return Groups([piece.to_table for piece in pieces], sizes)
     if hasattr(value, "take") and hasattr(value, "combine_chunks"):
         return Columns(value)
     if is_hugging_face(value):
         return value if value.format["type"] else value.with_format("numpy")
     if isinstance(value, (np.ndarray, Tensor)):
-        return value
+        return Mapped(value) if stays(value) else value
     if _is_array_of_chunks(value):
         return ArrayOfChunks(value)
     if hasattr(value, "to_numpy"):  # a column of a frame

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from functools import cached_property, lru_cache, partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -80,6 +80,7 @@ class Stored:
         self.arranged: Callable[[Any], Sequence[Any]] = in_order  # intake knows the arguments
         self.dtype = torch.get_default_dtype()
         self._start, self._stop = 0, len(self.rows)
+        self._held: dict[int, Any] = {}  # stretches, those last used at the end
         chunked = is_chunked(self.rows)
         self._window = window or (WINDOW if chunked else None)
         if self._window is not None:
@@ -96,7 +97,7 @@ class Stored:
             raise TypeError(f"Stored takes consecutive rows, as in stored[:1000], got [{part!r}]")
         start, stop, _ = part.indices(len(self))
         found = copy(self)
-        found.__dict__.pop("_read_stretch", None)  # what is read ahead is not shared
+        found._held = {}
         found.__dict__.pop("_facts", None)
         found._start, found._stop = self._start + start, self._start + max(start, stop)
         if self._window is not None:
@@ -157,9 +158,10 @@ class Stored:
             numbers = ascending.numpy()
             which = np.searchsorted(self._stretches, numbers, side="right") - 1
             parts = []
-            for i in np.unique(which):
+            needed = np.unique(which).tolist()
+            for i, rows in zip(needed, self._held_now(needed), strict=True):
                 inside = torch.from_numpy(numbers[which == i] - self._stretches[i])
-                parts.append(_each(self._read_stretch(int(i)), partial(_at, inside)))
+                parts.append(_each(rows, partial(_at, inside)))
             got = reduce(_joined, parts)
         back = torch.empty_like(place)
         back[place] = torch.arange(len(place))
@@ -207,13 +209,17 @@ class Stored:
         own = f"binarize={self.binarize!r}, seed={self.seed}"
         return f"{stop - start} stored rows of {kinds}{bounds}, {own}, checksum {found:08x}"
 
-    @cached_property
-    def _read_stretch(self) -> Callable[[int], Any]:
-        def read(i: int) -> Any:
-            start, stop = (self._start + self._stretches[i : i + 2]).tolist()
-            return self._raw(slice(start, stop))
-
-        return lru_cache(self.in_window + 1)(read)  # a batch may be of two windows
+    def _held_now(self, needed: Sequence[int]) -> list[Any]:
+        """Stretches as they are needed; a window of them and one are kept, those last used."""
+        found = {i: self._held.pop(i, None) for i in needed}
+        for i in sorted(needed, key=lambda i: found[i] is None):  # what is there first
+            if found[i] is None:
+                start, stop = (self._start + self._stretches[i : i + 2]).tolist()
+                found[i] = self._raw(slice(start, stop))
+            self._held[i] = found[i]
+            while len(self._held) > max(self.in_window + 1, len(needed)):
+                self._held.pop(next(iter(self._held)))
+        return list(found.values())
 
     def _raw(self, which: Any) -> Any:
         """Rows of the store as tensors, a tuple or a dictionary of them."""
