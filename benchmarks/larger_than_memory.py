@@ -14,6 +14,7 @@ removed in the end, and there must be room for it and 15 GB more.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import shutil
@@ -59,11 +60,11 @@ def write_parquet(path: Path, rows: int) -> None:
 
     width = EVENT // 4  # Parquet has no numbers of fewer bits than 32
     kind = pa.list_(pa.int32(), width)
-    with pq.ParquetWriter(
-        path, pa.schema({"x": kind}), compression="none", use_dictionary=False
-    ) as out:
+    schema = pa.schema({"x": kind})
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as out:
         for _, block in blocks(rows):
-            column = pa.FixedSizeListArray.from_arrays(pa.array(block.view(np.int32).reshape(-1)), width)
+            flat = pa.array(block.view(np.int32).reshape(-1))
+            column = pa.FixedSizeListArray.from_arrays(flat, width)
             out.write_table(pa.table({"x": column}), row_group_size=BLOCK)
 
 
@@ -160,17 +161,13 @@ def measure(kind: str, path: Path, seconds: float, folder: Path) -> dict[str, An
         ppvae.fit, data=stored, epochs=1, batch_size=BATCH, checkpoint=files, progress=False
     )
     svi: Any = pair()
-    try:
+    with contextlib.suppress(Enough):
         run(svi, callbacks=[watch])
-    except Enough:
-        pass
     wall = svi.ended - svi.began
     again: Any = pair()
     started = time.perf_counter()
-    try:
+    with contextlib.suppress(Enough):
         run(again, callbacks=[Watch(0.0)], resume=True)
-    except Enough:
-        pass
     return {
         "share": svi.steps * BATCH / len(stored),
         "mb": (svi.steps - 1) * BATCH * EVENT / 1e6 / wall,
@@ -193,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = int(args.gb * 1e9) // EVENT
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     print(f"{rows:,} rows of {EVENT:,} bytes, {args.gb:g} GB; memory {memory:.0f} GB")
-    print("| kind | part of an epoch | MB/s | of the time waiting | RSS | first step after resume |")
+    print("| kind | part of an epoch | MB/s | time waiting | RSS | first step after resume |")
     print("|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder, written = Path(name), None

@@ -255,6 +255,8 @@ def test_a_batch_mixes_a_window_and_each_chunk_is_read_once(wide):
     counts = torch.stack([(place // 40).bincount(minlength=20) for place in places])
     inner = counts[:, (counts > 0).sum(0) == min(wide, len(places))]
     assert inner[inner > 0].max() <= -(-40 // min(wide, len(places)))
+    other = [set((place // 40).tolist()) for place in stored.order(seed=3, epoch=3)]
+    assert other != seen
     store.asked.clear()
     cut = source("data", stored, 16, None, Processes(), False)
     batches = [batch for (batch,), _ in cut.epoch(3, 2)]

@@ -133,12 +133,13 @@ class Mapped:
         return len(self.array)
 
     def __getitem__(self, which: Any) -> Any:
-        if self._asks and not isinstance(which, slice):
-            size = self.array.strides[0]
-            for row in which.tolist():
-                start = (self._start + row * size) // mmap.PAGESIZE * mmap.PAGESIZE
-                end = self._start + (row + 1) * size
-                self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
+        if self._asks:
+            whole = isinstance(which, slice)
+            pieces = [(which.start, which.stop)] if whole else ((i, i + 1) for i in which.tolist())
+            for first, last in pieces:
+                start, end = (self._start + row * self.array.strides[0] for row in (first, last))
+                start -= start % mmap.PAGESIZE
+                self._map.madvise(mmap.MADV_WILLNEED, start, min(end, len(self._map)) - start)
         return self.array[which]
 
 
