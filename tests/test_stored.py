@@ -344,7 +344,15 @@ def test_a_double_pair_keeps_float64(tmp_path):
     assert stored.present(*stored.read(torch.arange(3)), epoch=1, key=0)[0].dtype == torch.float64
 
 
-def test_numbers_of_other_kinds(tmp_path):
+def test_columns_of_single_numbers_are_stacked_by_a_transform():
+    columns = {name: X[:, i] for i, name in enumerate("abcd")}
+    stored = data.Stored(columns, transform=lambda row: torch.stack(list(row.values()), 1))
+    expected = fit(vae(), torch.from_numpy(X), seed=-2)
+    assert numbers(fit(vae(), stored, seed=-2)) == numbers(expected)
+    assert fit(vae(), data.Stored(X, window=32), seed=-2).rows
+
+
+def test_numbers_of_other_kinds():
     for kind in ("uint16", "uint32", ">f4", "float16", "bool"):
         got = data.Stored(X.astype(kind), window=9).read(torch.tensor([5, 3]))[0]
         assert torch.equal(got.float(), torch.from_numpy(X)[[5, 3]])
@@ -415,8 +423,11 @@ def test_shards_pick_and_cut_alike():
     index = np.array([0, 4, 5, 11])
     assert both[index].tolist() == index.tolist()
     assert both[3:9].tolist() == [*range(3, 9)]
-    chunked = Shards([Chunks(np.arange(5), [0, 2, 5]), np.arange(5, 12)])
-    assert chunked.chunk_offsets.tolist() == [0, 2, 5, 12]
+    one, other = Chunks(np.arange(5), [0, 2, 5]), Chunks(np.arange(5, 12), [0, 3, 7])
+    assert Shards([one, np.arange(5, 12)]).chunk_offsets.tolist() == [0, 2, 5, 12]
+    chunked = Shards([one, other])
+    assert chunked.chunk_offsets.tolist() == [0, 2, 5, 8, 12]
+    assert chunked[4:7].tolist() == [4, 5, 6]
 
 
 class StopAt(ppvae.Callback):

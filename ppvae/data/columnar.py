@@ -262,7 +262,11 @@ def _is_array_of_chunks(value: Any) -> bool:
 
 def _is_arrow(value: Any) -> bool:
     files = hasattr(value, "read_row_group") or hasattr(value, "get_fragments")
-    return files or (hasattr(value, "take") and hasattr(value, "combine_chunks"))
+    return files or _is_arrow_table(value)
+
+
+def _is_arrow_table(value: Any) -> bool:
+    return all(hasattr(value, name) for name in ("take", "combine_chunks", "num_rows"))
 
 
 def _store(value: Any) -> Any:
@@ -279,7 +283,7 @@ def _store(value: Any) -> Any:
         pieces = [piece for part in value.get_fragments() for piece in part.split_by_row_group()]
         sizes = [sum(group.num_rows for group in piece.row_groups) for piece in pieces]
         return Groups([piece.to_table for piece in pieces], sizes)
-    if hasattr(value, "take") and hasattr(value, "combine_chunks"):
+    if _is_arrow_table(value):
         return Columns(value)
     if is_hugging_face(value):
         return value if value.format["type"] else value.with_format("numpy")

@@ -35,8 +35,8 @@ class Stored:
     random, in equal numbers, to the w places of the window that see it (fewer at both ends), and
     the rows that belong to a place are shuffled and cut into batches. So each stretch is read once
     an epoch, w + 1 are in memory, and a batch mixes w of them. This is **no** uniform permutation:
-    rows further apart than a window are never neighbours. Rows sorted by class want a window of
-    several classes. The order is a function of (seed, epoch).
+    the rows of a stretch come within w places of each other, so a batch of rows that are stored by
+    class has only the classes of w stretches. The order is a function of (seed, epoch).
 
     Args:
         *rows: a store, or several with the same columns, one after the other. A store may be a
@@ -129,6 +129,7 @@ class Stored:
             seed: together with the epoch it makes the order.
             epoch: 1, 2, ...
         """
+        seed %= 2**63  # a negative one is one, too
         bounds, wide = self._stretches, self.in_window
         count = len(bounds) - 1
         places = count - wide + 1
