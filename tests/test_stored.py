@@ -632,10 +632,13 @@ def test_killed_at_many_random_moments(name, tmp_path):
     started = time.perf_counter()
     assert os.waitpid(life(name, tmp_path, tmp_path / "whole.pt"), 0)[1] == 0
     seconds, rng, killed = time.perf_counter() - started, random.Random(name), 0
+    files = Checkpoints(tmp_path / "cut", every_steps=3, keep=2)
     for _ in range(200):
-        pid = life(name, tmp_path, tmp_path / "cut.pt")
+        before, pid = files.paths(), life(name, tmp_path, tmp_path / "cut.pt")
         if killed < 8:
-            time.sleep(rng.uniform(0.3, 1.0) * seconds)
+            while files.paths() == before and not (tmp_path / "cut.pt").exists():
+                time.sleep(0.005)  # it has come further than the life before
+            time.sleep(rng.uniform(0.0, 0.15) * seconds)
             os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         killed += os.WIFSIGNALED(status)
