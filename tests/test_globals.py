@@ -13,7 +13,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 import oracles
@@ -542,6 +542,72 @@ def test_an_automatic_guide_is_evaluated_by_its_noise() -> None:
     assert ppvae.log_weights(model, local, X).log_global is None
 
 
+def test_a_report_is_of_the_rows_given_draws_and_has_the_globals_beside() -> None:
+    """With exact locals each column is a closed form at the draws that the report shows."""
+    report = ppvae.diagnose(Model(), Guide(1.3), X, num_particles=50, num_globals=40, seed=0)
+    joint, g = report.joint, report.joint.draws["g"][:, None]
+    exact = dist.Normal(g, math.sqrt(1.25)).log_prob(X)
+    q = dist.Normal((g + 4 * X) / 5, 0.2**0.5)
+    kl = dist.kl.kl_divergence(q, dist.Normal(g, 1.0))
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-6)
+    close(report.log_evidence, exact.mean(0)), close(report.elbo, exact.mean(0))
+    close(report.log_evidence_se, exact.std(0) / 40**0.5), close(report.kl["z"], kl.mean(0))
+    assert report.mean_mc_se == pytest.approx(exact.mean(1).std().item() / 40**0.5, abs=1e-6)
+    close(report.posterior_mean["z"][:, 0], q.mean.mean(0))
+    close(report.activity["z"][0], 0.64 * X.var())
+    second = (q.mean.square() + 0.2).mean()
+    close(report.marginal_sd["z"][0], (second - q.mean.mean().square()).sqrt())
+    ratio = dist.Normal(0.0, 2.0).log_prob(g) - dist.Normal(MEAN, 1.3 * SD).log_prob(g)
+    close(joint.log_global, ratio[:, 0]), close(joint.log_weights, ratio[:, 0] + exact.sum(1))
+    assert abs(joint.log_evidence - EVIDENCE) < 4.5 * joint.se < 0.5
+    assert set(report.absent) >= {"mutual information", "divergence over simulations"}
+    shown = repr(report)
+    for said in ("40 draws of the globals", "log p(X) of all rows", "KL of global 'g'", "\ng 0."):
+        assert said in shown
+    assert report.verdict[0].startswith("k-hat <= 0.7 of the globals: log p(X)")
+    for refused in (report.to_arviz, report.to_elpd):
+        with pytest.raises(ValueError, match="diagnostics.to_arviz"):
+            refused()
+
+
+def test_a_report_has_means_over_the_draws_and_the_worst_khat(tmp_path) -> None:
+    """Against the pair at one draw after the other, with locals that miss for some draws."""
+    model, guide = Model(), Guide(1.4, 0.5, 0.0)
+    report = ppvae.diagnose(model, guide, X, num_particles=60, num_globals=4, seed=0)
+    torch.manual_seed(0)
+    each = []
+    for _ in range(4):
+        pair = diagnostics.given_globals(model, guide, X)
+        each.append(diagnostics.log_evidence(*pair, X, num_particles=60))
+    by_draw = {n: torch.stack([getattr(e, n) for e in each]) for n in ("khat", "gap", "ess")}
+    assert (by_draw["khat"].amax(0) - by_draw["khat"].mean(0) > 0.05).all()  # they differ
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-10)
+    close(report.khat, by_draw["khat"].amax(0)), close(report.ess, by_draw["ess"].mean(0))
+    close(report.gap, by_draw["gap"].mean(0)), close(report.gap_se, by_draw["gap"].std(0) / 2)
+    assert "4 draws of the globals are too few for their k-hat" in report.verdict[0]
+    page = report.to_html(tmp_path / "page.html").read_text()
+    assert '<table id="globals">' in page and "log p(x | g)" in page
+    assert f'data-value="{report.joint.table.loc["g", "weighted_sd"]}"' in page
+
+
+def test_a_point_mass_has_no_evidence() -> None:
+    """Its log q is 0, so that the density of data and point would be called log p(X)."""
+    model, _ = pair_with(lambda x: pyro.sample("g", dist.Normal(0.0, 1.0)))
+    for evaluate in (diagnostics.joint_evidence, ppvae.diagnose, diagnostics.to_arviz):
+        with pytest.raises(ValueError, match="'g' is a point mass in the guide"):
+            evaluate(model, AutoDelta(model), X)
+    diagnostics.log_predictive(model, AutoDelta(model), X)  # p(x | the point)
+
+    def local(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x))
+
+    for make in (AutoNormal, AutoMultivariateNormal):
+        guide = guides.Global(make, Model(), X, local=local)
+        with pytest.raises(ValueError, match="'z' is a point mass in the guide"):
+            diagnostics.log_predictive(Model(), guide, X)
+
+
 def test_a_pair_at_one_draw_is_an_ordinary_one() -> None:
     pair = diagnostics.given_globals(Model(), Guide(1.3), X, seed=0)
     report = ppvae.diagnose(*pair, X, num_particles=50, seed=0)
@@ -822,9 +888,7 @@ def test_losses_of_pyro_refuse_globals_unless_joint() -> None:
     ppvae.SVI(Model(), Guide(), loss=Trace_ELBO()).prepare(X, joint=True)
 
 
-@pytest.mark.parametrize(
-    "name", ["log_evidence", "sbc", "gaps", "simulated_divergence", "diagnose"]
-)
+@pytest.mark.parametrize("name", ["log_evidence", "sbc", "gaps", "simulated_divergence"])
 def test_evaluators_of_rows_refuse_globals(name: str) -> None:
     with pytest.raises(ValueError, match=r"'g' lies outside.*log_predictive and joint_evidence"):
         getattr(diagnostics, name)(Model(), Guide(), X)
