@@ -4,6 +4,7 @@ The oracle is a hierarchical normal, g ~ N(0, 2), z_n ~ N(g, 1), x_n ~ N(z_n, 0.
 """
 
 import functools
+import inspect
 import math
 import pickle
 
@@ -888,12 +889,108 @@ def test_losses_of_pyro_refuse_globals_unless_joint() -> None:
     ppvae.SVI(Model(), Guide(), loss=Trace_ELBO()).prepare(X, joint=True)
 
 
-@pytest.mark.parametrize("name", ["log_evidence", "sbc", "gaps", "simulated_divergence"])
-def test_evaluators_of_rows_refuse_globals(name: str) -> None:
-    with pytest.raises(ValueError, match=r"'g' lies outside.*log_predictive and joint_evidence"):
-        getattr(diagnostics, name)(Model(), Guide(), X)
+# ------------------------------------------------------------------------------ every verb
+
+RIGHT = {  # and the test that says so
+    "check_pair": "test_scalars_events_and_plates_are_summed_whole",
+    "diagnose": "test_a_report_is_of_the_rows_given_draws_and_has_the_globals_beside",
+    "fit": "test_fit_finds_the_posterior_from_minibatches",
+    "fit_many": "test_members_of_many_seeds_have_globals_of_their_own",
+    "given_globals": "test_a_pair_at_one_draw_is_an_ordinary_one",
+    "joint_evidence": "test_the_evidence_of_all_rows",
+    "load": "test_a_pair_is_saved_with_its_globals",
+    "log_predictive": "test_the_predictive_density_of_new_rows",
+    "log_weights": "test_scalars_events_and_plates_are_summed_whole",
+    "save": "test_a_pair_is_saved_with_its_globals",
+    "to_arviz": "test_leave_one_out_by_arviz_is_right",
+}
+NO_WEIGHT = r"site 'g' lies outside.*log_predictive and joint_evidence.*given_globals"
+NO_ROW = r"latent 'g' lies outside.*given_globals"
+REFUSES = {  # by name, and with a cure
+    "ais": (lambda m, g: diagnostics.ais(m, g, X), NO_ROW),
+    "bdmc": (lambda m, g: diagnostics.bdmc(m, g, X), NO_WEIGHT),
+    "compare": (lambda m, g: ppvae.compare(m, g, X, {"a": elbo.ELBO()}), NO_WEIGHT),
+    "compare_posteriors": (
+        lambda m, g: diagnostics.compare_posteriors(m, g, X, reference=None),
+        NO_ROW,
+    ),
+    "encode": (lambda m, g: ppvae.encode(g, X), NO_ROW),
+    "fit_prior": (
+        lambda m, g: ppvae.fit_prior(ppvae.conditionals.StandardNormal(1), g, X, epochs=1),
+        NO_ROW,
+    ),
+    "gaps": (lambda m, g: diagnostics.gaps(m, g, X), NO_WEIGHT),
+    "generate": (lambda m, g: ppvae.generate(m, 3, like=X), f"{NO_ROW[:-13]}prior.*given_globals"),
+    "hmc": (lambda m, g: diagnostics.hmc(m, g, X), NO_ROW),
+    "impute": (lambda m, g: ppvae.impute(m, g, X), NO_WEIGHT),
+    "log_evidence": (lambda m, g: diagnostics.log_evidence(m, g, X), NO_WEIGHT),
+    "log_prob": (lambda m, g: ppvae.log_prob(m, g, X), NO_WEIGHT),
+    "metropolis": (lambda m, g: diagnostics.metropolis(m, g, X), NO_ROW),
+    "moment_match": (lambda m, g: guides.moment_match(m, g, X), "one latent.*'g'"),
+    "nuts": (lambda m, g: diagnostics.nuts(m, X), NO_ROW),
+    "predictive_check": (
+        lambda m, g: diagnostics.predictive_check(m, g, X, statistics={"x": lambda x: x}),
+        NO_WEIGHT,
+    ),
+    "quadrature": (lambda m, g: diagnostics.quadrature(m, g, X), NO_ROW),
+    "reconstruct": (lambda m, g: ppvae.reconstruct(m, g, X), NO_WEIGHT),
+    "reverse_ais": (
+        lambda m, g: diagnostics.reverse_ais(m, g, X, draws=torch.zeros(1, 4, 1)),
+        NO_ROW,
+    ),
+    "sbc": (lambda m, g: diagnostics.sbc(m, g, X), NO_WEIGHT),
+    "simulated_divergence": (lambda m, g: diagnostics.simulated_divergence(m, g, X), NO_WEIGHT),
+    "total_correlation": (lambda m, g: diagnostics.total_correlation(g, X), "'g'.*one latent"),
+}
+OF_OTHERS = {"log_q_of_labels", "plates"}  # of M2; of a structure
 
 
-def test_chains_refuse_globals() -> None:
-    with pytest.raises(ValueError, match="'g' lies outside the plate 'data'"):
-        diagnostics.hmc(Model(), Guide(), X)
+def verbs() -> set[str]:
+    """The public functions that take a program, or what trains one."""
+    parts = (ppvae, diagnostics, guides, ppvae.plots, ppvae.verbs)
+    functions = [(name, getattr(part, name)) for part in parts for name in part.__all__]
+    asked = {"model", "guide", "svi", "make"}
+    return {
+        name
+        for name, function in functions
+        if inspect.isfunction(function) and asked & set(inspect.signature(function).parameters)
+    }
+
+
+def test_each_verb_takes_globals_or_refuses_them() -> None:
+    assert verbs() == RIGHT.keys() | REFUSES.keys() | OF_OTHERS
+    assert set(RIGHT.values()) <= globals().keys()
+
+
+@pytest.mark.parametrize("name", REFUSES)
+def test_what_a_verb_refuses_is_named_with_a_cure(name: str) -> None:
+    call, message = REFUSES[name]
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        call(Model(), Guide(1.3))
+    if name not in ("generate", "fit_prior"):
+        assert torch.equal(before, torch.get_rng_state())  # before work is spent
+
+
+def test_members_of_many_seeds_have_globals_of_their_own() -> None:
+    """Each is its lone run."""
+
+    def make() -> ppvae.SVI:
+        return ppvae.SVI(Model(), Guide(1.3, 1.5, 0.1), ADAM, elbo.ELBO(2))
+
+    options = {"epochs": 2, "batch_size": 2, "progress": False}
+    both = ppvae.fit_many(make, X, seeds=[0, 1], **options)
+    pyro.set_rng_seed(1)
+    alone = make()
+    ppvae.fit(alone, X, seed=1, **options)
+    member = both.svis[1]
+    pairs = zip(alone.objective.parameters(), member.objective.parameters(), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_a_pair_is_saved_with_its_globals(tmp_path) -> None:
+    ppvae.save(tmp_path, Model(), Guide(1.3))
+    model, guide = Model(), Guide()
+    saved = ppvae.load(tmp_path, make=lambda: (model, guide))
+    assert saved.guide.sd.item() == pytest.approx(1.3 * SD)
