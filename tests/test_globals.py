@@ -923,6 +923,7 @@ REFUSES = {  # by name, and with a cure
     "generate": (lambda m, g: ppvae.generate(m, 3, like=X), f"{NO_ROW[:-13]}prior.*given_globals"),
     "hmc": (lambda m, g: diagnostics.hmc(m, g, X), NO_ROW),
     "impute": (lambda m, g: ppvae.impute(m, g, X), NO_WEIGHT),
+    "local_c2st": (lambda m, g: diagnostics.local_c2st(m, g, X), NO_WEIGHT),
     "log_evidence": (lambda m, g: diagnostics.log_evidence(m, g, X), NO_WEIGHT),
     "log_prob": (lambda m, g: ppvae.log_prob(m, g, X), NO_WEIGHT),
     "metropolis": (lambda m, g: diagnostics.metropolis(m, g, X), NO_ROW),
