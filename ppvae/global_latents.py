@@ -83,8 +83,8 @@ def require_of_rows(sites: Sites, why: str) -> None:
     for name, site in sites.items():
         if is_global(site) and not site["infer"].get("was_observed"):
             raise ValueError(
-                f"latent {name!r} lies outside the plate {DATA_PLATE!r}, so it is of no row: {why}; "
-                "take the pair at one draw of it, diagnostics.given_globals(model, guide, x)"
+                f"latent {name!r} lies outside the plate {DATA_PLATE!r}, so it is of no row: {why}"
+                "; take the pair at one draw of it, diagnostics.given_globals(model, guide, x)"
             )
 
 

@@ -164,7 +164,7 @@ def test_slopes_that_jump_are_refused_in_training(case, trained) -> None:
     if trained == "model" and isinstance(guide, torch.nn.Module):
         guide.requires_grad_(False)
     estimator = elbo.AnnealedELBO(num_temperatures=2)
-    with pytest.raises(ValueError, match="slope of log p.*jumps.*activation=nn.Softplus"):
+    with pytest.raises(ValueError, match=r"slope of log p.*jumps.*activation=nn.Softplus"):
         estimator(model, guide)(x)
     assert estimator.evaluate(model, guide, x).isfinite().all()
     elbo.AnnealedELBO(step=0.0)(model, guide)(x)

@@ -567,7 +567,7 @@ def test_a_report_is_of_the_rows_given_draws_and_has_the_globals_beside() -> Non
         assert said in shown
     assert report.verdict[0].startswith("k-hat <= 0.7 of the globals: log p(X)")
     for refused in (report.to_arviz, report.to_elpd):
-        with pytest.raises(ValueError, match="diagnostics.to_arviz"):
+        with pytest.raises(ValueError, match=r"diagnostics\.to_arviz"):
             refused()
 
 

@@ -61,9 +61,9 @@ def diagnose(
     Programs run in evaluation mode.
 
     Of a pair with latents outside the data plate all of this is of the rows given the globals,
-    averaged over S draws of them: E_q(g) log p(x | g), and the worst k-hat of the S. Beside it stand
-    the evidence of all rows together and a table of the globals, as :func:`joint_evidence` has
-    them. Mutual information and simulations are left out.
+    averaged over S draws of them: E_q(g) log p(x | g), and the worst k-hat of the S. Beside it
+    stand the evidence of all rows together and a table of the globals, as :func:`joint_evidence`
+    has them. Mutual information and simulations are left out.
 
     Args:
         model, guide: Pyro programs, ppvae's or your own.

@@ -385,7 +385,7 @@ def at_a_draw(
     model: Program, guide: Program, args: Sequence[Any]
 ) -> tuple[tuple[Program, Program], LogWeights]:
     """The pair at a draw of its globals, and the weights of the rows ``args`` at it."""
-    weights = whole_weights(model, guide, args, {}, 1, with_globals=True)
+    weights = whole_weights(model, guide, tuple(args), {}, 1, with_globals=True)
     nodes = weights.guide_trace.nodes
     drawn = {name: nodes[name]["value"].detach() for name in weights.global_q}
     shared = {name: drawn[name] for name in weights.global_p}

@@ -230,9 +230,9 @@ def _in_units(
     one are treated alike.
     """
     with particle_plate(structure(guide, guide, args, {}), num_moments + num_used):
-        drawn = sample_sites(trace(guide, args, {}))
+        sites = sample_sites(trace(guide, args, {}))
     n = count_rows(args)
-    drawn = _flat(drawn, names, num_moments + num_used, n)
+    drawn = _flat(sites, names, num_moments + num_used, n)
     used, others = drawn[:num_used], drawn[num_used:]
     if truth is not None:
         used = torch.cat([_flat(sample_sites(truth), names, 1, n), used])
