@@ -522,9 +522,10 @@ def loader_of_none():
     return DataLoader([torch.from_numpy(row) for row in X], 16)
 
 
-def stateful(workers=0, shuffle=False, stream=True):
+def stateful(workers=0, shuffle=False, stream=True, rows=None):
     loaders = pytest.importorskip("torchdata.stateful_dataloader")
-    rows = Counter() if stream else [torch.from_numpy(row) for row in X]
+    if rows is None:
+        rows = Counter() if stream else [torch.from_numpy(row) for row in X]
     return loaders.StatefulDataLoader(rows, 16, num_workers=workers, shuffle=shuffle or None)
 
 
@@ -536,6 +537,10 @@ def shards(shuffle=False):
 
 STREAMS = {
     "counter": lambda folder: DataLoader(Counter(), 16),
+    "counter_steps": lambda folder: DataLoader(Counter(), 16),
+    "stateful_steps": lambda folder: stateful(shuffle=True, stream=False),
+    "stateful_hugging_face": lambda folder: stateful(rows=shards()),
+    "stateful_hugging_face_workers": lambda folder: stateful(workers=2, rows=shards()),
     "buffered": lambda folder: DataLoader(Buffered(), 16),
     "hugging_face_stream": lambda folder: shards(),
     "hugging_face_shuffled": lambda folder: shards(shuffle=True),
@@ -562,7 +567,10 @@ def killable(name, folder, result, kill_at=None):
     train = KILLED[name](folder)
     files = Checkpoints(folder / result.stem, every_steps=3, keep=2)
     valid = (X[:21], Y[:21]) if name in LABELLED else X[:21]
-    history = fit(svi, train, valid=valid, checkpoint=files, resume=True, callbacks=[Kill()])
+    steps = {"steps_per_epoch": 9} if "steps" in name else {}  # the loader has 7
+    history = fit(
+        svi, train, valid=valid, checkpoint=files, resume=True, callbacks=[Kill()], **steps
+    )
     found = {"rows": numbers(history), "svi": plain(svi.state_dict())}
     torch.save(found, result.with_suffix(".unfinished"))
     result.with_suffix(".unfinished").replace(result)
