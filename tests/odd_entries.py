@@ -267,6 +267,10 @@ ENTRIES = {
         diagnostics.simulated_divergence, {"num_simulations": 100, "num_draws": 2},
         {"seed": "seed", **counts("num_simulations", "num_draws", "max_rows")},
     ),
+    "local_c2st": of_pair(
+        diagnostics.local_c2st, {"num_simulations": 100, "num_draws": 20, "num_null": 19},
+        {"seed": "seed", **counts("num_simulations", "num_draws", "num_null", "max_rows")},
+    ),
     "log_predictive": of_globals(
         diagnostics.log_predictive, {"num_globals": 3, "num_particles": 2}, GLOBAL
     ),
