@@ -153,7 +153,7 @@ ENTRIES = {
     "log_weights": of_pair(ppvae.log_weights, {}, counts("num_particles")),
     "diagnose": of_pair(
         ppvae.diagnose, {"num_particles": 30},
-        {**counts("num_particles", "max_rows", "num_aggregate"), "threshold": "number",
+        {**counts("num_particles", "max_rows", "num_aggregate", "num_globals"), "threshold": "number",
          "seed": "seed"},
     ),
     "log_evidence": of_pair(
