@@ -522,11 +522,13 @@ def loader_of_none():
     return DataLoader([torch.from_numpy(row) for row in X], 16)
 
 
-def stateful(workers=0, shuffle=False, stream=True, rows=None):
+def stateful(workers=0, shuffle=False, stream=True, rows=None, generator=None):
     loaders = pytest.importorskip("torchdata.stateful_dataloader")
     if rows is None:
         rows = Counter() if stream else [torch.from_numpy(row) for row in X]
-    return loaders.StatefulDataLoader(rows, 16, num_workers=workers, shuffle=shuffle or None)
+    return loaders.StatefulDataLoader(
+        rows, 16, num_workers=workers, shuffle=shuffle or None, generator=generator
+    )
 
 
 def shards(shuffle=False):
@@ -546,6 +548,9 @@ STREAMS = {
     "hugging_face_shuffled": lambda folder: shards(shuffle=True),
     "stateful": lambda folder: stateful(),
     "stateful_shuffled": lambda folder: stateful(shuffle=True, stream=False),
+    "stateful_generator": lambda folder: stateful(
+        shuffle=True, stream=False, generator=torch.Generator().manual_seed(5)
+    ),
     "stateful_workers": lambda folder: stateful(workers=2, shuffle=True, stream=False),
 }
 

@@ -32,7 +32,7 @@ class Stored:
     tensor. Chunks would be read many times so. There, stretches of whole chunks, of 1/16 of
     ``window`` rows or more, are put in an order at random. A window of w = window / stretch of
     them moves along it, each stretch as long in it as the window is over it; its rows are dealt at
-    random, in equal numbers, to the w places of the window that see it (fewer at both ends), and
+    random, in numbers that differ by one at most, to the w places of the window that see it (fewer at both ends), and
     the rows that belong to a place are shuffled and cut into batches. So each stretch is read once
     an epoch, w + 1 are in memory, and a batch mixes w of them. This is **no** uniform permutation:
     the rows of a stretch come within w places of each other, so a batch of rows that are stored by
@@ -140,8 +140,10 @@ class Stored:
                 seen_from = range(max(0, i - wide + 1), min(i, places - 1) + 1)
                 start, stop = map(int, bounds[stretch[i] : stretch[i] + 2])
                 rows = start + _permutation(stop - start, seed, epoch, 1, i)
-                for j, part in zip(seen_from, rows.tensor_split(len(seen_from)), strict=True):
-                    dealt[j].append(part)
+                parts = rows.tensor_split(len(seen_from))  # the first ones may have a row more
+                order = _permutation(len(parts), seed, epoch, 3, i).tolist()
+                for j, which in zip(seen_from, order, strict=True):
+                    dealt[j].append(parts[which])
             here = torch.cat(dealt[place])
             dealt[place] = []
             yield here[_permutation(len(here), seed, epoch, 2, place)]

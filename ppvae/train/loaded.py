@@ -160,6 +160,7 @@ class Loaded(Source):
         """
         assert self._streams_at_start is not None
         now, places = rng_state(), [None] if self._position is None else [self._position, None]
+        generators = self._generator_states()
         for place in places:
             set_rng_state(self._streams_at_start["streams"])
             self._set_generators(self._streams_at_start["generators"])
@@ -175,6 +176,7 @@ class Loaded(Source):
             batch = next(batches, _END)
             if batch is not _END and checksum(self._as_batch(batch)) == self._last_checksum:
                 set_rng_state(now)
+                self._set_generators(generators)
                 return batches
         raise CheckpointError(
             f"{self.label}: the DataLoader does not yield the batches again that it yielded in "
