@@ -8,9 +8,9 @@ On each of two machines with 8 GPUs, with --out in a folder that they share:
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500
              examples/distributed.py --out /shared/run
 
-Interrupt it, or kill it, and give the same command again: it goes on where it ended. If it was asked
-to end early, its exit status is 75, by which a job script knows that there is more to do; with srun
-and torchrun --max-restarts, see "Several devices and machines" in docs/training.md.
+Interrupt it, or kill it, and give the same command again: it goes on where it ended. Asked to end
+early, it ends with status 75, by which a job script knows that there is more to do. With SLURM and
+with torchrun --max-restarts: "Several devices and machines" in docs/training.md.
 """
 
 from __future__ import annotations

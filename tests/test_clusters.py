@@ -52,7 +52,9 @@ def run(command, folder, **environment):
 def whole(tmp_path_factory):
     """What a run of two processes saves that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
-    done = run([*TORCHRUN, "--nproc-per-node=2", EXAMPLE, "--epochs", EPOCHS, "--out", "run"], folder)
+    done = run(
+        [*TORCHRUN, "--nproc-per-node=2", EXAMPLE, "--epochs", EPOCHS, "--out", "run"], folder
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return Checkpoints(folder / "run").load()
 
@@ -79,14 +81,17 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_is_that_of_none_killed(tm
     script = tmp_path / "killed.py"
     script.write_text(KILLED, encoding="utf-8")
     restarts = [*TORCHRUN, "--max-restarts=3", "--nproc-per-node=2"]
-    done = run([*restarts, script, "--epochs", EPOCHS, "--out", "run"], tmp_path)
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # of each restart
+    done = run([*restarts, script, "--epochs", EPOCHS, "--out", "run"], tmp_path, **own_store)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "killed").exists()
-    assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr, done.stderr[-2000:]
+    assert "exitcode: -9" in done.stderr
     assert_same(whole, Checkpoints(tmp_path / "run").load())
 
     # as elastic torchrun does when a machine is gone and --nnodes=1:2 goes on without it
-    done = run([*TORCHRUN, "--nproc-per-node=1", EXAMPLE, "--epochs", "13", "--out", "run"], tmp_path)
+    done = run(
+        [*TORCHRUN, "--nproc-per-node=1", EXAMPLE, "--epochs", "13", "--out", "run"], tmp_path
+    )
     assert done.returncode != 0
     assert "processes: 2 then, 1 now" in done.stderr
 
