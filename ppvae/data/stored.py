@@ -32,11 +32,12 @@ class Stored:
     tensor. Chunks would be read many times so. There, stretches of whole chunks, of 1/16 of
     ``window`` rows or more, are put in an order at random. A window of w = window / stretch of
     them moves along it, each stretch as long in it as the window is over it; its rows are dealt at
-    random, in numbers that differ by one at most, to the w places of the window that see it (fewer at both ends), and
-    the rows that belong to a place are shuffled and cut into batches. So each stretch is read once
-    an epoch, w + 1 are in memory, and a batch mixes w of them. This is **no** uniform permutation:
-    the rows of a stretch come within w places of each other, so a batch of rows that are stored by
-    class has only the classes of w stretches. The order is a function of (seed, epoch).
+    random, in numbers that differ by one at most, to the w places of the window that see it (fewer
+    at both ends), and the rows that belong to a place are shuffled and cut into batches. So each
+    stretch is read once an epoch, w + 1 are in memory, and a batch mixes w of them. This is **no**
+    uniform permutation: the rows of a stretch come within w places of each other, so a batch of
+    rows that are stored by class has only the classes of w stretches. The order is a function of
+    (seed, epoch).
 
     Args:
         *rows: a store, or several with the same columns, one after the other. A store may be a
