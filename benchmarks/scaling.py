@@ -27,7 +27,7 @@ from lightning_fabric import Fabric
 from workloads import WORKLOADS
 
 import ppvae
-from ppvae.train.processes import Processes
+from ppvae.processes import Processes
 
 
 def train(fabric: Fabric, args: argparse.Namespace, name: str, rows: int) -> dict[str, Any]:
