@@ -59,7 +59,8 @@ def sbatch(script, *arguments):
 
 
 def srun(*command):
-    command = [word for word in command if not word.startswith("--")]
+    while command[0].startswith("--"):  # options of srun
+        command = command[1:]
     size = int(os.environ["SLURM_NTASKS"])
     tasks = []
     for rank in range(size):
