@@ -45,9 +45,9 @@ test: $(VENV)/.installed ## the fast tests and every docstring example
 test-slow: $(VENV)/.installed ## only the slow tests; SHARD=1/8 for the first eighth of them
 	$(PY) -m pytest -q -m "slow and not cuda" $(if $(SHARD),--shard $(SHARD))
 
-test-intake: $(VENV)/.installed ## containers of polars, AnnData and Hugging Face, with these installed
+test-intake: $(VENV)/.installed ## containers and stores of polars, AnnData, Arrow, zarr and Hugging Face, with these installed
 	$(PIP) install --progress-bar off -c constraints.txt -e '.[intake]'
-	$(PY) -m pytest -q tests/test_intake.py tests/test_table.py tests/test_verbs.py
+	$(PY) -m pytest -q tests/test_intake.py tests/test_table.py tests/test_verbs.py tests/test_stored.py
 
 test-all: $(VENV)/.installed ## all tests; those that need a GPU are skipped where there is none
 	$(PY) -m pytest -q

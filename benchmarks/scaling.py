@@ -1,12 +1,14 @@
 """How `ppvae.fit` scales over processes: time per step with 1, 2, ... of them.
 
 Each number of processes trains the same pair on the same number of steps, under Lightning Fabric
-(gloo on the CPU, NCCL on GPUs), twice: with the joint batch fixed (strong scaling: perfect is
-1 / W) and with the rows per process fixed (weak scaling: perfect is 1). One thread per process.
-It prints the median over rounds, and the bytes that an all-reduce moves; rank 0's clock.
+(gloo on the CPU, NCCL on GPUs), twice: with the joint batch of the workload (strong scaling:
+efficiency T_1 / (W T_W)) and with as many rows in each process (weak scaling: T_1 / T_W). One
+thread per process. It prints medians over rounds, by rank 0's clock: of the step, and of the sum of
+its gradients alone, with their bytes. A sum that went on during the backward pass would take at
+most its own time off the step: the share "hidden".
 
     python benchmarks/scaling.py                                  # 1 and 2 processes, CPU
-    python benchmarks/scaling.py --accelerator cuda --processes 1 2 4 8 --hidden 2048
+    python benchmarks/scaling.py --accelerator cuda --processes 1 2 4 8
     python benchmarks/scaling.py --quick
 """
 
@@ -16,41 +18,51 @@ import argparse
 import functools
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from workloads import WORKLOADS
 
 import ppvae
-from ppvae import conditionals, guides, models, nets
+from ppvae.processes import Processes
 
 
-def train(fabric: Fabric, args: argparse.Namespace, batch_size: int) -> dict[str, Any]:
-    """Seconds per step, in rounds of one epoch; runs in each process."""
+def train(fabric: Fabric, args: argparse.Namespace, name: str, rows: int) -> dict[str, Any]:
+    """Milliseconds per step and per sum of gradients, and their bytes; runs in each process."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    h = args.hidden
-    model = models.VAE(conditionals.Bernoulli(nets.mlp(50, h, h, 784)), latent_dim=50)
-    guide = guides.Normal(nets.mlp(784, h, h, 100))
-    svi = ppvae.SVI(
-        model, guide, functools.partial(torch.optim.Adam, lr=1e-3), compile=args.compile
-    )
-    x = torch.bernoulli(torch.full((args.steps * batch_size, 784), 0.3))
+    (workload,) = (w for w in WORKLOADS if w.name == name)
+    adam = functools.partial(torch.optim.Adam, lr=1e-3)
+    svi = ppvae.SVI(*workload.pair(workload.networks()), adam, workload.bound, compile=args.compile)
+    x = torch.bernoulli(torch.full((args.steps * rows, *workload.family.shape), 0.13))
     history = ppvae.fit(
-        svi, x, epochs=args.rounds + 1, batch_size=batch_size, fabric=fabric, progress=False
+        svi, x, epochs=args.rounds + 1, batch_size=rows, fabric=fabric, progress=False
     )
-    seconds = [second / args.steps for second in history.column("seconds")[1:]]
-    parameters = sum(p.numel() for p in svi.objective.parameters())
-    return {"ms": 1e3 * statistics.median(seconds), "parameters": parameters}
+    step = statistics.median(history.column("seconds")[1:]) / args.steps
+    gradients = [torch.zeros_like(p) for p in svi.objective.parameters()]
+    found = {"ms": 1e3 * step, "bytes": sum(g.nbytes for g in gradients), "sum_ms": 0.0}
+    processes = Processes(fabric)
+    if processes.size > 1:
+        seconds = []
+        for _ in range(args.rounds + 1):
+            processes.wait()  # also for the device
+            start = time.perf_counter()
+            for _ in range(args.steps):
+                processes.sum_gradients(gradients)
+            processes.wait()
+            seconds.append((time.perf_counter() - start) / args.steps)
+        found["sum_ms"] = 1e3 * statistics.median(seconds[1:])
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--batch-size", type=int, default=256, help="of the joint batch, strong")
-    parser.add_argument("--hidden", type=int, default=200)
+    names = ["mlp-128-1", "conv-128-1", "hierarchical-128-1"]
+    parser.add_argument("--workload", nargs="+", default=names, choices=[w.name for w in WORKLOADS])
     parser.add_argument("--steps", type=int, default=100, help="per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
@@ -60,29 +72,27 @@ def main() -> None:
     if args.quick:
         args.steps, args.rounds = 5, 1
     results: list[dict[str, Any]] = []
-    for size in args.processes:
-        for kind, batch_size in (
-            ("strong", args.batch_size),
-            ("weak", args.batch_size // args.processes[-1] * size),
-        ):
-            # processes that already hold CUDA cannot be forked, and this one does not hold it
-            fabric = Fabric(
-                accelerator=args.accelerator,
-                devices=size,
-                strategy="auto" if size == 1 else "ddp_spawn",
-            )
-            found = fabric.launch(train, args, batch_size)
-            results.append({"processes": size, "scaling": kind, "batch_size": batch_size, **found})
-    megabytes = 4 * results[0]["parameters"] / 1e6
-    print(f"{results[0]['parameters']:,} parameters: {megabytes:.2f} MB per all-reduce")
-    print("scaling  processes  batch  ms per step  against the first")
-    first: dict[str, float] = {}
-    for row in results:
-        base = first.setdefault(row["scaling"], row["ms"])
-        print(
-            f"{row['scaling']:7}  {row['processes']:9}  {row['batch_size']:5}  {row['ms']:11.3f}  "
-            f"{row['ms'] / base:.3f}"
-        )
+    print(
+        "time in ms          gradients  scaling  processes     step      sum  efficiency  hidden <="
+    )
+    for workload in (w for w in WORKLOADS if w.name in args.workload):
+        first: dict[str, float] = {}
+        for size in args.processes:
+            for kind, rows in (("strong", workload.batch), ("weak", workload.batch * size)):
+                # processes that already hold CUDA cannot be forked, and this one does not hold it
+                strategy = "auto" if size == 1 else "ddp_spawn"
+                fabric = Fabric(accelerator=args.accelerator, devices=size, strategy=strategy)
+                row = fabric.launch(train, args, workload.name, rows)
+                base = first.setdefault(kind, size * row["ms"] if kind == "strong" else row["ms"])
+                row["efficiency"] = base / row["ms"] / (size if kind == "strong" else 1)
+                row |= {"workload": workload.name, "processes": size, "scaling": kind}
+                results.append(row)
+                print(
+                    f"{workload.name:18}  {row['bytes'] / 1e6:6.2f} MB  {kind:7}  {size:9}  "
+                    f"{row['ms']:7.2f}  {row['sum_ms']:7.2f}  {row['efficiency']:10.2f}  "
+                    f"{row['sum_ms'] / row['ms']:9.2f}",
+                    flush=True,
+                )
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, "a", encoding="utf-8") as lines:

@@ -8,9 +8,9 @@ On each of two machines with 8 GPUs, with --out in a folder that they share:
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500
              examples/distributed.py --out /shared/run
 
-Under SLURM, one task for each GPU: ``srun python examples/distributed.py``; docs/training.md has the
-job script. Interrupt it, or kill it, and give the same command again: it goes on where it ended. The
-exit status is 75 where a signal has ended it before its time.
+Interrupt it, or kill it, and give the same command again: it goes on where it ended. Asked to end
+early, it ends with status 75, by which a job script knows that there is more to do. With SLURM and
+with torchrun --max-restarts: "Several devices and machines" in docs/training.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,9 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/distributed"))
     args = parser.parse_args(argv)
 
-    # What torchrun or srun says about the processes; without them there is one.
-    torchrun, srun = ("LOCAL_WORLD_SIZE", "WORLD_SIZE"), ("SLURM_NTASKS_PER_NODE", "SLURM_NTASKS")
-    names = torchrun if "LOCAL_WORLD_SIZE" in os.environ else srun
+    # What torchrun, or srun, says about the processes; without them there is one.
+    if "WORLD_SIZE" in os.environ:
+        names = "LOCAL_WORLD_SIZE", "WORLD_SIZE"
+    else:
+        names = "SLURM_NTASKS_PER_NODE", "SLURM_NTASKS"
     here, world = (int(os.environ.get(name, 1)) for name in names)
     fabric = Fabric(
         devices=here,
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if history.interrupted:
             print("interrupted: the same command goes on from here")
     if history.interrupted:
-        raise SystemExit(75)  # EX_TEMPFAIL: try again
+        sys.exit(75)  # EX_TEMPFAIL of sysexits.h: try again
 
 
 if __name__ == "__main__":

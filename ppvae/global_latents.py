@@ -78,6 +78,16 @@ def refusal(names: object, why: str = "is global") -> ValueError:
     )
 
 
+def require_of_rows(sites: Sites, why: str) -> None:
+    """Raise ``ValueError`` for a global latent of one program, where ``why`` it has no place."""
+    for name, site in sites.items():
+        if is_global(site) and not site["infer"].get("was_observed"):
+            raise ValueError(
+                f"latent {name!r} lies outside the plate {DATA_PLATE!r}, so it is of no row: {why}"
+                "; take the pair at one draw of it, diagnostics.given_globals(model, guide, x)"
+            )
+
+
 def log_densities(sites: Sites, names: frozenset[str], along_path: bool) -> dict[str, Tensor]:
     """The log-density of each global latent of a program, summed over its plates, 0-d, nats."""
     return {

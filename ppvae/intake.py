@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -24,9 +25,11 @@ from torch.utils.data import (
 )
 
 from ppvae.data.arrays import numbers
+from ppvae.data.columnar import is_hugging_face, stays
 from ppvae.data.frames import backend_of, frame_of_numbers, is_frame, numeric
 from ppvae.data.precision import lossy_columns, warn_of_lost_digits
 from ppvae.data.sparse import SparseArguments, SparseRows
+from ppvae.data.stored import Stored, in_order
 from ppvae.data.table import Table
 from ppvae.program import module_of
 from ppvae.wrapped import Last, argument_labels, argument_names
@@ -93,14 +96,16 @@ def tensors(args: Sequence[Any], *programs: Any) -> tuple[Any, ...]:
 def for_training(data: Any, label: str, batch_size: int, seed: int, *programs: Any) -> Any:
     """What :func:`ppvae.fit` cuts its batches from: tensors, a split, or a ``DataLoader``.
 
-    Sparse rows stay sparse, and the rows of a data set of torch or Hugging Face where they are: a
-    ``DataLoader`` shuffles these, by the seed.
+    Sparse rows stay sparse, and the rows of a file or a store where they are, with what is given
+    beside them. Those of a data set of torch come by a ``DataLoader``, shuffled by the seed.
 
     Raises:
         TypeError: it is no container of rows.
     """
     if isinstance(data, (DataLoader, Tensor)) or _is_split(data):
         return data
+    if isinstance(data, Stored) or any(map(stays, _parts(data))):
+        return _stored(data, label, programs)
     if _is_dataset(data):
         rows = _with_tensors(data, programs)
         if isinstance(rows, IterableDataset) or (
@@ -130,6 +135,31 @@ def for_training(data: Any, label: str, batch_size: int, seed: int, *programs: A
     return found
 
 
+def _parts(data: Any) -> Sequence[Any]:
+    """One container, or what a tuple, a list or a dictionary holds."""
+    if isinstance(data, Mapping):
+        return list(data.values())
+    return data if isinstance(data, (tuple, list)) else [data]
+
+
+def _stored(data: Any, label: str, programs: Sequence[Any]) -> Stored:
+    """Rows in a store, in the order of the programs' arguments and in their precision."""
+    if is_hugging_face(data):
+        _require_arguments(data, programs)
+    found = copy(data) if isinstance(data, Stored) else Stored(data)
+    if not len(found):
+        raise ValueError(f"{label} is empty: {type(data).__name__} has no rows")
+    names = argument_names(programs[0]) if programs else []
+
+    def arranged(got: Any) -> Sequence[Any]:
+        if isinstance(got, Mapping):
+            return by_name(got, names, f"{label}: its rows are")
+        return in_order(got)
+
+    found.arranged, found.dtype = arranged, _dtype(programs)
+    return found
+
+
 def part_of(data: Any, name: str, otherwise: Any) -> Any:
     """The split of a ``ppvae.data.Dataset`` by its name; of other data what is given for it."""
     part = getattr(data, name, None)  # a frame may have a column of this name
@@ -154,6 +184,9 @@ def _unpacked(data: Any, programs: Sequence[Any]) -> Sequence[Any]:
     if _is_split(data):
         args: Sequence[Any] = data.args
         return args
+    if isinstance(data, Stored):  # all of it, so a part: stored[:1000]
+        rows = _stored(data, "the data", programs)
+        return rows.present(*rows.read(torch.arange(len(rows))), epoch=0, key=0)
     if _is_dataset(data):
         if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
             raise TypeError(f"{type(data).__name__} is a stream: give tensors, or data with rows")
@@ -206,6 +239,12 @@ def _with_tensors(data: Any, programs: Sequence[Any]) -> Any:
     """A data set whose rows are tensors; raises ``TypeError`` if its columns are no arguments."""
     if not _is_hugging_face(data):
         return data
+    _require_arguments(data, programs)
+    return data.with_format("torch")
+
+
+def _require_arguments(data: Any, programs: Sequence[Any]) -> None:
+    """Raise ``TypeError`` for columns of Hugging Face none of which is an argument."""
     columns, names = data.column_names, argument_names(programs[0]) if programs else []
     if columns and names and not set(columns) & set(names):
         raise TypeError(
@@ -213,7 +252,6 @@ def _with_tensors(data: Any, programs: Sequence[Any]) -> Any:
             f"takes {', '.join(map(repr, names))}: give data.to_pandas() if they are columns of "
             f"one table, or rename one, data.rename_column({columns[0]!r}, {names[0]!r})"
         )
-    return data.with_format("torch")
 
 
 def _dtype(programs: Sequence[Any]) -> torch.dtype:

@@ -153,8 +153,8 @@ ENTRIES = {
     "log_weights": of_pair(ppvae.log_weights, {}, counts("num_particles")),
     "diagnose": of_pair(
         ppvae.diagnose, {"num_particles": 30},
-        {**counts("num_particles", "max_rows", "num_aggregate"), "threshold": "number",
-         "seed": "seed"},
+        {**counts("num_particles", "max_rows", "num_aggregate", "num_globals"),
+         "threshold": "number", "seed": "seed"},
     ),
     "log_evidence": of_pair(
         diagnostics.log_evidence, {"num_particles": 5},
@@ -266,6 +266,10 @@ ENTRIES = {
     "simulated_divergence": of_pair(
         diagnostics.simulated_divergence, {"num_simulations": 100, "num_draws": 2},
         {"seed": "seed", **counts("num_simulations", "num_draws", "max_rows")},
+    ),
+    "local_c2st": of_pair(
+        diagnostics.local_c2st, {"num_simulations": 100, "num_draws": 20, "num_null": 19},
+        {"seed": "seed", **counts("num_simulations", "num_draws", "num_null", "max_rows")},
     ),
     "log_predictive": of_globals(
         diagnostics.log_predictive, {"num_globals": 3, "num_particles": 2}, GLOBAL

@@ -658,6 +658,11 @@ WITHOUT_DIMENSIONS = {
 }
 # Pairs whose guide can only weigh its own draws.
 OWN_DRAWS = {"semi_implicit"}
+# Pairs whose slope in z jumps, at a ReLU or a bound of a transform.
+JUMPING = {
+    *("vae_conv", "vae_residual", "full_normal_conv"),
+    *("coupling", "spline", "cvae_flow", "top_down"),
+}
 # Pairs whose model's dreams are none of the guide's: it draws x_missing, or a mask of its own.
 NO_DREAMS = OWN_DRAWS | {"not_at_random"}
 WEIGHS_ANY = [pair for pair in ALL_PAIRS if pair not in OWN_DRAWS]
@@ -678,6 +683,8 @@ def cross() -> Iterator[Any]:
             continue
         if pair in OWN_DRAWS and isinstance(estimator, elbo.AnnealedELBO):
             continue  # it moves them
+        if pair in JUMPING and getattr(estimator, "step", 0.0):
+            continue  # and differentiates the slope
         if pair in NO_DREAMS and getattr(estimator, "insomnia", 1.0) < 1:
             continue  # the model's dreams are none of the guide's draws
         fast = label in labels or label in pairs.get(pair, ())

@@ -96,6 +96,103 @@ def test_the_gradient_is_that_of_the_value() -> None:
                 )
 
 
+def decoder(activation, net=None):
+    """A pair of two latents, and the bias that all its units share."""
+    net = net or nets.mlp(2, 16, 8, activation=activation)
+    for parameter in net.parameters():
+        parameter.data *= 4
+    return models.VAE(conditionals.Bernoulli(net), latent_dim=2), guides.Normal(nets.mlp(8, 4))
+
+
+def test_its_gradient_is_that_of_the_mean_only_if_slopes_do_not_jump() -> None:
+    """Differences of the mean in a bias, against the mean of gradients, at the same noise."""
+    estimator, found = elbo.AnnealedELBO(num_temperatures=4, step=0.5), {}
+    for activation in (torch.nn.Softplus, torch.nn.ReLU):
+        torch.manual_seed(0)
+        model, guide = decoder(activation)
+        bias = next(p for p in model.parameters() if p.shape == (16,))
+        rows, h, off = (torch.rand(1, 8) > 0.5).double().expand(5000, 8), 0.05, []
+        for seed in range(8):
+            ends = []
+            for sign in (1, -1):
+                bias.data += sign * h
+                torch.manual_seed(seed)
+                ends.append(-estimator.evaluate(model, guide, rows).mean())
+                bias.data -= sign * h
+            torch.manual_seed(seed)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("ppvae.elbo.annealed._require_smooth", lambda *_: None)
+                loss = estimator(model, guide)(rows) / len(rows)
+            (slope,) = torch.autograd.grad(loss, bias)
+            off.append(slope.sum() - (ends[0] - ends[1]) / (2 * h))
+        found[activation] = torch.stack(off)
+    assert found[torch.nn.Softplus].abs().max() < 1e-3
+    off = found[torch.nn.ReLU]  # why it is refused
+    assert off.mean().abs() > 6 * off.std() / 8**0.5
+
+
+class Functional(torch.nn.Module):
+    def forward(self, z):
+        return 4 * torch.nn.functional.relu(z @ torch.ones(2, 8))
+
+
+JUMPS = {
+    "ReLU": lambda: decoder(torch.nn.ReLU),
+    "LeakyReLU": lambda: decoder(torch.nn.LeakyReLU),
+    "PReLU": lambda: decoder(torch.nn.PReLU),
+    "a function": lambda: decoder(None, Functional()),
+    "between latents": lambda: (oracles.TwoLevelModel(), between(torch.relu)),
+}
+
+
+def between(activation):
+    """A guide of two latents, of which the second one sees the first."""
+
+    def guide(x):
+        with data_plate(x):
+            z1 = pyro.sample("z1", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("z2", dist.Normal(activation(z1), 1.0))
+
+    return guide
+
+
+@pytest.mark.parametrize("case", JUMPS)
+@pytest.mark.parametrize("trained", ["both", "model"])
+def test_slopes_that_jump_are_refused_in_training(case, trained) -> None:
+    model, guide = JUMPS[case]()
+    x = torch.linspace(0.0, 1.0, 4) if case == "between latents" else torch.ones(3, 8)
+    if trained == "model" and isinstance(guide, torch.nn.Module):
+        guide.requires_grad_(False)
+    estimator = elbo.AnnealedELBO(num_temperatures=2)
+    with pytest.raises(ValueError, match=r"slope of log p.*jumps.*activation=nn.Softplus"):
+        estimator(model, guide)(x)
+    assert estimator.evaluate(model, guide, x).isfinite().all()
+    elbo.AnnealedELBO(step=0.0)(model, guide)(x)
+
+
+def test_slopes_that_do_not_jump_are_not_refused() -> None:
+    """An encoder may have kinks in x; a smooth activation in z has none."""
+    for activation in (torch.nn.Softplus, torch.nn.Tanh, torch.nn.SiLU, torch.nn.GELU):
+        net = nets.mlp(2, 16, 8, activation=activation)
+        model = models.VAE(conditionals.Bernoulli(net), latent_dim=2)
+        guide = guides.Normal(nets.mlp(8, 16, 4))
+        assert elbo.AnnealedELBO(num_temperatures=2)(model, guide)(torch.ones(3, 8)).isfinite()
+    assert elbo.AnnealedELBO()(oracles.TwoLevelModel(), between(torch.tanh))(torch.ones(3))
+
+    def laplace(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Laplace(z, 1.0), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(0.5 * x, 1.0))
+
+    loc = torch.tensor(0.0, requires_grad=True)
+    with pytest.raises(ValueError, match=r"jumps \(Laplace\)"):
+        elbo.AnnealedELBO()(laplace, guide)(torch.ones(3) + loc)
+
+
 def test_training_by_it_fits_a_model_that_a_poor_guide_serves() -> None:
     """A guide that is the prior: the ELBO cannot follow the data, the annealed bound can."""
     torch.set_default_dtype(torch.float32)

@@ -214,7 +214,9 @@ def see_rows(fabric, rows, batch_size, split):
     x = torch.arange(float(rows))[:, None].repeat(1, 4)
     model = models.VAE(conditionals.Normal(nets.mlp(2, 8, 4), scale=100.0), latent_dim=2)
     spy = Spy(ppvae.SVI(model, guides.Normal(nets.mlp(4, 8, 4)), ADAM))
-    train = data.Split(x, rows=torch.arange(rows)) if split else x
+    train = data.Split(x, rows=torch.arange(rows)) if split is True else x
+    if split == "stored":
+        train = data.Stored(x, window=6)
     history = fit(spy, train, batch_size=batch_size, fabric=fabric, valid=x)
     return everyone(fabric, (spy.rows, numbers(history)))
 
@@ -223,6 +225,8 @@ def see_rows(fabric, rows, batch_size, split):
     ("rows", "batch_size", "processes", "split"),
     [
         (9, 4, 2, True),
+        (29, 4, 2, "stored"),
+        pytest.param(29, 4, 3, "stored", marks=SLOWLY),
         pytest.param(5, 2, 3, False, marks=SLOWLY),
         pytest.param(1, 1, 2, False, marks=SLOWLY),
     ],

@@ -4,8 +4,10 @@ The oracle is a hierarchical normal, g ~ N(0, 2), z_n ~ N(g, 1), x_n ~ N(z_n, 0.
 """
 
 import functools
+import inspect
 import math
 import pickle
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +15,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 import oracles
@@ -106,7 +108,7 @@ def test_a_gradient_is_that_of_globals_too_or_says_that_it_is_none(estimator) ->
     objective = estimator(Model(), Guide(1.3))
     if estimator.gradient in OF_ROWS:
         match = f"gradient=.{estimator.gradient}. is defined for latents of rows, and .'g'. are"
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(ValueError, match=f'{match}.*"pathwise", or "score"'):
             objective(X)
     else:
         assert objective(X).isfinite()
@@ -542,6 +544,72 @@ def test_an_automatic_guide_is_evaluated_by_its_noise() -> None:
     assert ppvae.log_weights(model, local, X).log_global is None
 
 
+def test_a_report_is_of_the_rows_given_draws_and_has_the_globals_beside() -> None:
+    """With exact locals each column is a closed form at the draws that the report shows."""
+    report = ppvae.diagnose(Model(), Guide(1.3), X, num_particles=50, num_globals=40, seed=0)
+    joint, g = report.joint, report.joint.draws["g"][:, None]
+    exact = dist.Normal(g, math.sqrt(1.25)).log_prob(X)
+    q = dist.Normal((g + 4 * X) / 5, 0.2**0.5)
+    kl = dist.kl.kl_divergence(q, dist.Normal(g, 1.0))
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-6)
+    close(report.log_evidence, exact.mean(0)), close(report.elbo, exact.mean(0))
+    close(report.log_evidence_se, exact.std(0) / 40**0.5), close(report.kl["z"], kl.mean(0))
+    assert report.mean_mc_se == pytest.approx(exact.mean(1).std().item() / 40**0.5, abs=1e-6)
+    close(report.posterior_mean["z"][:, 0], q.mean.mean(0))
+    close(report.activity["z"][0], 0.64 * X.var())
+    second = (q.mean.square() + 0.2).mean()
+    close(report.marginal_sd["z"][0], (second - q.mean.mean().square()).sqrt())
+    ratio = dist.Normal(0.0, 2.0).log_prob(g) - dist.Normal(MEAN, 1.3 * SD).log_prob(g)
+    close(joint.log_global, ratio[:, 0]), close(joint.log_weights, ratio[:, 0] + exact.sum(1))
+    assert abs(joint.log_evidence - EVIDENCE) < 4.5 * joint.se < 0.5
+    assert set(report.absent) >= {"mutual information", "divergence over simulations"}
+    shown = repr(report)
+    for said in ("40 draws of the globals", "log p(X) of all rows", "KL of global 'g'", "\ng 0."):
+        assert said in shown
+    assert report.verdict[0].startswith("k-hat <= 0.7 of the globals: log p(X)")
+    for refused in (report.to_arviz, report.to_elpd):
+        with pytest.raises(ValueError, match=r"diagnostics\.to_arviz"):
+            refused()
+
+
+def test_a_report_has_means_over_the_draws_and_the_worst_khat(tmp_path) -> None:
+    """Against the pair at one draw after the other, with locals that miss for some draws."""
+    model, guide = Model(), Guide(1.4, 0.5, 0.0)
+    report = ppvae.diagnose(model, guide, X, num_particles=60, num_globals=4, seed=0)
+    torch.manual_seed(0)
+    each = []
+    for _ in range(4):
+        pair = diagnostics.given_globals(model, guide, X)
+        each.append(diagnostics.log_evidence(*pair, X, num_particles=60))
+    by_draw = {n: torch.stack([getattr(e, n) for e in each]) for n in ("khat", "gap", "ess")}
+    assert (by_draw["khat"].amax(0) - by_draw["khat"].mean(0) > 0.05).all()  # they differ
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-10)
+    close(report.khat, by_draw["khat"].amax(0)), close(report.ess, by_draw["ess"].mean(0))
+    close(report.gap, by_draw["gap"].mean(0)), close(report.gap_se, by_draw["gap"].std(0) / 2)
+    assert "4 draws of the globals are too few for their k-hat" in report.verdict[0]
+    page = report.to_html(tmp_path / "page.html").read_text()
+    assert '<table id="globals">' in page and "log p(x | g)" in page
+    assert f'data-value="{report.joint.table.loc["g", "weighted_sd"]}"' in page
+
+
+def test_a_point_mass_has_no_evidence() -> None:
+    """Its log q is 0, so that the density of data and point would be called log p(X)."""
+    model, _ = pair_with(lambda x: pyro.sample("g", dist.Normal(0.0, 1.0)))
+    for evaluate in (diagnostics.joint_evidence, ppvae.diagnose, diagnostics.to_arviz):
+        with pytest.raises(ValueError, match="'g' is a point mass in the guide"):
+            evaluate(model, AutoDelta(model), X)
+    diagnostics.log_predictive(model, AutoDelta(model), X)  # p(x | the point)
+
+    def local(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x))
+
+    for make in (AutoNormal, AutoMultivariateNormal):
+        guide = guides.Global(make, Model(), X, local=local)
+        with pytest.raises(ValueError, match="'z' is a point mass in the guide"):
+            diagnostics.log_predictive(Model(), guide, X)
+
+
 def test_a_pair_at_one_draw_is_an_ordinary_one() -> None:
     pair = diagnostics.given_globals(Model(), Guide(1.3), X, seed=0)
     report = ppvae.diagnose(*pair, X, num_particles=50, seed=0)
@@ -597,6 +665,53 @@ def test_leave_one_out_by_arviz_is_right(draws: int) -> None:
     found = arviz.loo(idata)
     elpd = float(getattr(found, "elpd_loo", getattr(found, "elpd", None)))
     assert elpd == pytest.approx(exact, abs=4.5 * se) and se < 3 / draws**0.5
+
+
+def test_leave_one_out_of_a_regression_is_exact_with_locals_integrated_only() -> None:
+    """Slopes are global, a row's mean is its own; of log p(x | z) every row explains itself."""
+    import arviz
+
+    a = torch.stack([torch.ones(30), torch.linspace(-1.5, 1.5, 30)], 1)
+    torch.manual_seed(4)
+    x = a @ torch.tensor([0.5, -1.0]) + 1.25**0.5 * torch.randn(30)
+    precision = (4 * a @ a.T + 1.25 * torch.eye(30)).inverse()
+    exact = dist.Normal(x - precision @ x / precision.diagonal(), precision.diagonal() ** -0.5)
+    exact = exact.log_prob(x)  # of each row given all others
+    of_slopes = (torch.eye(2) / 4 + a.T @ a / 1.25).inverse()
+    q = dist.MultivariateNormal(of_slopes @ a.T @ x / 1.25, of_slopes)
+
+    def model(x: Tensor, a: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(a @ w, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x: Tensor, a: Tensor) -> None:
+        w = pyro.sample("w", q)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((a @ w + 4 * x) / 5, 0.2**0.5))
+
+    idata = diagnostics.to_arviz(model, guide, x, a, num_draws=400, num_particles=2, seed=0)
+    w = torch.from_numpy(idata.posterior["w"].values)[0]
+    ratios = (-dist.Normal(w @ a.T, math.sqrt(1.25)).log_prob(x)).exp()
+    se = (ratios / ratios.mean(0)).std(0) / 400**0.5
+
+    def loo(source) -> tuple[Tensor, Tensor]:
+        found = arviz.loo(source, pointwise=True)
+        points = next(getattr(found, n) for n in ("loo_i", "elpd_i") if hasattr(found, n))
+        return torch.from_numpy(points.values), torch.from_numpy(found.pareto_k.values)
+
+    by_row, k = loo(idata)
+    assert ((by_row - exact).abs() < 4.5 * se + 0.01).all() and k.max() < 0.5  # it smooths
+    assert abs(by_row.sum() - exact.sum()) < 0.5
+    z = torch.from_numpy(idata.posterior["z"].values)
+    wrong = {"x": (["chain", "draw", "datapoint"], dist.Normal(z, 0.5).log_prob(x).numpy())}
+    posterior = {"z": (["chain", "draw", "datapoint"], z.numpy())}
+    groups = {"posterior": posterior, "log_likelihood": wrong}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that k is large
+        by_row, k = loo(diagnostics.arviz_bridge.bundle(groups))
+    assert by_row.sum() > exact.sum() + 5 and k.max() > 0.7
 
 
 def test_plates_of_globals_are_named_in_an_export() -> None:
@@ -807,6 +922,9 @@ OTHERS = [
     elbo.ThermodynamicELBO(3),
     elbo.PIWELBO(2, num_groups=2),
     elbo.ReweightedWakeSleep(3),
+    elbo.SoftCVI(3),
+    elbo.AnnealedELBO(),
+    elbo.RELAX(2),
 ]
 
 
@@ -822,14 +940,109 @@ def test_losses_of_pyro_refuse_globals_unless_joint() -> None:
     ppvae.SVI(Model(), Guide(), loss=Trace_ELBO()).prepare(X, joint=True)
 
 
-@pytest.mark.parametrize(
-    "name", ["log_evidence", "sbc", "gaps", "simulated_divergence", "diagnose"]
-)
-def test_evaluators_of_rows_refuse_globals(name: str) -> None:
-    with pytest.raises(ValueError, match=r"'g' lies outside.*log_predictive and joint_evidence"):
-        getattr(diagnostics, name)(Model(), Guide(), X)
+# ------------------------------------------------------------------------------ every verb
+
+RIGHT = {  # and the test that says so
+    "check_pair": "test_scalars_events_and_plates_are_summed_whole",
+    "diagnose": "test_a_report_is_of_the_rows_given_draws_and_has_the_globals_beside",
+    "fit": "test_fit_finds_the_posterior_from_minibatches",
+    "fit_many": "test_members_of_many_seeds_have_globals_of_their_own",
+    "given_globals": "test_a_pair_at_one_draw_is_an_ordinary_one",
+    "joint_evidence": "test_the_evidence_of_all_rows",
+    "load": "test_a_pair_is_saved_with_its_globals",
+    "log_predictive": "test_the_predictive_density_of_new_rows",
+    "log_weights": "test_scalars_events_and_plates_are_summed_whole",
+    "save": "test_a_pair_is_saved_with_its_globals",
+    "to_arviz": "test_leave_one_out_by_arviz_is_right",
+}
+NO_WEIGHT = r"site 'g' lies outside.*log_predictive and joint_evidence.*given_globals"
+NO_ROW = r"latent 'g' lies outside.*given_globals"
+REFUSES = {  # by name, and with a cure
+    "ais": (lambda m, g: diagnostics.ais(m, g, X), NO_ROW),
+    "bdmc": (lambda m, g: diagnostics.bdmc(m, g, X), NO_WEIGHT),
+    "compare": (lambda m, g: ppvae.compare(m, g, X, {"a": elbo.ELBO()}), NO_WEIGHT),
+    "compare_posteriors": (
+        lambda m, g: diagnostics.compare_posteriors(m, g, X, reference=None),
+        NO_ROW,
+    ),
+    "encode": (lambda m, g: ppvae.encode(g, X), NO_ROW),
+    "fit_prior": (
+        lambda m, g: ppvae.fit_prior(ppvae.conditionals.StandardNormal(1), g, X, epochs=1),
+        NO_ROW,
+    ),
+    "gaps": (lambda m, g: diagnostics.gaps(m, g, X), NO_WEIGHT),
+    "generate": (lambda m, g: ppvae.generate(m, 3, like=X), f"{NO_ROW[:-13]}prior.*given_globals"),
+    "hmc": (lambda m, g: diagnostics.hmc(m, g, X), NO_ROW),
+    "impute": (lambda m, g: ppvae.impute(m, g, X), NO_WEIGHT),
+    "local_c2st": (lambda m, g: diagnostics.local_c2st(m, g, X), NO_WEIGHT),
+    "log_evidence": (lambda m, g: diagnostics.log_evidence(m, g, X), NO_WEIGHT),
+    "log_prob": (lambda m, g: ppvae.log_prob(m, g, X), NO_WEIGHT),
+    "metropolis": (lambda m, g: diagnostics.metropolis(m, g, X), NO_ROW),
+    "moment_match": (lambda m, g: guides.moment_match(m, g, X), "one latent.*'g'"),
+    "nuts": (lambda m, g: diagnostics.nuts(m, X), NO_ROW),
+    "predictive_check": (
+        lambda m, g: diagnostics.predictive_check(m, g, X, statistics={"x": lambda x: x}),
+        NO_WEIGHT,
+    ),
+    "quadrature": (lambda m, g: diagnostics.quadrature(m, g, X), NO_ROW),
+    "reconstruct": (lambda m, g: ppvae.reconstruct(m, g, X), NO_WEIGHT),
+    "reverse_ais": (
+        lambda m, g: diagnostics.reverse_ais(m, g, X, draws=torch.zeros(1, 4, 1)),
+        NO_ROW,
+    ),
+    "sbc": (lambda m, g: diagnostics.sbc(m, g, X), NO_WEIGHT),
+    "simulated_divergence": (lambda m, g: diagnostics.simulated_divergence(m, g, X), NO_WEIGHT),
+    "total_correlation": (lambda m, g: diagnostics.total_correlation(g, X), "'g'.*one latent"),
+}
+OF_OTHERS = {"log_q_of_labels", "plates"}  # of M2; of a structure
 
 
-def test_chains_refuse_globals() -> None:
-    with pytest.raises(ValueError, match="'g' lies outside the plate 'data'"):
-        diagnostics.hmc(Model(), Guide(), X)
+def verbs() -> set[str]:
+    """The public functions that take a program, or what trains one."""
+    parts = (ppvae, diagnostics, guides, ppvae.plots, ppvae.verbs)
+    functions = [(name, getattr(part, name)) for part in parts for name in part.__all__]
+    asked = {"model", "guide", "svi", "make"}
+    return {
+        name
+        for name, function in functions
+        if inspect.isfunction(function) and asked & set(inspect.signature(function).parameters)
+    }
+
+
+def test_each_verb_takes_globals_or_refuses_them() -> None:
+    assert verbs() == RIGHT.keys() | REFUSES.keys() | OF_OTHERS
+    assert set(RIGHT.values()) <= globals().keys()
+
+
+@pytest.mark.parametrize("name", REFUSES)
+def test_what_a_verb_refuses_is_named_with_a_cure(name: str) -> None:
+    call, message = REFUSES[name]
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        call(Model(), Guide(1.3))
+    if name not in ("generate", "fit_prior"):
+        assert torch.equal(before, torch.get_rng_state())  # before work is spent
+
+
+def test_members_of_many_seeds_have_globals_of_their_own() -> None:
+    """Each is its lone run."""
+
+    def make() -> ppvae.SVI:
+        return ppvae.SVI(Model(), Guide(1.3, 1.5, 0.1), ADAM, elbo.ELBO(2))
+
+    options = {"epochs": 2, "batch_size": 2, "progress": False}
+    both = ppvae.fit_many(make, X, seeds=[0, 1], **options)
+    pyro.set_rng_seed(1)
+    alone = make()
+    ppvae.fit(alone, X, seed=1, **options)
+    member = both.svis[1]
+    pairs = zip(alone.objective.parameters(), member.objective.parameters(), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_a_pair_is_saved_with_its_globals(tmp_path) -> None:
+    ppvae.save(tmp_path, Model(), Guide(1.3))
+    model, guide = Model(), Guide()
+    saved = ppvae.load(tmp_path, make=lambda: (model, guide))
+    assert saved.guide.sd.item() == pytest.approx(1.3 * SD)

@@ -154,14 +154,20 @@ def point_masses(weights: LogWeights) -> list[str]:
     Not the ``Delta`` by which a program hands on a draw that was made before: it has a density of
     its own, or stands beside an auxiliary site, as in Pyro's autoguides.
     """
-    sites = sample_sites(weights.guide_trace)
-    if any(site["infer"].get("is_auxiliary") for site in sites.values()):
-        return []
-    return [
-        name
-        for name, site in sites.items()
-        if is_point(site["fn"]) and not torch.as_tensor(law(site["fn"]).log_density).any()
-    ]
+    found = []
+    for globals_ in (True, False):  # an autoguide of globals stands beside any guide of rows
+        sites = {
+            name: site
+            for name, site in sample_sites(weights.guide_trace).items()
+            if (name in weights.global_q) is globals_
+        }
+        if not any(site["infer"].get("is_auxiliary") for site in sites.values()):
+            found += [
+                name
+                for name, site in sites.items()
+                if is_point(site["fn"]) and not torch.as_tensor(law(site["fn"]).log_density).any()
+            ]
+    return found
 
 
 def drawn_once(weights: LogWeights) -> dict[str, str]:

@@ -17,6 +17,7 @@ from ppvae.data.precision import PrecisionWarning
 from ppvae.data.quadrant import quadrants
 from ppvae.data.sparse import EmptyDocumentWarning, from_counts
 from ppvae.data.split import Split, with_labels
+from ppvae.data.stored import Stored
 from ppvae.data.synthetic import (
     GaussianMixture,
     LinearGaussian,
@@ -35,6 +36,7 @@ __all__ = [
     "LinearGaussian",
     "PrecisionWarning",
     "Split",
+    "Stored",
     "Table",
     "cache_folder",
     "dsprites",

@@ -187,7 +187,7 @@ class Split:
         """
         values = values.to(torch.get_default_dtype())
         if self.binarize is not None:
-            values = _bernoulli(values, values.device, (self.seed, epoch, key))
+            values = bernoulli(values, values.device, (self.seed, epoch, key))
         return self._arguments(values, y)
 
     @property
@@ -236,7 +236,7 @@ class Split:
         if self.binarize is None:
             return values
         device = torch.device("cpu") if epoch == 0 else values.device
-        return _bernoulli(values, device, (self.seed, epoch))
+        return bernoulli(values, device, (self.seed, epoch))
 
     def _arguments(self, whole_rows: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
         """``(x,)`` or ``(x, y)``; visible pixels come from the same draw as missing ones."""
@@ -302,7 +302,7 @@ def binarised(
     return train, valid, test
 
 
-def _bernoulli(probabilities: Tensor, device: torch.device, key: tuple[int, ...]) -> Tensor:
+def bernoulli(probabilities: Tensor, device: torch.device, key: tuple[int, ...]) -> Tensor:
     """Draws that are a function of the key."""
     # SeedSequence mixes it, so that neighbouring seeds and epochs share no stream
     mixed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]

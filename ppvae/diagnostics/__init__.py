@@ -27,6 +27,7 @@ from ppvae.diagnostics.report import Report
 from ppvae.diagnostics.simulated import Divergence, simulated_divergence
 from ppvae.diagnostics.summaries import Aggregate
 from ppvae.diagnostics.total_correlation import TotalCorrelation, total_correlation
+from ppvae.diagnostics.two_sample import LocalTest, local_c2st
 
 __all__ = [
     "Aggregate",
@@ -37,6 +38,7 @@ __all__ = [
     "Gaps",
     "Imputation",
     "JointEvidence",
+    "LocalTest",
     "LogPredictive",
     "PosteriorComparison",
     "PosteriorDraws",
@@ -56,6 +58,7 @@ __all__ = [
     "impute",
     "joint_evidence",
     "khat",
+    "local_c2st",
     "log_evidence",
     "log_predictive",
     "metropolis",

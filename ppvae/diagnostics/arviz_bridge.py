@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppvae.arguments import takes_numbers
 from ppvae.diagnostics.arviz_versions import Variables, bundle, require_arviz
-from ppvae.diagnostics.evidence import Evidence, summarise
+from ppvae.diagnostics.evidence import Evidence, refuse_point_masses, summarise
 from ppvae.diagnostics.given_globals import Given, each_draw, joint_log_weight
 from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data, evaluating, take
 from ppvae.enumeration import draw
@@ -235,6 +235,7 @@ def _by_global(
     """All groups of a pair with global latents, draw by draw."""
     each: list[dict[str, Variables]] = []
     for given in found:
+        refuse_point_masses(given.weights)
         at = ReplayMessenger(trace=given.drawn)(guide)
         weights = whole_weights(model, at, args, {}, 1, with_globals=True)
         traces = {"posterior": _with_summed_out(weights)}

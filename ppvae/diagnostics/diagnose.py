@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from ppvae.arguments import takes_numbers
-from ppvae.diagnostics.evidence import together, weigh
+from ppvae.diagnostics.evidence import Evidence, together, weigh
+from ppvae.diagnostics.given_globals import Given, JointEvidence, all_rows_together, at_a_draw
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.report import Report
-from ppvae.diagnostics.rows import bound, check_at_least, check_pair_and_data
+from ppvae.diagnostics.rows import (
+    bound,
+    check_at_least,
+    check_pair_and_data,
+    evaluating,
+    take,
+)
 from ppvae.diagnostics.simulated import over_simulations
-from ppvae.diagnostics.summaries import Aggregate, SiteTerms, aggregate
+from ppvae.diagnostics.summaries import Aggregate, AveragedTerms, SiteTerms, aggregate
 from ppvae.intake import takes_rows
-from ppvae.pairs import FAILURES, Program, reason
+from ppvae.pairs import FAILURES, Program, reason, structure
 from ppvae.terms import NoInverse
 
 _SIMULATED_DRAWS = 10  # of the guide for each simulation
@@ -30,6 +39,7 @@ def diagnose(
     threshold: float = 0.01,
     num_aggregate: int = 1000,
     num_simulations: int = 1000,
+    num_globals: int = 25,
     seed: int | None = None,
     fabric: Any = None,
     **kwargs: Any,
@@ -50,6 +60,11 @@ def diagnose(
     (:func:`~ppvae.diagnostics.simulated_divergence`) sees modes that no draw of the guide shows.
     Programs run in evaluation mode.
 
+    Of a pair with latents outside the data plate all of this is of the rows given the globals,
+    averaged over S draws of them: E_q(g) log p(x | g), and the worst k-hat of the S. Beside it
+    stand the evidence of all rows together and a table of the globals, as :func:`joint_evidence`
+    has them. Mutual information and simulations are left out.
+
     Args:
         model, guide: Pyro programs, ppvae's or your own.
         *args: data, as both are called; the first dimension of each tensor is the datapoints.
@@ -63,6 +78,8 @@ def diagnose(
             information, which takes ``num_aggregate * N`` densities q(z | x); 0 leaves it out.
         num_simulations: datapoints drawn from the model for the divergence, >= 100, of which each
             takes 11 decoder rows (the data take ``num_particles`` each); 0 leaves it out.
+        num_globals: S >= 2 draws of latents outside the data plate, where there are some; each
+            takes ``num_particles`` decoder rows for every datapoint, and 21 have a k-hat.
         seed: draw with this seed and leave the random stream as it was; None: draw from it.
         fabric: as of :func:`~ppvae.diagnostics.log_evidence`; every process gets the whole report.
             Mutual information and simulations each works out by itself, alike, so with several
@@ -73,8 +90,8 @@ def diagnose(
         :class:`~ppvae.diagnostics.Report`; print it.
 
     Raises:
-        ValueError: bad arguments or data; the pair does not fit; a latent lies outside the data
-            plate; a weight is NaN or infinite. The message names argument, datapoint or site.
+        ValueError: bad arguments or data; the pair does not fit; a weight is NaN or infinite. The
+            message names argument, datapoint or site.
 
     Source: Burda, Grosse & Salakhutdinov 2016 (evidence, active units, appendix C); Vehtari et al.
     2024 (k-hat); Yao et al., Yes, but did it work?, 2018; Hoffman & Johnson 2016 (decomposition);
@@ -107,33 +124,46 @@ def diagnose(
         raise ValueError(f"threshold must be positive, got {threshold}")
     check_at_least(0, num_aggregate=num_aggregate)
     check_at_least(100 if num_simulations else 0, num_simulations=num_simulations)
+    check_at_least(2, num_globals=num_globals)
+    found, divergence, joint = None, None, None
     with together(fabric, model, guide, args, num_particles=num_particles, seed=seed) as processes:
-        if processes is not None and processes.size > 1 and seed is None:
+        several = processes is not None and processes.size > 1
+        if several and seed is None:
             raise ValueError("seed: give one, so that all processes report the same simulations")
-        rows = check_pair_and_data(model, guide, args)
-        terms = SiteTerms(rows, num_particles)
-        evidence = weigh(
-            model, guide, args, num_particles, max_rows, seed, terms, processes=processes
-        )
-        if processes is not None:
-            terms.gather(processes)
-        absent = terms.absent
-        found = None
-        if rows == 1:
-            absent["activity and mutual information"] = "they take two datapoints"
-        elif num_aggregate:
-            found = _aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed, absent)
-        divergence = None
-        if num_simulations:
-            try:
-                divergence = over_simulations(
-                    model, guide, args, rows, num_simulations, _SIMULATED_DRAWS, max_rows, seed
-                )
-            except (
-                *FAILURES,
-                NoInverse,
-            ) as error:  # of a pair that is right on the data themselves
-                absent["divergence over simulations"] = reason(error)
+        rows = check_pair_and_data(model, guide, args, with_globals=True)
+        if structure(model, guide, args, {}).has_globals:
+            if several:
+                raise ValueError("fabric: a pair with global latents is diagnosed by one process")
+            evidence, terms, joint = _over_globals(
+                model, guide, args, rows, num_globals, num_particles, max_rows, seed
+            )
+            absent = terms.absent
+            absent["mutual information"] = (
+                "that of rows and latents is given the globals; diagnose the pair at one draw of "
+                "them, diagnostics.given_globals"
+            )
+            absent["divergence over simulations"] = (
+                "q of the globals is that of these data, and simulated rows would have others"
+            )
+        else:
+            terms = SiteTerms(rows, num_particles)
+            evidence = weigh(
+                model, guide, args, num_particles, max_rows, seed, terms, processes=processes
+            )
+            if processes is not None:
+                terms.gather(processes)
+            absent = terms.absent
+            if rows == 1:
+                absent["activity and mutual information"] = "they take two datapoints"
+            elif num_aggregate:
+                found = _aggregate(model, guide, args, 10 * max_rows, num_aggregate, seed, absent)
+            if num_simulations:
+                try:
+                    divergence = over_simulations(
+                        model, guide, args, rows, num_simulations, _SIMULATED_DRAWS, max_rows, seed
+                    )
+                except (*FAILURES, NoInverse) as error:  # of a pair that is right on the data
+                    absent["divergence over simulations"] = reason(error)
     mean, square, variance = (terms.column(q) for q in ("mean", "square", "variance"))
     marginal_mean = {site: value.mean(0) for site, value in mean.items()}
     second = {site: square[site].mean(0) + variance[site].mean(0) for site in mean}
@@ -155,7 +185,48 @@ def diagnose(
         absent=absent,
         pair=(model, guide, args),
         seed=seed,
+        joint=joint,
     )
+
+
+def _over_globals(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    rows: int,
+    num_globals: int,
+    num_particles: int,
+    max_rows: int,
+    seed: int | None,
+) -> tuple[Evidence, SiteTerms, JointEvidence]:
+    """The columns of the rows given the globals, averaged over draws of these, and log p(X)."""
+    each: list[Evidence] = []
+    average = AveragedTerms(rows, num_particles)
+
+    def draws() -> Iterator[Given]:
+        for _ in range(num_globals):
+            pair, weights = at_a_draw(model, guide, take(args, slice(max_rows)))
+            terms = SiteTerms(rows, num_particles)
+            each.append(weigh(*pair, args, num_particles, max_rows, None, terms))
+            average.take_in(terms, 1 / num_globals)
+            yield Given(weights.guide_trace, weights, each[-1].log_evidence)
+
+    with evaluating(model, guide, args, seed):
+        joint = all_rows_together(draws(), num_particles)
+    names = ("log_evidence", "ess", "khat", "elbo", "gap")
+    columns = {name: torch.stack([getattr(e, name) for e in each]) for name in names}
+    mean = {name: column.mean(0) for name, column in columns.items()}
+    error = {name: column.std(0) / num_globals**0.5 for name, column in columns.items()}
+    evidence = Evidence(
+        log_evidence=mean["log_evidence"],
+        log_evidence_se=error["log_evidence"],
+        ess=mean["ess"],
+        khat=columns["khat"].amax(0),
+        elbo=mean["elbo"],
+        gap_se=error["gap"],
+        num_particles=num_particles,
+    )
+    return evidence, average, joint
 
 
 def _aggregate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -255,7 +255,7 @@ def weigh(
         weights = whole_weights(model, guide, batch, {}, particles)
         require_numbers(weights, part.start)
         if part.start == own.start:
-            _refuse_point_masses(weights)
+            refuse_point_masses(weights)
         if visit is not None:
             visit(part, weights)
         return weights.log_w
@@ -292,12 +292,13 @@ def _kept(model: Program, guide: Program, required: bool, identity: tuple[int, .
     return Compiled(modules_of(model, guide), build, required, (model, guide))
 
 
-def _refuse_point_masses(weights: LogWeights) -> None:
-    if points := point_masses(weights):
+def refuse_point_masses(weights: LogWeights, but: Collection[str] = ()) -> None:
+    """Raise ``ValueError`` where all mass of a latent is on one point, of those not in ``but``."""
+    for name in (name for name in point_masses(weights) if name not in but):
         raise ValueError(
-            f"latent {points[0]!r} is a point mass in the guide, so it has no importance weights, "
+            f"latent {name!r} is a point mass in the guide, so it has no importance weights, "
             "log p(x) or k-hat; use a guide with a density, e.g. guides.Normal or "
-            "guides.Prior(model)"
+            "guides.Prior(model), and AutoNormal for what is global"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from torch import Tensor
 
 from ppvae.arguments import takes_numbers
-from ppvae.diagnostics.evidence import log_mean_weight
+from ppvae.diagnostics.evidence import log_mean_weight, refuse_point_masses
 from ppvae.diagnostics.psis import khat
 from ppvae.diagnostics.rows import (
     bound,
@@ -80,6 +80,7 @@ class JointEvidence:
         kl: log q(g) - log p(g) of each global latent, averaged over the draws, nats.
         draws: by global latent, ``(S, *shape)``.
         log_weights: ``(S,)``, nats.
+        log_global: their part log p(g) - log q(g), ``(S,)``; the rest is the rows'.
         num_particles: K.
     """
 
@@ -91,6 +92,7 @@ class JointEvidence:
     kl: dict[str, float]
     draws: dict[str, Tensor]
     log_weights: Tensor
+    log_global: Tensor
     num_particles: int
 
     @property
@@ -159,6 +161,7 @@ def each_draw(
                 require_numbers(weights, part.start)
                 if first is None:
                     first = weights
+                    refuse_point_masses(weights, but=weights.global_q)  # p(x | a point) is one
                     for name in weights.global_q:
                         drawn.add_node(name, **weights.guide_trace.nodes[name])
                 blocks.append(weights.log_w.double().cpu())
@@ -259,8 +262,8 @@ def joint_evidence(
         :class:`JointEvidence`; its ``table`` shows the globals.
 
     Raises:
-        ValueError: bad data or arguments; the pair does not fit, or has no global latents; all
-            weights are zero.
+        ValueError: bad data or arguments; the pair does not fit, or has no global latents; a
+            latent is a point mass in the guide; all weights are zero.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -279,18 +282,27 @@ def joint_evidence(
     """
     model, guide = bound(model, guide, kwargs)
     _check(model, guide, args, num_globals, num_particles, max_rows)
-    log_w, rates, draws = [], [], []
     with evaluating(model, guide, args, seed):
-        for given in each_draw(model, guide, args, num_globals, num_particles, max_rows):
-            log_w.append(joint_log_weight(given))
-            p, q = given.weights.global_p, given.weights.global_q
-            rates.append(_rates(p, q))
-            draws.append({name: given.drawn.nodes[name]["value"].cpu() for name in p})
+        found = each_draw(model, guide, args, num_globals, num_particles, max_rows)
+        return all_rows_together(found, num_particles)
+
+
+def all_rows_together(found: Iterable[Given], num_particles: int) -> JointEvidence:
+    """:func:`joint_evidence` from draws of the globals."""
+    log_w, log_global, rates, draws = [], [], [], []
+    for given in found:
+        assert given.weights.log_global is not None
+        refuse_point_masses(given.weights)
+        log_w.append(joint_log_weight(given))
+        log_global.append(given.weights.log_global.double().cpu())
+        p, q = given.weights.global_p, given.weights.global_q
+        rates.append(_rates(p, q))
+        draws.append({name: given.drawn.nodes[name]["value"].cpu() for name in p})
     column = torch.stack(log_w).unsqueeze(1)
     log_mean, se, ess = (float(value) for value in log_mean_weight(column))
     if log_mean == -math.inf:
         raise ValueError(
-            f"all {num_globals} weights are zero, so log p(X) cannot be estimated: the data must "
+            f"all {len(column)} weights are zero, so log p(X) cannot be estimated: the data must "
             "lie in the likelihood's support, and draws of the guide in the prior's"
         )
     return JointEvidence(
@@ -299,9 +311,10 @@ def joint_evidence(
         ess=ess,
         khat=float(khat(column)),
         elbo=column.mean().item(),
-        kl={name: sum(rate[name] for rate in rates) / num_globals for name in rates[0]},
+        kl={name: sum(rate[name] for rate in rates) / len(rates) for name in rates[0]},
         draws={name: torch.stack([drawn[name] for drawn in draws]) for name in draws[0]},
         log_weights=column.squeeze(1),
+        log_global=torch.stack(log_global),
         num_particles=num_particles,
     )
 
@@ -365,11 +378,18 @@ def given_globals(
     model, guide = bound(model, guide, kwargs)
     _check(model, guide, args)
     with evaluating(model, guide, args, seed):
-        weights = whole_weights(model, guide, args, {}, 1, with_globals=True)
+        return at_a_draw(model, guide, args)[0]
+
+
+def at_a_draw(
+    model: Program, guide: Program, args: Sequence[Any]
+) -> tuple[tuple[Program, Program], LogWeights]:
+    """The pair at a draw of its globals, and the weights of the rows ``args`` at it."""
+    weights = whole_weights(model, guide, tuple(args), {}, 1, with_globals=True)
     nodes = weights.guide_trace.nodes
     drawn = {name: nodes[name]["value"].detach() for name in weights.global_q}
     shared = {name: drawn[name] for name in weights.global_p}
-    return poutine.do(model, data=shared), poutine.do(guide, data=drawn)
+    return (poutine.do(model, data=shared), poutine.do(guide, data=drawn)), weights
 
 
 def _check(

@@ -34,6 +34,7 @@ from ppvae.diagnostics.rows import (
     take,
 )
 from ppvae.enumeration import sum_out, total
+from ppvae.global_latents import require_of_rows
 from ppvae.latents import check_latents
 from ppvae.pairs import (
     DATA_PLATE,
@@ -455,11 +456,7 @@ def _layout(site: Site, leftmost: int) -> Layout:
             'out: mark it infer={"enumerate": "parallel"} in the model'
         )
     frames = [frame for frame in site["cond_indep_stack"] if frame.name == DATA_PLATE]
-    if not frames:
-        raise ValueError(
-            f"latent {name!r} lies outside the plate {DATA_PLATE!r}, so there is no posterior per "
-            f'datapoint; put it inside `with pyro.plate("{DATA_PLATE}", len(x)):`'
-        )
+    require_of_rows({name: site}, "there is no posterior per datapoint")
     value, data_dim = _value(site, leftmost), frames[0].dim
     event = tuple(require_coordinates(name, fn).inv(value).shape[-leftmost:])
     plates = tuple(value.shape[1:-leftmost])

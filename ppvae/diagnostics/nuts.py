@@ -19,6 +19,7 @@ from ppvae.diagnostics.arviz_versions import require_arviz
 from ppvae.diagnostics.chains import PosteriorDraws, convergence, joined
 from ppvae.diagnostics.joint import require_coordinates
 from ppvae.diagnostics.rows import bound, check_at_least, check_data, take
+from ppvae.global_latents import require_of_rows
 from ppvae.intake import takes_rows
 from ppvae.pairs import (
     DATA_PLATE,
@@ -106,6 +107,7 @@ def _refuse_others(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
         drawn = trace(model, args, {})
     require_whole({"model": drawn}, args, {})
     require_densities(drawn)
+    require_of_rows(sample_sites(drawn), "there is no posterior per datapoint")
     for name, site in sample_sites(drawn).items():
         if site["is_observed"]:
             continue

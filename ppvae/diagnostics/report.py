@@ -17,8 +17,9 @@ from ppvae.diagnostics import html
 from ppvae.diagnostics.arviz_bridge import export_rows
 from ppvae.diagnostics.arviz_versions import elpd
 from ppvae.diagnostics.evidence import Evidence
+from ppvae.diagnostics.given_globals import JointEvidence
 from ppvae.diagnostics.missingness import by_missingness
-from ppvae.diagnostics.rows import spread
+from ppvae.diagnostics.rows import spread, standard_error
 from ppvae.diagnostics.simulated import Divergence
 from ppvae.diagnostics.summaries import Aggregate
 from ppvae.diagnostics.verdict import share, verdict
@@ -55,6 +56,10 @@ class Report(Evidence):
         absent: by quantity that this pair does not have, the reason.
         pair: model, guide and args.
         seed: that the draws were made with; None: from the random stream as it was.
+        joint: of a pair with latents outside the data plate, what its draws of them tell:
+            :class:`~ppvae.diagnostics.JointEvidence`. All other numbers are then of the rows given
+            the globals, averaged over these draws: ``log_evidence`` is E_q(g) log p(x | g), with
+            the standard error over the draws, and ``khat`` the worst of them.
     """
 
     kl: dict[str, Tensor]
@@ -70,8 +75,17 @@ class Report(Evidence):
     absent: dict[str, str]
     pair: tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]] = field(repr=False)
     seed: int | None = None
+    joint: JointEvidence | None = None
 
     # -- per datapoint -------------------------------------------------------------------------
+
+    @property
+    def mean_mc_se(self) -> float:
+        """Monte-Carlo standard error of :attr:`mean` for these very datapoints."""
+        if self.joint is None:
+            return super().mean_mc_se
+        of_rows = self.joint.log_weights - self.joint.log_global  # the rows share their draws
+        return standard_error(of_rows) / len(self.khat)
 
     @property
     def rate(self) -> Tensor | None:
@@ -176,12 +190,13 @@ class Report(Evidence):
         head = f"{'nats per datapoint':24s}{'mean':>10s}{'± s.e.':>10s}"
         head += "".join(f"{q:>10s}" for q in ("5 %", "median", "95 %"))
         lines = [
-            f"Report of {len(self.khat)} datapoints, K = {self.num_particles} particles",
+            f"Report of {len(self.khat)} datapoints, {self.draws}",
             "",
             head,
             *(_row(name, column) for name, column in self.columns()),
             "",
             *(f"{name:24s}{value}" for name, value in self.facts()),
+            *self._globals(10),
             "",
             "Verdict",
             *(f"- {sentence}" for sentence in self.verdict),
@@ -190,9 +205,30 @@ class Report(Evidence):
             lines += ["", "Absent", *(f"- {what}: {why}." for what, why in self.absent.items())]
         return "\n".join(lines)
 
+    @property
+    def draws(self) -> str:
+        """How many there were, in words."""
+        given = "" if self.joint is None else f" at each of {len(self.joint.log_weights)} draws of "
+        return f"K = {self.num_particles:,} particles{given and given + 'the globals'}"
+
+    @property
+    def log_p(self) -> str:
+        """What ``log_evidence`` is called."""
+        return "log p(x)" if self.joint is None else "log p(x | g)"
+
+    def _globals(self, count: int) -> list[str]:
+        """The first lines of the table of the globals."""
+        if self.joint is None:
+            return []
+        table = self.joint.table
+        lines = table.head(count).to_string(float_format="{:.3f}".format).splitlines()
+        if len(table) > count:
+            lines.append(f"and {len(table) - count} more: report.joint.table")
+        return ["", "Globals", *lines]
+
     def columns(self) -> list[tuple[str, Tensor]]:
         """Every quantity per datapoint, by the names in the tables."""
-        columns = [("log p(x)", self.log_evidence), ("ELBO", self.elbo), ("gap", self.gap)]
+        columns = [(self.log_p, self.log_evidence), ("ELBO", self.elbo), ("gap", self.gap)]
         columns += [(f"KL of {name!r}", kl) for name, kl in self.kl.items()]
         if self.reconstruction is not None:
             columns.append(("reconstruction", self.reconstruction))
@@ -201,6 +237,11 @@ class Report(Evidence):
     def facts(self) -> list[tuple[str, str]]:
         """Every quantity of all datapoints together: its name, and its value in words."""
         said = [("k-hat > 0.7", f"{share(self.unreliable)} of points")]
+        if (joint := self.joint) is not None:
+            value = f"{joint.log_evidence:.2f} ± {joint.se:.2f} (ELBO {joint.elbo:.2f}, k-hat "
+            value += f"{joint.khat:.2f}, ESS {joint.ess:.0f} of {len(joint.log_weights)} draws)"
+            said = [("log p(X) of all rows", value), *said]
+            said += [(f"KL of global {name!r}", f"{kl:.2f}") for name, kl in joint.kl.items()]
         for name, units in self.active.items():
             value = f"{int(units.sum())} of {len(units)} active (variance of the mean > "
             value += f"{self.threshold:g})"
@@ -239,8 +280,13 @@ class Report(Evidence):
 
         Raises:
             ValueError: no datapoint is chosen, one does not exist, or all of them would take more
-                than a gigabyte.
+                than a gigabyte; the pair has global latents.
         """
+        if self.joint is not None:
+            raise ValueError(
+                "a report has no log p(x | g) by draw of the globals; "
+                "diagnostics.to_arviz(model, guide, *args) writes it, beside all draws"
+            )
         return export_rows(self.pair, self, datapoints, num_draws, **options)
 
     def to_elpd(self) -> Any:
@@ -252,7 +298,13 @@ class Report(Evidence):
 
         Raises:
             ImportError: ArviZ is not installed.
+            ValueError: the pair has global latents.
         """
+        if self.joint is not None:
+            raise ValueError(
+                "E_q(g) log p(x | g) is no predictive density: diagnostics.log_predictive has that "
+                "of new rows, arviz.loo of diagnostics.to_arviz(model, guide, *args) of these"
+            )
         return elpd(self)
 
     def plot(self, image_shape: Sequence[int] | None = None) -> Figure:
@@ -287,6 +339,7 @@ class Report(Evidence):
             report=self,
             pictures=self._pictures(image_shape),
             summary=self._summary(),
+            globals=self.joint and self.joint.table.rename_axis("global").reset_index(),
             units={site: self._units(site) for site in self.activity},
             datapoints=self._worst_rows(100),
             origin=self._origin(),
@@ -296,7 +349,7 @@ class Report(Evidence):
         """Of which pair, data and draws this is, with which versions, and when it was written."""
         model, guide, args = self.pair
         data = ", ".join(str(tuple(arg.shape)) for arg in args if isinstance(arg, Tensor))
-        draws = f"K = {self.num_particles}, seed {self.seed}"
+        draws = f"{self.draws}, seed {self.seed}"
         versions = ", ".join(
             f"{name} {importlib.metadata.version(name)}" for name in ("ppvae", "torch", "pyro-ppl")
         )
@@ -342,7 +395,7 @@ class Report(Evidence):
     def _worst_rows(self, count: int) -> pandas.DataFrame:
         """The rows of :meth:`table` with the largest k-hat, worst first."""
         heads = {
-            "log_evidence": "log p(x)",
+            "log_evidence": self.log_p,
             "log_evidence_se": "± s.e.",
             "elbo": "ELBO",
             "gap_se": "± s.e. of gap",

@@ -76,6 +76,25 @@ class SiteTerms:
         return found
 
 
+class AveragedTerms(SiteTerms):
+    """The mean of several passes, each at a draw of the globals; activity is that at a draw."""
+
+    def __init__(self, rows: int, num_particles: int) -> None:
+        super().__init__(rows, num_particles)
+        self.activities: dict[str, Tensor] = {}
+
+    def take_in(self, terms: SiteTerms, share: float) -> None:
+        """Add a pass, of which there are 1 / ``share``."""
+        self.absent |= terms.absent
+        for key, values in terms.sums.items():
+            self.sums[key] = self.sums.get(key, 0) + share * values
+        for name, values in terms.activity().items():
+            self.activities[name] = self.activities.get(name, 0) + share * values
+
+    def activity(self) -> dict[str, Tensor]:
+        return self.activities
+
+
 def _terms(weights: LogWeights, absent: Absent) -> dict[tuple[str, str], Tensor]:
     """By quantity and site, ``(..., K or 1, N or 1)``."""
     weights = replace(weights, site_scales={})  # a scale belongs to an objective

@@ -14,18 +14,34 @@ Report = Any  # report.Report, which imports this
 
 
 def verdict(report: Report) -> list[str]:
-    """One sentence or two on each of weights, units, prior and simulations."""
-    said = [*_about_weights(report), *_about_units(report), *_about_prior(report)]
-    return said + _about_simulations(report)
+    """One sentence or two on each of globals, weights, units, prior and simulations."""
+    said = [*_about_globals(report), *_about_weights(report), *_about_units(report)]
+    return said + _about_prior(report) + _about_simulations(report)
+
+
+def _about_globals(report: Report) -> list[str]:
+    joint = report.joint
+    if joint is None:
+        return []
+    count = len(joint.log_weights)
+    if math.isnan(joint.khat):
+        return [f"{count} draws of the globals are too few for their k-hat: pass num_globals=21."]
+    if joint.khat <= 0.7:
+        return [f"k-hat <= 0.7 of the globals: log p(X) can be trusted at {count} draws of them."]
+    return [
+        f"k-hat {joint.khat:.2f} of the globals: log p(X) is only a lower bound, and intervals of "
+        "the globals are the guide's more than the data's. Try AutoMultivariateNormal for them, a "
+        "guide of the rows that sees them (guides.Global(sees_globals=True)), or more particles."
+    ]
 
 
 def _about_weights(report: Report) -> list[str]:
     bad, gap = report.unreliable, report.gap.mean().item()
     said = [
-        f"k-hat <= 0.7 on all points: log p(x) and its standard errors can be trusted at "
+        f"k-hat <= 0.7 on all points: {report.log_p} and its standard errors can be trusted at "
         f"K = {report.num_particles}."
         if bad == 0
-        else f"k-hat > 0.7 on {share(bad)} of points: there log p(x) is only a lower bound, "
+        else f"k-hat > 0.7 on {share(bad)} of points: there {report.log_p} is only a lower bound, "
         "and its standard error means little. Try a flow guide or more particles; worst(10) "
         "names the points."
     ]
@@ -44,8 +60,9 @@ def _about_weights(report: Report) -> list[str]:
         )
     elif gap > 1:
         more = "at least " if bad > 0.05 else ""
+        where = "" if report.joint is None else " at one draw (diagnostics.given_globals)"
         said.append(
-            f"The guide loses {more}{gap:.1f} nats per datapoint: diagnostics.gaps tells "
+            f"The guide loses {more}{gap:.1f} nats per datapoint: diagnostics.gaps{where} tells "
             "whether to its family (try a flow) or to amortisation (try a larger encoder)."
         )
     return said

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
@@ -11,15 +11,22 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from ppvae.elbo.estimator import Estimator
 from ppvae.elbo.gradients import Given
 from ppvae.elbo.importance import log_mean_exp, require_number
 from ppvae.elbo.state import State
 from ppvae.enumeration import total
-from ppvae.pairs import Site
+from ppvae.pairs import Site, kind
 from ppvae.terms import Term, term
 from ppvae.weights import LogWeights, drawn_log_q, weigh, whole_weights
+
+_JUMPS = (  # operations whose slope jumps, as autograd calls them
+    *("ReluBackward", "LeakyReluBackward", "PreluKernelBackward", "RreluWithNoiseBackward"),
+    *("ThresholdBackward", "HardtanhBackward", "HardswishBackward", "HardsigmoidBackward"),
+    *("MaxPool", "HardshrinkBackward", "SoftshrinkBackward"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +45,9 @@ class AnnealedELBO(Estimator):
     size, and :class:`IWELBO` for a step of 0. It rises with T if the step is small enough for
     the posterior's narrowest direction.
 
+    The slope of :math:`\log p(x, z)` in z is differentiated, so it must not jump: a decoder with
+    ReLUs has a bound, by ``evaluate``, and the gradient of what is drawn would be none of it.
+
     It takes T + 2 decoder rows for each draw, T of them with a gradient in z, and as many of the
     encoder, whose slope there is taken too.
 
@@ -51,7 +61,8 @@ class AnnealedELBO(Estimator):
 
     Raises:
         ValueError: bad arguments; a drawn latent whose values are not all real numbers; a guide
-            without a density at given latents; a ``poutine.scale`` on a site.
+            without a density at given latents; a ``poutine.scale`` on a site; in training, a
+            piecewise-linear activation or a Laplace density of what is moved.
 
     Source: Geffner & Domke, MCMC Variational Inference via Uncorrected Hamiltonian Annealing, 2021;
     Zhang, Hsu, Li, Finn & Grosse, Differentiable Annealed Importance Sampling, 2021; Thin et al.,
@@ -59,7 +70,8 @@ class AnnealedELBO(Estimator):
 
     Example:
         >>> from ppvae import conditionals, elbo, guides, models, nets
-        >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
+        >>> decoder = nets.mlp(2, 8, 4, activation=torch.nn.Softplus)
+        >>> model = models.VAE(conditionals.Bernoulli(decoder), latent_dim=2)
         >>> guide = guides.Normal(nets.mlp(4, 8, 2 * 2))
         >>> elbo.AnnealedELBO(num_temperatures=3)(model, guide)(torch.ones(5, 4)).shape
         torch.Size([])
@@ -114,7 +126,7 @@ class AnnealedELBO(Estimator):
         v = [torch.randn_like(value) for value in z]
         for t in range(1, self.num_temperatures + 1):
             z = [a + 0.5 * self.step * s * b for a, s, b in zip(z, scales, v, strict=True)]
-            slopes = self._slopes(weights, names, z, t / self.num_temperatures)
+            slopes = self._slopes(weights, names, z, t)
             kicks = [self.step * s * g for s, g in zip(scales, slopes, strict=True)]
             # log N(v + kick) - log N(v), per row
             change = [-(kick * (b + 0.5 * kick)) for kick, b in zip(kicks, v, strict=True)]
@@ -127,14 +139,16 @@ class AnnealedELBO(Estimator):
         return log_w + at.log_w + drawn_log_q(at)
 
     def _slopes(
-        self, weights: LogWeights, names: list[str], z: list[Tensor], beta: float
+        self, weights: LogWeights, names: list[str], z: list[Tensor], t: int
     ) -> tuple[Tensor, ...]:
-        """The slope of the annealed log-density in each latent."""
+        """The slope of the annealed log-density of step t in each latent."""
         training = torch.is_grad_enabled()
         with torch.enable_grad():
             z = [value if value.requires_grad else value.detach().requires_grad_() for value in z]
             at = _at(weights, dict(zip(names, z, strict=True)))
-            log_pi = drawn_log_q(at) + beta * at.log_w
+            log_pi = drawn_log_q(at) + t / self.num_temperatures * at.log_w
+            if training and t == 1 and self.step:
+                _require_smooth(log_pi, z, at)
             return torch.autograd.grad(log_pi.sum(), z, create_graph=training)
 
 
@@ -143,6 +157,29 @@ def _at(weights: LogWeights, values: dict[str, Tensor]) -> LogWeights:
     model, guide, args, kwargs = weights.pair
     kwargs = {**kwargs, "joint": weights.joint}
     return weigh(model, guide, args, kwargs, weights.num_particles, leaves=Given(values))
+
+
+def _require_smooth(log_pi: Tensor, z: Sequence[Tensor], at: LogWeights) -> None:
+    """Raise ``ValueError`` if the slope of ``log_pi`` in z jumps: what jumps has no derivative."""
+    ends = {get_gradient_edge(value).node for value in z}
+    behind: dict[Any, bool] = {}  # of each operation, whether z is
+    stack: list[Any] = [log_pi.grad_fn]
+    while stack:
+        inputs = [node for node, _ in stack[-1].next_functions if node is not None]
+        if waiting := [node for node in inputs if node not in behind and node not in ends]:
+            stack += waiting
+            continue
+        behind[stack.pop()] = any(node in ends or behind[node] for node in inputs)
+    found = {node.name() for node, moved in behind.items() if moved}
+    jumps = [name.split("Backward")[0] for name in sorted(found) if name.startswith(_JUMPS)]
+    nodes = (*at.model_trace.nodes.values(), *at.guide_trace.nodes.values())
+    jumps += [kind(n["fn"]) for n in nodes if n["type"] == "sample" and kind(n["fn"]) == "Laplace"]
+    if jumps:
+        raise ValueError(
+            f"AnnealedELBO differentiates the slope of log p(x, z) in z, which jumps ({jumps[0]}), "
+            "so that its gradient would be wrong; train with smooth activations, as in "
+            "nets.mlp(..., activation=nn.Softplus), or with elbo.IWELBO"
+        )
 
 
 def _row(weights: LogWeights, name: str, values: Tensor) -> Term:

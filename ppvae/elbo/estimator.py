@@ -240,7 +240,8 @@ class Estimator(pyro.infer.ELBO):
         if weights.global_q:
             raise ValueError(
                 f'gradient="{self.gradient}" is defined for latents of rows, and '
-                f'{sorted(weights.global_q)} are global; use gradient="pathwise"'
+                f'{sorted(weights.global_q)} are global; use gradient="pathwise", or "score" where '
+                "a latent of rows is discrete"
             )
 
     def _along_path(self, weights: LogWeights, leaves: Leaves, state: State) -> Tensor:

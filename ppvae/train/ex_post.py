@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ppvae.arguments import number
 from ppvae.check.pair import check_shapes
 from ppvae.check.programs import check_programs, require_runs
+from ppvae.global_latents import require_of_rows
 from ppvae.intake import part_of, tensors
 from ppvae.pairs import evaluation_mode, own_path, sample_sites, seeded, trace
 from ppvae.program import Program, data_plate
@@ -120,6 +121,7 @@ def _codes(guide: Any, args: tuple[Tensor, ...], latent: str, seed: int) -> Tens
     with own_path(), evaluation_mode(guide), seeded(seed, *args), quiet:
         for rows in zip(*(tensor.split(_ROWS) for tensor in args), strict=True):
             sites = sample_sites(trace(guide, rows, {}))
+            require_of_rows(sites, "the codes of rows depend on its draw")
             if latent not in sites:
                 raise ValueError(
                     f"fit_prior(latent={latent!r}): the guide has no such site, but {sorted(sites)}"

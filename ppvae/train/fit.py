@@ -21,6 +21,7 @@ from ppvae.pairs import evaluation_mode, seeded
 from ppvae.processes import Processes
 from ppvae.program import one_thread
 from ppvae.train import refusals
+from ppvae.train.batches import Batch, Source
 from ppvae.train.callbacks import Callback, all_callbacks, all_loggers, log, overridden
 from ppvae.train.checkpoint import Checkpoints, checkpoints_for
 from ppvae.train.history import History
@@ -28,7 +29,7 @@ from ppvae.train.interrupt import Interrupt, interrupts
 from ppvae.train.optimizer import moved
 from ppvae.train.refusals import resolve_device
 from ppvae.train.run import Progress, Run, state_of
-from ppvae.train.sources import Batch, Source, source
+from ppvae.train.sources import source
 from ppvae.train.svi import SVI
 from ppvae.wrapped import argument_names
 
@@ -78,8 +79,10 @@ def fit(
         data: a ``ppvae.data.Dataset`` (trains on ``train``, validates on ``valid``) or one of its
             splits; an array, frame or tensor ``(N, ...)``; a tuple of these for ``model(x, y)``, or
             a dictionary of them by the names of the model's arguments; scipy's sparse rows or an
-            AnnData, made dense batch by batch; a data set of torch or Hugging Face; or a
-            ``DataLoader`` that yields such batches, in nested tuples too, or dictionaries.
+            AnnData, made dense batch by batch; a data set of torch or Hugging Face; a mapped file,
+            an array of zarr or h5py, a table or Parquet file of pyarrow, which stay where they are
+            (``ppvae.data.Stored``); or a ``DataLoader`` that yields such batches, in nested tuples
+            too, or dictionaries.
         epochs: passes over the data, >= 1; of a resumed run, those before it included.
         batch_size: datapoints per step, over all processes, >= 1; the last batch may be smaller,
             but of one row only where no layer of batch norm would see a single value.

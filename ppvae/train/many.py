@@ -26,6 +26,7 @@ from ppvae.pairs import NotCompiled, seeded
 from ppvae.processes import Processes
 from ppvae.program import one_thread
 from ppvae.train import refusals
+from ppvae.train.batches import Batch
 from ppvae.train.captured import Before, Begun
 from ppvae.train.checkpoint import Checkpoints, checkpoints_for
 from ppvae.train.dealt import dealt
@@ -33,9 +34,9 @@ from ppvae.train.fit import Steps, begin, next_batch, sources, train
 from ppvae.train.fused_adam import AllAtOnce
 from ppvae.train.histories import Histories
 from ppvae.train.interrupt import interrupts
+from ppvae.train.loaded import Loaded
 from ppvae.train.refusals import resolve_device
 from ppvae.train.run import Run
-from ppvae.train.sources import Batch, Loaded
 from ppvae.train.svi import SVI
 
 

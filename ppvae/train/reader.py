@@ -12,10 +12,12 @@ import torch
 AHEAD = 3  # results that are made before they are asked for
 
 
-def read_ahead(read: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any, None, None]:
-    """Yield ``read(item)`` for each item, computed ahead of time by one thread.
+def read_ahead(
+    read: Callable[[Any], Any], items: Iterable[Any], ahead: int = AHEAD
+) -> Generator[Any, None, None]:
+    """Yield ``read(item)`` for each item, up to ``ahead`` of them before it is asked for.
 
-    What is raised there is raised here. Closing the generator ends the thread.
+    One thread reads. What is raised there is raised here. Closing the generator ends the thread.
 
     Example:
         >>> list(read_ahead(abs, [-1, 2, -3]))
@@ -29,7 +31,7 @@ def read_ahead(read: Callable[[Any], Any], items: Iterable[Any]) -> Generator[An
         torch.set_num_threads(num_threads)  # unchanged here, but threads started later follow it
         for item in items:
             ready.append(pool.submit(read, item))
-            if len(ready) > AHEAD:
+            if len(ready) > ahead:
                 yield ready.popleft().result()
         while ready:
             yield ready.popleft().result()

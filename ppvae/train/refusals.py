@@ -17,7 +17,7 @@ from ppvae.check.pair import Checks, check_batch, check_shapes
 from ppvae.check.programs import PairError
 from ppvae.pairs import own_path, unnoticed
 from ppvae.program import local_parameters, module_of
-from ppvae.train.sources import Batch, Source
+from ppvae.train.batches import Batch, Source
 from ppvae.train.svi import SVI
 from ppvae.weights import log_weights
 from ppvae.wrapped import argument_labels

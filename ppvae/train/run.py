@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from ppvae.processes import Processes
+from ppvae.train.batches import Batch, Source
 from ppvae.train.callbacks import Callback, overridden
 from ppvae.train.checkpoint import (
     CheckpointError,
@@ -30,7 +31,6 @@ from ppvae.train.checkpoint import (
     set_rng_state,
 )
 from ppvae.train.history import History
-from ppvae.train.sources import Batch, Source
 from ppvae.train.svi import SVI
 from ppvae.wrapped import title
 

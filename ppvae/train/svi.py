@@ -98,6 +98,7 @@ class SVI(pyro.infer.SVI):
     Example:
         >>> import functools, torch, ppvae
         >>> from ppvae import conditionals, elbo, guides, models, nets
+        >>> _ = torch.manual_seed(0)
         >>> model = models.VAE(conditionals.Bernoulli(nets.mlp(2, 8, 4)), latent_dim=2)
         >>> guide = guides.Normal(nets.mlp(4, 8, 2 * 2))
         >>> adam = functools.partial(torch.optim.Adam, lr=1e-2)

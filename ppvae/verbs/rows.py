@@ -25,6 +25,7 @@ from ppvae.diagnostics.rows import (
     pieces,
     take,
 )
+from ppvae.global_latents import require_of_rows
 from ppvae.intake import Container, tensors
 from ppvae.pairs import replay, sample_sites, trace, unconditioned
 from ppvae.verbs.sites import (
@@ -215,7 +216,8 @@ def generate(
 
     Raises:
         TypeError: the model takes no ``size``, and ``like`` is not given.
-        ValueError: the numbers of rows differ; x cannot be drawn.
+        ValueError: the numbers of rows differ; x cannot be drawn; a latent lies outside the data
+            plate.
 
     Example:
         >>> from ppvae import conditionals, models, nets
@@ -244,13 +246,20 @@ def generate(
     with evaluating(model, model, (rows, *behind), seed):
         for part, _ in pieces(size, 1, max_rows):
             batch = take(behind, part)  # other arguments are as they are
+            count = part.stop - part.start
             if like is not None:
                 drawn = trace(unconditioned(model), (rows[part], *batch), {})
+            # a condition says how many rows there are, and size would be that of the data set
+            elif batch:
+                drawn = trace(model, (None, *batch), {})
+            else:
+                drawn = trace(model, (), {"size": count})
+            why = "the model alone draws it from its prior, whatever the guide has learned"
+            require_of_rows(sample_sites(drawn), why)
+            if like is not None:
                 found.append(drawn_data(drawn))
                 continue
-            count = part.stop - part.start
-            # a condition says how many rows there are, and size would be that of the data set
-            x = model(None, *batch) if batch else model(size=count)
+            x = drawn.nodes["_RETURN"]["value"]
             if not isinstance(x, Tensor) or len(x) != count:
                 raise TypeError(f"{title(model)} does not return its x: give like=x, rows of data")
             found.append(x)

@@ -12,6 +12,7 @@ from torch.distributions import Categorical
 
 from ppvae.diagnostics.rows import rows_first
 from ppvae.distributions import Columns
+from ppvae.global_latents import require_of_rows
 from ppvae.pairs import DATA_PLATE, Program, Site, latent_parents, law, sample_sites, trace
 
 
@@ -69,8 +70,9 @@ def needs_draws(guide: Program, args: tuple[Any, ...]) -> bool:
 
 
 def latents(guide: Program, args: tuple[Any, ...]) -> dict[str, Site]:
-    """The latent sites of one run of a guide."""
+    """The latent sites of one run of a guide, which are of rows."""
     sites = sample_sites(trace(guide, args, {}))
+    require_of_rows(sites, "the codes of rows depend on its draw")
     return {name: site for name, site in sites.items() if not site["is_observed"]}
 
 
