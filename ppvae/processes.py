@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -316,6 +317,14 @@ class Processes:
             with torch.random.fork_rng(devices=[]):
                 drawn = int(torch.randint(2**62, ()))
             torch.manual_seed(self.own_seed(drawn))
+
+
+def checksum(tensors: Iterable[Tensor], start: int = 0) -> int:
+    """CRC-32 of the bytes of some tensors, on top of that of others."""
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        start = zlib.crc32(flat.numpy().tobytes(), start)
+    return start
 
 
 def _check_fabric(fabric: Any, size: int) -> None:

@@ -624,9 +624,18 @@ def evaluators_that_fail(fabric):
         return svi.guide(x)
 
     weigh = functools.partial(diagnostics.log_evidence, svi.model, fabric=fabric)
+    options = {"num_particles": 30, "num_simulations": 0, "seed": 0, "fabric": fabric}
+
+    def diagnose(**own):
+        return ppvae.diagnose(svi.model, svi.guide, X, **(options | own))
+
     found = {
         "K": said(lambda: weigh(svi.guide, X, num_particles=30 + rank)),
         "rows": said(lambda: weigh(svi.guide, X[: 50 - rank], num_particles=30)),
+        "other rows": said(lambda: weigh(svi.guide, X.roll(rank, 0), num_particles=30)),
+        "one K": said(lambda: weigh(svi.guide, X, num_particles=1 if rank else 30)),
+        "one simulates": said(lambda: diagnose(num_simulations=200 * rank)),
+        "one K is small": said(lambda: diagnose(num_particles=20 if rank else 30)),
         "broken": said(lambda: weigh(breaks, X, num_particles=30)),
         "no seed": said(lambda: ppvae.diagnose(svi.model, svi.guide, X, fabric=fabric)),
         "no Fabric": said(lambda: weigh(svi.guide, X, fabric="ddp")),
@@ -637,7 +646,12 @@ def evaluators_that_fail(fabric):
 
 def test_what_ends_one_evaluation_ends_all():
     first, second = launch(evaluators_that_fail)
+    for name in ("one K", "one K is small"):  # without waiting for the time-out
+        assert second[name].startswith("ValueError: num_particles"), second[name]
+        assert first[name].startswith("LostProcess: rank 1 has ended the run: ValueError: num_pa")
     for found in (first, second):
+        assert "checksum of up to 64 rows" in found["other rows"]
+        assert "num_simulations: 0 on rank 0; 200 on rank 1" in found["one simulates"]
         assert "num_particles: 30 on rank 0; 31 on rank 1" in found["K"]
         assert "rows: 50 on rank 0; 49 on rank 1" in found["rows"]
         assert found["no seed"].startswith("ValueError: seed")
@@ -724,6 +738,7 @@ def seeds_that_fail(fabric):
     found = {
         "too few": said(seeds=[3]),
         "other seeds": said(seeds=[0, 1 + rank]),
+        "one has a seed twice": said(seeds=[0, 1 - rank]),
         "other epochs": said(epochs=2 + rank),
         "device": said(device="cpu"),
         "broken": said(lr_scheduler=functools.partial(breaks_on, 1, rank)),
@@ -737,6 +752,7 @@ def test_what_ends_one_process_of_seeds_ends_all():
     for found in (first, second):
         assert found["too few"].startswith("ValueError: seeds: 1 for 2 processes")
         assert "seeds: [0, 1] on rank 0; [0, 2] on rank 1" in found["other seeds"]
+        assert "seeds must be different whole numbers" in found["one has a seed twice"]
         assert "epochs: 2 on rank 0; 3 on rank 1" in found["other epochs"]
         assert found["device"].startswith("ValueError: device='cpu'")
         assert found["well"] == "[] 2"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ppvae.arguments import takes_numbers
-from ppvae.diagnostics.evidence import Evidence, together, weigh
+from ppvae.diagnostics.evidence import Evidence, require_alike, together, weigh
 from ppvae.diagnostics.given_globals import Given, JointEvidence, all_rows_together, at_a_draw
 from ppvae.diagnostics.psis import MIN_TAIL, tail_length
 from ppvae.diagnostics.report import Report
@@ -113,24 +113,32 @@ def diagnose(
         >>> print(report.verdict[0])
         k-hat <= 0.7 on all points: log p(x) and its standard errors can be trusted at K = 200.
     """
-    model, guide = bound(model, guide, kwargs)
-    check_at_least(1, num_particles=num_particles, max_rows=max_rows)
-    if tail_length(num_particles) < MIN_TAIL:
-        raise ValueError(
-            f"num_particles={num_particles} is too few for k-hat: pass 21 or more, 1000 for "
-            "numbers to report; diagnostics.log_evidence takes fewer"
-        )
-    if not threshold > 0:
-        raise ValueError(f"threshold must be positive, got {threshold}")
-    check_at_least(0, num_aggregate=num_aggregate)
-    check_at_least(100 if num_simulations else 0, num_simulations=num_simulations)
-    check_at_least(2, num_globals=num_globals)
     found, divergence, joint = None, None, None
-    with together(fabric, model, guide, args, num_particles=num_particles, seed=seed) as processes:
+    with together(fabric) as processes:
+        model, guide = bound(model, guide, kwargs)
+        check_at_least(1, num_particles=num_particles, max_rows=max_rows)
+        if tail_length(num_particles) < MIN_TAIL:
+            raise ValueError(
+                f"num_particles={num_particles} is too few for k-hat: pass 21 or more, 1000 for "
+                "numbers to report; diagnostics.log_evidence takes fewer"
+            )
+        if not threshold > 0:
+            raise ValueError(f"threshold must be positive, got {threshold}")
+        check_at_least(0, num_aggregate=num_aggregate)
+        check_at_least(100 if num_simulations else 0, num_simulations=num_simulations)
+        check_at_least(2, num_globals=num_globals)
         several = processes is not None and processes.size > 1
         if several and seed is None:
             raise ValueError("seed: give one, so that all processes report the same simulations")
         rows = check_pair_and_data(model, guide, args, with_globals=True)
+        require_alike(
+            *(processes, model, guide, args),
+            num_particles=num_particles,
+            num_aggregate=num_aggregate,
+            num_simulations=num_simulations,
+            max_rows=max_rows,
+            seed=seed,
+        )
         if structure(model, guide, args, {}).has_globals:
             if several:
                 raise ValueError("fabric: a pair with global latents is diagnosed by one process")

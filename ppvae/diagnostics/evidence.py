@@ -32,7 +32,7 @@ from ppvae.diagnostics.rows import (
 )
 from ppvae.intake import takes_rows
 from ppvae.pairs import Program, by_position, rewinder
-from ppvae.processes import Processes
+from ppvae.processes import Processes, checksum
 from ppvae.weights import LogWeights, whole_weights
 
 _BLOCK = 256  # datapoints whose weights are summarised at once
@@ -180,39 +180,59 @@ def log_evidence(
         >>> bool(((result.log_evidence - exact).abs() < 4 * result.log_evidence_se).all())
         True
     """
-    model, guide = bound(model, guide, kwargs)
-    check_at_least(2, num_particles=num_particles)
-    with together(fabric, model, guide, args, num_particles=num_particles, seed=seed) as processes:
+    with together(fabric) as processes:
+        model, guide = bound(model, guide, kwargs)
+        check_at_least(2, num_particles=num_particles)
         check_pair_and_data(model, guide, args)
+        settings = {"num_particles": num_particles, "max_rows": max_rows, "seed": seed}
+        require_alike(processes, model, guide, args, **settings)
         return weigh(
             model, guide, args, num_particles, max_rows, seed, compile=compile, processes=processes
         )
 
 
 @contextmanager
-def together(
-    fabric: Any, model: Program, guide: Program, args: Sequence[Any], **settings: Any
-) -> Iterator[Processes | None]:
-    """The processes of a Fabric, which all do the same inside; None: this one alone.
-
-    Raises:
-        ValueError: they were given different things.
-        PairError: parameters of the guide belong to rows, which processes cannot share.
-    """
+def together(fabric: Any) -> Iterator[Processes | None]:
+    """The processes of a Fabric, of which what ends one inside ends all; None: this one alone."""
     if fabric is None:
         yield None
         return
     processes = Processes(fabric)
     with processes.connected():
-        if processes.size > 1 and by_position(guide):
-            raise PairError(
-                "parameters of the guide belong to positions in the data, and processes take a "
-                "part of the rows each: evaluate in one, without fabric="
-            )
-        size = sum(p.detach().double().sum().item() for p in modules_of(model, guide).parameters())
-        facts = {"rows": count_rows(args), "the sum of the parameters": size, **settings}
-        processes.require_equal(facts)
         yield processes
+
+
+def require_alike(
+    processes: Processes | None,
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    **settings: Any,
+) -> None:
+    """Raise unless all processes were given the same, of which each can take its part.
+
+    Raises:
+        ValueError: settings, parameters, the number of rows or some of these differ.
+        PairError: parameters of the guide belong to rows, which processes cannot share.
+    """
+    if processes is None or processes.size == 1:
+        return
+    if by_position(guide):
+        raise PairError(
+            "parameters of the guide belong to positions in the data, and processes take a "
+            "part of the rows each: evaluate in one, without fabric="
+        )
+    rows = count_rows(args)
+    some = torch.linspace(0, rows - 1, min(64, rows)).long()
+    state = modules_of(model, guide).state_dict().values()
+    facts = {
+        "rows": rows,
+        "checksum of up to 64 rows": checksum(
+            arg[some.to(arg.device)] for arg in args if isinstance(arg, Tensor)
+        ),
+        "checksum of the parameters": checksum(v for v in state if isinstance(v, Tensor)),
+    }
+    processes.require_equal(facts | settings)
 
 
 def weigh(

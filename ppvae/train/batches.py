@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -168,11 +167,3 @@ def placed(tensors: Iterable[Tensor], device: Device) -> Batch:
         return tuple(tensors)
     cuda = device.type == "cuda"  # a non-blocking copy to the CPU may not have its values yet
     return tuple(tensor.to(device, non_blocking=cuda) for tensor in tensors)
-
-
-def checksum(tensors: Iterable[Tensor], start: int = 0) -> int:
-    """CRC-32 of the bytes of some tensors, on top of that of others."""
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        start = zlib.crc32(flat.numpy().tobytes(), start)
-    return start

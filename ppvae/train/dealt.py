@@ -18,7 +18,7 @@ def dealt(
     train: functools.partial[Histories],
     seeds: Sequence[int],
     make: Callable[[], SVI],
-    fabric: Any,
+    processes: Processes,
     progress: bool,
 ) -> Histories:
     """The result of ``train`` for all seeds, in each process of a Fabric.
@@ -28,29 +28,27 @@ def dealt(
             before that is a number or a word has to be the same in all processes.
         seeds: at least one for each process, which gets neighbours.
         make: builds an SVI, for the pairs that other processes have trained.
-        fabric: a launched Fabric.
+        processes: those of a launched Fabric, connected.
         progress: show the bar of the first process.
 
     Raises:
         ValueError: fewer seeds than processes; they were given different things.
     """
-    processes = Processes(fabric)
-    with processes.connected():
-        given = {k: v for k, v in train.keywords.items() if isinstance(v, (int, str, type(None)))}
-        processes.require_equal({"seeds": seeds, **given})
-        if len(seeds) < processes.size:
-            raise ValueError(
-                f"seeds: {len(seeds)} for {processes.size} processes; give each one at least"
-            )
-        bar = progress and processes.rank == 0
-        own = train(seeds[processes.part(len(seeds))], device=fabric.device, progress=bar)
-        states = [_on_cpu(svi.state_dict()) for svi in own.svis]
-        each = processes.gather((_plain(own), states))
+    given = {k: v for k, v in train.keywords.items() if isinstance(v, (int, str, type(None)))}
+    processes.require_equal({"seeds": seeds, **given})
+    if len(seeds) < processes.size:
+        raise ValueError(
+            f"seeds: {len(seeds)} for {processes.size} processes; give each one at least"
+        )
+    device, bar = processes.fabric.device, progress and processes.rank == 0
+    own = train(seeds[processes.part(len(seeds))], device=device, progress=bar)
+    states = [_on_cpu(svi.state_dict()) for svi in own.svis]
+    each = processes.gather((_plain(own), states))
     svis = dict(zip(own.seeds, own.svis, strict=True))
     for runs, states in each:
         for seed, state in zip(runs.seeds, states, strict=True):
             if seed not in svis:
-                svis[seed] = _made(make, seed, state, fabric.device)
+                svis[seed] = _made(make, seed, state, device)
     return Histories(
         list(seeds),
         [svis[seed] for seed in seeds],

@@ -16,7 +16,8 @@ from torch.utils.data import (
 )
 
 from ppvae.intake import by_name
-from ppvae.train.batches import Batch, CountedBatches, Source, checksum, kind, placed, single_row
+from ppvae.processes import checksum
+from ppvae.train.batches import Batch, CountedBatches, Source, kind, placed, single_row
 from ppvae.train.checkpoint import CheckpointError, plain, rng_state, set_rng_state
 
 

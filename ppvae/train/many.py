@@ -111,7 +111,6 @@ def fit_many(
         >>> len(runs.pairs), runs.frame().shape[0]
         (3, 6)
     """
-    seeds = _checked(seeds, make, stack)
     some = functools.partial(
         _train,
         make,
@@ -125,12 +124,15 @@ def fit_many(
         resume=resume,
         stack=stack,
     )
-    if fabric is None:
-        runs = some(seeds, device=device, progress=progress)
-    elif device is None:
-        runs = dealt(some, seeds, make, fabric, progress)
-    else:
-        raise ValueError(f"device={device!r}: a Fabric has one of its own, so leave it out")
+    processes = Processes(fabric, alone=fabric is None)
+    with processes.connected():
+        seeds = _checked(seeds, make, stack)
+        if fabric is None:
+            runs = some(seeds, device=device, progress=progress)
+        elif device is None:
+            runs = dealt(some, seeds, make, processes, progress)
+        else:
+            raise ValueError(f"device={device!r}: a Fabric has one of its own, so leave it out")
     if len(runs.errors) == len(seeds):
         raise runs.errors[seeds[0]]
     return runs

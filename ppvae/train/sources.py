@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ppvae.data.split import check_unit_interval
-from ppvae.processes import Processes
-from ppvae.train.batches import Batch, CountedBatches, Device, Source, checksum, kind, placed
+from ppvae.processes import Processes, checksum
+from ppvae.train.batches import Batch, CountedBatches, Device, Source, kind, placed
 from ppvae.train.loaded import Loaded
 from ppvae.train.reader import AHEAD, read_ahead
 
