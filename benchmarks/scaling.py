@@ -5,7 +5,9 @@ Each number of processes trains the same pair on the same number of steps, under
 efficiency T_1 / (W T_W)) and with as many rows in each process (weak scaling: T_1 / T_W). One
 thread per process. It prints medians over rounds, by rank 0's clock: of the step, and of the sum of
 its gradients alone, with their bytes. A sum that went on during the backward pass would take at
-most its own time off the step: the share "hidden".
+most its own time off the step: the share "hidden". "DDP" is what it does take off: loss, gradient
+and sum by torch's DistributedDataParallel, which sums in buckets of 1 MB while the backward pass
+runs, over the same with the one sum behind it, as ``fit`` has it; rounds take turns.
 
     python benchmarks/scaling.py                                  # 1 and 2 processes, CPU
     python benchmarks/scaling.py --accelerator cuda --processes 1 2 4 8
@@ -19,11 +21,15 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from lightning_fabric import Fabric
+from timing import alternate
+from torch.nn.parallel import DistributedDataParallel
 from workloads import WORKLOADS
 
 import ppvae
@@ -42,7 +48,7 @@ def train(fabric: Fabric, args: argparse.Namespace, name: str, rows: int) -> dic
     )
     step = statistics.median(history.column("seconds")[1:]) / args.steps
     gradients = [torch.zeros_like(p) for p in svi.objective.parameters()]
-    found = {"ms": 1e3 * step, "bytes": sum(g.nbytes for g in gradients), "sum_ms": 0.0}
+    found = {"ms": 1e3 * step, "bytes": sum(g.nbytes for g in gradients), "sum_ms": 0.0, "ddp": 1.0}
     processes = Processes(fabric)
     if processes.size > 1:
         seconds = []
@@ -54,7 +60,37 @@ def train(fabric: Fabric, args: argparse.Namespace, name: str, rows: int) -> dic
             processes.wait()
             seconds.append((time.perf_counter() - start) / args.steps)
         found["sum_ms"] = 1e3 * statistics.median(seconds[1:])
+        found["ddp"] = during_over_after(svi, processes, x[: rows // processes.size], args)
     return found
+
+
+def during_over_after(
+    svi: ppvae.SVI, processes: Processes, x: torch.Tensor, args: argparse.Namespace
+) -> float:
+    """Time of loss, gradient and sum, summed by DDP over summed in one; median over rounds."""
+    wrapped = DistributedDataParallel(svi.objective, bucket_cap_mb=1)
+
+    def after() -> None:
+        svi.objective(x).backward()
+        processes.sum_gradients([p.grad for p in svi.objective.parameters()])
+
+    def during() -> None:
+        wrapped(x).backward()
+
+    def block(call: Callable[[], None]) -> float:
+        processes.wait()
+        start = time.perf_counter()
+        for _ in range(args.steps):
+            svi.objective.zero_grad()
+            call()
+        processes.wait()
+        return time.perf_counter() - start
+
+    with pyro.validation_enabled(False):
+        blocks = {call.__name__: functools.partial(block, call) for call in (after, during)}
+        alternate(blocks, 1)
+        taken = alternate(blocks, args.rounds)
+    return float(statistics.median(taken["during"] / taken["after"]))
 
 
 def main() -> None:
@@ -73,7 +109,8 @@ def main() -> None:
         args.steps, args.rounds = 5, 1
     results: list[dict[str, Any]] = []
     print(
-        "time in ms          gradients  scaling  processes     step      sum  efficiency  hidden <="
+        "time in ms          gradients  scaling  processes     step      sum  efficiency  "
+        "hidden <=   DDP"
     )
     for workload in (w for w in WORKLOADS if w.name in args.workload):
         first: dict[str, float] = {}
@@ -90,7 +127,7 @@ def main() -> None:
                 print(
                     f"{workload.name:18}  {row['bytes'] / 1e6:6.2f} MB  {kind:7}  {size:9}  "
                     f"{row['ms']:7.2f}  {row['sum_ms']:7.2f}  {row['efficiency']:10.2f}  "
-                    f"{row['sum_ms'] / row['ms']:9.2f}",
+                    f"{row['sum_ms'] / row['ms']:9.2f}  {row['ddp']:4.2f}",
                     flush=True,
                 )
     if args.out is not None:

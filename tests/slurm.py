@@ -1,11 +1,11 @@
 """A stand-in for SLURM on one machine: `sbatch`, `srun` and `scontrol requeue`, by the name it has.
 
-`sbatch` reads the #SBATCH lines of a job script, and options before its name, and runs it. When the
-time is up (here: when the newest checkpoint in the folder $SLURM_STAND_IN_FOLDER has the next of the
-steps in $SLURM_STAND_IN_STEPS) it sends the signal of `--signal`: as SLURM does, to the processes
-that srun started, or with `B:` to the batch shell alone. A job that was put back with `scontrol
-requeue` ends at once, and runs again. `srun` sets in each task what Lightning Fabric reads, and
-returns the largest exit status, 128 + its number for a signal.
+`sbatch` reads the #SBATCH lines of a job script, and options before its name, and runs it. When
+the time is up (here: when the newest checkpoint in the folder $SLURM_STAND_IN_FOLDER has the next
+of the steps in $SLURM_STAND_IN_STEPS) it sends the signal of `--signal`: as SLURM does, to the
+processes that srun started, or with `B:` to the batch shell alone. A job that was put back with
+`scontrol requeue` ends at once, and runs again. `srun` sets in each task what Lightning Fabric
+reads, and returns the largest exit status, 128 + its number for a signal.
 """
 
 import os
