@@ -45,7 +45,7 @@ def test_a_report_is_its_page_and_says_where_it_comes_from() -> None:
     shown = report._repr_html_()
     assert shown.startswith("<iframe srcdoc=")
     page = html.unescape(shown)
-    assert f"VAE and Normal; data {tuple(args[0].shape)}; K = 50, seed 3; ppvae" in page
+    assert f"VAE and Normal; data {tuple(args[0].shape)}; K = 50 particles, seed 3; ppvae" in page
     assert "Verdict" in page
     assert any("No unit is active" in v or "collapse" in v for v in report.verdict) == (
         report.active_units == 0

@@ -209,7 +209,7 @@ class Report(Evidence):
     def draws(self) -> str:
         """How many there were, in words."""
         given = "" if self.joint is None else f" at each of {len(self.joint.log_weights)} draws of "
-        return f"K = {self.num_particles:,} particles{given and given + 'the globals'}"
+        return f"K = {self.num_particles} particles{given and given + 'the globals'}"
 
     @property
     def log_p(self) -> str:
@@ -282,11 +282,7 @@ class Report(Evidence):
             ValueError: no datapoint is chosen, one does not exist, or all of them would take more
                 than a gigabyte; the pair has global latents.
         """
-        if self.joint is not None:
-            raise ValueError(
-                "a report has no log p(x | g) by draw of the globals; "
-                "diagnostics.to_arviz(model, guide, *args) writes it, beside all draws"
-            )
+        self._require_no_globals()
         return export_rows(self.pair, self, datapoints, num_draws, **options)
 
     def to_elpd(self) -> Any:
@@ -300,12 +296,15 @@ class Report(Evidence):
             ImportError: ArviZ is not installed.
             ValueError: the pair has global latents.
         """
+        self._require_no_globals()
+        return elpd(self)
+
+    def _require_no_globals(self) -> None:
         if self.joint is not None:
             raise ValueError(
                 "E_q(g) log p(x | g) is no predictive density: diagnostics.log_predictive has that "
                 "of new rows, arviz.loo of diagnostics.to_arviz(model, guide, *args) of these"
             )
-        return elpd(self)
 
     def plot(self, image_shape: Sequence[int] | None = None) -> Figure:
         """The pictures of this report in one figure.
