@@ -388,8 +388,9 @@ def at_a_draw(
     weights = whole_weights(model, guide, tuple(args), {}, 1, with_globals=True)
     nodes = weights.guide_trace.nodes
     drawn = {name: nodes[name]["value"].detach() for name in weights.global_q}
-    shared = {name: drawn[name] for name in weights.global_p}
-    return (poutine.do(model, data=shared), poutine.do(guide, data=drawn)), weights
+    # not poutine.do: under it a sampler outside of the programs still sees the site, and draws it
+    at = [poutine.block(poutine.condition(p, data=drawn), hide=[*drawn]) for p in (model, guide)]
+    return (at[0], at[1]), weights
 
 
 def _check(
